@@ -1,0 +1,82 @@
+"""The expert block of a mixture of experts: permute to experts, gated feed-forward networks, weighted sum back to tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dskernels.reference.gemm import fp8_linear
+from dskernels.types import Fp8Tensor, Permuted, Routing
+
+
+def permute(x: Tensor, experts: Tensor, n_experts: int) -> Permuted:
+    """Copy each token's row once for every expert it goes to, sorted by expert, tokens in order inside an expert.
+
+    ``permuted.x[index[t, j]] = x[t]``, a stable counting sort by ``experts[t, j]``. Ids outside ``[0, n_experts)`` are dropped.
+    """
+    T, k = experts.shape
+    valid = (experts >= 0) & (experts < n_experts)
+    group = torch.where(valid, experts, n_experts).flatten()
+    order = group.argsort(stable=True)
+    row = torch.empty_like(order)
+    row[order] = torch.arange(T * k, device=order.device)
+
+    load = (group[:, None] == torch.arange(n_experts, device=group.device)).sum(0)
+    offsets = F.pad(load.cumsum(0), (1, 0)).int()
+    index = torch.where(valid, row.view(T, k), -1).int()
+    has_expert = (group[order] < n_experts)[:, None]
+    return Permuted(torch.where(has_expert, x[order // k], 0), offsets, index)
+
+
+def combine(y: Tensor, permuted: Permuted, weights: Tensor) -> Tensor:
+    """Sum each token's expert outputs, ``out[t] = sum_j weights[t, j] * y[index[t, j]]``, in fp32 in the order of j.
+
+    The outer sum of DeepSeek-V3 report eq. 12. Dropped choices (index -1) add nothing.
+    """
+    valid = (permuted.index >= 0) & (permuted.index < y.shape[0])
+    rows = torch.where(valid, permuted.index, 0)
+    out = _wide(y).new_zeros(permuted.index.shape[0], y.shape[1])
+    for j in range(permuted.index.shape[1]):
+        term = weights[:, j, None] * _wide(y)[rows[:, j]]
+        out = out + torch.where(valid[:, j, None], term, 0)
+    return out.to(y.dtype)
+
+
+def fused_experts(
+    x: Tensor,
+    w13: Tensor | Fp8Tensor,
+    w2: Tensor | Fp8Tensor,
+    routing: Routing,
+    *,
+    shared: tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor] | None = None,
+    fp8: bool = False,
+) -> Tensor:
+    """Run the whole expert block, ``out[t] = shared(x[t]) + sum_j weights[t, j] * expert[experts[t, j]](x[t])``.
+
+    DeepSeek-V3 report eq. 12 without its residual; an expert is ``w2 @ (silu(gate) * up)``, ``gate, up = w13 @ x`` (Shazeer,
+    arXiv 2002.05202). With fp8 weights, or ``fp8=True``, each product of an expert is that of `fp8_linear`.
+    """
+    x_TH = _wide(x)
+    linear = fp8_linear if fp8 or isinstance(w13, Fp8Tensor) else F.linear
+
+    def expert(x_RH: Tensor, w13_IH: Tensor | Fp8Tensor, w2_HI: Tensor | Fp8Tensor) -> Tensor:
+        gate, up = linear(x_RH, _wide(w13_IH)).chunk(2, -1)
+        return linear(F.silu(gate) * up, _wide(w2_HI))
+
+    out = torch.zeros_like(x_TH) if shared is None else expert(x_TH, *shared)
+    for e in range(w13.shape[0]):
+        token, choice = torch.where(routing.experts == e)
+        y_RH = expert(x_TH[token], _matrix(w13, e), _matrix(w2, e))
+        out = out.index_add(0, token, routing.weights[token, choice, None] * y_RH)
+    return out.to(x.dtype)
+
+
+def _matrix(stack: Tensor | Fp8Tensor, e: int) -> Tensor | Fp8Tensor:
+    """Matrix `e` of a stack of weights."""
+    return Fp8Tensor(stack.data[e], stack.scale[e], stack.block) if isinstance(stack, Fp8Tensor) else stack[e]
+
+
+def _wide(x: Tensor | Fp8Tensor) -> Tensor | Fp8Tensor:
+    """The values in fp32; fp64 and fp8 stay as they are."""
+    return x if isinstance(x, Fp8Tensor) or x.dtype == torch.float64 else x.float()
