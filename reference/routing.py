@@ -1,0 +1,146 @@
+"""Choosing the experts of each token and keeping their load even (DeepSeek-V3 report, arXiv 2412.19437, section 2.1.2).
+
+Suffixes: T tokens, E experts, G groups of experts, M experts of a group, K experts chosen by a token, S sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dskernels.types import Routing
+
+LEAST_SUM = 1e-30  # affinities that sum to less are not normalised: the gradient of the division would overflow
+
+
+def route(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    *,
+    top_k: int,
+    n_groups: int = 1,
+    top_groups: int = 1,
+    score: str = "sigmoid",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> Routing:
+    """Choose the `top_k` experts of largest s + b inside the best groups, and weigh them by s alone.
+
+    s = sigmoid(logits), weight_i = scale * s_i / (sum of the chosen s): report eqs. 12-16 and "node-limited routing".
+    """
+    E = logits.shape[1]
+    s_TE, void_T = affinities(logits, score)
+    if bias is not None:
+        void_T = void_T | bias.isnan().any()
+    experts_TK = choose_experts(s_TE.detach(), bias, void_T, top_k, n_groups, top_groups, score)
+    weights_TK = gates(s_TE, void_T, experts_TK, normalize, scale)
+    load_E = count(experts_TK.masked_fill(void_T[:, None], E).flatten(), E)
+    return Routing(weights_TK, experts_TK.int(), load_E, void_T.sum(dtype=torch.int32))
+
+
+def affinities(logits: Tensor, score: str) -> tuple[Tensor, Tensor]:
+    """Affinity s of each token to each expert, and which tokens have none: those with a NaN or nothing finite.
+
+    s = sigmoid(logits), report eq. 15, or softmax(logits), in fp32. An infinite logit counts as the largest finite one.
+    """
+    x_TE = logits if logits.dtype == torch.float64 else logits.float()
+    void_T = x_TE.isnan().any(-1) | ~x_TE.isfinite().any(-1)
+    x_TE = finite(x_TE.masked_fill(void_T[:, None], 0))
+    return (x_TE.sigmoid() if score == "sigmoid" else x_TE.softmax(-1)), void_T
+
+
+def choose_experts(
+    s_TE: Tensor, bias: Tensor | None, void_T: Tensor, top_k: int, n_groups: int, top_groups: int, score: str
+) -> Tensor:
+    """Ids of the `top_k` largest s + b in the `top_groups` best groups, best first, ties to the smaller id (eq. 16).
+
+    A group scores the sum of its two largest s + b; with softmax, as in DeepSeek-V2, the largest. Void tokens take the
+    ids from 0 on.
+    """
+    T, E = s_TE.shape
+    choice_TE = s_TE if bias is None else s_TE + bias
+    # Finite, so that even an expert with a bias of -inf comes before the experts of groups that are out.
+    choice_TGM = finite(choice_TE.masked_fill(void_T[:, None], 0)).view(T, n_groups, E // n_groups)
+
+    best_TGM, _ = descending(choice_TGM)
+    score_TG = best_TGM[..., : 2 if score == "sigmoid" else 1].sum(-1)
+    _, groups_TG = descending(score_TG)
+    kept_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter(1, groups_TG[:, :top_groups], True)
+
+    _, experts_TE = descending(choice_TGM.masked_fill(~kept_TG[..., None], float("-inf")).flatten(1))
+    return experts_TE[:, :top_k]
+
+
+def gates(s_TE: Tensor, void_T: Tensor, experts_TK: Tensor, normalize: bool, scale: float) -> Tensor:
+    """Weights of the chosen experts, scale * s_i / (sum of the chosen s): eqs. 13 and 14. The bias is not in them."""
+    s_TK = s_TE.gather(1, experts_TK.long())
+    return (scale * (normalized(s_TK) if normalize else s_TK)).masked_fill(void_T[:, None], 0)
+
+
+def update_bias(bias: Tensor, load: Tensor, rate: float, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Raise the bias of underloaded experts and lower that of overloaded ones, in place.
+
+    b += rate * sign(mean load - load), the load summed over `group`: report, "auxiliary-loss-free load balancing".
+    """
+    load = load.to(torch.int64, copy=True)
+    if group is not None:
+        dist.all_reduce(load, group=group)
+    # sum - E * load has the sign of mean - load, and is exact.
+    return bias.add_((load.sum() - load.numel() * load).sign(), alpha=rate)
+
+
+def balance_loss(
+    logits: Tensor, *, top_k: int, alpha: float, sequence_lengths: Tensor, score: str = "sigmoid"
+) -> Tensor:
+    """Loss alpha * sum_i f_i P_i for uneven load inside each packed sequence, averaged over sequences (eqs. 17-20).
+
+    f_i is expert i's count of choices by s, relative to an even load; P_i is its mean share of the affinity.
+    """
+    T, E = logits.shape
+    S = sequence_lengths.shape[0]
+    s_TE, void_T = affinities(logits, score)
+    sequence_T = sequence_of_token(sequence_lengths, T).masked_fill(void_T, S)
+    tokens_S = count(sequence_T, S)[:, None].clamp(min=1)
+
+    _, experts_TE = descending(s_TE.detach())
+    chosen_TE = torch.zeros_like(s_TE).scatter(1, experts_TE[:, :top_k], 1)
+    f_SE = E / (top_k * tokens_S) * sum_by_sequence(chosen_TE, sequence_T, S)  # eq. 18
+    p_TE = normalized(s_TE)  # eq. 19
+    P_SE = 1 / tokens_S * sum_by_sequence(p_TE, sequence_T, S)  # eq. 20
+    loss_S = alpha * (f_SE * P_SE).sum(-1)  # eq. 17
+    return loss_S.sum() / (count(sequence_T, S) > 0).sum().clamp(min=1)
+
+
+def sequence_of_token(sequence_lengths: Tensor, n_tokens: int) -> Tensor:
+    """Which packed sequence each token belongs to; S for the tokens after the last one."""
+    ends_S = sequence_lengths.clamp(min=0).cumsum(0)
+    return torch.searchsorted(ends_S, torch.arange(n_tokens, device=ends_S.device), right=True)
+
+
+def sum_by_sequence(x_TE: Tensor, sequence_T: Tensor, n_sequences: int) -> Tensor:
+    """Sum of the rows that belong to each sequence, [S, E]."""
+    return x_TE.new_zeros(n_sequences + 1, x_TE.shape[1]).index_add(0, sequence_T, x_TE)[:n_sequences]
+
+
+def normalized(s: Tensor) -> Tensor:
+    """Rows divided by their sum, or zeros where that is below 1e-30."""
+    total = s.sum(-1, keepdim=True)
+    return s / total.masked_fill(total < LEAST_SUM, float("inf"))
+
+
+def finite(x: Tensor) -> Tensor:
+    """Infinities replaced by the largest finite numbers, through which no gradient flows."""
+    largest = torch.finfo(x.dtype).max
+    return x.clamp(-largest, largest)
+
+
+def descending(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows sorted, largest first, and where each value stood; equal values keep their order (torch.topk may not)."""
+    return torch.sort(x, dim=-1, descending=True, stable=True)
+
+
+def count(ids: Tensor, n: int) -> Tensor:
+    """How often each of 0 to n - 1 stands in `ids`, int32 [n]; an id of n is not counted."""
+    one = torch.ones_like(ids, dtype=torch.int32)
+    return torch.zeros(n + 1, dtype=torch.int32, device=ids.device).index_add(0, ids, one)[:n]
