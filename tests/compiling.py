@@ -1,0 +1,246 @@
+"""Compile Triton and Gluon kernels for NVIDIA GPUs on a machine that has none, and read off what came of it.
+
+The kernel tests run in Triton's CPU interpreter, and a process that had TRITON_INTERPRET=1 when `@triton.jit` ran holds
+no kernel that could be compiled. So `compile_all` compiles in a child process without that variable: one child for a
+whole list of kernels, since importing torch and Triton costs seconds, and compiling a kernel mostly tenths of one.
+
+    from compiling import Compile, assert_clean, compile_all
+
+    def test_kernels_compile_without_spills():
+        reports = compile_all(
+            Compile(
+                "dskernels.gemm.triton:fp8_gemm_kernel",
+                signature={"a": "*fp8e4nv", "scale": "*fp32", "out": "*bf16", "rows": "i32", "stride": "i32"},
+                constants={"BLOCK_M": 64, "BLOCK_N": block_n},
+                divisible=("stride",),
+                num_warps=4,
+                num_stages=3,
+            )
+            for block_n in (64, 128)
+        )
+        assert_clean(reports, max_registers=255)
+        assert all(r.count("HGMMA", "QGMMA") for r in reports if r.target == "sm_90")
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
+
+# What one block may use: the opt-in limit of the architecture, which a launch with more is refused for.
+SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
+TENSOR_MEMORY_COLUMNS = 512  # sm_100
+
+_NO_E4M3 = ("sm_80",)
+_CHILD_PATH = (Path(__file__).parent, Path(__file__).parent.parent)
+
+
+@dataclass(frozen=True)
+class Compile:
+    """One kernel in one configuration, to be compiled for each of `targets`.
+
+    kernel       "package.module:name" of a `@triton.jit` or `@gluon.jit` function; Triton finds the helpers it calls.
+    signature    Triton's type of each run-time argument: "*fp8e4nv", "*bf16", "*fp32", "*i64", "i32", "fp32",
+                 "tensordesc<...>".
+    constants    values of its constexpr arguments, and of those that a launch would turn into constants: pointers that
+                 are None, and integers that are 1 and not `do_not_specialize`.
+    divisible    integer arguments that a launch would find to be multiples of 16: strides mostly, never
+                 `do_not_specialize` ones. Pointers always count as aligned to 16 bytes, as torch's allocations are.
+    targets      default: all of TARGETS, without those that lack e4m3 where the signature holds it.
+    options      further options of the launch, such as {"maxnreg": 128}.
+    """
+
+    kernel: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
+    divisible: Sequence[str] = ()
+    targets: Sequence[str] = ()
+    num_warps: int = 4
+    num_stages: int = 3
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            fp8 = any("fp8e4nv" in type_ for type_ in self.signature.values())
+            chosen = tuple(target for target in TARGETS if not (fp8 and target in _NO_E4M3))
+            object.__setattr__(self, "targets", chosen)
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{k}={v}" for k, v in {**self.constants, **self.options}.items())
+        return f"{self.kernel} ({chosen}; num_warps={self.num_warps}, num_stages={self.num_stages})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one kernel for one target."""
+
+    source: Compile
+    target: str
+    registers: int  # of a thread
+    spills: int  # LDL and STL instructions: registers that went to memory, or an array indexed at run time
+    stack: int  # bytes of a thread
+    shared: int  # bytes of a block, the dynamic part included
+    tensor_memory: int  # columns, on sm_100
+    sass: Counter[str]  # full opcode ("HGMMA.64x128x16.F32.BF16") -> how often it stands in the code
+    seconds: float
+
+    def count(self, *opcodes: str) -> int:
+        """How many instructions are one of `opcodes`, whatever their further suffixes: `count("HGMMA", "BAR.SYNC")`."""
+        return sum(n for name, n in self.sass.items() if any(f"{name}.".startswith(f"{op}.") for op in opcodes))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source} {self.target}: {self.registers} registers, "
+            f"{self.spills} spills, {self.stack} B stack, {self.shared} B shared, {self.seconds:.2f} s"
+        )
+
+
+class CompileError(Exception):
+    """Some kernels did not compile; the message has each with its target and Triton's own words."""
+
+
+def compile_all(kernels: Iterable[Compile]) -> list[Report]:
+    """Compile every kernel for every one of its targets in one child process; in order, kernel by kernel.
+
+    Compiled kernels come from Triton's cache (`TRITON_CACHE_DIR`, `~/.triton/cache`) where they stand there already.
+    """
+    kernels = list(kernels)
+    if not kernels:
+        raise ValueError("kernels: nothing to compile")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = [*map(str, _CHILD_PATH), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = Path(folder, "request"), Path(folder, "answer")
+        request.write_bytes(pickle.dumps(kernels))
+        # Imported, not run as a script: Compile and Report are then the same classes on both sides of the pickle.
+        code = "import sys, compiling; compiling._child(*sys.argv[1:])"
+        child = subprocess.run(
+            [sys.executable, "-c", code, request, answer], env=environment, capture_output=True, text=True, check=False
+        )
+        if child.returncode:
+            raise CompileError(f"the compiling process ended with {child.returncode}\n{child.stderr}")
+        results: list[Report | str] = pickle.loads(answer.read_bytes())
+    errors = [result for result in results if isinstance(result, str)]
+    if errors:
+        raise CompileError("\n\n".join(errors))
+    return [result for result in results if isinstance(result, Report)]
+
+
+def assert_clean(reports: Iterable[Report], *, max_registers: int = 255) -> None:
+    """Assert no spills, no stack, at most `max_registers` a thread, and that a block's shared and tensor memory fit."""
+    faults = [
+        f"{report}\n    {what}"
+        for report in reports
+        for wrong, what in (
+            (report.spills, f"{report.spills} spills"),
+            (report.stack, f"{report.stack} bytes of stack"),
+            (report.registers > max_registers, f"{report.registers} registers, wanted at most {max_registers}"),
+            (
+                report.shared > SHARED_LIMIT[report.target],
+                f"{report.shared} bytes of shared memory, {report.target} has {SHARED_LIMIT[report.target]}",
+            ),
+            (
+                report.tensor_memory > TENSOR_MEMORY_COLUMNS,
+                f"{report.tensor_memory} columns of tensor memory, {report.target} has {TENSOR_MEMORY_COLUMNS}",
+            ),
+        )
+        if wrong
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def compile_kernel(kernel: Any, spec: Compile, target: str) -> Report:
+    """Compile a jitted function for one target, in this process, which must not be one of Triton's interpreter."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    if not isinstance(kernel, triton.JITFunction):
+        raise TypeError(f"{spec.kernel}: expected a @triton.jit function, got {type(kernel).__name__}")
+    names = list(kernel.arg_names)
+    given = [*spec.signature, *spec.constants]
+    if sorted(given) != sorted(names):
+        missing, extra = set(names) - set(given), set(given) - set(names)
+        twice = set(spec.signature) & set(spec.constants)
+        raise TypeError(
+            f"{spec.kernel}: signature and constants leave out {sorted(missing)}, have {sorted(extra)} too many, "
+            f"and both name {sorted(twice)}"
+        )
+    if stray := set(spec.divisible) - set(spec.signature):
+        raise TypeError(f"{spec.kernel}: divisible names {sorted(stray)}, which the signature has not")
+
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+        kernel,
+        {name: spec.signature.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in spec.constants.items()},
+        {
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, type_ in spec.signature.items()
+            if type_.startswith("*") or name in spec.divisible
+        },
+    )
+    began = time.perf_counter()
+    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    compiled = triton.compile(source, target=gpu, options=options)
+    usage, sass = _disassemble(compiled.asm["cubin"])
+    return Report(
+        source=spec,
+        target=target,
+        registers=int(usage["REG"]),
+        spills=sum(n for opcode, n in sass.items() if opcode.split(".")[0] in ("LDL", "STL")),
+        stack=int(usage["STACK"]),
+        shared=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        sass=sass,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, str], Counter[str]]:
+    """Return cuobjdump's resource usage and the count of each opcode. Both tools come in Triton's wheel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        # -ndf: no analysis of where branches lead, which is half of nvdisasm's time.
+        usage, sass = (
+            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, *options in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
+        )
+    # "        /*0a10*/              @!P0 STL [R1+0x4], R3 ;": an address, perhaps a predicate, the opcode.
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
+    if not opcodes:
+        raise RuntimeError("nvdisasm printed no instructions in the form expected")
+    return dict(re.findall(r"(\w+):(\d+)", usage)), Counter(opcodes)
+
+
+def _child(request: str, answer: str) -> None:
+    results: list[Report | str] = []
+    for spec in pickle.loads(Path(request).read_bytes()):
+        for target in spec.targets:
+            try:
+                module, _, name = spec.kernel.partition(":")
+                results.append(compile_kernel(getattr(importlib.import_module(module), name), spec, target))
+            except Exception as error:  # whatever Triton raises: the parent raises it again, with the others
+                cause = f"\n{error.__cause__}" if error.__cause__ else ""
+                results.append(f"{spec} {target}: {type(error).__name__}: {error}{cause}")
+    Path(answer).write_bytes(pickle.dumps(results))

@@ -1,0 +1,156 @@
+"""The tool that compiles kernels without a GPU sees what it is there to see: spills, stack, shared memory, errors."""
+
+import re
+
+import pytest
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from compiling import SHARED_LIMIT, TARGETS, Compile, CompileError, assert_clean, compile_all
+
+
+@triton.jit
+def scaled(x, factor):
+    return x * factor
+
+
+@triton.jit
+def scale_kernel(x, out, factor, size, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + offsets, mask=offsets < size).to(tl.float32)
+    tl.store(out + offsets, scaled(value, factor), mask=offsets < size)
+
+
+@triton.jit
+def product_kernel(a, b, out, steps, stride, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    tile = rows[:, None] * stride + rows[None, :]
+    sum_MN = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for step in range(steps):
+        sum_MN += tl.dot(tl.load(a + tile + step * BLOCK), tl.load(b + tile + step * BLOCK))
+    tl.store(out + tile, sum_MN.to(DTYPE))
+
+
+@gluon.jit
+def gluon_copy_kernel(x, out, BLOCK: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    offsets = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK, layout)
+    gl.store(out + offsets, gl.load(x + offsets))
+
+
+def scale(**changes):
+    arguments = {
+        "signature": {"x": "*bf16", "out": "*fp32", "factor": "fp32", "size": "i32"},
+        "constants": {"BLOCK": 1024},
+        "divisible": ["size"],
+    }
+    return Compile("test_compiling:scale_kernel", **{**arguments, **changes})
+
+
+def product(block, **options):
+    return Compile(
+        "test_compiling:product_kernel",
+        {"a": "*bf16", "b": "*bf16", "out": "*bf16", "steps": "i32", "stride": "i32"},
+        {"BLOCK": block, "DTYPE": tl.bfloat16},
+        divisible=("stride",),
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def reports():
+    # One child for all: a kernel with a helper, and the same product with registers to spare and with far too few.
+    kernels = {
+        "scale": scale(),
+        "fits": product(64, num_warps=4, num_stages=3),
+        "spills": product(128, num_warps=4, num_stages=2, options={"maxnreg": 96}, targets=["sm_80", "sm_90"]),
+        "gluon": Compile("test_compiling:gluon_copy_kernel", {"x": "*fp32", "out": "*fp32"}, {"BLOCK": 1024}),
+        "large": product(128, num_warps=8, num_stages=4, targets=["sm_89"]),
+    }
+    answers = iter(compile_all(kernels.values()))
+    return {name: {target: next(answers) for target in kernel.targets} for name, kernel in kernels.items()}
+
+
+def test_every_target_is_compiled_in_order(reports):
+    assert list(reports["scale"]) == [report.target for report in reports["scale"].values()] == list(TARGETS)
+
+
+def test_a_plain_kernel_is_clean(reports):
+    assert_clean([*reports["scale"].values(), *reports["fits"].values()])
+    assert all(0 < report.registers < 64 for report in reports["scale"].values())
+    two_stages = (
+        2 * 2 * 64 * 64 * 2
+    )  # of both operands in bf16; Triton keeps two or three of the three in shared memory
+    assert all(report.shared >= two_stages for report in reports["fits"].values())
+
+
+def test_aligned_pointers_give_wide_accesses(reports):
+    assert all(report.sass["LDG.E.128"] or report.sass["LDG.E.64"] for report in reports["scale"].values())
+
+
+def test_gluon_kernels_compile_too(reports):
+    assert_clean(reports["gluon"].values())
+    assert all(report.sass["LDG.E.128"] == 2 for report in reports["gluon"].values())
+
+
+def test_opcodes_are_counted_by_prefix(reports):
+    hopper, ampere = reports["fits"]["sm_90"], reports["fits"]["sm_80"]
+    assert hopper.count("HGMMA") > 0
+    assert ampere.count("HGMMA") == 0
+    assert ampere.count("HMMA") == ampere.count("HMMA.16816") > 0
+    assert ampere.count("HMM") == 0  # an opcode's beginning is not an opcode
+
+
+def test_a_kernel_that_spills_is_seen(reports):
+    for report in reports["spills"].values():
+        assert report.registers <= 96
+        assert report.spills == report.count("LDL", "STL") > 0
+        assert report.stack > 0
+        with pytest.raises(AssertionError, match=r"spills\n(.|\n)*bytes of stack"):
+            assert_clean([report])
+
+
+def test_too_many_registers_are_seen(reports):
+    report = reports["fits"]["sm_90"]
+    assert_clean([report], max_registers=report.registers)
+    with pytest.raises(AssertionError, match=f"{report.registers} registers, wanted at most"):
+        assert_clean([report], max_registers=report.registers - 1)
+
+
+def test_too_much_shared_memory_is_seen(reports):
+    report = reports["large"]["sm_89"]
+    assert report.shared > SHARED_LIMIT["sm_89"]
+    with pytest.raises(AssertionError, match="shared memory, sm_89 has 101376"):
+        assert_clean([report])
+
+
+def test_e4m3_leaves_out_the_gpu_that_lacks_it():
+    fp8 = {"x": "*fp8e4nv", "out": "*fp32", "factor": "fp32", "size": "i32"}
+    assert scale().targets == TARGETS
+    assert scale(signature=fp8).targets == ("sm_89", "sm_90", "sm_100")
+
+
+def test_every_failure_is_reported():
+    fp8 = {"x": "*fp8e4nv", "out": "*fp32", "factor": "fp32", "size": "i32"}
+    cases = [
+        (scale(targets=["sm_90"], constants={}), r"leave out \['BLOCK'\]"),
+        (scale(targets=["sm_90"], constants={"BLOCK": 1024, "TILE": 1}), r"have \['TILE'\] too many"),
+        (scale(targets=["sm_90"], constants={"BLOCK": 1024, "factor": 1}), r"both name \['factor'\]"),
+        (scale(targets=["sm_90"], divisible=["stride"]), r"divisible names \['stride'\]"),
+        (scale(targets=["sm_90"], constants={"BLOCK": 1000}), "power of 2"),
+        (scale(targets=["sm_80"], signature=fp8), "fp8e4nv not supported"),
+        (Compile("test_compiling:TARGETS", {}, targets=["sm_90"]), "expected a @triton.jit function, got tuple"),
+        (Compile("test_compiling:missing", {}, targets=["sm_90"]), "no attribute 'missing'"),
+    ]
+    with pytest.raises(CompileError) as failure:
+        compile_all([scale(), *(kernel for kernel, _ in cases)])
+    messages = str(failure.value).split("\n\ntest_compiling:")
+    for message, (_, expected) in zip(messages, cases, strict=True):
+        assert re.search(expected, message), message
+
+
+def test_nothing_to_compile_is_refused():
+    with pytest.raises(ValueError, match="kernels: nothing to compile"):
+        compile_all([])
