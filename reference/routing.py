@@ -105,9 +105,9 @@ def balance_loss(
 
     _, experts_TE = descending(s_TE.detach())
     chosen_TE = torch.zeros_like(s_TE).scatter(1, experts_TE[:, :top_k], 1)
-    f_SE = E / (top_k * tokens_S) * sum_by_sequence(chosen_TE, sequence_T, S)  # eq. 18
+    f_SE = E / top_k * sum_by_sequence(chosen_TE, sequence_T, S) / tokens_S  # eq. 18
     p_TE = normalized(s_TE)  # eq. 19
-    P_SE = 1 / tokens_S * sum_by_sequence(p_TE, sequence_T, S)  # eq. 20
+    P_SE = sum_by_sequence(p_TE, sequence_T, S) / tokens_S  # eq. 20
     loss_S = alpha * (f_SE * P_SE).sum(-1)  # eq. 17
     return loss_S.sum() / (count(sequence_T, S) > 0).sum().clamp(min=1)
 
