@@ -29,7 +29,7 @@ if _DEVICE == "cpu":
 else:
     os.environ.pop("TRITON_INTERPRET", None)
 
-# The same examples in every run, so that anybody can repeat a failure; `--hypothesis-profile=search` looks for new ones.
+# The same examples in every run, so that anybody can repeat a failure; `--hypothesis-profile=search` seeks new ones.
 # No deadline: the interpreter takes its time.
 settings.register_profile("ci", derandomize=True, max_examples=25, deadline=None)
 settings.register_profile("search", max_examples=500, deadline=None)
