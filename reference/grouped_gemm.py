@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ def group_slices(offsets: Tensor, rows: int) -> list[slice]:
     Group 0 starts at row 0; ends are clamped into ``[0, rows]`` and never go back (a running maximum).
     """
     ends = offsets[1:].clamp(0, rows).cummax(0).values.tolist()
-    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+    return [slice(start, end) for start, end in pairwise([0, *ends])]
 
 
 def grouped_gemm(
@@ -46,13 +48,13 @@ def grouped_gemm_masked(
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Multiply the first ``counts[e]`` rows of each expert's buffer, ``out[e, m] = b[e] @ a[e, m]``; other rows stay unread.
+    """Multiply the first ``counts[e]`` rows of each expert's buffer, ``out[e, m] = b[e] @ a[e, m]``; read no other.
 
     The layout of expert-parallel decoding, where every expert has a buffer of fixed height. Rows beyond the count are
     unspecified; here they are zero.
     """
     a_EMK, b_ENK = _wide(a), _wide(b)
-    E, M, _ = a_EMK.shape
+    M = a_EMK.shape[1]
     products = []
     for e, count in enumerate(counts.clamp(0, M).tolist()):
         product = a_EMK[e, :count] @ b_ENK[e].T
@@ -70,7 +72,7 @@ def grouped_wgrad(
 ) -> Tensor:
     """Weight gradient of each group, ``dw[e] = sum over the rows r of group e of outer(dy[r], x[r])``, in fp32.
 
-    fp8 operands come from `quantize_grouped`: ``[N, P]`` and ``[K, P]``, a group's tokens along whole tiles of 128 columns.
+    fp8 operands come from `quantize_grouped`: ``[N, P]`` and ``[K, P]``, each group in whole tiles of 128 columns.
     """
     if isinstance(dy, Fp8Tensor):
         dy_PN, x_PK = dy.dequantize().T, x.dequantize().T
@@ -92,10 +94,10 @@ def grouped_wgrad(
 def quantize_grouped(x: Tensor, offsets: Tensor, *, scale_format: str = "fp32") -> Fp8Tensor:
     """Quantise ``x.T`` along the tokens of each group, for `grouped_wgrad`: no tile of 128 tokens holds two groups.
 
-    Group ``e`` takes ``ceil(rows / 128)`` tiles of 128 columns, zeros after its last token; groups follow each other, and the
-    width is ``128 * (ceil(T / 128) + E)`` whatever the offsets hold. Report section 3.3.2: 1x128 tiles along the reduction.
+    Group ``e`` takes ``ceil(rows / 128)`` tiles of 128 columns, zeros after its last token; groups follow each other,
+    and the width is ``128 * (ceil(T / 128) + E)`` whatever the offsets hold. The 1x128 tiles of report section 3.3.2.
     """
-    T, K = x.shape
+    T = x.shape[0]
     width = padded_width(T, offsets.shape[0] - 1)
     groups = group_slices(offsets, T)
     x_PK = torch.cat([F.pad(x[rows], (0, 0, 0, (rows.start - rows.stop) % 128)) for rows in groups])

@@ -1,4 +1,4 @@
-"""The expert block of a mixture of experts: permute to experts, gated feed-forward networks, weighted sum back to tokens."""
+"""The expert block of a mixture of experts: permute to experts, gated feed-forward networks, weighted sum to tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dskernels.types import Fp8Tensor, Permuted, Routing
 def permute(x: Tensor, experts: Tensor, n_experts: int) -> Permuted:
     """Copy each token's row once for every expert it goes to, sorted by expert, tokens in order inside an expert.
 
-    ``permuted.x[index[t, j]] = x[t]``, a stable counting sort by ``experts[t, j]``. Ids outside ``[0, n_experts)`` are dropped.
+    ``permuted.x[index[t, j]] = x[t]``, a stable sort by ``experts[t, j]``. Ids outside ``[0, n_experts)`` are dropped.
     """
     T, k = experts.shape
     valid = (experts >= 0) & (experts < n_experts)
@@ -54,8 +54,8 @@ def fused_experts(
 ) -> Tensor:
     """Run the whole expert block, ``out[t] = shared(x[t]) + sum_j weights[t, j] * expert[experts[t, j]](x[t])``.
 
-    DeepSeek-V3 report eq. 12 without its residual; an expert is ``w2 @ (silu(gate) * up)``, ``gate, up = w13 @ x`` (Shazeer,
-    arXiv 2002.05202). With fp8 weights, or ``fp8=True``, each product of an expert is that of `fp8_linear`.
+    DeepSeek-V3 report eq. 12 without its residual; an expert is ``w2 @ (silu(gate) * up)`` with ``gate, up = w13 @ x``
+    (Shazeer, arXiv 2002.05202). With fp8 weights, or ``fp8=True``, each product of an expert is that of `fp8_linear`.
     """
     x_TH = _wide(x)
     linear = fp8_linear if fp8 or isinstance(w13, Fp8Tensor) else F.linear
