@@ -1,0 +1,1 @@
+"""The benchmark suite of dskernels: ``python -m benchmarks --help``."""

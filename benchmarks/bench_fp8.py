@@ -1,0 +1,160 @@
+"""Quantising, alone and fused with what stands before it in a layer. Bound by memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import dskernels as ds
+from benchmarks import inputs, peers, roofline, workloads
+from benchmarks.cases import Call, Case
+from benchmarks.peers import gemm as gemm_peers
+from dskernels.reference import fp8 as reference
+
+EPS = 1e-6
+COMPILED_FROM = 4096  # tokens; compiling takes seconds, and says little about smaller batches
+
+
+@dataclass(frozen=True)
+class Quantize(Case):
+    """`quantize` in one of its layouts, bitwise like the reference."""
+
+    workload: workloads.Rows
+    block: tuple[int, int] = (1, 128)
+    scale_format: str = "fp32"
+    transpose: bool = False
+
+    @property
+    def op(self) -> str:
+        block = "" if self.block == (1, 128) else f"_{self.block[0]}x{self.block[1]}"
+        return f"quantize{block}" + ("_ue8m0" * (self.scale_format == "ue8m0")) + ("_transposed" * self.transpose)
+
+    def work(self):
+        return roofline.quantize(self.workload, self.block)
+
+    def inputs(self, device):
+        return SimpleNamespace(x=inputs.bf16(self.workload.m, self.workload.n, device=device))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"scale_format": self.scale_format, "transpose": self.transpose}
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.quantize(x.x, self.block, impl=impl, **self._options)
+
+    def peers(self, x):
+        job = partial(reference.quantize, x.x, self.block, **self._options)
+        found = {"torch": peers.eager(job)}
+        if self.workload.m >= COMPILED_FROM and self.scale_format == "fp32" and not self.transpose:
+            found["torch_compile"] = peers.compiled(job)
+        if self.op == "quantize":
+            found["vllm"] = lambda: gemm_peers.vllm_quantize(x.x)
+        return found
+
+    def comparable_peer(self, out):
+        return out.dequantize()
+
+
+@dataclass(frozen=True)
+class QuantizeBoth(Case):
+    """A gradient for dgrad and for wgrad in one pass, bitwise like the reference."""
+
+    workload: workloads.Rows
+
+    @property
+    def op(self) -> str:
+        return "quantize_both"
+
+    def work(self):
+        return roofline.quantize_both(self.workload)
+
+    def inputs(self, device):
+        return SimpleNamespace(x=inputs.bf16(self.workload.m, self.workload.n, device=device))
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.quantize_both(x.x, impl=impl)
+
+    def peers(self, x):
+        return {"torch": peers.eager(partial(reference.quantize_both, x.x))}
+
+
+@dataclass(frozen=True)
+class SwigluQuantize(Case):
+    """The gated product of an expert, quantised; workload (tokens, width of the expert)."""
+
+    workload: workloads.Rows
+    tolerance = 1e-5  # the odd element falls on the other side of a rounding step, by another exponential
+
+    @property
+    def op(self) -> str:
+        return "swiglu_quantize"
+
+    def work(self):
+        return roofline.swiglu_quantize(self.workload)
+
+    def inputs(self, device):
+        return SimpleNamespace(gate_up=inputs.bf16(self.workload.m, 2 * self.workload.n, device=device))
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.swiglu_quantize(x.gate_up, impl=impl)
+
+    def comparable(self, out):
+        return out.dequantize()
+
+    def peers(self, x):
+        job = partial(reference.swiglu_quantize, x.gate_up)
+        found = {"torch": peers.eager(job)}
+        if self.workload.m == COMPILED_FROM:
+            found["torch_compile"] = peers.compiled(job)
+        return found
+
+
+@dataclass(frozen=True)
+class RmsnormQuantize(Case):
+    """The norm before a linear layer, quantised, with or without adding to the residual stream first."""
+
+    workload: workloads.Rows
+    residual: bool = False
+    tolerance = 1e-5  # as for SwiGLU, by another order of the sum
+
+    @property
+    def op(self) -> str:
+        return "rmsnorm_quantize" + ("_residual" * self.residual)
+
+    def work(self):
+        return roofline.rmsnorm_quantize(self.workload, residual=self.residual)
+
+    def inputs(self, device):
+        m, n = self.workload.m, self.workload.n
+        return SimpleNamespace(
+            x=inputs.bf16(m, n, device=device),
+            weight=inputs.bf16(n, device=device),
+            residual=inputs.bf16(m, n, device=device) if self.residual else None,
+        )
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.rmsnorm_quantize(x.x, x.weight, EPS, x.residual, impl=impl)
+
+    def comparable(self, out):
+        return (out[0].dequantize(), out[1]) if self.residual else out.dequantize()
+
+    def peers(self, x):
+        job = partial(reference.rmsnorm_quantize, x.x, x.weight, EPS, x.residual)
+        found = {"torch": peers.eager(job)}
+        if self.workload.m >= COMPILED_FROM:
+            found["torch_compile"] = peers.compiled(job)
+        return found
+
+
+CASES: list[Case] = [
+    *(Quantize(w) for w in workloads.ACTIVATIONS),
+    *(Quantize(w, scale_format="ue8m0") for w in workloads.ACTIVATIONS[:1]),
+    *(Quantize(w, (128, 1), transpose=True) for w in workloads.ACTIVATIONS[:1]),
+    *(Quantize(w, (128, 128)) for w in workloads.WEIGHTS),
+    *(QuantizeBoth(w) for w in workloads.ACTIVATIONS[:1]),
+    *(SwigluQuantize(w) for w in workloads.GATED),
+    *(RmsnormQuantize(w) for w in workloads.ACTIVATIONS),
+    *(RmsnormQuantize(w, residual=True) for w in workloads.ACTIVATIONS),
+]

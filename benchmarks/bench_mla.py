@@ -1,0 +1,303 @@
+"""Multi-head latent attention: decode over the latent cache, prefill and its gradient, and what stands around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+import dskernels as ds
+from benchmarks import inputs, peers, roofline, workloads
+from benchmarks.cases import Call, Case
+from benchmarks.peers import attention as attention_peers
+from benchmarks.workloads import FP8_ROW_BYTES, LATENT_DIM, NOPE_DIM, QK_DIM, ROPE_DIM, ROW_DIM, VALUE_DIM
+
+SCALE = QK_DIM**-0.5
+EPS = 1e-6
+CHECKED = 2  # requests or heads that the reference is asked for: its score matrix is in fp32, and whole
+
+
+def spread(n: int) -> list[int]:
+    """The first and the last of `n`."""
+    return sorted({0, n - 1})[:CHECKED]
+
+
+def latent_cache(rows: torch.Tensor, page: int, *, fp8: bool) -> torch.Tensor:
+    """Cached rows ``[tokens, 576]`` as pages, in bf16 or as the 656 bytes of the fp8 format."""
+    if not fp8:
+        return rows.view(-1, page, ROW_DIM)
+    packed = torch.empty(len(rows), FP8_ROW_BYTES, dtype=torch.uint8, device=rows.device)
+    for part, source in zip(packed.split(65536), rows.split(65536), strict=True):
+        latent = ds.quantize(source[:, :LATENT_DIM].contiguous(), impl="reference")
+        rope = source[:, LATENT_DIM:].contiguous()
+        fields = (latent.data, latent.scale.contiguous(), rope)
+        part.copy_(torch.cat([field.view(torch.uint8) for field in fields], dim=-1))
+    return packed.view(-1, page, FP8_ROW_BYTES)
+
+
+class _Attention(Case):
+    """What decode and prefill share: peers return the output without its log-sum-exp."""
+
+    tolerance = 1e-5  # P is rounded to bf16 before it meets V, and the output once more
+
+    def comparable_peer(self, out):
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass(frozen=True)
+class Decode(_Attention):
+    """`mla_decode`, partial results and their merging together."""
+
+    workload: workloads.Decode
+    fp8: bool = False
+
+    @property
+    def op(self) -> str:
+        return "mla_decode" + ("_fp8" * self.fp8)
+
+    def work(self):
+        return roofline.decode(self.workload, row_bytes=FP8_ROW_BYTES if self.fp8 else 2 * ROW_DIM)
+
+    def inputs(self, device):
+        w = self.workload
+        rows = inputs.bf16(w.b * w.pages * w.page, ROW_DIM, device=device)
+        return SimpleNamespace(
+            q=inputs.bf16(w.b, w.q, w.h, ROW_DIM, device=device),
+            cache=latent_cache(rows, w.page, fp8=self.fp8),
+            block_table=inputs.block_table(w.b, w.pages, device),
+            lengths=torch.tensor(w.lengths, dtype=torch.int32, device=device),
+        )
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.mla_decode(x.q, x.cache, x.block_table, x.lengths, scale=SCALE, impl=impl)
+
+    def part(self, x):
+        few = spread(self.workload.b)
+        return SimpleNamespace(q=x.q[few], cache=x.cache, block_table=x.block_table[few], lengths=x.lengths[few])
+
+    def part_of_output(self, out, x):
+        few = spread(self.workload.b)
+        return out[few] if isinstance(out, torch.Tensor) else tuple(o[few] for o in out)
+
+    def peers(self, x):
+        if self.fp8:
+            return {}
+        job = (x.q, x.cache, x.block_table, x.lengths, SCALE)
+        return {
+            "flashmla": lambda: attention_peers.flashmla_decode(*job),
+            "flashinfer": lambda: attention_peers.flashinfer_decode(*job),
+            "torch": peers.eager(lambda: attention_peers.eager_decode(*job)),
+        }
+
+
+@dataclass(frozen=True)
+class Prefill(_Attention):
+    """`mla_prefill`, causal, of packed sequences of one length."""
+
+    workload: workloads.Prefill
+
+    @property
+    def op(self) -> str:
+        return "mla_prefill"
+
+    def work(self):
+        return roofline.prefill(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        t = w.b * w.s
+        return SimpleNamespace(
+            q=inputs.bf16(t, w.h, QK_DIM, device=device),
+            k=inputs.bf16(t, w.h, QK_DIM, device=device),
+            v=inputs.bf16(t, w.h, VALUE_DIM, device=device),
+            d_out=inputs.bf16(t, w.h, VALUE_DIM, device=device),
+            cu_seqlens=inputs.offsets([w.s] * w.b, device),
+        )
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.mla_prefill(x.q, x.k, x.v, x.cu_seqlens, x.cu_seqlens, scale=SCALE, impl=impl)
+
+    def part(self, x):
+        few = spread(self.workload.h)
+        heads = {name: getattr(x, name)[:, few].contiguous() for name in ("q", "k", "v", "d_out")}
+        return SimpleNamespace(**heads, cu_seqlens=x.cu_seqlens)
+
+    def part_of_output(self, out, x):
+        few = spread(self.workload.h)
+        return out[:, few] if isinstance(out, torch.Tensor) else (out[0][:, few], out[1][few])
+
+    def peers(self, x):
+        return {
+            "cudnn": lambda: attention_peers.cudnn_prefill(x.q, x.k, x.v, self.workload.b, SCALE),
+            "flashinfer": lambda: attention_peers.flashinfer_prefill(x.q, x.k, x.v, x.cu_seqlens, SCALE),
+        }
+
+
+@dataclass(frozen=True)
+class PrefillBackward(Prefill):
+    """The gradient of `mla_prefill` in q, k and v."""
+
+    tolerance = 2e-5  # P and dS are both rounded to bf16 on the way
+
+    @property
+    def op(self) -> str:
+        return "mla_prefill_backward"
+
+    def work(self):
+        return roofline.prefill_backward(self.workload)
+
+    def ours(self, x, impl) -> Call:
+        leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+        out, _ = ds.mla_prefill(*leaves, x.cu_seqlens, x.cu_seqlens, scale=SCALE, impl=impl)
+        return lambda: torch.autograd.grad(out, leaves, x.d_out, retain_graph=True)
+
+    def forward(self, x, impl) -> Call:
+        return super().ours(x, impl)
+
+    def part_of_output(self, out, x):
+        few = spread(self.workload.h)
+        return tuple(grad[:, few] for grad in out)
+
+    def comparable_peer(self, out):
+        return out
+
+    def peers(self, x):
+        return {"cudnn": lambda: attention_peers.cudnn_prefill_backward(x.q, x.k, x.v, x.d_out, self.workload.b, SCALE)}
+
+
+@dataclass(frozen=True)
+class PrefillCached(_Attention):
+    """`mla_prefill_cached`: a chunk of a long prompt over the cache that already holds it."""
+
+    workload: workloads.ChunkedPrefill
+    tolerance = 2e-5  # keys and values are rounded to bf16 as well
+
+    @property
+    def op(self) -> str:
+        return "mla_prefill_cached"
+
+    def work(self):
+        return roofline.prefill_cached(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        return SimpleNamespace(
+            q=inputs.bf16(w.b * w.q, w.h, QK_DIM, device=device),
+            kv_b=inputs.bf16(w.h * (NOPE_DIM + VALUE_DIM), LATENT_DIM, device=device, scale=LATENT_DIM**-0.5),
+            cache=inputs.bf16(w.b * w.pages, w.page, ROW_DIM, device=device),
+            block_table=inputs.block_table(w.b, w.pages, device),
+            lengths=torch.full((w.b,), w.s, dtype=torch.int32, device=device),
+            cu_seqlens=inputs.offsets([w.q] * w.b, device),
+        )
+
+    def ours(self, x, impl) -> Call:
+        job = (x.q, x.kv_b, x.cache, x.block_table, x.lengths, x.cu_seqlens)
+        return lambda: ds.mla_prefill_cached(*job, scale=SCALE, impl=impl)
+
+    def part(self, x):
+        few = spread(self.workload.h)
+        kv_b = x.kv_b.view(self.workload.h, NOPE_DIM + VALUE_DIM, LATENT_DIM)[few].flatten(0, 1)
+        return SimpleNamespace(**{**vars(x), "q": x.q[:, few].contiguous(), "kv_b": kv_b})
+
+    def part_of_output(self, out, x):
+        few = spread(self.workload.h)
+        return out[0][:, few], out[1][few]
+
+
+@dataclass(frozen=True)
+class WriteLatentCache(Case):
+    """`write_latent_cache`: norm, rotation, and the scattered store, in bf16 or fp8."""
+
+    workload: workloads.Tokens
+    fp8: bool = False
+    tolerance = 1e-5
+    page = 64
+
+    @property
+    def op(self) -> str:
+        return "write_latent_cache" + ("_fp8" * self.fp8)
+
+    def work(self):
+        return roofline.write_cache(self.workload, row_bytes=FP8_ROW_BYTES if self.fp8 else 2 * ROW_DIM)
+
+    def inputs(self, device):
+        t, pages = self.workload.t, -(-self.workload.t // self.page)
+        angle = torch.rand(t, ROPE_DIM // 2, device=device) * 6.28
+        shape, dtype = ((FP8_ROW_BYTES,), torch.uint8) if self.fp8 else ((ROW_DIM,), torch.bfloat16)
+        return SimpleNamespace(
+            kv=inputs.bf16(t, LATENT_DIM, device=device),
+            k_rope=inputs.bf16(t, ROPE_DIM, device=device),
+            norm_weight=inputs.bf16(LATENT_DIM, device=device),
+            cos=angle.cos(),
+            sin=angle.sin(),
+            cache=torch.zeros(pages, self.page, *shape, dtype=dtype, device=device),
+            slots=inputs.slots(t, device),
+        )
+
+    def ours(self, x, impl) -> Call:
+        cache = x.cache.clone()  # each caller fills its own
+        job = (x.kv, x.k_rope, x.norm_weight, x.cos, x.sin, cache, x.slots)
+
+        def write():
+            ds.write_latent_cache(*job, eps=EPS, impl=impl)
+            return cache
+
+        return write
+
+    def comparable(self, out):
+        """Numbers: an fp8 element may fall on the other side of a rounding step, by another order of the sum."""
+        if not self.fp8:
+            return out
+        data, scale, rope = out.split([LATENT_DIM, 16, 2 * ROPE_DIM], dim=-1)
+        data = data.contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (-1, 128))
+        return data * scale.contiguous().view(torch.float32)[..., None], rope.contiguous().view(torch.bfloat16)
+
+    def peers(self, x):
+        return {"torch": peers.eager(self.ours(x, "reference"))}
+
+
+@dataclass(frozen=True)
+class MergeStates(Case):
+    """`merge_states` of two partial results."""
+
+    workload: workloads.Tokens
+
+    @property
+    def op(self) -> str:
+        return "merge_states"
+
+    def work(self):
+        return roofline.merge_states(self.workload)
+
+    def inputs(self, device):
+        t, h = self.workload.t, self.workload.h
+        return SimpleNamespace(
+            out_a=inputs.bf16(t, h, VALUE_DIM, device=device),
+            lse_a=torch.randn(h, t, device=device),
+            out_b=inputs.bf16(t, h, VALUE_DIM, device=device),
+            lse_b=torch.randn(h, t, device=device),
+        )
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.merge_states(x.out_a, x.lse_a, x.out_b, x.lse_b, impl=impl)
+
+    def peers(self, x):
+        job = (x.out_a, x.lse_a, x.out_b, x.lse_b)
+        return {
+            "torch": peers.eager(self.ours(x, "reference")),
+            "flashinfer": lambda: attention_peers.flashinfer_merge(*job),
+            "vllm": lambda: attention_peers.vllm_merge(*job),
+        }
+
+
+CASES: list[Case] = [
+    *(Decode(w) for w in workloads.DECODES),
+    *(Decode(w, fp8=True) for w in workloads.FP8_DECODES),
+    *(Prefill(w) for w in workloads.PREFILLS),
+    *(PrefillBackward(w) for w in workloads.PREFILLS),
+    *(PrefillCached(w) for w in workloads.CHUNKED_PREFILLS),
+    *(WriteLatentCache(w) for w in workloads.CACHE_WRITES),
+    WriteLatentCache(workloads.CACHE_WRITES[-1], fp8=True),
+    *(MergeStates(w) for w in workloads.MERGES),
+]

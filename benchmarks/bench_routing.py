@@ -1,0 +1,153 @@
+"""Choosing experts and keeping them balanced. Bound by memory, and at small batches by the launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+import dskernels as ds
+from benchmarks import peers, roofline, workloads
+from benchmarks.cases import Call, Case
+from benchmarks.peers import moe as moe_peers
+
+SCALE = 2.5
+COMPILED = (4096, 32768)  # tokens
+
+
+@dataclass(frozen=True)
+class Route(Case):
+    """`route`, from fp32 logits to weights, ids and loads."""
+
+    workload: workloads.Route
+    tolerance = 1e-4  # two scores closer than an ulp may change places: one choice in ten thousand
+
+    @property
+    def op(self) -> str:
+        return "route"
+
+    def work(self):
+        return roofline.route(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        logits = torch.randn(w.t, w.e, device=device)
+        bias = torch.randn(w.e, device=device) * 0.01 if w.score == "sigmoid" else None
+        return SimpleNamespace(logits=logits, bias=bias, d_weights=torch.randn(w.t, w.k, device=device))
+
+    @property
+    def _options(self):
+        w = self.workload
+        scale = SCALE if w.score == "sigmoid" else 1.0
+        return {"top_k": w.k, "n_groups": w.g, "top_groups": w.top_groups, "score": w.score, "scale": scale}
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.route(x.logits, x.bias, **self._options, impl=impl)
+
+    def comparable(self, out):
+        """Weights where their experts are: the order of two equal ones means nothing."""
+        weights, experts = out[0], out[1]
+        table = torch.zeros(len(weights), self.workload.e, device=weights.device)
+        return table.scatter(1, experts.long(), weights.float())
+
+    def peers(self, x):
+        w = self.workload
+        if w.score != "sigmoid":
+            return {}
+        job = (x.logits, x.bias, w.k, w.g, w.top_groups, SCALE)
+        found = {"torch": peers.eager(lambda: moe_peers.eager_route(*job))}
+        if w.t in COMPILED:
+            found["torch_compile"] = peers.compiled(moe_peers.eager_route, *job)
+        found["flashinfer"] = lambda: moe_peers.flashinfer_route(*job)
+        found["vllm"] = lambda: moe_peers.vllm_route(*job)
+        return found
+
+
+@dataclass(frozen=True)
+class RouteBackward(Route):
+    """The gradient of the logits, from that of the weights."""
+
+    tolerance = 1e-4
+
+    @property
+    def op(self) -> str:
+        return "route_backward"
+
+    def work(self):
+        return roofline.route_backward(self.workload)
+
+    def ours(self, x, impl) -> Call:
+        logits = x.logits.detach().requires_grad_()
+        weights = ds.route(logits, x.bias, **self._options, impl=impl).weights
+        return lambda: torch.autograd.grad(weights, logits, x.d_weights, retain_graph=True)
+
+    def forward(self, x, impl) -> Call:
+        return lambda: ds.route(x.logits, x.bias, **self._options, impl=impl)
+
+    def comparable(self, out):
+        return out
+
+    def peers(self, x):
+        def prepare():
+            w = self.workload
+            logits = x.logits.detach().requires_grad_()
+            weights, _ = moe_peers.eager_route(logits, x.bias, w.k, w.g, w.top_groups, SCALE)
+            return peers.Peer(lambda: torch.autograd.grad(weights, logits, x.d_weights, retain_graph=True))
+
+        return {"torch": prepare}
+
+
+@dataclass(frozen=True)
+class BalanceLoss(Case):
+    """`balance_loss` over four packed sequences."""
+
+    workload: workloads.Route
+
+    @property
+    def op(self) -> str:
+        return "balance_loss"
+
+    def work(self):
+        return roofline.balance_loss(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        lengths = torch.full((4,), w.t // 4, dtype=torch.int32, device=device)
+        return SimpleNamespace(logits=torch.randn(w.t, w.e, device=device), lengths=lengths)
+
+    def ours(self, x, impl) -> Call:
+        options = {"top_k": self.workload.k, "alpha": 1e-4, "sequence_lengths": x.lengths}
+        return lambda: ds.balance_loss(x.logits, **options, impl=impl)
+
+
+@dataclass(frozen=True)
+class UpdateBias(Case):
+    """`update_bias`, in place."""
+
+    workload: workloads.Route
+
+    @property
+    def op(self) -> str:
+        return "update_bias"
+
+    def work(self):
+        return roofline.update_bias(self.workload)
+
+    def inputs(self, device):
+        e = self.workload.e
+        return SimpleNamespace(
+            bias=torch.randn(e, device=device), load=torch.randint(0, 1000, (e,), dtype=torch.int32, device=device)
+        )
+
+    def ours(self, x, impl) -> Call:
+        bias = x.bias.clone()  # each caller steps its own
+        return lambda: ds.update_bias(bias, x.load, 1e-3, impl=impl)
+
+
+CASES: list[Case] = [
+    *(Route(w) for w in workloads.ROUTES),
+    RouteBackward(workloads.Route(4096)),
+    BalanceLoss(workloads.Route(4096)),
+    UpdateBias(workloads.Route(4096)),
+]

@@ -1,0 +1,126 @@
+"""What a benchmark case is: an operation on a workload, with its inputs, its oracle and its peers.
+
+A family lists cases in ``bench_<family>.py``; `runner` checks and times them. The oracle of every case is the
+operation's own reference implementation, run on the inputs or on a part of them that does not depend on the rest (some
+heads, some requests).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import Peer
+from benchmarks.roofline import Work
+from benchmarks.workloads import Workload
+from dskernels import Fp8Tensor
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one workload; a subclass for each operation.
+
+    Attributes:
+        tolerance: the largest `calc_diff` from the reference that counts as right; what is not a float must be equal.
+            5e-6 is what rounding a result to bf16 costs, with a margin of ten.
+        peer_tolerance: the same for peers, which may not quantise, or not alike.
+    """
+
+    workload: Any
+    tolerance: ClassVar[float] = 5e-6
+    peer_tolerance: ClassVar[float] = 2e-3
+
+    @property
+    def op(self) -> str:
+        """Name of the operation in tables and files."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """The operation and its workload, what ``--filter`` looks at."""
+        workload: Workload = self.workload
+        return f"{self.op} {workload.name}"
+
+    def work(self) -> Work:
+        """Operations and bytes."""
+        raise NotImplementedError
+
+    def inputs(self, device: torch.device) -> Any:
+        """Make the inputs on `device`."""
+        raise NotImplementedError
+
+    def ours(self, x: Any, impl: str | None) -> Call:
+        """The call that is timed. What it prepares here is not."""
+        raise NotImplementedError
+
+    def forward(self, x: Any, impl: str | None) -> Call:
+        """The part of the call that says which implementation runs: without the backward, which follows it."""
+        return self.ours(x, impl)
+
+    def part(self, x: Any) -> Any:
+        """Inputs of the part of the job that the reference is asked to do: all of it, where that is not too much."""
+        return x
+
+    def part_of_output(self, out: Any, x: Any) -> Any:
+        """What that part of the job gives, out of the output of the whole."""
+        return out
+
+    def comparable(self, out: Any) -> Any:
+        """The output in a form in which right means near."""
+        return out
+
+    def comparable_peer(self, out: Any) -> Any:
+        """The same for comparing with peers, where they return less or quantise differently."""
+        return self.comparable(out)
+
+    def peers(self, x: Any) -> dict[str, Callable[[], Peer]]:
+        """For each peer that can do this job, what makes it ready."""
+        return {}
+
+
+def difference(got: Any, expected: Any) -> float:
+    """The largest `calc_diff` between the tensors of two outputs; infinite where what must be equal is not."""
+    pairs = list(zip(leaves(got), leaves(expected), strict=True))
+    return max((_difference(a, b) for a, b in pairs), default=0.0)
+
+
+def leaves(out: Any) -> list[Tensor]:
+    """The tensors of an output, in order."""
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, Fp8Tensor):
+        return [out.data, out.scale]
+    if isinstance(out, (tuple, list)):
+        return [leaf for item in out for leaf in leaves(item)]
+    return []
+
+
+def calc_diff(x: Tensor, y: Tensor) -> float:
+    """``1 - 2 x.y / (x.x + y.y)`` in fp64, half the squared relative error.
+
+    0 for two tensors of zeros, inf if either has a NaN.
+    """
+    x, y = x.flatten(), y.flatten()
+    same = (x == y) & x.isinf()  # -inf is a right answer of a log-sum-exp, and would give NaN here
+    x, y = x.double().masked_fill(same, 0), y.double().masked_fill(same, 0)
+    total = (x.square().sum() + y.square().sum()).item()
+    if total == 0:
+        return 0.0
+    diff = (x - y).square().sum().item() / total  # the same formula, without its cancellation
+    return diff if math.isfinite(diff) else math.inf
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        return math.inf
+    if got.dtype == expected.dtype and (got.dtype == torch.float8_e4m3fn or not got.dtype.is_floating_point):
+        same = torch.equal(got.view(torch.uint8), expected.view(torch.uint8)) if got.numel() else True
+        return 0.0 if same else math.inf
+    return calc_diff(got, expected)

@@ -1,0 +1,215 @@
+"""What a run leaves behind: rows, the table on the screen, and the JSON file of a GPU and family."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.roofline import Roofs, Work
+from benchmarks.timing import Times
+
+FOLDER = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation on one workload, and its peers there, in microseconds."""
+
+    op: str
+    workload: str
+    impl: str
+    us: float
+    p20: float
+    p80: float
+    tflops: float | None
+    gbs: float
+    roof_pct: float
+    peers: dict[str, float] = field(default_factory=dict)
+    host_us: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        workload: str,
+        impl: str,
+        times: Times,
+        work: Work,
+        roofs: Roofs,
+        peers: dict[str, float],
+        host_us: float | None = None,
+    ) -> Row:
+        """Rates and shares from measured times."""
+        return cls(
+            op=op,
+            workload=workload,
+            impl=impl,
+            us=times.us,
+            p20=times.p20,
+            p80=times.p80,
+            tflops=work.tflops(times.us),
+            gbs=work.gbs(times.us),
+            roof_pct=100 * roofs.floor_us(work) / times.us,
+            peers=peers,
+            host_us=host_us,
+        )
+
+    @property
+    def best_peer(self) -> str | None:
+        """The fastest peer."""
+        return min(self.peers, key=self.peers.__getitem__, default=None)
+
+    @property
+    def vs_best_peer(self) -> float | None:
+        """How many times as fast as the fastest peer: above 1 is faster than it."""
+        return None if self.best_peer is None else self.peers[self.best_peer] / self.us
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as the file has it; `host_us` only if it was measured."""
+        row = {
+            "op": self.op,
+            "workload": self.workload,
+            "impl": self.impl,
+            "us": rounded(self.us),
+            "p20": rounded(self.p20),
+            "p80": rounded(self.p80),
+            "tflops": rounded(self.tflops),
+            "gbs": rounded(self.gbs),
+            "roof_pct": rounded(self.roof_pct),
+            "peers": {name: rounded(us) for name, us in self.peers.items()},
+            "vs_best_peer": rounded(self.vs_best_peer),
+        }
+        if self.host_us is not None:
+            row["host_us"] = rounded(self.host_us)
+        return row
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that raised, or whose result was wrong, and so was not timed."""
+
+    op: str
+    workload: str
+    impl: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the numbers were taken."""
+
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    cuda: str
+    commit: str
+
+    @classmethod
+    def current(cls) -> Machine:
+        """The current CUDA device and the installed versions."""
+        import torch
+        import triton
+
+        return cls(
+            gpu=torch.cuda.get_device_name(),
+            driver=_ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            torch=torch.__version__,
+            triton=triton.__version__,
+            cuda=torch.version.cuda or "unknown",
+            commit=_ask("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        )
+
+    @property
+    def folder(self) -> str:
+        """Short name of the GPU: ``NVIDIA H100 80GB HBM3`` is ``h100``, ``NVIDIA GeForce RTX 4090`` is ``rtx4090``."""
+        return gpu_folder(self.gpu)
+
+
+def gpu_folder(gpu: str) -> str:
+    """Short name of a GPU: what is left of its name without maker, family, memory and form factor."""
+    words = re.split(r"[\s\-_/]+", gpu.lower())
+    dull = {"nvidia", "amd", "tesla", "geforce", "quadro", "instinct", "radeon", "graphics", "generation"}
+    kept = []
+    for word in words:
+        if re.fullmatch(r"\d+(gb|mb)|sxm\d*|pcie|nvl|hbm\d*e?|mig|\d+g\.\d+gb", word):
+            break
+        if word not in dull:
+            kept.append(word)
+    return "".join(kept) or "gpu"
+
+
+def document(machine: Machine, roofs: Roofs, rows: list[Row], date: str | None = None) -> dict[str, Any]:
+    """What the JSON file of one family holds."""
+    return {
+        **asdict(machine),
+        "date": date or datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "roofs": {name: rounded(value) for name, value in asdict(roofs).items()},
+        "rows": [row.to_json() for row in rows],
+    }
+
+
+def save(family: str, machine: Machine, roofs: Roofs, rows: list[Row], folder: Path = FOLDER) -> Path:
+    """Write ``<folder>/<gpu>/<family>.json`` and return its path."""
+    path = folder / machine.folder / f"{family}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document(machine, roofs, rows), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def draw(family: str, outcomes: list[Row | Failure], *, host: bool = False) -> Table:
+    """One line for each row or failure."""
+    table = Table(title=family, title_justify="left", title_style="bold")
+    for heading in ("op", "workload", "impl"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("µs", "p20–p80", "TFLOP/s", "GB/s", "% roof"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("× best peer", no_wrap=True)
+    if host:
+        table.add_column("host µs", justify="right", no_wrap=True)
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
+            table.add_row(
+                outcome.op, outcome.workload, outcome.impl, "[red]failed[/red]", "", "", "", "", "", style="dim"
+            )
+            continue
+        cells = [
+            outcome.op,
+            outcome.workload,
+            outcome.impl,
+            _cell(outcome.us, 1),
+            f"{_cell(outcome.p20, 1)}–{_cell(outcome.p80, 1)}",
+            _cell(outcome.tflops, 0),
+            _cell(outcome.gbs, 0),
+            _cell(outcome.roof_pct, 0),
+            "–" if outcome.vs_best_peer is None else f"{outcome.vs_best_peer:.2f} {outcome.best_peer}",
+        ]
+        if host:
+            cells.append(_cell(outcome.host_us, 1))
+        table.add_row(*cells)
+    return table
+
+
+def rounded(value: float | None) -> float | None:
+    """To four significant digits, which is more than a clock that drifts by percents can tell."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _ask(*command: str) -> str:
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return (answer.stdout.splitlines() or ["unknown"])[0].strip()

@@ -1,0 +1,223 @@
+"""What a job must at least do, and what this machine can do at best.
+
+`Work` counts floating-point operations (a multiply-add is two; only those of matrix products, None where there are
+none) and the fewest bytes: each input read once, each output written once. The roofs are measured here, not taken from
+a datasheet: the percentage of the roof is the time that the slower of the two would take over the time that was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from benchmarks import workloads as w
+from benchmarks.timing import Call, Times
+from benchmarks.workloads import LATENT_DIM, NOPE_DIM, QK_DIM, ROPE_DIM, ROW_DIM, VALUE_DIM
+
+BF16, FP32, FP8, INT = 2, 4, 1, 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations and bytes of a job, and the unit ("fp8" or "bf16") that does its matrix products."""
+
+    flops: int | None
+    bytes: int
+    unit: str | None = None
+
+    def tflops(self, us: float) -> float | None:
+        """Rate in TFLOP/s at `us` microseconds, None for a job without matrix products."""
+        return None if self.flops is None else self.flops / us / 1e6
+
+    def gbs(self, us: float) -> float:
+        """Rate in GB/s at `us` microseconds."""
+        return self.bytes / us / 1e3
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """The measured ceilings of a machine."""
+
+    copy_gbs: float
+    bf16_tflops: float
+    fp8_tflops: float | None
+
+    def floor_us(self, work: Work) -> float:
+        """The time that no implementation stays below: of moving the bytes, or of the matrix products."""
+        floor = work.bytes / self.copy_gbs / 1e3
+        if work.flops is not None:
+            rate = self.fp8_tflops if work.unit == "fp8" and self.fp8_tflops else self.bf16_tflops
+            floor = max(floor, work.flops / rate / 1e6)
+        return floor
+
+
+def fp8_bytes(rows: int, cols: int, block: tuple[int, int]) -> int:
+    """Bytes of an fp8 matrix and its scales."""
+    return rows * cols * FP8 + FP32 * ceil(rows / block[0]) * ceil(cols / block[1])
+
+
+def quantize(x: w.Rows, block: tuple[int, int]) -> Work:
+    """bf16 in, fp8 and scales out."""
+    return Work(None, x.m * x.n * BF16 + fp8_bytes(x.m, x.n, block))
+
+
+def quantize_both(x: w.Rows) -> Work:
+    """bf16 in once, the row-wise and the transposed fp8 out."""
+    return Work(None, x.m * x.n * BF16 + fp8_bytes(x.m, x.n, (1, 128)) + fp8_bytes(x.n, x.m, (1, 128)))
+
+
+def swiglu_quantize(x: w.Rows) -> Work:
+    """Gate and up in bf16 in, fp8 out."""
+    return Work(None, 2 * x.m * x.n * BF16 + fp8_bytes(x.m, x.n, (1, 128)))
+
+
+def rmsnorm_quantize(x: w.Rows, *, residual: bool) -> Work:
+    """bf16 in, fp8 out; with a residual that is read too, and the sum written."""
+    return Work(None, (3 if residual else 1) * x.m * x.n * BF16 + x.n * BF16 + fp8_bytes(x.m, x.n, (1, 128)))
+
+
+def gemm(x: w.Gemm) -> Work:
+    """fp8 operands, bf16 out."""
+    operands = fp8_bytes(x.m, x.k, (1, 128)) + fp8_bytes(x.n, x.k, (128, 128))
+    return Work(2 * x.m * x.n * x.k, operands + x.m * x.n * BF16, "fp8")
+
+
+def linear_training(x: w.Gemm) -> Work:
+    """y, dx and dw of a bf16 layer: three products; x, w and dy in once, y, dx and dw out."""
+    tensors = 2 * x.m * x.k + 2 * x.n * x.k + 2 * x.m * x.n
+    return Work(3 * 2 * x.m * x.n * x.k, tensors * BF16, "fp8")
+
+
+def grouped_gemm(x: w.GroupedGemm, *, fp8: bool = True) -> Work:
+    """Every group's weight is read once, however few its rows."""
+    rows = sum(x.rows)
+    if fp8:
+        operands = fp8_bytes(rows, x.k, (1, 128)) + x.g * fp8_bytes(x.n, x.k, (128, 128))
+    else:
+        operands = (rows * x.k + x.g * x.n * x.k) * BF16
+    return Work(2 * rows * x.n * x.k, operands + rows * x.n * BF16, "fp8" if fp8 else "bf16")
+
+
+def grouped_wgrad(x: w.GroupedGemm) -> Work:
+    """dy and x in fp8 with scales along tokens, an fp32 gradient for each group out."""
+    rows = sum(x.rows)
+    operands = fp8_bytes(x.n, rows, (1, 128)) + fp8_bytes(x.k, rows, (1, 128))
+    return Work(2 * rows * x.n * x.k, operands + x.g * x.n * x.k * FP32, "fp8")
+
+
+def route(x: w.Route) -> Work:
+    """fp32 logits and bias in; weights, ids, loads out."""
+    return Work(None, x.t * x.e * FP32 + x.e * FP32 + x.t * x.k * (FP32 + INT) + x.e * INT)
+
+
+def route_backward(x: w.Route) -> Work:
+    """Logits, ids and the weights' gradient in, the logits' gradient out."""
+    return Work(None, 2 * x.t * x.e * FP32 + x.t * x.k * (FP32 + INT))
+
+
+def balance_loss(x: w.Route) -> Work:
+    """Logits in; a scalar out."""
+    return Work(None, x.t * x.e * FP32)
+
+
+def update_bias(x: w.Route) -> Work:
+    """Bias and load in, bias out."""
+    return Work(None, x.e * (2 * FP32 + INT))
+
+
+def permute(x: w.Moe) -> Work:
+    """bf16 rows in once, out k times; ids in, offsets and index out."""
+    return Work(None, (1 + x.k) * x.t * x.h * BF16 + 2 * x.t * x.k * INT + (x.e + 1) * INT)
+
+
+def combine(x: w.Moe) -> Work:
+    """k bf16 rows of each token in, their weighted sum out."""
+    return Work(None, (x.k + 1) * x.t * x.h * BF16 + x.t * x.k * (FP32 + INT))
+
+
+def expected_experts(x: w.Moe) -> float:
+    """How many experts at least one of `t` tokens chose, if all are equally liked."""
+    return x.e * (1 - (1 - x.k / x.e) ** x.t)
+
+
+def fused_experts(x: w.Moe) -> Work:
+    """fp8 weights of the chosen experts, bf16 tokens in and out."""
+    expert = fp8_bytes(2 * x.i, x.h, (128, 128)) + fp8_bytes(x.h, x.i, (128, 128))
+    tokens = 2 * x.t * x.h * BF16 + x.t * x.k * (FP32 + INT)
+    return Work(6 * x.t * x.k * x.h * x.i, round(expected_experts(x) * expert) + tokens, "fp8")
+
+
+def fused_experts_training(x: w.Moe, *, fp8: bool) -> Work:
+    """Forward and both gradients of bf16 experts: weights in twice, their gradients out; x and dy in, y and dx out."""
+    weights = x.e * 3 * x.h * x.i * BF16
+    return Work(3 * 6 * x.t * x.k * x.h * x.i, 3 * weights + 4 * x.t * x.h * BF16, "fp8" if fp8 else "bf16")
+
+
+def decode(x: w.Decode, *, row_bytes: int = ROW_DIM * BF16) -> Work:
+    """q.k over 576 and p.v over 512 for each head and visible position; each request's cached rows in once."""
+    pairs = sum(length - (x.q - 1 - j) for length in x.lengths for j in range(x.q))
+    queries = x.b * x.q * x.h
+    moved = sum(x.lengths) * row_bytes + queries * (ROW_DIM + LATENT_DIM) * BF16 + queries * FP32
+    return Work(2 * x.h * (ROW_DIM + LATENT_DIM) * pairs, moved, "bf16")
+
+
+def _causal_pairs(lengths: Sequence[int]) -> int:
+    return sum(n * (n + 1) // 2 for n in lengths)
+
+
+def prefill(x: w.Prefill) -> Work:
+    """q.k over 192 and p.v over 128 for each head and causal pair."""
+    tokens = x.b * x.s * x.h
+    flops = 2 * x.h * (QK_DIM + VALUE_DIM) * _causal_pairs([x.s] * x.b)
+    return Work(flops, tokens * ((2 * QK_DIM + 2 * VALUE_DIM) * BF16 + FP32), "bf16")
+
+
+def prefill_backward(x: w.Prefill) -> Work:
+    """Five products: q.k again, dq and dk over 192; dp and dv over 128. q, k, v, out, dout, lse in; dq, dk, dv out."""
+    tokens = x.b * x.s * x.h
+    flops = 2 * x.h * (3 * QK_DIM + 2 * VALUE_DIM) * _causal_pairs([x.s] * x.b)
+    return Work(flops, tokens * ((4 * QK_DIM + 4 * VALUE_DIM) * BF16 + FP32), "bf16")
+
+
+def prefill_cached(x: w.ChunkedPrefill) -> Work:
+    """The up-projection of every cached token, then attention of the new ones; the cache and kv_b in once."""
+    pairs = x.b * sum(x.s - (x.q - 1 - j) for j in range(x.q))
+    up = 2 * x.b * x.s * LATENT_DIM * x.h * (NOPE_DIM + VALUE_DIM)
+    attention = 2 * x.h * (QK_DIM + VALUE_DIM) * pairs
+    cached = x.b * x.s * ROW_DIM * BF16 + x.h * (NOPE_DIM + VALUE_DIM) * LATENT_DIM * BF16
+    queries = x.b * x.q * x.h * ((QK_DIM + VALUE_DIM) * BF16 + FP32)
+    return Work(up + attention, cached + queries, "bf16")
+
+
+def write_cache(x: w.Tokens, *, row_bytes: int = ROW_DIM * BF16) -> Work:
+    """bf16 latent and rope part, fp32 cos and sin, int64 slot in; a cache row out."""
+    return Work(None, x.t * (ROW_DIM * BF16 + ROPE_DIM * FP32 + 8 + row_bytes) + LATENT_DIM * BF16)
+
+
+def merge_states(x: w.Tokens) -> Work:
+    """Two outputs and log-sum-exps in, one out."""
+    return Work(None, 3 * x.t * x.h * (VALUE_DIM * BF16 + FP32))
+
+
+def measure(time: Callable[[Mapping[str, Call]], dict[str, Times]]) -> Roofs:
+    """Measure the roofs of the current CUDA device, with `timing.Stopwatch.time`."""
+    import torch
+
+    size, n = 1 << 30, 8192
+    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy_us = time({"copy": lambda: target.copy_(source)})["copy"].us
+
+    a = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
+    calls = {"bf16": lambda: a @ b.t()}
+    if torch.cuda.get_device_capability() >= (8, 9):
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        one = torch.ones((), device="cuda")
+        calls["fp8"] = lambda: torch._scaled_mm(
+            a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    times = time(calls)
+    tflops = {name: 2 * n**3 / t.us / 1e6 for name, t in times.items()}
+    return Roofs(2 * size / copy_us / 1e3, tflops["bf16"], tflops.get("fp8"))

@@ -1,0 +1,135 @@
+"""Runs a case: make inputs, check ours and the peers against the reference, time those that are right, clean up."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import dskernels as ds
+from benchmarks import peers
+from benchmarks.cases import Call, Case, difference
+from benchmarks.results import Failure, Row
+from benchmarks.roofline import Roofs
+from benchmarks.timing import Times
+
+Timer = Callable[[Mapping[str, Call]], dict[str, Times]]
+
+
+class WrongResult(Exception):  # noqa: N818 - an outcome, not an error of the program
+    """A result that is too far from the reference to be worth timing."""
+
+
+@dataclass
+class Outcome:
+    """Of one case: a row or a failure for each implementation asked for, and what there is to say about its peers."""
+
+    results: list[Row | Failure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs cases on one device.
+
+    Args:
+        device: where to.
+        time: times named calls against each other.
+        roofs: ceilings of the device.
+        impls: implementations to run, None for the one that dskernels chooses.
+        host_cost: measures what one call costs on the host, where that is wanted.
+    """
+
+    device: torch.device
+    time: Timer
+    roofs: Roofs
+    impls: Sequence[str | None] = (None,)
+    host_cost: Callable[[Call], float] | None = None
+
+    def run(self, case: Case) -> Outcome:
+        """Check and time one case; whatever it raises becomes a failure, so that the others can go on."""
+        outcome = Outcome()
+        try:
+            self._run(case, outcome)
+        except Exception as error:
+            outcome.results = [self._failure(case, impl, error) for impl in self.impls]
+        finally:
+            gc.collect()
+            if self.device.type == "cuda":
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # after an illegal access every call raises; the next case says so
+                    torch.cuda.empty_cache()
+        return outcome
+
+    def _run(self, case: Case, outcome: Outcome) -> None:
+        torch.manual_seed(0)
+        x = case.inputs(self.device)
+        part = case.part(x)
+        expected = case.ours(part, "reference")()
+        ours: dict[str, Call] = {}
+        for impl in self.impls:
+            try:
+                name = chosen_impl(case, x, impl)
+                call = case.ours(x, impl)
+                check(case, case.part_of_output(call(), x), expected)
+            except Exception as error:
+                outcome.results.append(self._failure(case, impl, error))
+            else:
+                ours[name] = call
+        if not ours:
+            return
+        rivals = self._peers(case, x, expected, outcome.notes)
+        times = self.time({**ours, **{f"peer {name}": call for name, call in rivals.items()}})
+        against = {name: times[f"peer {name}"].us for name in rivals}
+        for name, call in ours.items():
+            host = None if self.host_cost is None else self.host_cost(call)
+            row = Row.of(case.op, case.workload.name, name, times[name], case.work(), self.roofs, against, host)
+            outcome.results.append(row)
+
+    def _peers(self, case: Case, x: Any, expected: Any, notes: list[str]) -> dict[str, Call]:
+        """The calls of the peers that are here, take the job, and agree with the reference."""
+        rivals: dict[str, Call] = {}
+        for name, prepare in case.peers(x).items():
+            if name in peers.missing():
+                continue
+            try:
+                peer = prepare()
+                check(case, case.part_of_output(peer.result(peer.run()), x), expected, peer=True)
+            except peers.NotApplicable as reason:
+                notes.append(f"{case.title}: {name} left out, {reason}")
+            except Exception as error:
+                notes.append(f"{case.title}: {name} left out, {one_line(error)}")
+            else:
+                rivals[name] = peer.run
+        return rivals
+
+    def _failure(self, case: Case, impl: str | None, error: Exception) -> Failure:
+        return Failure(case.op, case.workload.name, impl or "auto", one_line(error))
+
+
+def chosen_impl(case: Case, x: Any, impl: str | None) -> str:
+    """The implementation that runs, such as ``triton``; those of a call of several operations are joined by ``+``."""
+    chosen = dict.fromkeys(choice.impl for choice in ds.explain(case.forward(x, impl)))
+    return "+".join(chosen)
+
+
+def check(case: Case, got: Any, expected: Any, *, peer: bool = False) -> float:
+    """Raise if `got` is not what the reference says; return how far from it it is."""
+    form = case.comparable_peer if peer else case.comparable
+    limit = case.peer_tolerance if peer else case.tolerance
+    diff = difference(form(got), form(expected))
+    if not diff <= limit:
+        raise WrongResult(f"wrong result: calc_diff {diff:.2g} from the reference, at most {limit:.2g} is right")
+    return diff
+
+
+def one_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+    return (kind + (text[0] if text else "")).rstrip(": ")[:300]

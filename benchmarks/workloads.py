@@ -1,0 +1,258 @@
+"""The shapes that benchmarks and tests speak of: DeepSeek-V3's own, named by their sizes, defined once.
+
+A workload is sizes and nothing else: no tensors, and no import heavier than the standard library. Uneven sizes (rows of
+a group, lengths of a request) are drawn from a generator seeded by the workload's name, so that the same name is the
+same job everywhere.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol
+
+HIDDEN = 7168
+EXPERTS, TOP_K, GROUPS, TOP_GROUPS = 256, 8, 8, 4
+EXPERT_WIDTH = 2048
+HEADS = 128
+NOPE_DIM, ROPE_DIM, VALUE_DIM = 128, 64, 128
+QK_DIM = NOPE_DIM + ROPE_DIM  # 192, a head of prefill
+LATENT_DIM = 512
+ROW_DIM = LATENT_DIM + ROPE_DIM  # 576, a cached token
+FP8_ROW_BYTES = LATENT_DIM + 4 * (LATENT_DIM // 128) + 2 * ROPE_DIM  # 656
+
+
+class Workload(Protocol):
+    """Sizes of one job."""
+
+    @property
+    def name(self) -> str:
+        """The sizes, spelt out: ``m4096_n7168_k2048``."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix of `m` tokens by `n` channels that is normed, gated or quantised."""
+
+    m: int
+    n: int
+
+    @property
+    def name(self) -> str:
+        return f"m{self.m}_n{self.n}"
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """``[m, k] @ [n, k].T``."""
+
+    m: int
+    n: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        return f"m{self.m}_n{self.n}_k{self.k}"
+
+
+@dataclass(frozen=True)
+class GroupedGemm:
+    """`g` products ``[about m, k] @ [n, k].T``, one for each expert; the rows of a group vary by 30% about `m`."""
+
+    g: int
+    m: int
+    n: int
+    k: int
+
+    @property
+    def name(self) -> str:
+        return f"g{self.g}_m{self.m}_n{self.n}_k{self.k}"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of each group."""
+        draw = random.Random(self.name)
+        return tuple(max(1, round(self.m * draw.uniform(0.7, 1.3))) for _ in range(self.g))
+
+    @property
+    def capacity(self) -> int:
+        """Rows that the masked layout reserves for each group."""
+        return 2 * self.m
+
+
+@dataclass(frozen=True)
+class Route:
+    """`t` tokens choosing `k` of `e` experts, which stand in `g` groups of which a token may use `top_groups`."""
+
+    t: int
+    e: int = EXPERTS
+    k: int = TOP_K
+    g: int = GROUPS
+    top_groups: int = TOP_GROUPS
+    score: str = "sigmoid"
+
+    @property
+    def name(self) -> str:
+        return f"t{self.t}_e{self.e}_k{self.k}_g{self.g}"
+
+
+@dataclass(frozen=True)
+class Moe:
+    """`t` tokens of `h` channels through `k` of `e` experts of width `i` each."""
+
+    t: int
+    e: int = EXPERTS
+    k: int = TOP_K
+    h: int = HIDDEN
+    i: int = EXPERT_WIDTH
+
+    @property
+    def name(self) -> str:
+        return f"t{self.t}_e{self.e}_k{self.k}_h{self.h}_i{self.i}"
+
+
+@dataclass(frozen=True)
+class Decode:
+    """`b` requests of context `s`, each adding `q` tokens, seen by `h` heads through pages of `page` tokens.
+
+    With `varied` the contexts are spread evenly over 1 to `s`, as in a server that has been up for a while.
+    """
+
+    b: int
+    s: int
+    q: int = 1
+    h: int = HEADS
+    page: int = 64
+    varied: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"b{self.b}_s{self.s}_q{self.q}_h{self.h}" + ("_varied" if self.varied else "")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Context of each request, its new tokens included."""
+        if not self.varied:
+            return (self.s,) * self.b
+        draw = random.Random(self.name)
+        return tuple(draw.randint(self.q, self.s) for _ in range(self.b))
+
+    @property
+    def pages(self) -> int:
+        """Entries of a request's row of the block table."""
+        return -(-self.s // self.page)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """`b` packed sequences of `s` tokens each and `h` heads, causal."""
+
+    b: int
+    s: int
+    h: int = HEADS
+
+    @property
+    def name(self) -> str:
+        return f"b{self.b}_s{self.s}_h{self.h}"
+
+
+@dataclass(frozen=True)
+class ChunkedPrefill:
+    """`b` requests, each adding `q` tokens to a cache that then holds `s`, and `h` heads."""
+
+    b: int
+    s: int
+    q: int
+    h: int = HEADS
+    page: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"b{self.b}_s{self.s}_q{self.q}_h{self.h}"
+
+    @property
+    def pages(self) -> int:
+        """Entries of a request's row of the block table."""
+        return -(-self.s // self.page)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`t` tokens of `h` heads (0 where heads play no part), handled one by one."""
+
+    t: int
+    h: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"t{self.t}" + (f"_h{self.h}" if self.h else "")
+
+
+# The linears of one layer, (N, K). Attention: the joint down-projection of q and kv, the up-projections, the output.
+# A routed (and the shared) expert: gate and up together, and down.
+Q_AND_KV_DOWN = (2112, 7168)
+KV_DOWN = (576, 7168)
+Q_UP = (24576, 1536)
+KV_UP = (32768, 512)
+ATTENTION_OUT = (7168, 16384)
+EXPERT_GATE_UP = (4096, 7168)
+EXPERT_DOWN = (7168, 2048)
+LINEARS = (EXPERT_GATE_UP, EXPERT_DOWN, Q_UP, KV_UP, ATTENTION_OUT, Q_AND_KV_DOWN, KV_DOWN)
+EXPERT_LINEARS = (EXPERT_GATE_UP, EXPERT_DOWN)
+
+# A training or prefill batch, and the small ones of decoding.
+GEMMS = tuple(Gemm(m, n, k) for m, (n, k) in product((4096, 128, 64, 1), LINEARS))
+# What an fp8 GEMM must get right beside those: every remainder of M, K that is no multiple of 16, and V2's widths.
+GEMM_CASES = tuple(
+    Gemm(m, n, k) for m, (n, k) in product((1, 7, 8, 64, 83, 128, 4096), (*LINEARS, (512, 3884), (13824, 4096)))
+)
+LINEAR_LAYERS = tuple(Gemm(4096, n, k) for n, k in EXPERT_LINEARS)
+
+# Expert parallelism over 64, 32 and 8 GPUs: 4, 8 and 32 local experts.
+GROUPED = tuple(
+    GroupedGemm(g, m, n, k) for (g, m), (n, k) in product(((4, 8192), (8, 4096), (32, 192)), EXPERT_LINEARS)
+)
+GROUPED_BF16 = tuple(GroupedGemm(8, 4096, n, k) for n, k in EXPERT_LINEARS)
+MASKED = tuple(
+    GroupedGemm(g, m, n, k)
+    for (g, m), (n, k) in product(((1, 1024), (4, 256), (16, 64), (32, 64), (32, 16)), EXPERT_LINEARS)
+)
+GROUPED_WGRAD = tuple(GroupedGemm(g, m, n, k) for (g, m), (n, k) in product(((4, 8192), (8, 4096)), EXPERT_LINEARS))
+# What grouped GEMMs must get right beside those (wider experts, and masked groups with few rows).
+GROUPED_CASES = tuple(
+    GroupedGemm(g, m, n, k)
+    for (g, m), (n, k) in product(
+        ((4, 8192), (8, 4096), (32, 192), (6, 1024), (32, 20), (6, 20)),
+        ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048)),
+    )
+)
+
+ACTIVATIONS = (Rows(4096, HIDDEN), Rows(128, HIDDEN))
+WEIGHTS = (Rows(*EXPERT_GATE_UP), Rows(*ATTENTION_OUT))
+GATED = (Rows(4096, EXPERT_WIDTH), Rows(32768, EXPERT_WIDTH), Rows(128, EXPERT_WIDTH))
+
+ROUTES = (
+    *(Route(t) for t in (1, 128, 4096, 8192, 32768)),
+    Route(8192, g=1, top_groups=1),
+    Route(4096, e=160, k=6, g=8, top_groups=3, score="softmax"),  # DeepSeek-V2
+)
+PERMUTES = (Moe(128), Moe(4096), Moe(8192))
+EXPERT_BLOCKS = (Moe(128), Moe(2048))
+EXPERT_TRAINING = (Moe(4096, e=32),)  # one of 8 GPUs, its share of the tokens' choices
+
+DECODES = (
+    Decode(128, 4096),
+    Decode(128, 4096, q=2),
+    Decode(64, 8192),
+    Decode(16, 16384),
+    Decode(1, 32768),
+    Decode(128, 4096, h=64),
+    Decode(128, 4096, h=16),
+    Decode(128, 4096, varied=True),
+)
+FP8_DECODES = (Decode(128, 4096), Decode(128, 4096, h=16))
+PREFILLS = (Prefill(1, 4096), Prefill(1, 8192), Prefill(4, 4096, h=16))
+CHUNKED_PREFILLS = (ChunkedPrefill(4, 8192, 1024, h=16),)
+CACHE_WRITES = (Tokens(128), Tokens(4096))
+MERGES = (Tokens(128, HEADS), Tokens(4096, HEADS))
