@@ -1,0 +1,55 @@
+# demo, test, lint and docs set up .venv for themselves, pinned by constraints.txt; pip's own settings (PIP_INDEX_URL,
+# PIP_FIND_LINKS, ...) are honoured. test-gpu and bench run in the environment that you are in, and install nothing: a GPU
+# machine brings the torch that fits its driver.
+PYTHON  ?= python3
+WORKERS ?= auto
+ARGS    ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format test-gpu bench docs clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo "ARGS=... is handed on (make test ARGS='-k gemm'); PYTHON=... chooses the Python; WORKERS=... the test processes."
+
+demo: $(READY) ## train a small DeepSeek-V3 here, save it, load it, generate from it
+	$(BIN)/python -m dskernels.demo $(ARGS)
+
+test: $(READY) ## all tests, with kernels in Triton's interpreter where there is no GPU
+	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: WORKERS = 4
+test-gpu: ## kernel tests on this machine's GPU; fails where there is none
+	DSKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+
+bench: ## time the operations on this machine's GPU, beside their peers
+	$(PYTHON) -m benchmarks $(ARGS)
+
+docs: $(READY) ## build the documentation into site/
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]' --no-build-isolation
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+clean: ## remove .venv and everything that was generated
+	rm -rf $(VENV) build dist site demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	@echo "Setting up $(VENV), once; most of the time goes to downloading torch."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt setuptools
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint,plot,transformers]'
+	@touch $@
