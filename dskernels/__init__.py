@@ -1,0 +1,22 @@
+"""GPU kernels for models built like DeepSeek-V3, each with a plain PyTorch reference that means the same."""
+
+from dskernels.dispatch import explain, use_impl
+from dskernels.fp8 import quantize, quantize_both, rmsnorm_quantize, swiglu_quantize
+from dskernels.gemm import fp8_gemm, fp8_linear
+from dskernels.types import Fp8Tensor, Permuted, Routing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Fp8Tensor",
+    "Permuted",
+    "Routing",
+    "explain",
+    "fp8_gemm",
+    "fp8_linear",
+    "quantize",
+    "quantize_both",
+    "rmsnorm_quantize",
+    "swiglu_quantize",
+    "use_impl",
+]

@@ -1,0 +1,259 @@
+"""Which implementation of an operation runs, decided at each call, inside the registered operation.
+
+Every operation has up to three implementations that mean the same: ``hopper`` (sm_90 only), ``triton`` (any Triton GPU)
+and ``reference`` (PyTorch, anywhere). ``impl=None`` takes the first of these, in this order, that the tensors' device
+and the arguments allow. An explicit ``impl=``, or :class:`use_impl`, is obeyed or raises: nothing falls back silently.
+:func:`explain` says what would run, and why not the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("hopper", "triton", "reference")
+OPERATIONS: dict[str, Operation] = {}
+
+_library = torch.library.Library("dskernels", "FRAGMENT")
+_forced: ContextVar[str | None] = ContextVar("forced implementation", default=None)
+_recording: ContextVar[list[Choice] | None] = ContextVar("choices of explain()", default=None)
+
+
+class Choice(NamedTuple):
+    """What runs for one operation, and why each implementation before it does not."""
+
+    operation: str
+    impl: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        rejected = "; ".join(f"not {impl}: {reason}" for impl, reason in self.rejected.items())
+        return f"{self.operation}: {self.impl}" + (f" ({rejected})" if rejected else "")
+
+
+class Operation:
+    """A `torch.library` operation and the implementations behind it.
+
+    The schema names the operation and its flat arguments, without defaults; ``str? impl=None`` is appended to it.
+
+    Args:
+        schema: e.g. ``"merge(Tensor a, Tensor b) -> Tensor"``; an operation that fills ``Tensor(a!) out`` returns
+            ``()``.
+        reference: callable with the schema's arguments, in PyTorch.
+        triton: ``"module:function"``, imported on first use; likewise `hopper`. A function ``<function>_supports``
+            beside it, with the same arguments, returns None or the reason why it does not take them; it sees metadata
+            only.
+        composite: instead of the three, a callable that is built of other operations and takes ``impl`` to hand on.
+        fake: what the operation returns, as empty tensors; None for an operation that only writes to its arguments.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        reference: Callable | None = None,
+        triton: str | None = None,
+        hopper: str | None = None,
+        composite: Callable | None = None,
+        fake: Callable | None = None,
+    ) -> None:
+        if (reference is None) == (composite is None):
+            raise ValueError(f"{schema}: give either `reference` or `composite`")
+        self.name = schema.partition("(")[0]
+        self.targets: dict[str, Callable | str | None] = {"hopper": hopper, "triton": triton, "reference": reference}
+        self.composite = composite
+        self.fake = fake or (lambda *args: None)
+        arguments, _, returns = schema.rpartition(") -> ")
+        _library.define(f"{arguments}, str? impl=None) -> {returns}")
+        _library.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dskernels::{self.name}", lambda *args: self.fake(*self._split(args)[0]))
+        self.overload = getattr(torch.ops.dskernels, self.name).default
+        self.arity = len(self.overload._schema.arguments) - 1
+        OPERATIONS[self.name] = self
+
+    def __call__(self, *args: Any, impl: str | None = None) -> Any:
+        """Run the registered operation on its flat arguments."""
+        return self.overload(*args, impl)
+
+    def register_autograd(self, backward: Callable, save: Callable) -> None:
+        """Give the operation a gradient.
+
+        ``save(ctx, args, output)`` keeps what the backward needs; ``backward(ctx, *grads)`` returns one gradient (or
+        None) for each schema argument. ``ctx.impl`` holds the implementation that the forward was asked for, to hand
+        on.
+        """
+
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            args, impl = self._split(inputs)
+            ctx.impl = impl or _forced.get()
+            save(ctx, args, output)
+
+        def run_backward(ctx: Any, *grads: Tensor) -> tuple:
+            return (*backward(ctx, *grads), None)
+
+        torch.library.register_autograd(f"dskernels::{self.name}", run_backward, setup_context=setup_context)
+
+    def choose(self, args: Sequence[Any], impl: str | None = None) -> Choice:
+        """Name the implementation that takes these arguments; raise if the one asked for does not."""
+        if impl is not None:
+            if impl not in IMPLEMENTATIONS:
+                raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+            if reason := self._reason_against(impl, args, asked_for=True):
+                raise ValueError(f"{self.name}: impl={impl!r} cannot run this: {reason}")
+            return Choice(self.name, impl, {})
+        rejected: dict[str, str] = {}
+        for candidate in IMPLEMENTATIONS[:-1]:
+            reason = self._reason_against(candidate, args, asked_for=False)
+            if reason is None:
+                return Choice(self.name, candidate, rejected)
+            rejected[candidate] = reason
+        return Choice(self.name, "reference", rejected)
+
+    def _split(self, args: tuple) -> tuple[tuple, str | None]:
+        """(schema arguments, impl): the dispatcher leaves a trailing ``impl=None`` out."""
+        return args[: self.arity], args[self.arity] if len(args) > self.arity else None
+
+    def _run(self, *args: Any) -> Any:
+        args, impl = self._split(args)
+        impl = impl or _forced.get()
+        if self.composite is not None:
+            return self.composite(*args, impl=impl)
+        choice = self.choose(args, impl)
+        recording = _recording.get()
+        if recording is not None:
+            recording.append(choice)
+            return self.fake(*args)
+        return self._function(choice.impl)(*args)
+
+    def _reason_against(self, impl: str, args: Sequence[Any], asked_for: bool) -> str | None:
+        target = self.targets[impl]
+        if target is None:
+            return "there is no such kernel for this operation"
+        if impl == "reference":
+            return None
+        reason = _reason_of_device(impl, _device_of(args), asked_for)
+        if reason is None and (supports := _supports(target)) is not None:
+            reason = supports(*args)
+        return reason
+
+    def _function(self, impl: str) -> Callable:
+        target = self.targets[impl]
+        return _load(target) if isinstance(target, str) else target  # type: ignore[return-value]
+
+
+class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
+    """Run every operation inside ``with use_impl("reference"):`` by that implementation, or raise where it cannot.
+
+    A call's own ``impl=`` wins over it. Backward passes run what their forward was asked for. It holds for the current
+    thread.
+    """
+
+    def __init__(self, impl: str | None) -> None:
+        if impl is not None and impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {impl!r}")
+        self.impl = impl
+
+    def __enter__(self) -> None:
+        self._token = _forced.set(self.impl)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _forced.reset(self._token)
+
+
+def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
+    """Say which implementation would run, and why not the others, without running any kernel.
+
+    ``explain(dskernels.fp8_gemm, a, b)`` answers for these arguments (which are validated as usual), one `Choice` for
+    each registered operation that the call makes. ``explain()`` answers for every operation on this machine's default
+    device.
+    """
+    if function is None:
+        probe = torch.empty(0, device=default_device())
+        return [
+            Choice(op.name, "composite", {}) if op.composite else _choose_by_device(op, probe.device)
+            for op in OPERATIONS.values()
+        ]
+    choices: list[Choice] = []
+    token = _recording.set(choices)
+    try:
+        function(*args, **kwargs)
+    finally:
+        _recording.reset(token)
+    return choices
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _choose_by_device(op: Operation, device: torch.device) -> Choice:
+    rejected = {}
+    for impl in IMPLEMENTATIONS[:-1]:
+        if op.targets[impl] is None:
+            rejected[impl] = "there is no such kernel for this operation"
+        elif reason := _reason_of_device(impl, device, asked_for=False):
+            rejected[impl] = reason
+        else:
+            return Choice(op.name, impl, rejected)
+    return Choice(op.name, "reference", rejected)
+
+
+def _device_of(args: Sequence[Any]) -> torch.device:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device
+    raise ValueError("an operation needs a tensor argument")
+
+
+def _reason_of_device(impl: str, device: torch.device, asked_for: bool) -> str | None:
+    """Why `impl` does not run on `device`, whatever the arguments."""
+    if impl == "hopper":
+        if device.type != "cuda" or capability(device) != (9, 0):
+            return "it needs an sm_90 GPU"
+    elif impl == "triton":
+        if not has_triton():
+            return "Triton is not installed"
+        if device.type == "cpu":
+            if not interpreting():
+                return "the tensors are on the CPU, and TRITON_INTERPRET=1 is not set"
+            if not asked_for:
+                return "the tensors are on the CPU, and the interpreter runs only when asked for by impl='triton'"
+    return None
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, (major, minor)."""
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter on the CPU (it must be set before a kernel is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _load(target: str) -> Callable:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+@functools.cache
+def _supports(target: str) -> Callable | None:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), f"{function}_supports", None)

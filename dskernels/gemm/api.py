@@ -1,0 +1,188 @@
+"""Public e4m3 matrix products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskernels.dispatch import Operation
+from dskernels.fp8 import quantize, quantize_both
+from dskernels.gemm.weights import quantized_weight, transposed
+from dskernels.reference import gemm as reference
+from dskernels.types import Fp8Tensor
+from dskernels.validate import HALF_OR_SINGLE, check_choice, check_fp8, check_tensor
+
+
+def fp8_gemm(
+    a: Fp8Tensor,
+    b: Fp8Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """Multiply two block-scaled e4m3 matrices: ``a @ b.T (+ bias)``.
+
+    C[m, n] = sum over blocks k of 128: (sum over i in k of a.data[m, i] * b.data[n, i]) * a.scale[m, k] * b.scale[n,
+    k], the inner sum from a fresh accumulator, the outer one in fp32.
+
+    Args:
+        a: ``[M, K]`` in 1x128 tiles, M and K any size.
+        b: ``[N, K]`` in 128x128 blocks (a weight: Fprop, Dgrad) or in 1x128 tiles (Wgrad), N any size.
+        out_dtype: bf16, fp16 or fp32; ignored where `out` is given.
+        bias: bf16, fp16 or fp32 ``[N]``, added before rounding.
+        out: ``[M, N]`` bf16, fp16 or fp32 to write to, last dimension contiguous.
+        accumulate: add to `out` (in fp32, rounded once) instead of overwriting it.
+        impl: implementation to run, see :mod:`dskernels.dispatch`.
+
+    Returns:
+        ``[M, N]``; `out` itself where that is given. Repeated calls return the same bits.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, tiles, strides or devices do not fit, or `accumulate` is given without `out`.
+
+    M = 0 or N = 0 gives an empty result; K = 0 gives zeros (plus the bias). Not differentiable: see :func:`fp8_linear`.
+    Source: DeepSeek-V3 report (arXiv 2412.19437), section 3.3.2.
+    """
+    check_fp8("a", a, blocks=[(1, 128)])
+    check_fp8("b", b, blocks=[(128, 128), (1, 128)], like=a.data)
+    (m, k), (n, k_b) = a.data.shape, b.data.shape
+    if k != k_b:
+        raise ValueError(f"b: expected K = {k} columns like a, got {k_b}")
+    if bias is not None:
+        check_tensor("bias", bias, dtype=HALF_OR_SINGLE, shape=(n,), like=a.data)
+    if out is None:
+        if accumulate:
+            raise ValueError("accumulate: expected `out` to add to, got out=None")
+        check_choice("out_dtype", out_dtype, HALF_OR_SINGLE)
+        out = a.data.new_empty((m, n), dtype=out_dtype)
+    else:
+        check_tensor("out", out, dtype=HALF_OR_SINGLE, shape=(m, n), like=a.data)
+    _fp8_gemm(a.data, a.scale, b.data, b.scale, b.block[0], bias, out, accumulate, impl=impl)
+    return out
+
+
+def fp8_linear(x: Tensor, weight: Tensor | Fp8Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+    """A linear layer whose three products run in e4m3: ``x @ weight.T + bias``, and its gradients.
+
+    Fprop multiplies x in 1x128 tiles by the weight in 128x128 blocks; Dgrad, dy in 1x128 tiles by the same weight;
+    Wgrad, dy.T by x.T, both quantised again in tiles of 128 tokens, accumulated in fp32. The quantised weight is kept
+    until the weight changes (by data pointer and version), so that one optimiser step quantises it once.
+
+    Args:
+        x: bf16, fp16 or fp32 ``[..., K]``.
+        weight: ``[N, K]``, a bf16, fp16 or fp32 master weight, or an `Fp8Tensor` in 128x128 blocks, which gets no
+            gradient.
+        bias: bf16, fp16 or fp32 ``[N]``.
+        impl: implementation to run, see :mod:`dskernels.dispatch`.
+
+    Returns:
+        ``[..., N]`` in x's dtype. Gradients come in the dtype of what they belong to.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, strides or devices do not fit.
+
+    Source: DeepSeek-V3 report, figure 6 and section 3.3.
+    """
+    check_tensor("x", x, dtype=HALF_OR_SINGLE)
+    if x.dim() == 0:
+        raise ValueError("x: expected at least one dimension, got a scalar")
+    if isinstance(weight, Fp8Tensor):
+        check_fp8("weight", weight, blocks=[(128, 128)], like=x)
+    else:
+        check_tensor("weight", weight, dtype=HALF_OR_SINGLE, shape=("N", "K"), like=x)
+    if weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight: expected {x.shape[-1]} columns like x, got {weight.shape[1]}")
+    if bias is not None:
+        check_tensor("bias", bias, dtype=HALF_OR_SINGLE, shape=(weight.shape[0],), like=x)
+    data, scale = (weight.data, weight.scale) if isinstance(weight, Fp8Tensor) else (weight, None)
+    y = _fp8_linear(x.reshape(-1, x.shape[-1]), data, scale, bias, impl=impl)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+# ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
+
+
+def _fp8_gemm_reference(a, a_scale, b, b_scale, b_rows, bias, out, accumulate):
+    b = Fp8Tensor(b, b_scale, (b_rows, 128))
+    reference.fp8_gemm(Fp8Tensor(a, a_scale), b, bias=bias, out=out, accumulate=accumulate)
+
+
+_fp8_gemm = Operation(
+    "fp8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int b_rows, Tensor? bias, Tensor(a!) out, "
+    "bool accumulate) -> ()",
+    reference=_fp8_gemm_reference,
+    triton="dskernels.gemm.triton:fp8_gemm",
+)
+
+
+def _quantized(weight: Tensor, scale: Tensor | None, transpose: bool, impl: str | None) -> Fp8Tensor:
+    if scale is None:
+        return quantized_weight(weight, transpose=transpose, impl=impl)
+    quantized = Fp8Tensor(weight, scale, (128, 128))
+    return transposed(quantized) if transpose else quantized
+
+
+def _fp8_linear_forward(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, impl: str | None
+) -> Tensor:
+    b = _quantized(weight, scale, False, impl)
+    return fp8_gemm(quantize(x, impl=impl), b, out_dtype=x.dtype, bias=bias, impl=impl)
+
+
+def _fp8_linear_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, needs_dx: bool, needs_dw: bool, impl: str | None
+) -> tuple[Tensor, Tensor]:
+    dx, dw = _empty_gradients(dy, x, weight, scale, needs_dx, needs_dw)
+    rows, columns = quantize_both(dy, impl=impl)
+    if needs_dx:
+        dx = fp8_gemm(rows, _quantized(weight, scale, True, impl), out_dtype=x.dtype, impl=impl)
+    if needs_dw:
+        x_t = quantize(x, (128, 1), transpose=True, impl=impl)
+        dw = fp8_gemm(columns, x_t, out_dtype=torch.float32, impl=impl).to(weight.dtype)
+    return dx, dw
+
+
+def _empty_gradients(dy, x, weight, scale, needs_dx, needs_dw):
+    """Gradients of the right shape; of no rows where one is not needed."""
+    dx = x.new_empty(x.shape if needs_dx else (0, x.shape[1]))
+    return dx, weight.new_empty(weight.shape if needs_dw else (0, weight.shape[1]))
+
+
+_fp8_linear = Operation(
+    "fp8_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor",
+    composite=_fp8_linear_forward,
+    fake=lambda x, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[0]),
+)
+_fp8_linear_backward = Operation(
+    "fp8_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? scale, bool needs_dx, bool needs_dw) "
+    "-> (Tensor, Tensor)",
+    composite=_fp8_linear_gradients,
+    fake=_empty_gradients,
+)
+
+
+def _save(ctx: Any, args: tuple, output: Tensor) -> None:
+    x, weight, scale, bias = args
+    ctx.save_for_backward(x, weight, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scale = ctx.saved_tensors
+    needs_dx, needs_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and scale is None
+    dx = dw = db = None
+    if needs_dx or needs_dw:
+        dx, dw = _fp8_linear_backward(dy.contiguous(), x, weight, scale, needs_dx, needs_dw, impl=ctx.impl)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        db = dy.float().sum(0).to(ctx.bias_dtype)
+    return dx if needs_dx else None, dw if needs_dw else None, None, db
+
+
+_fp8_linear.register_autograd(_backward, _save)

@@ -1,0 +1,76 @@
+"""The values that operations hand to each other. Plain named tuples, so that `torch.compile` takes them as they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Block = tuple[int, int]
+
+
+class Fp8Tensor(NamedTuple):
+    """A matrix in e4m3 with one fp32 scale a tile: ``x[r, c] = data[r, c] * scale[r // block[0], c // block[1]]``.
+
+    Attributes:
+        data: float8_e4m3fn ``[rows, cols]`` (or ``[E, rows, cols]`` for a stack of expert weights), last dimension
+            contiguous.
+        scale: float32 ``[ceil(rows / block[0]), ceil(cols / block[1])]``, likewise stacked. Row-major, except that with
+            ``block == (1, 128)`` the row index is contiguous and the column stride is the number of rows rounded up to
+            4 (16 bytes), the layout that the tensor memory accelerator loads.
+        block: the tile's (rows, columns): ``(1, 128)`` for activations, ``(128, 128)`` for weights, ``(128, 1)`` along
+            tokens.
+    """
+
+    data: Tensor
+    scale: Tensor
+    block: Block = (1, 128)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the matrix that this stands for."""
+        return self.data.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the data."""
+        return self.data.device
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix in ``dtype``: every element times the scale of its tile, multiplied in fp32."""
+        rows, cols = self.data.shape[-2:]
+        scale = self.scale.repeat_interleave(self.block[0], -2)[..., :rows, :]
+        scale = scale.repeat_interleave(self.block[1], -1)[..., :cols]
+        return (self.data.float() * scale).to(dtype)
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to, and how much of each.
+
+    Attributes:
+        weights: float32 ``[T, k]``, what each chosen expert's output is multiplied by.
+        experts: int32 ``[T, k]``, ids of the chosen experts, best first.
+        load: int32 ``[E]``, number of choices that fell on each expert.
+        nonfinite: int32 ``[]``, number of tokens whose logits held a NaN or nothing finite (weights 0, not in
+            ``load``).
+    """
+
+    weights: Tensor
+    experts: Tensor
+    load: Tensor
+    nonfinite: Tensor
+
+
+class Permuted(NamedTuple):
+    """Token rows laid out expert by expert.
+
+    Attributes:
+        x: ``[T * k, hidden]``, the rows, in the dtype of the input; rows from ``offsets[E]`` on are zero.
+        offsets: int32 ``[E + 1]``, the rows of expert ``e`` are ``offsets[e]`` to ``offsets[e + 1]``.
+        index: int32 ``[T, k]``, the row of each choice, -1 where the choice was dropped.
+    """
+
+    x: Tensor
+    offsets: Tensor
+    index: Tensor

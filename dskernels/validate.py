@@ -1,0 +1,120 @@
+"""Checks of arguments, said once: each error names the argument, what was expected, and what came.
+
+Only metadata is looked at (type, dtype, shape, strides, device), never values, so no check waits for a device, and
+`torch.compile` traces through all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskernels.types import Block, Fp8Tensor
+
+HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_tensor(
+    name: str,
+    x: Any,
+    *,
+    dtype: torch.dtype | Sequence[torch.dtype] | None = None,
+    shape: Sequence[int | str] | None = None,
+    like: Tensor | None = None,
+) -> None:
+    """Check that `x` is a strided tensor of a dtype and shape, its last dimension contiguous, on the device of `like`.
+
+    An entry of `shape` is a size, or a letter that stands for any size in the message.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if dtype is not None:
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+        if x.dtype not in allowed:
+            raise TypeError(f"{name}: expected dtype {_or(allowed)}, got {_dtype(x.dtype)}")
+    if shape is not None:
+        fits = x.dim() == len(shape)
+        if fits:
+            for size, expected in zip(x.shape, shape, strict=True):
+                if not isinstance(expected, str) and size != expected:
+                    fits = False
+        if not fits:
+            raise ValueError(f"{name}: expected shape [{', '.join(str(s) for s in shape)}], got {list(x.shape)}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device} like the others, got one on {x.device}")
+    if x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(f"{name}: expected a contiguous last dimension, got strides {list(x.stride())}")
+
+
+def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like: Tensor | None = None) -> None:
+    """Check that `x` is an `Fp8Tensor` with one of these tiles, its scale of the shape and layout that go with it."""
+    if not isinstance(x, Fp8Tensor):
+        raise TypeError(f"{name}: expected an Fp8Tensor (see dskernels.quantize), got {type(x).__name__}")
+    if x.block not in blocks:
+        raise ValueError(f"{name}: expected block {' or '.join(str(b) for b in blocks)}, got {x.block}")
+    check_tensor(f"{name}.data", x.data, dtype=torch.float8_e4m3fn, shape="ERC"[-ndim:], like=like)
+    if not isinstance(x.scale, Tensor):
+        raise TypeError(f"{name}.scale: expected a torch.Tensor, got {type(x.scale).__name__}")
+    if x.scale.dtype != torch.float32:
+        raise TypeError(f"{name}.scale: expected dtype float32, got {_dtype(x.scale.dtype)}")
+    rows, cols = x.data.shape[-2:]
+    expected = [*x.data.shape[:-2], ceil_div(rows, x.block[0]), ceil_div(cols, x.block[1])]
+    if list(x.scale.shape) != expected:
+        raise ValueError(
+            f"{name}.scale: expected shape {expected} for data of {list(x.data.shape)} in tiles of {x.block}, "
+            f"got {list(x.scale.shape)}"
+        )
+    if x.scale.device != x.data.device:
+        raise ValueError(
+            f"{name}.scale: expected a tensor on {x.data.device} like the data, got one on {x.scale.device}"
+        )
+    if x.block == (1, 128) and ndim == 2:
+        rows, cols = x.scale.shape
+        if (rows > 1 and x.scale.stride(0) != 1) or (cols > 1 and x.scale.stride(1) % 4 != 0):
+            raise ValueError(
+                f"{name}.scale: expected the row index contiguous and a column stride divisible by 4, as quantize() "
+                f"makes it, got strides {list(x.scale.stride())}"
+            )
+    elif x.scale.shape[-1] > 1 and x.scale.stride(-1) != 1:
+        raise ValueError(f"{name}.scale: expected a contiguous last dimension, got strides {list(x.scale.stride())}")
+
+
+def check_int(name: str, value: Any, *, low: int, high: int | None = None) -> None:
+    """Check that `value` is an int from `low` to `high` inclusive."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name}: expected an int {limits}, got {value}")
+
+
+def check_float(name: str, value: Any) -> None:
+    """Check that `value` is a Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Check that `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(_spell(c) for c in choices)}, got {_spell(value)}")
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Smallest integer that is at least a / b."""
+    return -(-a // b)
+
+
+def _or(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(_dtype(d) for d in dtypes)
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _spell(value: Any) -> str:
+    return _dtype(value) if isinstance(value, torch.dtype) else repr(value)

@@ -1,0 +1,6 @@
+"""Plain PyTorch that defines what each operation means: fp32 arithmetic (fp64 stays fp64), no tricks, any device."""
+
+from dskernels.reference.fp8 import quantize, quantize_both, rmsnorm_quantize, swiglu_quantize
+from dskernels.reference.gemm import fp8_gemm, fp8_linear
+
+__all__ = ["fp8_gemm", "fp8_linear", "quantize", "quantize_both", "rmsnorm_quantize", "swiglu_quantize"]

@@ -1,0 +1,89 @@
+"""Quantising to e4m3 with one scale a tile (DeepSeek-V3 report, section 3.3.2), as plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dskernels.types import Block, Fp8Tensor
+
+E4M3_MAX = 448.0
+SMALLEST_SCALE = 2.0**-126
+
+
+def tile_scale(amax: Tensor, scale_format: str = "fp32") -> Tensor:
+    """Scale of a tile whose largest magnitude is `amax`: amax / 448, at least 2^-126, and 1 where amax is 0.
+
+    UE8M0 rounds it up to a power of two, by carrying any mantissa bit into the exponent.
+    """
+    scale = (amax / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    if scale_format == "ue8m0":
+        power = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+        scale = torch.where(scale.isfinite(), power, scale)
+    return torch.where(amax == 0, 1.0, scale)
+
+
+def quantize(x: Tensor, block: Block = (1, 128), *, scale_format: str = "fp32", transpose: bool = False) -> Fp8Tensor:
+    """e4m3 of `x` [rows, cols] in tiles of `block`: q = rne(x / scale), scale = max|tile| / 448.
+
+    With `transpose`, of x.T in tiles of the block transposed. A stack [E, rows, cols] is quantised matrix by matrix.
+    """
+    if transpose:
+        return quantize(x.mT, (block[1], block[0]), scale_format=scale_format)
+    if x.dim() == 3:
+        return _stack([quantize(matrix, block, scale_format=scale_format) for matrix in x], block)
+    (rows, cols), (br, bc) = x.shape, block
+    tiles = F.pad(x.float(), (0, -cols % bc, 0, -rows % br))
+    tiles = tiles.reshape(-(-rows // br), br, -(-cols // bc), bc)
+    scale = tile_scale(tiles.abs().amax((1, 3)), scale_format)
+    q = (tiles / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
+    q = q.flatten(2).flatten(0, 1)[:rows, :cols].to(torch.float8_e4m3fn)
+    return Fp8Tensor(q.contiguous(), scale_layout(scale, block), block)
+
+
+def _stack(matrices: list[Fp8Tensor], block: Block) -> Fp8Tensor:
+    data, scale = (torch.stack([m[i] for m in matrices]) for i in (0, 1))
+    return Fp8Tensor(data, scale, block)
+
+
+def scale_layout(scale: Tensor, block: Block) -> Tensor:
+    """`scale` in the layout of its block: row-major, but for (1, 128) rows contiguous, columns padded to 16 bytes."""
+    if block != (1, 128):
+        return scale.contiguous()
+    rows, cols = scale.shape
+    return scale.new_empty_strided((rows, cols), (1, -(-rows // 4) * 4)).copy_(scale)
+
+
+def quantize_both(x: Tensor, *, scale_format: str = "fp32") -> tuple[Fp8Tensor, Fp8Tensor]:
+    """`x` [rows, cols] quantised in 1x128 tiles, and x.T in 1x128 tiles: the operands of Dgrad and of Wgrad."""
+    by_row = quantize(x, (1, 128), scale_format=scale_format)
+    by_column = quantize(x, (128, 1), scale_format=scale_format, transpose=True)
+    return by_row, by_column
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up in fp32, of `gate_up` [T, 2I]: the gate in the first half of the columns, up in the second."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def swiglu_quantize(gate_up: Tensor, *, scale_format: str = "fp32") -> Fp8Tensor:
+    """e4m3 of silu(gate) * up [T, I] in 1x128 tiles, not rounded in between."""
+    return quantize(swiglu(gate_up), scale_format=scale_format)
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight in fp32 (Zhang and Sennrich, arXiv 1910.07467, eq. 4)."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def rmsnorm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, scale_format: str = "fp32"
+) -> Fp8Tensor | tuple[Fp8Tensor, Tensor]:
+    """e4m3 of RMSNorm(x) [T, H] in 1x128 tiles; with `residual`, of RMSNorm(x + residual), and that sum."""
+    if residual is None:
+        return quantize(rmsnorm(x, weight, eps), scale_format=scale_format)
+    total = x + residual
+    return quantize(rmsnorm(total, weight, eps), scale_format=scale_format), total
