@@ -35,8 +35,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 
@@ -91,12 +97,26 @@ class Report:
     source: Compile
     target: str
     registers: int  # of a thread
-    spills: int  # LDL and STL instructions: registers that went to memory, or an array indexed at run time
-    stack: int  # bytes of a thread
+    stack: int  # bytes of a thread in local memory: spilled registers, arrays indexed at run time
     shared: int  # bytes of a block, the dynamic part included
     tensor_memory: int  # columns, on sm_100
-    sass: Counter[str]  # full opcode ("HGMMA.64x128x16.F32.BF16") -> how often it stands in the code
     seconds: float
+    cubin: bytes = field(repr=False)
+
+    @cached_property
+    def sass(self) -> Counter[str]:
+        """How often each full opcode, such as "HGMMA.64x128x16.F32.BF16", stands in the code."""
+        text = _run_tool(self.cubin, "nvdisasm", "-c", "-ndf")  # -ndf: no analysis of branches, half of its time
+        # "        /*0a10*/              @!P0 STL [R1+0x4], R3 ;": an address, perhaps a predicate, the opcode.
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
+        if not opcodes:
+            raise RuntimeError("nvdisasm printed no instructions in the form expected")
+        return Counter(opcodes)
+
+    @property
+    def spills(self) -> int:
+        """Loads from and stores to local memory."""
+        return self.count("LDL", "STL") if self.stack else 0
 
     def count(self, *opcodes: str) -> int:
         """How many instructions are one of `opcodes`, whatever their further suffixes: `count("HGMMA", "BAR.SYNC")`."""
@@ -104,8 +124,8 @@ class Report:
 
     def __str__(self) -> str:
         return (
-            f"{self.source} {self.target}: {self.registers} registers, "
-            f"{self.spills} spills, {self.stack} B stack, {self.shared} B shared, {self.seconds:.2f} s"
+            f"{self.source} {self.target}: {self.registers} registers, {self.spills} spills, {self.stack} B stack, "
+            f"{self.shared} B shared, compiled in {self.seconds:.2f} s"
         )
 
 
@@ -166,11 +186,6 @@ def assert_clean(reports: Iterable[Report], *, max_registers: int = 255) -> None
 
 def compile_kernel(kernel: Any, spec: Compile, target: str) -> Report:
     """Compile a jitted function for one target, in this process, which must not be one of Triton's interpreter."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
-
     if not isinstance(kernel, triton.JITFunction):
         raise TypeError(f"{spec.kernel}: expected a @triton.jit function, got {type(kernel).__name__}")
     names = list(kernel.arg_names)
@@ -199,38 +214,27 @@ def compile_kernel(kernel: Any, spec: Compile, target: str) -> Report:
     gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     compiled = triton.compile(source, target=gpu, options=options)
-    usage, sass = _disassemble(compiled.asm["cubin"])
+    cubin = compiled.asm["cubin"]
+    usage = dict(re.findall(r"(\w+):(\d+)", _run_tool(cubin, "cuobjdump", "-res-usage")))
     return Report(
         source=spec,
         target=target,
         registers=int(usage["REG"]),
-        spills=sum(n for opcode, n in sass.items() if opcode.split(".")[0] in ("LDL", "STL")),
-        stack=int(usage["STACK"]),
+        stack=int(usage["STACK"]) + int(usage["LOCAL"]),
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
-        sass=sass,
         seconds=time.perf_counter() - began,
+        cubin=cubin,
     )
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, str], Counter[str]]:
-    """Return cuobjdump's resource usage and the count of each opcode. Both tools come in Triton's wheel."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+def _run_tool(cubin: bytes, tool: str, *options: str) -> str:
+    """What one of the tools in Triton's wheel prints of a compiled kernel."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        # -ndf: no analysis of where branches lead, which is half of nvdisasm's time.
-        usage, sass = (
-            subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, *options in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
-        )
-    # "        /*0a10*/              @!P0 STL [R1+0x4], R3 ;": an address, perhaps a predicate, the opcode.
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
-    if not opcodes:
-        raise RuntimeError("nvdisasm printed no instructions in the form expected")
-    return dict(re.findall(r"(\w+):(\d+)", usage)), Counter(opcodes)
+        return subprocess.run([folder / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _child(request: str, answer: str) -> None:
