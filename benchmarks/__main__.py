@@ -12,29 +12,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 IMPLEMENTATIONS = ("hopper", "triton", "reference")
 FAMILIES = ("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla")
+DEVICE = "cuda"
 TABLE_WIDTH = 150  # of a log, which has no width of its own
 
 EXAMPLES = """
 Examples:
 
-  python -m benchmarks                         every family, about three minutes on an H100
-
-  python -m benchmarks gemm mla --save         two families; their JSON goes to benchmarks/results/<gpu>/
-
-  python -m benchmarks --filter mla_decode     cases whose operation or workload says so
-
-  python -m benchmarks gemm --impl triton --impl hopper --host
-
-  python -m benchmarks --list                  what there is; needs no GPU
+- `python -m benchmarks`: every family, about three minutes on an H100
+- `python -m benchmarks gemm mla --save`: two families; their JSON goes to benchmarks/results/
+- `python -m benchmarks --filter mla_decode --filter h128`: the cases whose title says both
+- `python -m benchmarks gemm --impl triton --impl hopper --host`: two implementations, and what a call costs the host
+- `python -m benchmarks --list`: what there is; needs no GPU
 """
 
+app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
 
+
+@app.command(epilog=EXAMPLES)
 def main(
     families: Annotated[
         list[str] | None,
         typer.Argument(help=f"Families to run, of {', '.join(FAMILIES)}. All of them if none is named."),
     ] = None,
-    save: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/<gpu>/<family>.json.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Write `benchmarks/results/<gpu>/<family>.json`.")] = False,
     impl: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,7 +128,7 @@ def measure(console: Console, chosen: dict[str, list], *, save: bool, impls, qui
     missing = "; ".join(f"{name} ({reason})" for name, reason in peers.missing().items())
     console.print(f"peers missing: {missing or 'none'}\n", highlight=False)
 
-    runner = Runner(torch.device("cuda"), stopwatch.time, roofs, impls, timing.host_cost if host else None)
+    runner = Runner(torch.device(DEVICE), stopwatch.time, roofs, impls, timing.host_cost if host else None)
     failed = False
     columns = TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -158,4 +158,4 @@ def measure(console: Console, chosen: dict[str, list], *, save: bool, impls, qui
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app(prog_name="python -m benchmarks")

@@ -135,16 +135,16 @@ class Machine:
 
 
 def gpu_folder(gpu: str) -> str:
-    """Short name of a GPU: what is left of its name without maker, family, memory and form factor."""
+    """Short name of a GPU: its name without maker, family, memory and form factor; a slice of one is marked as such."""
     words = re.split(r"[\s\-_/]+", gpu.lower())
     dull = {"nvidia", "amd", "tesla", "geforce", "quadro", "instinct", "radeon", "graphics", "generation"}
     kept = []
     for word in words:
-        if re.fullmatch(r"\d+(gb|mb)|sxm\d*|pcie|nvl|hbm\d*e?|mig|\d+g\.\d+gb", word):
+        if re.fullmatch(r"\d+(gb|mb)|sxm\d*|pcie|nvl|hbm\d*e?|mig", word):
             break
         if word not in dull:
             kept.append(word)
-    return "".join(kept) or "gpu"
+    return ("".join(kept) or "gpu") + ("_mig" if "mig" in words else "")
 
 
 def document(machine: Machine, roofs: Roofs, rows: list[Row], date: str | None = None) -> dict[str, Any]:
@@ -157,9 +157,9 @@ def document(machine: Machine, roofs: Roofs, rows: list[Row], date: str | None =
     }
 
 
-def save(family: str, machine: Machine, roofs: Roofs, rows: list[Row], folder: Path = FOLDER) -> Path:
-    """Write ``<folder>/<gpu>/<family>.json`` and return its path."""
-    path = folder / machine.folder / f"{family}.json"
+def save(family: str, machine: Machine, roofs: Roofs, rows: list[Row]) -> Path:
+    """Write ``results/<gpu>/<family>.json`` and return its path."""
+    path = FOLDER / machine.folder / f"{family}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document(machine, roofs, rows), indent=1) + "\n", encoding="utf-8")
     return path

@@ -2,7 +2,7 @@
 
 `Work` counts floating-point operations (a multiply-add is two; only those of matrix products, None where there are
 none) and the fewest bytes: each input read once, each output written once. The roofs are measured here, not taken from
-a datasheet: the percentage of the roof is the time that the slower of the two would take over the time that was measured.
+a datasheet: the percentage of the roof is the time that the slower of the two would take over the measured time.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def grouped_mm(a: Tensor | Fp8Tensor, b: Tensor | Fp8Tensor, offsets: Tensor) ->
 
 def grouped_mm_wgrad(dy: Tensor, x: Tensor, offsets: Tensor) -> Peer:
     """torch's grouped product along the tokens, in bf16."""
-    ends, dy_t, product = offsets[1:].contiguous(), dy.t().contiguous(), torch_grouped_mm()
-    return Peer(lambda: product(dy_t, x, offs=ends))
+    ends, product = offsets[1:].contiguous(), torch_grouped_mm()
+    return Peer(lambda: product(dy.t(), x, offs=ends))
 
 
 def batched_matmul(a: Fp8Tensor, b: Fp8Tensor) -> Peer:
