@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
+from dskernels.reference.fp8 import quantize
+
 TILE = 128  # latent elements that share one scale in an fp8 cache
 
 
@@ -63,14 +64,9 @@ def write_latent_cache(
 
 def pack_fp8(latent: Tensor, rope: Tensor) -> Tensor:
     """One row of bytes a token: the latent in e4m3, one fp32 scale for each 128 of it, the rope part in bf16."""
-    latent = latent.float()
-    tiles = torch.nn.functional.pad(latent, (0, -latent.shape[-1] % TILE)).unflatten(-1, (-1, TILE))
-    amax = tiles.abs().amax(-1)
-    scale = torch.where(amax == 0, 1.0, (amax / E4M3_MAX).clamp(min=2.0**-126))
-    spread = scale.repeat_interleave(TILE, -1)[..., : latent.shape[-1]]
-    data = (latent / spread).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    parts = [data, scale, rope.to(torch.bfloat16)]
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
+    q = quantize(latent, (1, TILE))
+    parts = [q.data, q.scale, rope.to(torch.bfloat16)]
+    return torch.cat([part.clone(memory_format=torch.contiguous_format).view(torch.uint8) for part in parts], dim=-1)
 
 
 def unpack_fp8(row: Tensor, latent_dim: int) -> Tensor:
