@@ -17,7 +17,8 @@ def tile_scale(amax: Tensor, scale_format: str = "fp32") -> Tensor:
 
     UE8M0 rounds it up to a power of two, by carrying any mantissa bit into the exponent.
     """
-    scale = (amax / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    # Divided by a tensor: on CUDA, torch divides by a number by multiplying with its reciprocal, an ulp off.
+    scale = (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=SMALLEST_SCALE)
     if scale_format == "ue8m0":
         power = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
         scale = torch.where(scale.isfinite(), power, scale)
