@@ -1,0 +1,64 @@
+"""What gets installed: all packages pinned, and the reference inside the wheel."""
+
+import importlib
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+EXTRAS = ("test", "lint", "plot", "transformers")  # what the Makefile installs
+NOT_OURS = re.compile(r"nvidia-|cuda-")  # what a CUDA build of torch brings
+
+
+def pins():
+    """Return the pinned version of each package for this Python."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    requirements = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {canonicalize_name(r.name): r for r in requirements if r.marker is None or r.marker.evaluate()}
+
+
+def needed(requirement, extras):
+    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+
+
+def test_everything_that_make_installs_is_pinned():
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
+    todo = [Requirement(line) for line in [*project["dependencies"], *optional]]
+    todo = [requirement for requirement in todo if needed(requirement, ())]
+    pinned, seen = pins(), set()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, *requirement.extras) in seen or NOT_OURS.match(name):
+            continue
+        seen.add((name, *requirement.extras))
+        assert name in pinned, f"{name} is needed and not in constraints.txt"
+        version = next(iter(pinned[name].specifier)).version
+        assert version in requirement.specifier, f"{pinned[name]} does not fit {requirement}"
+        further = [Requirement(line) for line in importlib.metadata.requires(name) or []]
+        todo += [r for r in further if needed(r, requirement.extras)]
+    unused = set(pinned) - {name for name, *_ in seen} - {"setuptools"}
+    assert not unused, "constraints.txt pins what nothing needs"
+
+
+def test_wheel_holds_the_reference_and_no_tests(tmp_path):
+    # A copy, since setuptools puts into a wheel what an earlier build left behind.
+    shutil.copytree(
+        ROOT, tmp_path / "source", symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info")
+    )
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, tmp_path / "source"], check=True)
+    (wheel,) = tmp_path.glob("dskernels-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"dskernels/reference/{path.name}" for path in (ROOT / "reference").glob("*.py")} <= names
+    assert "dskernels/py.typed" in names
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"dskernels"}
