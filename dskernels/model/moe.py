@@ -1,0 +1,107 @@
+"""The mixture of experts: router, stacked expert weights, and the block that runs them beside the shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dskernels as ds
+from dskernels.model.config import Config
+from dskernels.model.layers import FeedForward
+from dskernels.types import Routing
+
+
+class RouterOutput(NamedTuple):
+    """What training needs from a router.
+
+    Attributes:
+        logits: float32 ``[T, n_routed_experts]``, for `balance_loss`.
+        routing: the choice; its ``load`` is what `update_bias` takes.
+    """
+
+    logits: Tensor
+    routing: Routing
+
+
+class Router(nn.Module):
+    """Scores every expert for every token, in fp32, and chooses (report eqs. 12-16).
+
+    Attributes:
+        weight: ``[experts, hidden]``.
+        e_score_correction_bias: float32 ``[experts]``, added to the scores for the choice alone and moved by
+            `update_bias`, not by a gradient; None with softmax.
+    """
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.scoring_func == "sigmoid" else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves with the module but keeps its fp32: rounded to bf16 the bias would change who is chosen."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and moved.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
+
+    def forward(self, x: Tensor) -> RouterOutput:
+        """Routes ``[T, hidden]``."""
+        config = self.config
+        logits = F.linear(x.float(), self.weight.float())
+        routing = ds.route(
+            logits,
+            self.e_score_correction_bias,
+            top_k=config.num_experts_per_tok,
+            n_groups=config.n_group,
+            top_groups=config.topk_group,
+            score=config.scoring_func,
+            normalize=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+        )
+        return RouterOutput(logits, routing)
+
+
+class Experts(nn.Module):
+    """The weights of a block's routed experts, stacked: ``w13`` ``[E, 2I, H]``, gate first, ``w2`` ``[E, H, I]``."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.w13 = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.w2 = nn.Parameter(torch.empty(experts, hidden, inner))
+
+
+class MoE(nn.Module):
+    """Each token through its chosen experts and through the shared ones."""
+
+    def __init__(self, config: Config, fp8: bool) -> None:
+        super().__init__()
+        self.fp8 = fp8
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        shared_width = config.n_shared_experts * config.moe_intermediate_size
+        self.shared_experts = FeedForward(config.hidden_size, shared_width, fp8) if shared_width else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
+        """``[T, hidden]`` to ``[T, hidden]``, and how it was routed."""
+        router = self.gate(x)
+        shared = self.shared_experts
+        y = ds.fused_experts(
+            x,
+            self.experts.w13,
+            self.experts.w2,
+            router.routing,
+            shared=None if shared is None else (shared.w13.weight, shared.w2.weight),
+            fp8=self.fp8,
+        )
+        return y, router

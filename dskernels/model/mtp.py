@@ -1,0 +1,66 @@
+"""Multi-token prediction (report section 2.2): the module, and which token belongs to which row."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dskernels.model.batch import Batch, packed_positions
+from dskernels.model.block import Block
+from dskernels.model.config import Config
+from dskernels.model.layers import Linear, RMSNorm
+from dskernels.model.moe import RouterOutput
+
+
+class MTP(Block):
+    """One multi-token prediction module (report eqs. 21-23): the hidden state of token i and the embedding of a
+    later one.
+
+    The embedding comes first in the concatenation and the hidden state is the one after the final norm, as in the
+    released weights (the report prints them the other way round).
+    """
+
+    def __init__(self, config: Config, *, fp8: bool) -> None:
+        super().__init__(config, moe=True, fp8=fp8)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, fp8=False)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def predict(
+        self,
+        embedding: Tensor,
+        hidden: Tensor,
+        batch: Batch,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor | None = None,
+    ) -> tuple[Tensor, RouterOutput]:
+        """The next hidden state ``[T, hidden]``, normed, for the head or for the next prediction."""
+        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
+        x, router = self(x, batch, cos, sin, cache)
+        return self.norm(x), cast(RouterOutput, router)  # its feed-forward is always a mixture of experts
+
+
+def shift(tokens: Tensor, cu_seqlens: Tensor, k: int) -> Tensor:
+    """The token ``k`` further on in the same sequence, for each packed token; the last one where there is none."""
+    index, end = _ends(tokens, cu_seqlens)
+    return tokens[torch.minimum(index + k, end - 1).clamp(min=0)]
+
+
+def targets(tokens: Tensor, cu_seqlens: Tensor, k: int = 1) -> Tensor:
+    """What row i is to predict: the token ``k`` further on, int64 ``[T]``, -100 (ignored by cross entropy) past the
+    end.
+
+    ``k = 1`` goes with ``logits``, ``k = 2`` with ``mtp_logits[0]``, and so on.
+    """
+    index, end = _ends(tokens, cu_seqlens)
+    return torch.where(index + k < end, shift(tokens, cu_seqlens, k).long(), -100)
+
+
+def _ends(tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The place of each packed token in the batch, and where its sequence ends."""
+    sequence, _ = packed_positions(cu_seqlens, tokens.shape[0])
+    return torch.arange(tokens.shape[0], device=tokens.device), cu_seqlens[sequence + 1]

@@ -1,0 +1,100 @@
+"""From logits to tokens: temperature, top-k, top-p, and the verification of drafted tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most likely token.
+        top_k: only so many of the most likely tokens may be chosen; 0 sets no limit.
+        top_p: only the most likely tokens that together reach this probability may be chosen.
+        generator: source of randomness, on the model's device; None is torch's own.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature: expected 0 or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected 0 (no limit) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature == 0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from: float32 ``[..., vocab]`` of logits of the same shape."""
+        scores = logits.float() / self.temperature
+        if 0 < self.top_k < scores.shape[-1]:
+            smallest = scores.topk(self.top_k, -1).values[..., -1:]
+            scores = scores.masked_fill(scores < smallest, -torch.inf)
+        p = scores.softmax(-1)
+        if self.top_p < 1:
+            ordered, index = p.sort(-1, descending=True)
+            beyond = ordered.cumsum(-1) - ordered >= self.top_p  # reached without this one
+            p = p.masked_fill(beyond.scatter(-1, index, beyond), 0.0)
+            p = p / p.sum(-1, keepdim=True)
+        return p
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The next token ``[B]`` for logits ``[B, vocab]``, and what it was drawn from (None if greedy)."""
+        if self.greedy:
+            return logits.argmax(-1), None
+        p = self.probabilities(logits)
+        return self.draw(p), p
+
+    def draw(self, p: Tensor) -> Tensor:
+        """A token from each row of probabilities."""
+        return torch.multinomial(p, 1, generator=self.generator).squeeze(-1)
+
+    def verify(self, logits: Tensor, drafts: Tensor, draft_p: Tensor | None) -> tuple[Tensor, Tensor]:
+        """How many drafted tokens stand, and the token that follows them.
+
+        Greedy: a draft stands if it is the most likely token. Sampled: a draft x stands with probability min(1, p(x)
+            / q(x)),
+        and in place of the first that falls comes a token from max(p - q, 0), normalised: whatever q is, tokens are
+        then distributed as p (speculative sampling, arXiv 2211.17192, algorithm 1).
+
+        Args:
+            logits: ``[B, k + 1, vocab]`` of the model, after the last certain token and after each draft.
+            drafts: int64 ``[B, k]``.
+            draft_p: ``[B, k, vocab]``, what the drafts were drawn from; None if greedy.
+
+        Returns:
+            int64 ``[B]`` drafts accepted, 0 to k, and int64 ``[B]`` the token after them.
+        """
+        if self.greedy or draft_p is None:
+            best = logits.argmax(-1)
+            accepted = (drafts == best[:, :-1]).long().cumprod(1).sum(1)
+            return accepted, best.gather(1, accepted[:, None]).squeeze(1)
+        p = self.probabilities(logits)
+        p_draft = p[:, :-1].gather(2, drafts[..., None]).squeeze(2)
+        q_draft = draft_p.gather(2, drafts[..., None]).squeeze(2)
+        u = torch.rand(drafts.shape, device=p.device, generator=self.generator)
+        accepted = (u * q_draft < p_draft).long().cumprod(1).sum(1)
+        # After the last draft nothing was drafted: q = 0, and the residual is p itself.
+        row = accepted[:, None, None].expand(-1, 1, p.shape[2])
+        p_next = p.gather(1, row).squeeze(1)
+        q_next = torch.nn.functional.pad(draft_p, (0, 0, 0, 1)).gather(1, row).squeeze(1)
+        residual = (p_next - q_next).clamp(min=0)
+        # p = q up to rounding leaves nothing: then p itself is the right distribution.
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)
+        return accepted, self.draw(residual)

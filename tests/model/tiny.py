@@ -1,0 +1,35 @@
+"""Small random models whose every part matters: weights large enough that no term drowns, norms and biases that are not trivial."""
+
+import torch
+
+from dskernels.model import Config, DeepseekV3
+
+
+def randomize(model):
+    """Norms around 1, router biases around 0, matrices five times larger than a fresh model's."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0, 0.2)
+            else:
+                parameter.normal_(0.0, 0.1)
+        for name, buffer in model.named_buffers():
+            if "e_score_correction_bias" in name:
+                buffer.normal_(0.0, 0.3)
+    return model
+
+
+def tiny_model(config=None, **changes):
+    """A random model of the preset "tiny" with some fields changed, in fp32."""
+    return randomize(DeepseekV3(config or Config.from_name("tiny", **changes)))
+
+
+def packed(*sequences):
+    """Tokens one after the other, and where each sequence begins."""
+    cu_seqlens = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0).int()
+    return torch.cat([torch.as_tensor(s) for s in sequences]), cu_seqlens
+
+
+def random_prompts(*lengths, vocab_size=257):
+    """Prompts of random tokens."""
+    return [torch.randint(0, vocab_size, (n,)).tolist() for n in lengths]
