@@ -18,7 +18,7 @@ TABLE_WIDTH = 150  # of a log, which has no width of its own
 EXAMPLES = """
 Examples:
 
-- `python -m benchmarks`: every family, about three minutes on an H100
+- `python -m benchmarks`: every family, a few minutes
 - `python -m benchmarks gemm mla --save`: two families; their JSON goes to benchmarks/results/
 - `python -m benchmarks --filter mla_decode --filter h128`: the cases whose title says both
 - `python -m benchmarks gemm --impl triton --impl hopper --host`: two implementations, and what a call costs the host

@@ -47,9 +47,9 @@ class Quantize(Case):
     def peers(self, x):
         job = partial(reference.quantize, x.x, self.block, **self._options)
         found = {"torch": peers.eager(job)}
-        if self.workload.m >= COMPILED_FROM and self.scale_format == "fp32" and not self.transpose:
-            found["torch_compile"] = peers.compiled(job)
         if self.op == "quantize":
+            if self.workload.m >= COMPILED_FROM:
+                found["torch_compile"] = peers.compiled(job)
             found["vllm"] = lambda: gemm_peers.vllm_quantize(x.x)
         return found
 
