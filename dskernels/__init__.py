@@ -3,6 +3,7 @@
 from dskernels.dispatch import explain, use_impl
 from dskernels.fp8 import quantize, quantize_both, rmsnorm_quantize, swiglu_quantize
 from dskernels.gemm import fp8_gemm, fp8_linear
+from dskernels.routing import balance_loss, route, update_bias
 from dskernels.types import Fp8Tensor, Permuted, Routing
 
 __version__ = "0.1.0"
@@ -11,12 +12,15 @@ __all__ = [
     "Fp8Tensor",
     "Permuted",
     "Routing",
+    "balance_loss",
     "explain",
     "fp8_gemm",
     "fp8_linear",
     "quantize",
     "quantize_both",
     "rmsnorm_quantize",
+    "route",
     "swiglu_quantize",
+    "update_bias",
     "use_impl",
 ]

@@ -8,11 +8,12 @@ and the arguments allow. An explicit ``impl=``, or :class:`use_impl`, is obeyed 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -188,6 +189,18 @@ def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list
     finally:
         _recording.reset(token)
     return choices
+
+
+@contextlib.contextmanager
+def differentiating() -> Iterator[None]:
+    """Let autograd record inside an implementation: for a reference backward, which differentiates the reference.
+
+    `torch.enable_grad` alone does not where a dispatch mode (opcheck's, a FLOP counter's) runs the operation, since
+    torch switches autograd's dispatch keys off there.
+    """
+    recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+    with torch.enable_grad(), recording:
+        yield
 
 
 def default_device() -> torch.device:

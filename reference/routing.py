@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dskernels.types import Routing
 
+LARGEST = 2.0**126
 LEAST_SUM = 1e-30  # affinities that sum to less are not normalised: the gradient of the division would overflow
 
 
@@ -42,7 +43,7 @@ def route(
 def affinities(logits: Tensor, score: str) -> tuple[Tensor, Tensor]:
     """Affinity s of each token to each expert, and which tokens have none: those with a NaN or nothing finite.
 
-    s = sigmoid(logits), report eq. 15, or softmax(logits), in fp32. An infinite logit counts as the largest finite one.
+    s = sigmoid(logits), report eq. 15, or softmax(logits), in fp32. An infinite logit counts as +-2^126.
     """
     x_TE = logits if logits.dtype == torch.float64 else logits.float()
     void_T = x_TE.isnan().any(-1) | ~x_TE.isfinite().any(-1)
@@ -130,9 +131,8 @@ def normalized(s: Tensor) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Infinities replaced by the largest finite numbers, through which no gradient flows."""
-    largest = torch.finfo(x.dtype).max
-    return x.clamp(-largest, largest)
+    """Infinities replaced by +-2^126, through which no gradient flows; sums of two and differences stay finite."""
+    return x.clamp(-LARGEST, LARGEST)
 
 
 def descending(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Routing and the balance loss, token by token, in Python's own arithmetic: an oracle with no code of dskernels in it."""
+"""Routing and the balance loss, token by token, in Python's own arithmetic: an oracle without dskernels code."""
 
 import math
 from itertools import pairwise

@@ -91,7 +91,7 @@ def test_rows_without_a_choice_are_counted_and_weigh_nothing(score):
     assert routed.load.sum() == 2 * 3
 
 
-def test_infinite_logits_count_as_the_largest_numbers():
+def test_infinite_logits_count_as_very_large_ones():
     logits = torch.tensor([[0.5, INF, -INF, 1.0, -1.0], [-INF, -INF, 2.0, -INF, -INF], [INF, 0.0, INF, 1.0, 2.0]])
     logits = logits.double().requires_grad_()
     sigmoid = check_route(logits.detach(), top_k=3)
@@ -115,6 +115,8 @@ def test_a_bias_of_minus_infinity_takes_an_expert_last_of_its_groups():
     assert reference.route(logits, bias, top_k=3, n_groups=2).experts.tolist() == [[3, 4, 5]]
     bias[:] = -INF
     assert reference.route(logits, bias, top_k=3, n_groups=2).experts.tolist() == [[0, 1, 2]]
+    bias[4] = 0.0  # a group with one expert left comes before one with none
+    assert reference.route(logits, bias, top_k=2, n_groups=2).experts.tolist() == [[4, 3]]
 
 
 def test_a_bias_of_nan_makes_every_row_void():
