@@ -67,7 +67,7 @@ class GroupedGemmMasked(Case):
     def inputs(self, device):
         w = self.workload
         flat = inputs.activation(w.g * w.capacity, w.k, device)
-        a = Fp8Tensor(flat.data.view(w.g, w.capacity, w.k), flat.scale.contiguous().view(w.g, w.capacity, -1))
+        a = Fp8Tensor(*(t.unflatten(0, (w.g, w.capacity)) for t in (flat.data, flat.scale)))
         counts = torch.tensor(w.rows, dtype=torch.int32, device=device)
         return SimpleNamespace(a=a, b=inputs.expert_weights(w.g, w.n, w.k, device), counts=counts)
 
@@ -120,9 +120,31 @@ class GroupedWgrad(Case):
         }
 
 
+@dataclass(frozen=True)
+class QuantizeGrouped(Case):
+    """`quantize_grouped`: an operand of wgrad, quantised along each expert's tokens, bitwise like the reference."""
+
+    workload: workloads.GroupedRows
+
+    @property
+    def op(self) -> str:
+        return "quantize_grouped"
+
+    def work(self):
+        return roofline.quantize_grouped(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        return SimpleNamespace(x=inputs.bf16(sum(w.rows), w.n, device=device), offsets=inputs.offsets(w.rows, device))
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.quantize_grouped(x.x, x.offsets, impl=impl)
+
+
 CASES: list[Case] = [
     *(GroupedGemm(w) for w in workloads.GROUPED),
     *(GroupedGemm(w, fp8=False) for w in workloads.GROUPED_BF16),
     *(GroupedGemmMasked(w) for w in workloads.MASKED),
     *(GroupedWgrad(w) for w in workloads.GROUPED_WGRAD),
+    *(QuantizeGrouped(w) for w in workloads.GROUPED_ROWS),
 ]

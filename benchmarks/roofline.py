@@ -106,6 +106,12 @@ def grouped_wgrad(x: w.GroupedGemm) -> Work:
     return Work(2 * rows * x.n * x.k, operands + x.g * x.n * x.k * FP32, "fp8")
 
 
+def quantize_grouped(x: w.GroupedRows) -> Work:
+    """bf16 tokens in; fp8 along each group's tokens out, a group in whole tiles of 128."""
+    padded = sum(128 * ceil(rows / 128) for rows in x.rows)
+    return Work(None, sum(x.rows) * x.n * BF16 + fp8_bytes(x.n, padded, (1, 128)))
+
+
 def route(x: w.Route) -> Work:
     """fp32 logits and bias in; weights, ids, loads out."""
     return Work(None, x.t * x.e * FP32 + x.e * FP32 + x.t * x.k * (FP32 + INT) + x.e * INT)

@@ -1,8 +1,8 @@
 """The shapes that benchmarks and tests speak of: DeepSeek-V3's own, named by their sizes, defined once.
 
 A workload is sizes and nothing else: no tensors, and no import heavier than the standard library. Uneven sizes (rows of
-a group, lengths of a request) are drawn from a generator seeded by the workload's name, so that the same name is the
-same job everywhere.
+a group, lengths of a request) are drawn from a generator seeded by the sizes, so that the same name is the same job
+everywhere.
 """
 
 from __future__ import annotations
@@ -72,13 +72,35 @@ class GroupedGemm:
     @property
     def rows(self) -> tuple[int, ...]:
         """Rows of each group."""
-        draw = random.Random(self.name)
-        return tuple(max(1, round(self.m * draw.uniform(0.7, 1.3))) for _ in range(self.g))
+        return _uneven(self.g, self.m)
 
     @property
     def capacity(self) -> int:
         """Rows that the masked layout reserves for each group."""
         return 2 * self.m
+
+
+@dataclass(frozen=True)
+class GroupedRows:
+    """`g` groups of about `m` rows of `n` channels, which vary as in `GroupedGemm`."""
+
+    g: int
+    m: int
+    n: int
+
+    @property
+    def name(self) -> str:
+        return f"g{self.g}_m{self.m}_n{self.n}"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of each group."""
+        return _uneven(self.g, self.m)
+
+
+def _uneven(groups: int, rows: int) -> tuple[int, ...]:
+    draw = random.Random(f"g{groups}_m{rows}")
+    return tuple(max(1, round(rows * draw.uniform(0.7, 1.3))) for _ in range(groups))
 
 
 @dataclass(frozen=True)
@@ -227,6 +249,8 @@ GROUPED_CASES = tuple(
         ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048)),
     )
 )
+
+GROUPED_ROWS = (GroupedRows(8, 4096, HIDDEN),)
 
 ACTIVATIONS = (Rows(4096, HIDDEN), Rows(128, HIDDEN))
 WEIGHTS = (Rows(*EXPERT_GATE_UP), Rows(*ATTENTION_OUT))
