@@ -1,0 +1,112 @@
+"""The routing kernels compile for every GPU of today without spills, and their tiles are what they should be."""
+
+import pytest
+
+from compiling import Compile, assert_clean, compile_all
+from dskernels.routing.config import RowConfig, choose_config
+
+ROW = {"T": "i32", "stride_lt": "i32", "p_logits": "*fp32"}
+SEQUENCES = dict.fromkeys(("p_sequence", "p_tokens", "p_counts"), "*i32")
+BALANCE = "dskernels.routing.triton_balance"
+
+
+def test_choose_config():
+    assert choose_config(256, 8) == RowConfig(rows=2, groups=8, members=32, num_warps=1)
+    assert choose_config(256) == RowConfig(rows=2, groups=1, members=256, num_warps=1)
+    assert choose_config(160, 8) == RowConfig(rows=2, groups=8, members=32, num_warps=1)
+    assert choose_config(6) == RowConfig(rows=64, groups=1, members=8, num_warps=1)
+    assert choose_config(1024) == RowConfig(rows=1, groups=1, members=1024, num_warps=1)
+    assert choose_config(1000, 40) == RowConfig(rows=1, groups=64, members=32, num_warps=2)
+
+
+@pytest.mark.parametrize("n_experts", range(1, 1025, 31))
+def test_a_program_has_a_column_for_every_expert(n_experts):
+    for n_groups in (n for n in range(1, n_experts + 1) if n_experts % n == 0):
+        config = choose_config(n_experts, n_groups)
+        assert config.groups >= n_groups
+        assert config.members >= n_experts // n_groups
+        assert config.rows * config.groups * config.members <= 1024 * config.num_warps
+
+
+def test_route_compiles_without_spills():
+    kernels = []
+    for n_experts, top_k, n_groups, top_groups, score in [
+        (2, 1, 1, 1, "sigmoid"),  # 256 tokens a program
+        (16, 4, 4, 2, "softmax"),
+        (160, 6, 8, 3, "softmax"),
+        (256, 8, 8, 4, "sigmoid"),
+        (384, 8, 1, 1, "sigmoid"),
+        (1000, 32, 40, 7, "sigmoid"),  # two warps a token
+        (1024, 32, 1, 1, "softmax"),
+    ]:
+        config = choose_config(n_experts, n_groups)
+        kernels.append(
+            Compile(
+                "dskernels.routing.triton:route_kernel",
+                signature={
+                    **{**ROW, "p_bias": "*fp32", "p_weights": "*fp32", "p_experts": "*i32"},
+                    **{"p_load": "*i32", "p_nonfinite": "*i32", "scale": "fp32"},
+                },
+                constants={
+                    **{"E": n_experts, "TOP_K": top_k, "N_GROUPS": n_groups, "TOP_GROUPS": top_groups},
+                    **{"SOFTMAX": score == "softmax", "NORMALIZE": True, "HAS_BIAS": True},
+                    **{"ROWS": config.rows, "GROUPS": config.groups, "MEMBERS": config.members},
+                    "CHOICES": 1 << (top_k - 1).bit_length(),
+                },
+                divisible=("stride_lt",) if n_experts % 16 == 0 else (),
+                num_warps=config.num_warps,
+            )
+        )
+    assert_clean(compile_all(kernels))
+
+
+def test_other_kernels_compile_without_spills():
+    kernels = [
+        Compile(
+            f"{BALANCE}:sum_loss_kernel",
+            signature={"p_parts": "*fp32", "p_filled": "*i32", "p_out": "*fp32", "n_parts": "i32", "alpha": "fp32"},
+            constants={"BLOCK": 1024},
+        )
+    ]
+    for n_experts, top_k, score in [(6, 2, "sigmoid"), (256, 8, "sigmoid"), (1000, 32, "softmax")]:
+        config = choose_config(n_experts)
+        common = {
+            "constants": {
+                **{"E": n_experts, "TOP_K": top_k, "SOFTMAX": score == "softmax"},
+                **{"ROWS": config.rows, "COLUMNS": config.members},
+            },
+            "divisible": ("stride_lt",) if n_experts % 16 == 0 else (),
+            "num_warps": config.num_warps,
+        }
+        choices = {"NORMALIZE": True, "CHOICES": 1 << (top_k - 1).bit_length()}
+        kernels += [
+            Compile(
+                "dskernels.routing.triton:route_backward_kernel",
+                signature={
+                    **{**ROW, "p_grad": "*fp32", "p_weights": "*fp32", "p_experts": "*i32"},
+                    **{"p_dlogits": "*fp32", "scale": "fp32"},
+                },
+                **{**common, "constants": {**common["constants"], **choices}},
+            ),
+            Compile(
+                f"{BALANCE}:count_choices_kernel",
+                signature={**ROW, **SEQUENCES, "p_ends": "*i64", "p_filled": "*i32", "S": "i32", "steps": "i32"},
+                **common,
+            ),
+            Compile(f"{BALANCE}:token_loss_kernel", signature={**ROW, **SEQUENCES, "p_loss": "*fp32"}, **common),
+            Compile(
+                f"{BALANCE}:balance_loss_backward_kernel",
+                signature={
+                    **{**ROW, **SEQUENCES, "p_grad": "*fp32", "p_filled": "*i32"},
+                    **{"p_dlogits": "*fp32", "alpha": "fp32"},
+                },
+                **common,
+            ),
+            Compile(
+                f"{BALANCE}:update_bias_kernel",
+                signature={"p_bias": "*fp32", "p_load": "*i32", "rate": "fp32"},
+                constants={"E": n_experts, "COLUMNS": config.members},
+                num_warps=1,
+            ),
+        ]
+    assert_clean(compile_all(kernels))
