@@ -71,9 +71,9 @@ def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like
         raise ValueError(
             f"{name}.scale: expected a tensor on {x.data.device} like the data, got one on {x.scale.device}"
         )
-    if x.block == (1, 128) and ndim == 2:
-        rows, cols = x.scale.shape
-        if (rows > 1 and x.scale.stride(0) != 1) or (cols > 1 and x.scale.stride(1) % 4 != 0):
+    if x.block == (1, 128):
+        rows, cols = x.scale.shape[-2:]
+        if (rows > 1 and x.scale.stride(-2) != 1) or (cols > 1 and x.scale.stride(-1) % 4 != 0):
             raise ValueError(
                 f"{name}.scale: expected the row index contiguous and a column stride divisible by 4, as quantize() "
                 f"makes it, got strides {list(x.scale.stride())}"

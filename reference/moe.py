@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,14 +53,17 @@ def fused_experts(
     *,
     shared: tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor] | None = None,
     fp8: bool = False,
+    recompute: bool = False,
 ) -> Tensor:
     """Run the whole expert block, ``out[t] = shared(x[t]) + sum_j weights[t, j] * expert[experts[t, j]](x[t])``.
 
     DeepSeek-V3 report eq. 12 without its residual; an expert is ``w2 @ (silu(gate) * up)`` with ``gate, up = w13 @ x``
     (Shazeer, arXiv 2002.05202). With fp8 weights, or ``fp8=True``, each product of an expert is that of `fp8_linear`.
+    `recompute` trades time for memory in other implementations and changes nothing here.
     """
     x_TH = _wide(x)
-    linear = fp8_linear if fp8 or isinstance(w13, Fp8Tensor) else F.linear
+    fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in (w13, w2, *(shared or ())))
+    linear: Any = fp8_linear if fp8 else F.linear
 
     def expert(x_RH: Tensor, w13_IH: Tensor | Fp8Tensor, w2_HI: Tensor | Fp8Tensor) -> Tensor:
         gate, up = linear(x_RH, _wide(w13_IH)).chunk(2, -1)
@@ -77,6 +82,6 @@ def _matrix(stack: Tensor | Fp8Tensor, e: int) -> Tensor | Fp8Tensor:
     return Fp8Tensor(stack.data[e], stack.scale[e], stack.block) if isinstance(stack, Fp8Tensor) else stack[e]
 
 
-def _wide(x: Tensor | Fp8Tensor) -> Tensor | Fp8Tensor:
+def _wide(x: Any) -> Any:
     """The values in fp32; fp64 and fp8 stay as they are."""
     return x if isinstance(x, Fp8Tensor) or x.dtype == torch.float64 else x.float()

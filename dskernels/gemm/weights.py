@@ -22,7 +22,7 @@ _kept = WeakTensorKeyDictionary()
 
 
 def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp8Tensor:
-    """`weight` [N, K] in 128x128 blocks, or its transpose, quantised anew only after the weight was written to.
+    """`weight` [E?, N, K] in 128x128 blocks, or its transpose, quantised anew only after the weight was written to.
 
     A change is seen by data pointer and version counter. Weights made in inference mode have no version, and a
     trainable weight inside a CUDA graph changes between replays without its version moving: both are quantised at each
@@ -44,5 +44,5 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
 
 
 def transposed(weight: Fp8Tensor) -> Fp8Tensor:
-    """The transpose of a weight in 128x128 blocks, contiguous; exact, since its blocks are the same."""
-    return Fp8Tensor(weight.data.t().contiguous(), weight.scale.t().contiguous(), weight.block)
+    """The transpose of a weight, or of each of a stack, in 128x128 blocks; exact, since its blocks are the same."""
+    return Fp8Tensor(weight.data.mT.contiguous(), weight.scale.mT.contiguous(), weight.block)

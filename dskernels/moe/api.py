@@ -1,0 +1,356 @@
+"""Public operations of the expert block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskernels.dispatch import Operation
+from dskernels.moe.config import MAX_EXPERTS
+from dskernels.reference import moe as reference
+from dskernels.reference.fp8 import quantize
+from dskernels.reference.grouped_gemm import grouped_gemm
+from dskernels.types import Fp8Tensor, Permuted, Routing
+from dskernels.validate import HALF_OR_SINGLE, check_fp8, check_int, check_tensor
+
+IDS = (torch.int32, torch.int64)
+
+
+def permute(x: Tensor, experts: Tensor, n_experts: int, *, impl: str | None = None) -> Permuted:
+    """Copy each token's row once for every expert it goes to, sorted by expert.
+
+    ``permuted.x[permuted.index[t, j]] = x[t]``, by a stable counting sort on the device: the rows of expert e stand at
+    ``offsets[e]`` to ``offsets[e + 1]``, tokens in order inside (choices of one token in order of j).
+
+    Args:
+        x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
+        experts: int32 or int64 ``[T, k]``, ids of the experts; -1 or any other outside ``[0, n_experts)`` is dropped.
+        n_experts: number of experts E, 1 to 1024.
+        impl: implementation to run, see :mod:`dskernels.dispatch`.
+
+    Returns:
+        Permuted: x ``[T * k, H]``, whatever the ids, rows from ``offsets[E]`` on zero; offsets int32 ``[E + 1]``; index
+        int32 ``[T, k]``, -1 for a dropped choice. Exact: all implementations return the same bits.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, strides or devices do not fit, or `n_experts` is out of range.
+
+    Differentiable in `x`: dx[t] sums the gradients of its rows, in fp32 in the order of j. T = 0 gives no rows.
+    """
+    check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
+    check_tensor("experts", experts, dtype=IDS, shape=(x.shape[0], "k"), like=x)
+    check_int("n_experts", n_experts, low=1, high=MAX_EXPERTS)
+    return Permuted(*_permute(x, experts, n_experts, impl=impl))
+
+
+def combine(y: Tensor, permuted: Permuted, weights: Tensor, *, impl: str | None = None) -> Tensor:
+    """Sum the outputs of each token's experts: ``out[t] = sum over j of weights[t, j] * y[index[t, j]]``.
+
+    Args:
+        y: bf16, fp16 or fp32 ``[T * k, H]``, the outputs in the order of `permuted`.
+        permuted: what :func:`permute` returned; only its offsets and index are used.
+        weights: fp32 ``[T, k]``, see :class:`dskernels.Routing`.
+        impl: implementation to run, see :mod:`dskernels.dispatch`.
+
+    Returns:
+        ``[T, H]`` in y's dtype, summed in fp32 in the order of j and rounded once: the same bits at each call. A
+        dropped choice (index -1, or any other outside y) adds nothing; a token without choices is zero.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, strides or devices do not fit.
+
+    Differentiable in `y` and `weights`. The gradient of rows from ``offsets[E]`` on, and of the weight of a dropped
+    choice, is zero.
+    Source: DeepSeek-V3 report (arXiv 2412.19437), eq. 12.
+    """
+    check_tensor("y", y, dtype=HALF_OR_SINGLE, shape=("T * k", "H"))
+    if not isinstance(permuted, Permuted):
+        raise TypeError(f"permuted: expected a Permuted (see dskernels.permute), got {type(permuted).__name__}")
+    check_tensor("permuted.offsets", permuted.offsets, dtype=torch.int32, shape=("E + 1",), like=y)
+    check_tensor("permuted.index", permuted.index, dtype=torch.int32, shape=("T", "k"), like=y)
+    if permuted.index.numel() != y.shape[0]:
+        shape = list(permuted.index.shape)
+        raise ValueError(f"y: expected T * k rows for permuted.index of shape {shape}, got {y.shape[0]}")
+    check_tensor("weights", weights, dtype=torch.float32, shape=tuple(permuted.index.shape), like=y)
+    return _combine(y, permuted.offsets, permuted.index, weights, impl=impl)
+
+
+def fused_experts(
+    x: Tensor,
+    w13: Tensor | Fp8Tensor,
+    w2: Tensor | Fp8Tensor,
+    routing: Routing,
+    *,
+    shared: tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor] | None = None,
+    fp8: bool = False,
+    recompute: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """Run the whole expert block: every token through its experts, and all through the shared one.
+
+    out[t] = shared(x[t]) + sum over j of routing.weights[t, j] * expert[routing.experts[t, j]](x[t]), with
+    expert(x) = w2 @ (silu(gate) * up), gate and up being the halves of w13 @ x.
+
+    With `fp8`, or with fp8 weights, all products run in e4m3 as those of :func:`dskernels.fp8_linear`: the activations
+    in 1x128 tiles, the weights in 128x128 blocks, and for the weight gradients both operands again in tiles of 128
+    tokens of one expert. Quantised weights are kept until the weight changes.
+
+    Args:
+        x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
+        w13: ``[E, 2 * I, H]``, the gate's I rows first, then up's, E from 1 to 1024; in the dtype of `x`, with `fp8`
+            any of bf16, fp16 and fp32; or an `Fp8Tensor` in 128x128 blocks.
+        w2: ``[E, H, I]``, likewise.
+        routing: what :func:`dskernels.route` returned; its weights, fp32 ``[T, k]``, and its experts, int32 or int64
+            ``[T, k]``, are used. Ids outside ``[0, E)`` are dropped.
+        shared: ``(w13 [2 * I', H], w2 [H, I'])`` of the shared expert, likewise.
+        fp8: quantise what is not quantised yet, inside.
+        recompute: keep nothing between forward and backward but the arguments, and compute ``w13 @ x`` again; otherwise
+            it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never kept.
+        impl: implementation to run, see :mod:`dskernels.dispatch`.
+
+    Returns:
+        ``[T, H]`` in x's dtype. Products are summed in fp32, and so are the experts' outputs, in the order of j; the
+        Triton kernels round what passes between products to x's dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, tiles, strides or devices do not fit.
+
+    Differentiable in `x`, ``routing.weights`` and all weights that are not `Fp8Tensor`s. The gradient of a dropped
+    choice's weight is zero. T = 0 gives an empty result.
+    Source: DeepSeek-V3 report (arXiv 2412.19437), eq. 12 and figure 6; Shazeer, arXiv 2002.05202; for the backward,
+    SonicMoE (arXiv 2512.14080).
+    """
+    check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
+    if shared is not None and not (isinstance(shared, tuple) and len(shared) == 2):
+        raise TypeError(f"shared: expected None or a tuple (w13, w2), got {type(shared).__name__}")
+    given = (w13, w2, *(shared or ()))
+    fp8 = bool(fp8) or any(isinstance(weight, Fp8Tensor) for weight in given)
+    _check_network(("w13", w13), ("w2", w2), x, fp8, stacked=True)
+    check_int("w13: number of experts", w13.shape[0], low=1, high=MAX_EXPERTS)
+    if shared is not None:
+        _check_network(("shared[0]", shared[0]), ("shared[1]", shared[1]), x, fp8, stacked=False)
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected a Routing (see dskernels.route), got {type(routing).__name__}")
+    weights, experts = routing.weights, routing.experts
+    check_tensor("routing.weights", weights, dtype=torch.float32, shape=(x.shape[0], "k"), like=x)
+    check_tensor("routing.experts", experts, dtype=IDS, shape=tuple(weights.shape), like=x)
+    flat = [part for weight in given for part in _flat(weight)]
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *flat))
+    keep = needs_gradient and not recompute
+    shared_flat = flat[4:] or [None] * 4
+    return _fused_experts(x, *flat[:4], weights, experts, *shared_flat, fp8, keep, impl=impl)[0]
+
+
+def _check_network(w13: tuple[str, Any], w2: tuple[str, Any], x: Tensor, fp8: bool, *, stacked: bool) -> None:
+    """Check the weights [E?, 2I, H] and [E?, H, I], given with their names."""
+    ndim = 3 if stacked else 2
+    for (name, weight), shape in ((w13, ("E", "2 * I", "H")), (w2, ("E", "H", "I"))):
+        if isinstance(weight, Fp8Tensor):
+            check_fp8(name, weight, blocks=[(128, 128)], ndim=ndim, like=x)
+        else:
+            check_tensor(name, weight, dtype=HALF_OR_SINGLE if fp8 else x.dtype, shape=shape[-ndim:], like=x)
+    (name, up), (name_down, down) = w13, w2
+    (*experts, rows, columns), hidden = up.shape, x.shape[1]
+    if rows % 2 or columns != hidden:
+        raise ValueError(f"{name}: expected 2 * I rows and H = {hidden} columns like x, got {list(up.shape)}")
+    expected = [*experts, hidden, rows // 2]
+    if list(down.shape) != expected:
+        raise ValueError(
+            f"{name_down}: expected shape {expected} for {name} of {list(up.shape)}, got {list(down.shape)}"
+        )
+
+
+# ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
+
+
+def _flat(weight: Tensor | Fp8Tensor) -> tuple[Tensor, Tensor | None]:
+    return (weight.data, weight.scale) if isinstance(weight, Fp8Tensor) else (weight, None)
+
+
+def _permute_fake(x: Tensor, experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    offsets, index = (experts.new_empty(shape, dtype=torch.int32) for shape in ((n_experts + 1,), experts.shape))
+    return x.new_empty(experts.shape[0] * experts.shape[1], x.shape[1]), offsets, index
+
+
+def _permute_backward_reference(dy: Tensor, index: Tensor) -> Tensor:
+    ones = torch.ones(index.shape, device=index.device)
+    return reference.combine(dy, Permuted(dy, index, index), ones)
+
+
+_permute = Operation(
+    "permute(Tensor x, Tensor experts, int n_experts) -> (Tensor, Tensor, Tensor)",
+    reference=lambda x, experts, n_experts: tuple(reference.permute(x, experts, n_experts)),
+    triton="dskernels.moe.triton:permute",
+    fake=_permute_fake,
+)
+_permute_backward = Operation(
+    "permute_backward(Tensor dy, Tensor index) -> Tensor",
+    reference=_permute_backward_reference,
+    triton="dskernels.moe.triton:permute_backward",
+    fake=lambda dy, index: dy.new_empty(index.shape[0], dy.shape[1]),
+)
+
+
+def _save_permute(ctx: Any, args: tuple, output: tuple) -> None:
+    _, offsets, index = output
+    ctx.mark_non_differentiable(offsets, index)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(index)
+
+
+def _permute_gradient(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    (index,) = ctx.saved_tensors
+    return None if dy is None else _permute_backward(dy.contiguous(), index, impl=ctx.impl), None, None
+
+
+_permute.register_autograd(_permute_gradient, _save_permute)
+
+
+def _combine_reference(y: Tensor, offsets: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return reference.combine(y, Permuted(y, offsets, index), weights)
+
+
+def _combine_backward_reference(dout, y, offsets, index, weights):
+    y, weights = (t.detach().requires_grad_() for t in (y, weights))
+    with torch.enable_grad():
+        out = _combine_reference(y, offsets, index, weights)
+    return torch.autograd.grad(out, (y, weights), dout)
+
+
+_combine = Operation(
+    "combine(Tensor y, Tensor offsets, Tensor index, Tensor weights) -> Tensor",
+    reference=_combine_reference,
+    triton="dskernels.moe.triton:combine",
+    fake=lambda y, offsets, index, weights: y.new_empty(index.shape[0], y.shape[1]),
+)
+_combine_backward = Operation(
+    "combine_backward(Tensor dout, Tensor y, Tensor offsets, Tensor index, Tensor weights) -> (Tensor, Tensor)",
+    reference=_combine_backward_reference,
+    triton="dskernels.moe.triton:combine_backward",
+    fake=lambda dout, y, offsets, index, weights: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
+)
+
+
+def _save_combine(ctx: Any, args: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*args)
+
+
+def _combine_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    dy, dweights = _combine_backward(dout.contiguous(), *ctx.saved_tensors, impl=ctx.impl)
+    return dy, None, None, dweights
+
+
+_combine.register_autograd(_combine_gradient, _save_combine)
+
+
+def _weight(data: Tensor | None, scale: Tensor | None) -> Any:
+    return data if data is None or scale is None else Fp8Tensor(data, scale, (128, 128))
+
+
+def _block(block: Sequence[Any], fp8: bool) -> Tensor:
+    """The reference on the flat arguments."""
+    x, w13, w13_scale, w2, w2_scale, weights, experts, *shared = block
+    network = None if shared[0] is None else (_weight(*shared[:2]), _weight(*shared[2:]))
+    routing = Routing(weights, experts, experts, experts)
+    return reference.fused_experts(x, _weight(w13, w13_scale), _weight(w2, w2_scale), routing, shared=network, fp8=fp8)
+
+
+def _fused_experts_reference(*args):
+    *block, fp8, keep = args
+    x, w13, w13_scale, _, _, _, experts, shared_w13, shared_scale, *_ = block
+    out = _block(block, fp8)
+    gate_up, shared_gate_up = _kept(x, w13, experts, shared_w13, keep)
+    if keep:
+        permuted = reference.permute(x, experts, w13.shape[0])
+        _product(permuted.x, w13, w13_scale, permuted.offsets, fp8, gate_up)
+        if shared_w13 is not None:
+            every = torch.tensor([0, x.shape[0]])
+            scale = None if shared_scale is None else shared_scale[None]
+            _product(x, shared_w13[None], scale, every, fp8, shared_gate_up)
+    return out, gate_up, shared_gate_up
+
+
+def _product(a: Tensor, b: Tensor, scale: Tensor | None, offsets: Tensor, fp8: bool, out: Tensor) -> None:
+    if not fp8:
+        grouped_gemm(a, b, offsets, out=out)
+    else:
+        grouped_gemm(quantize(a), quantize(b, (128, 128)) if scale is None else _weight(b, scale), offsets, out=out)
+
+
+def _kept(x: Tensor, w13: Tensor, experts: Tensor, shared_w13: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    """Empty tensors for what enters the SwiGLU of the routed experts and of the shared one; of no rows if not kept."""
+    gate_up = x.new_empty(experts.shape[0] * experts.shape[1] if keep else 0, w13.shape[1])
+    if shared_w13 is None:
+        return gate_up, x.new_empty(0, 0)
+    return gate_up, x.new_empty(x.shape[0] if keep else 0, shared_w13.shape[0])
+
+
+def _fused_experts_backward_reference(dout, *args):
+    *block, gate_up, shared_gate_up, fp8, needs = args
+    places = [i for i, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
+    for i in places:
+        block[i] = block[i].detach().requires_grad_()
+    with torch.enable_grad():
+        out = _block(block, fp8)
+    gradients = iter(torch.autograd.grad(out, [block[i] for i in places], dout))
+    return tuple(next(gradients) if needed else dout.new_empty(0) for needed in needs)
+
+
+def _fused_experts_backward_fake(dout, *args):
+    *block, gate_up, shared_gate_up, fp8, needs = args
+    return tuple(
+        block[i].new_empty(block[i].shape) if needed else dout.new_empty(0)
+        for i, needed in zip(DIFFERENTIABLE, needs, strict=True)
+    )
+
+
+BLOCK = (
+    "Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale, Tensor weights, Tensor experts, "
+    "Tensor? shared_w13, Tensor? shared_w13_scale, Tensor? shared_w2, Tensor? shared_w2_scale"
+)
+# Places of x, w13, w2, weights and the shared weights among the arguments.
+DIFFERENTIABLE = (0, 1, 3, 5, 7, 9)
+
+_fused_experts = Operation(
+    f"fused_experts({BLOCK}, bool fp8, bool keep) -> (Tensor, Tensor, Tensor)",
+    reference=_fused_experts_reference,
+    triton="dskernels.moe.triton_experts:fused_experts",
+    fake=lambda *args: (args[0].new_empty(args[0].shape), *_kept(args[0], args[1], args[6], args[7], args[12])),
+)
+_fused_experts_backward = Operation(
+    f"fused_experts_backward(Tensor dout, {BLOCK}, Tensor gate_up, Tensor shared_gate_up, bool fp8, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_fused_experts_backward_reference,
+    triton="dskernels.moe.triton_experts:fused_experts_backward",
+    fake=_fused_experts_backward_fake,
+)
+
+
+def _save_experts(ctx: Any, args: tuple, output: tuple) -> None:
+    *block, ctx.fp8, _ = args
+    _, gate_up, shared_gate_up = output
+    ctx.mark_non_differentiable(gate_up, shared_gate_up)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*block, gate_up, shared_gate_up)
+
+
+def _experts_gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    block = ctx.saved_tensors
+    # The scale of a weight follows it: a quantised weight has no gradient.
+    scales = {1: 2, 3: 4, 7: 8, 9: 10}
+    needs = [ctx.needs_input_grad[i] and (i not in scales or block[scales[i]] is None) for i in DIFFERENTIABLE]
+    result: list[Tensor | None] = [None] * _fused_experts.arity
+    if dout is not None and any(needs):
+        gradients = _fused_experts_backward(dout.contiguous(), *block, ctx.fp8, needs, impl=ctx.impl)
+        for i, needed, gradient in zip(DIFFERENTIABLE, needs, gradients, strict=True):
+            result[i] = gradient if needed else None
+    return tuple(result)
+
+
+_fused_experts.register_autograd(_experts_gradient, _save_experts)
