@@ -49,12 +49,14 @@ class Attention(nn.Module):
         q_rope = rotate(q_rope, cos[:, None], sin[:, None])
         kv, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         if cache is not None:
+            if batch.slots is None:
+                raise ValueError("batch: expected one made with a block table, since there is a cache to write to")
             norm = self.kv_a_layernorm
             ds.write_latent_cache(kv, k_rope, norm.weight, cos, sin, cache, batch.slots, eps=norm.eps)
 
         if batch.kind == "prompt":
             out = self._prompt(torch.cat((q_nope, q_rope), -1), kv, rotate(k_rope, cos, sin), batch)
-        elif cache is None:
+        elif cache is None or batch.block_table is None or batch.lengths is None:
             raise ValueError(f'cache: a batch of kind "{batch.kind}" attends to cached tokens, got None')
         elif batch.kind == "extend":
             q = torch.cat((q_nope, q_rope), -1)
@@ -62,7 +64,7 @@ class Attention(nn.Module):
                 q, self.kv_b_proj.weight, cache, batch.block_table, batch.lengths, batch.cu_seqlens, scale=self.scale
             )
         else:
-            out = self._decode(q_nope, q_rope, cache, batch)
+            out = self._decode(q_nope, q_rope, cache, batch.block_table, batch.lengths, batch.q_lengths)
         return self.o_proj(out.flatten(1))
 
     def _queries(self, x: Tensor) -> Tensor:
@@ -80,21 +82,23 @@ class Attention(nn.Module):
         out, _ = ds.mla_prefill(q, k_nope, v, cu, cu, scale=self.scale, k_rope=k_rope)
         return out
 
-    def _decode(self, q_nope: Tensor, q_rope: Tensor, cache: Tensor, batch: Batch) -> Tensor:
+    def _decode(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        cache: Tensor,
+        block_table: Tensor,
+        lengths: Tensor,
+        q_lengths: Tensor | None,
+    ) -> Tensor:
         """The key's up-projection moves to the query, the value's to the output: the cache is read as it lies."""
         config = self.config
         kv_b = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
         w_uk, w_uv = kv_b.split((config.qk_nope_head_dim, config.v_head_dim), 1)  # [H, nope, L], [H, V, L]
         q_latent = torch.einsum("thn,hnl->thl", q_nope, w_uk)
-        q = torch.cat((q_latent, q_rope), -1)
-        q = q.unflatten(0, (batch.cu_seqlens.shape[0] - 1, -1))
+        q = torch.cat((q_latent, q_rope), -1).unflatten(0, (lengths.shape[0], -1))
+        value_dim = config.kv_lora_rank
         out, _ = ds.mla_decode(
-            q,
-            cache,
-            batch.block_table,
-            batch.lengths,
-            scale=self.scale,
-            value_dim=config.kv_lora_rank,
-            q_lengths=batch.q_lengths,
+            q, cache, block_table, lengths, scale=self.scale, value_dim=value_dim, q_lengths=q_lengths
         )
         return torch.einsum("thl,hvl->thv", out.flatten(0, 1), w_uv)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +121,10 @@ class Generation:
         max_batch: int,
         prefill_tokens: int,
     ) -> None:
-        _check(model, prompts, max_new_tokens, drafts, max_batch, prefill_tokens)
+        _check(model, prompts, drafts, max_new_tokens)
+        for name, value in (("page_size", page_size), ("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         self.model, self.prompts, self.sampling = model, prompts, sampling
         self.max_new_tokens, self.k, self.eos = max_new_tokens, drafts, eos
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
@@ -133,6 +136,9 @@ class Generation:
             cache = LatentCache(
                 model.config, pages=pages, page_size=page_size, dtype=weight.dtype, device=weight.device
             )
+        layers = len(model.layers) + len(model.mtp)
+        if cache.data.shape[0] != layers:
+            raise ValueError(f"cache: has {cache.data.shape[0]} layers, the model needs {layers}")
         for i, tokens in enumerate(reserved):
             if cache.pages_for(tokens) > cache.pages:
                 raise ValueError(f"cache: prompt {i} needs {cache.pages_for(tokens)} pages, there are {cache.pages}")
@@ -142,13 +148,17 @@ class Generation:
         self.steps = self.drafted = self.accepted = 0
         self._waiting = deque(range(len(prompts)))
         self._pages: dict[int, list[int]] = {}  # of the prompts that run
-        self._iterator = self._run()
+        self._iterator: Generator[list[list[int]]] = self._run()
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         return self
 
     def __next__(self) -> list[list[int]]:
         return next(self._iterator)
+
+    def close(self) -> None:
+        """Ends the generation early and gives its pages back."""
+        self._iterator.close()
 
     def finish(self) -> list[list[int]]:
         """Runs to the end and returns all new tokens of each prompt."""
@@ -161,7 +171,7 @@ class Generation:
         """The part of the drafted tokens that stood, 0 if none was drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
-    def _run(self) -> Iterator[list[list[int]]]:
+    def _run(self) -> Generator[list[list[int]]]:
         state: _State | None = None
         try:
             while self._waiting or state is not None:
@@ -310,19 +320,12 @@ class Generation:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
 
-def _check(
-    model: DeepseekV3, prompts: list[list[int]], max_new_tokens: int, drafts: int, max_batch: int, prefill_tokens: int
-) -> None:
+def _check(model: DeepseekV3, prompts: list[list[int]], drafts: int, max_new_tokens: int) -> None:
     config = model.config
     if not prompts:
         raise ValueError("prompts: expected at least one")
-    for name, value in (
-        ("max_new_tokens", max_new_tokens),
-        ("max_batch", max_batch),
-        ("prefill_tokens", prefill_tokens),
-    ):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
     if drafts < 0:
         raise ValueError(f"drafts: expected 0 or more, got {drafts}")
     if drafts and not model.mtp:

@@ -119,9 +119,12 @@ def test_transformers_reads_our_config(name):
         assert getattr(read, field) == getattr(config, field), field
     assert read.rope_parameters["rope_theta"] == config.rope_theta
     assert read.rope_parameters["rope_type"] == ("yarn" if config.rope_scaling else "default")
-    assert Config.from_hf({**read.to_dict(), "architectures": config.to_hf()["architectures"]}).replace(
-        initializer_range=config.initializer_range
-    ) == config
+    assert (
+        Config.from_hf({**read.to_dict(), "architectures": config.to_hf()["architectures"]}).replace(
+            initializer_range=config.initializer_range
+        )
+        == config
+    )
 
 
 def test_softmax_scale_of_deepseek_v3():
@@ -152,7 +155,9 @@ def test_ramp_without_width():
     torch.testing.assert_close(ratio[10:], torch.full((22,), 4.0))
 
 
-@pytest.mark.parametrize("change", [lambda m: m.to(torch.bfloat16), lambda m: m.to_empty(device="cpu"), lambda m: m.half()])
+@pytest.mark.parametrize(
+    "change", [lambda m: m.to(torch.bfloat16), lambda m: m.to_empty(device="cpu"), lambda m: m.half()]
+)
 def test_frequencies_stay_exact(change):
     config = Config.from_name("tiny")
     rope = change(Rope(config))
@@ -226,7 +231,7 @@ def test_greedy_selection_ignores_the_groups():
 
 
 def test_unreadable_config_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         Config.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: not JSON"):

@@ -1,12 +1,12 @@
-"""The model against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM, through checkpoints in both directions."""
+"""The model against transformers' DeepseekV3ForCausalLM and DeepseekV2ForCausalLM, through checkpoints both ways."""
 
 import warnings
 
 import pytest
 import torch
+from tiny import packed, random_prompts, randomize, tiny_model
 
 from dskernels.model import Config, Yarn, generate, load, save, shift
-from tiny import packed, random_prompts, randomize, tiny_model
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -31,7 +31,9 @@ VARIANTS = {
 
 
 def transformers_class(config):
-    return transformers.DeepseekV3ForCausalLM if config.scoring_func == "sigmoid" else transformers.DeepseekV2ForCausalLM
+    return (
+        transformers.DeepseekV3ForCausalLM if config.scoring_func == "sigmoid" else transformers.DeepseekV2ForCausalLM
+    )
 
 
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
@@ -46,7 +48,7 @@ def pair(request, tmp_path):
 
 @torch.no_grad()
 def test_logits(pair):
-    """Packed against one by one. 1e-5 is a few ulp of logits of magnitude 3, summed over four layers in another order."""
+    """Packed against one by one; 1e-5 is some ulp of logits of magnitude 3, after four layers."""
     ours, theirs = pair
     prompts = random_prompts(37, 1, 90)
     tokens, cu_seqlens = packed(*prompts)
@@ -96,7 +98,7 @@ def test_mtp_that_transformers_leaves_out(tmp_path):
 
 @torch.no_grad()
 def test_latent_norms_take_the_models_epsilon(tmp_path):
-    """transformers leaves the norms of the two latents at 1e-6 whatever the config says; the model trained with 1e-5."""
+    """transformers leaves the norms of the two latents at 1e-6, whatever the config says."""
     model = tiny_model(rms_norm_eps=1e-2)
     save(model, tmp_path)
     theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path).eval()

@@ -1,4 +1,4 @@
-"""Small random models whose every part matters: weights large enough that no term drowns, norms and biases that are not trivial."""
+"""Small random models whose every part matters: no weight drowns, no norm and no bias is trivial."""
 
 import torch
 
