@@ -1,0 +1,256 @@
+"""The command `dskernels`: what runs here, does it agree with the references, train, generate."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from dskernels import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="GPU kernels for models built like DeepSeek-V3, each with a PyTorch reference that means the same.\n\n"
+    "Start with [bold]doctor[/bold] (what would run here, and why) and [bold]parity[/bold] (does it agree with the "
+    "references).",
+    rich_markup_mode="rich",
+)
+console = Console()
+EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show this machine, the versions, and what would run for each operation and why."""
+    from dskernels import doctor as facts
+
+    machine, choices = facts.machine(), facts.choices()
+    if as_json:
+        operations = [choice._asdict() for choice in choices]
+        print(json.dumps({**machine, "operations": operations}, indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("system", machine["system"])
+    table.add_row("python", machine["python"])
+    for name, version in machine["packages"].items():
+        table.add_row(name, version or "[dim]not installed[/dim]")
+    for name, value in (machine["gpu"] or {"gpu": "none"}).items():
+        table.add_row(name, str(value))
+    console.print(table)
+    console.print(f"\n{facts.summary()}\n")
+
+    # Operations that run the same way for the same reasons share a row.
+    groups: dict[tuple[str, str], list[str]] = {}
+    for choice in choices:
+        runs = "their parts, chosen one by one" if choice.impl == "composite" else choice.impl
+        why = "\n".join(f"not {impl}: {reason}" for impl, reason in choice.rejected.items())
+        groups.setdefault((runs, why), []).append(choice.operation)
+    grouped = Table("operations", "run", "why", show_lines=True)
+    for (runs, why), names in groups.items():
+        grouped.add_row(", ".join(names), runs, why)
+    console.print(grouped)
+
+
+@app.command()
+def parity(
+    families: Annotated[
+        list[str] | None, typer.Argument(help="Families to check, such as gemm; all by default.")
+    ] = None,
+    impl: Annotated[str, typer.Option(help="Implementation to check: triton or hopper.")] = "triton",
+    as_json: Json = False,
+) -> None:
+    """Run every kernel against its reference here, and show the differences.
+
+    Without a GPU the kernels run in Triton's interpreter. The difference is 1 - 2 sum(xy) / sum(x^2 + y^2) in fp64, the
+    largest over all results (and gradients); integer results must be equal. Exits with 1 if a case is beyond its
+    tolerance.
+    """
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported, which is after this
+    from dskernels.dispatch import default_device
+    from dskernels.parity import FAMILIES, all_cases, check
+
+    if impl not in ("triton", "hopper"):
+        raise ValueError(f"--impl: expected triton or hopper, got {impl!r}")
+    if unknown := set(families or ()) - set(FAMILIES):
+        raise ValueError(f"families: expected some of {', '.join(FAMILIES)}, got {', '.join(sorted(unknown))}")
+    cases = all_cases(families or FAMILIES)
+    device = default_device()
+    rows: list[dict[str, Any]] = []
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=console,
+        disable=as_json,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("parity", total=len(cases))
+        for case in cases:
+            bar.update(task, description=escape(f"{case.op} {case.label}"))
+            start = time.perf_counter()
+            row = {"operation": case.op, "case": case.label, "impl": impl, "tolerance": case.tolerance}
+            try:
+                outcome = check(case, device, impl)
+                row |= {"difference": outcome.difference, "passed": outcome.passed}
+            except Exception as error:  # one kernel that raises must not hide the others
+                row |= {"difference": None, "passed": False, "error": f"{type(error).__name__}: {error}"}
+            rows.append(row | {"seconds": round(time.perf_counter() - start, 3)})
+            bar.advance(task)
+
+    failed = [row for row in rows if not row["passed"]]
+    where = "in Triton's interpreter on the CPU" if device.type == "cpu" else f"on {torch.cuda.get_device_name(device)}"
+    if as_json:
+        print(json.dumps({"where": where, "rows": rows, "failed": len(failed)}, indent=2))
+    else:
+        _print_parity(rows)
+        verdict = f"[red]{len(failed)} of {len(rows)} cases failed[/red]" if failed else f"all {len(rows)} cases passed"
+        console.print(f"{impl} kernels {where}, each against its reference: {verdict}.")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_parity(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table("operation", "case", "difference", "tolerance", "")
+    for row in rows:
+        if "error" in row:
+            shown = f"[red]{escape(row['error'].splitlines()[0])}[/red]"
+        else:
+            shown = "equal" if row["difference"] == 0 else f"{row['difference']:.1e}"
+        limit = "equal" if row["tolerance"] == 0 else f"{row['tolerance']:.0e}"
+        verdict = "[green]ok[/green]" if row["passed"] else "[red]FAILED[/red]"
+        table.add_row(row["operation"], escape(row["case"]), shown, limit, verdict)
+    console.print(table)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(help="A preset (demo, deepseek-v3, ...), a config.json, or a folder that holds one.")
+    ] = "demo",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Files or folders of text, read as bytes; by default Python's standard library."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for metrics, checkpoint and pictures.")] = Path("run"),
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    sequence_length: Annotated[int, typer.Option(help="Longest sequence; documents are cut to it.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 2e-3,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or fp8 (linear layers and experts in e4m3).")] = "fp32",
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the text.")] = 0,
+) -> None:
+    """Train a byte-level model on text, and leave a Hugging Face checkpoint, metrics and pictures."""
+    from dskernels.model import Config
+    from dskernels.model.data import find_files, read_corpus, standard_library
+    from dskernels.model.plot import draw_run
+    from dskernels.model.progress import TrainingProgress
+    from dskernels.model.train import TrainConfig
+    from dskernels.model.train import train as run
+
+    model_config = Config.from_hf(config) if Path(config).exists() else Config.from_name(config)
+    recipe = TrainConfig(
+        steps=steps,
+        batch_tokens=batch_tokens,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        final_learning_rate=learning_rate / 10,
+        warmup_steps=min(20, steps // 10),
+        validate_every=max(1, steps // 10),
+        precision=precision,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    corpus = read_corpus(find_files(data) if data else standard_library(), seed=seed)
+    tokens = sum(map(len, corpus.train))
+    console.print(f"{tokens:,} bytes to learn from, {sum(map(len, corpus.validation)):,} held out.")
+    with TrainingProgress(steps, console) as progress:
+        history = run(model_config, corpus, recipe, out=out, progress=progress)
+    (out / "train.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    first, last = (r["validation_loss"] for r in (history[0], history[-1]))
+    console.print(f"Held-out loss {first:.3f} -> {last:.3f} nats a byte. In {out}: {', '.join(draw_run(out))}.")
+
+
+@app.command()
+def generate(
+    path: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 sets no limit.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    draft: Annotated[int, typer.Option(help="Tokens that the MTP module drafts a step; 0 for none.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Continue a text with a checkpoint, as it comes, and show the speed."""
+    from dskernels.dispatch import default_device
+    from dskernels.model import generate as run
+    from dskernels.model import load
+    from dskernels.model.tokens import tokenizer_of
+
+    device = default_device()
+    with Progress(TextColumn("loading"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("loading")
+        model = load(path, device=device, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    tokenizer = tokenizer_of(path, model.config)
+    ids = tokenizer.encode(prompt)
+    generator = torch.Generator(device).manual_seed(seed)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator, "drafts": draft}
+    start = time.perf_counter()
+    generation = run(model, [ids], max_new_tokens=max_new_tokens, **options)  # type: ignore[arg-type]
+    shown = prompt
+    print(prompt, end="", flush=True)
+    for _ in generation:
+        # Decoded whole each time: a character may be spread over several tokens.
+        text = tokenizer.decode([*ids, *generation.tokens[0]]).rstrip("�")
+        print(text[len(shown) :], end="", flush=True)
+        shown = text
+    seconds = time.perf_counter() - start
+    count = len(generation.tokens[0])
+    print()
+    drafted = f", {generation.acceptance_rate:.0%} of {generation.drafted} drafted tokens accepted" if draft else ""
+    console.print(f"[dim]{count} tokens, {count / seconds:.1f} tokens/s{drafted}[/dim]", highlight=False)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; what a user can get wrong ends in one line on stderr and exit status 1."""
+    try:
+        app()
+    except EXPECTED as error:
+        text = str(error) or type(error).__name__
+        Console(stderr=True).print(f"[red]error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
