@@ -2,16 +2,31 @@
 
 from dskernels.reference.fp8 import quantize, quantize_both, rmsnorm_quantize, swiglu_quantize
 from dskernels.reference.gemm import fp8_gemm, fp8_linear
+from dskernels.reference.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
+from dskernels.reference.mla import merge_states, mla_decode, mla_prefill, mla_prefill_cached, write_latent_cache
+from dskernels.reference.moe import combine, fused_experts, permute
 from dskernels.reference.routing import balance_loss, route, update_bias
 
 __all__ = [
     "balance_loss",
+    "combine",
     "fp8_gemm",
     "fp8_linear",
+    "fused_experts",
+    "grouped_gemm",
+    "grouped_gemm_masked",
+    "grouped_wgrad",
+    "merge_states",
+    "mla_decode",
+    "mla_prefill",
+    "mla_prefill_cached",
+    "permute",
     "quantize",
     "quantize_both",
+    "quantize_grouped",
     "rmsnorm_quantize",
     "route",
     "swiglu_quantize",
     "update_bias",
+    "write_latent_cache",
 ]

@@ -11,7 +11,10 @@ from dskernels.dispatch import Operation
 from dskernels.fp8.api import SCALE_FORMATS
 from dskernels.fp8.layout import empty_scale
 from dskernels.grouped_gemm.config import padded_width
-from dskernels.reference import grouped_gemm as reference
+from dskernels.reference.grouped_gemm import grouped_gemm as reference_gemm
+from dskernels.reference.grouped_gemm import grouped_gemm_masked as reference_masked
+from dskernels.reference.grouped_gemm import grouped_wgrad as reference_wgrad
+from dskernels.reference.grouped_gemm import quantize_grouped as reference_quantize
 from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_choice, check_fp8, check_tensor
 
@@ -248,20 +251,25 @@ def _operand(data: Tensor, scale: Tensor | None, block: tuple[int, int] = (1, 12
 
 def _grouped_gemm_reference(a, a_scale, b, b_scale, offsets, out_dtype):
     b = _operand(b, b_scale, (128, 128))
-    return reference.grouped_gemm(_operand(a, a_scale), b, offsets, out_dtype=out_dtype)
+    return reference_gemm(_operand(a, a_scale), b, offsets, out_dtype=out_dtype)
 
 
 def _grouped_gemm_out_reference(a, a_scale, b, b_scale, offsets, out):
-    reference.grouped_gemm(_operand(a, a_scale), _operand(b, b_scale, (128, 128)), offsets, out=out)
+    reference_gemm(_operand(a, a_scale), _operand(b, b_scale, (128, 128)), offsets, out=out)
 
 
 def _grouped_gemm_masked_reference(a, a_scale, b, b_scale, counts, out):
-    reference.grouped_gemm_masked(_operand(a, a_scale), _operand(b, b_scale, (128, 128)), counts, out=out)
+    reference_masked(_operand(a, a_scale), _operand(b, b_scale, (128, 128)), counts, out=out)
 
 
 def _grouped_wgrad_reference(dy, dy_scale, x, x_scale, offsets, out, accumulate):
     dy, x = _operand(dy, dy_scale), _operand(x, x_scale)
-    reference.grouped_wgrad(dy, x, offsets, out=out, accumulate=accumulate)
+    reference_wgrad(dy, x, offsets, out=out, accumulate=accumulate)
+
+
+def _quantize_grouped_reference(x: Tensor, offsets: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
+    result = reference_quantize(x, offsets, scale_format="ue8m0" if ue8m0 else "fp32")
+    return result.data, result.scale
 
 
 def _empty_grouped(x: Tensor, offsets: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor]:
@@ -296,9 +304,7 @@ _grouped_wgrad = Operation(
 )
 _quantize_grouped = Operation(
     "quantize_grouped(Tensor x, Tensor offsets, bool ue8m0) -> (Tensor, Tensor)",
-    reference=lambda x, offsets, ue8m0: reference.quantize_grouped(
-        x, offsets, scale_format="ue8m0" if ue8m0 else "fp32"
-    )[:2],
+    reference=_quantize_grouped_reference,
     triton="dskernels.grouped_gemm.triton_wgrad:quantize_grouped",
     fake=_empty_grouped,
 )
