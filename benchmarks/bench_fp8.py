@@ -11,7 +11,7 @@ import dskernels as ds
 from benchmarks import inputs, peers, roofline, workloads
 from benchmarks.cases import Call, Case
 from benchmarks.peers import gemm as gemm_peers
-from dskernels.reference import fp8 as reference
+from dskernels import reference
 
 EPS = 1e-6
 COMPILED_FROM = 4096  # tokens; compiling takes seconds, and says little about smaller batches

@@ -13,8 +13,7 @@ import dskernels as ds
 from benchmarks import inputs, peers, roofline, workloads
 from benchmarks.cases import Call, Case
 from benchmarks.peers import moe as moe_peers
-from dskernels import Fp8Tensor, Routing
-from dskernels.reference import moe as reference
+from dskernels import Fp8Tensor, Routing, reference
 
 CHECKED_TOKENS = 4  # the reference dequantises every expert that the checked tokens chose: 32 of them are 1.4 G weights
 
@@ -152,7 +151,7 @@ class FusedExpertsTraining(Case):
     @property
     def tolerance(self) -> float:  # type: ignore[override]
         """In fp8 operands are quantised after roundings that differ; in bf16 a few roundings follow each other."""
-        return 1e-3 if self.fp8 else 2e-5
+        return 1e-3 if self.fp8 else 3e-5
 
     @property
     def op(self) -> str:
