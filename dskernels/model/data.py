@@ -36,6 +36,11 @@ class Packed(NamedTuple):
     tokens: Tensor
     cu_seqlens: Tensor
 
+    @property
+    def predictions(self) -> Tensor:
+        """How many tokens have a next one in their sequence, int64 ``[]``."""
+        return (self.cu_seqlens.diff() - 1).clamp(min=0).sum()
+
     def to(self, device: torch.device | str) -> Packed:
         """The batch on another device."""
         return Packed(self.tokens.to(device), self.cu_seqlens.to(device))
