@@ -161,11 +161,12 @@ def train(
     """Train a byte-level model on text, and leave a Hugging Face checkpoint, metrics and pictures."""
     from dskernels.model import Config
     from dskernels.model.data import find_files, read_corpus, standard_library
-    from dskernels.model.plot import draw_run
+    from dskernels.model.plot import plot_experts, plot_loss, require_matplotlib
     from dskernels.model.progress import TrainingProgress
     from dskernels.model.train import TrainConfig
     from dskernels.model.train import train as run
 
+    require_matplotlib()  # before the training, not after it
     model_config = Config.from_hf(config) if Path(config).exists() else Config.from_name(config)
     recipe = TrainConfig(
         steps=steps,
@@ -185,7 +186,12 @@ def train(
         history = run(model_config, corpus, recipe, out=out, progress=progress)
     (out / "train.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     first, last = (r["validation_loss"] for r in (history[0], history[-1]))
-    console.print(f"Held-out loss {first:.3f} -> {last:.3f} nats a byte. In {out}: {', '.join(draw_run(out))}.")
+    plot_loss(history, out / "loss.png")
+    if any(record.get("load") for record in history):
+        plot_experts(history, out / "experts.png")
+    console.print(
+        f"Held-out loss {first:.3f} -> {last:.3f} nats a byte. Checkpoint, metrics, pictures: {out}."
+    )
 
 
 @app.command()
