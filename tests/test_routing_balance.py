@@ -15,6 +15,7 @@ from dskernels import parity
 from dskernels.parity import routing as cases
 from dskernels.reference import routing as reference
 from dskernels.routing.config import MAX_EXPERTS
+from dskernels.routing.triton_balance import sum_loss_kernel
 from registering import check_registration
 
 NAN, INF = math.nan, math.inf
@@ -48,7 +49,7 @@ def test_parity(case, device):
 def test_balance_loss(device, impl, lengths, score):
     logits = torch.randn(11, 48)
     logits[3, 40] = NAN  # a padding row counts for nothing
-    logits[4, 1], logits[4, 2] = -INF, INF
+    logits[4, 0], logits[4, 1:8] = -INF, INF  # five of seven equal ones are chosen
     x = logits.to(device).requires_grad_()
     lengths_S = torch.tensor(lengths, dtype=torch.int32)
     options = dict(top_k=5, alpha=0.1, score=score)
@@ -65,6 +66,7 @@ def test_balance_loss(device, impl, lengths, score):
     inside = torch.arange(11) < sum(max(n, 0) for n in lengths)
     inside[3] = False
     assert not got.cpu()[~inside].any()
+    assert not got.cpu()[4, :8].any()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -143,6 +145,13 @@ def test_update_bias_sums_the_load_of_all_ranks():
         thread.join()
     assert [bias.tolist() for bias in biases] == [[0.0, -0.5, 0.5]] * 2
     assert loads[0].tolist() == [5, 0, 1]
+
+
+def test_the_parts_of_the_loss_are_summed_block_by_block(device):
+    parts, out = torch.randn(13, device=device), torch.empty((), device=device)
+    filled = torch.tensor(3, dtype=torch.int32, device=device)
+    sum_loss_kernel[(1,)](parts, filled, out, 13, 0.5, BLOCK=4)
+    torch.testing.assert_close(out, 0.5 * parts.sum() / 3)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -166,7 +166,7 @@ def balance_loss_backward_kernel(
     dx = p * (f - tl.sum(f * p, axis=1)[:, None]) * (grad * per_token)[:, None]
     if not SOFTMAX:
         dx *= 1.0 - s
-    dx = tl.where((per_token > 0)[:, None] & (tl.abs(x) <= LARGEST), dx, 0.0)
+    dx = tl.where(tl.abs(x) <= LARGEST, dx, 0.0)
     p_dx = p_dlogits + o_t[:, None] * E + o_e[None, :]
     tl.store(p_dx, cast(dx, p_dlogits.dtype.element_ty), mask=m_t[:, None] & m_e[None, :])
 
