@@ -36,7 +36,7 @@ HALF_CONFIGS = (
 )
 SINGLE_CONFIGS = (
     GroupedConfig(block_m=16, block_n=64, block_k=32, num_warps=4, num_stages=2),
-    GroupedConfig(block_m=64, block_n=64, block_k=32, num_warps=8, num_stages=2),
+    GroupedConfig(block_m=64, block_n=64, block_k=16, num_warps=8, num_stages=2),
 )
 
 
