@@ -452,6 +452,7 @@ PRESETS: dict[str, Config] = {
         hidden_size=128,
         intermediate_size=384,
         moe_intermediate_size=128,
+        num_hidden_layers=3,
         q_lora_rank=64,
         kv_lora_rank=64,
         n_routed_experts=16,

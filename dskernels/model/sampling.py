@@ -14,7 +14,7 @@ class Sampling:
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most likely token.
-        top_k: only so many of the most likely tokens may be chosen; 0 sets no limit.
+        top_k: only so many of the most likely tokens may be chosen (more if they tie); 0 sets no limit.
         top_p: only the most likely tokens that together reach this probability may be chosen.
         generator: source of randomness, on the model's device; None is torch's own.
 

@@ -151,23 +151,28 @@ def test_fp8_trains():
 
 @torch.no_grad()
 def test_prompt_then_extend_then_decode_is_one_pass():
-    """The three ways of attention agree: 30 tokens at once, or 13 + 12 through the cache and then 5 absorbed."""
+    """The three ways of attention agree: each text at once, or through the cache packed, packed, then absorbed."""
     model = tiny_model()
     cache = LatentCache(model.config, pages=8, page_size=8, dtype=torch.float32)
-    table = cache.block_table([cache.admit(30)])
-    tokens = torch.randint(0, 257, (30,))
-    expected = model(tokens).hidden
+    texts = [torch.randint(0, 257, (30,)), torch.randint(0, 257, (17,))]
+    table = cache.block_table([cache.admit(30), cache.admit(17)])
+    steps = [(0, 13, 25, 30), (0, 1, 12, 17)]  # where the pieces of each text begin and end
 
-    def lengths(n):
-        return torch.tensor([n], dtype=torch.int32)
-
-    def cu(n):
-        return torch.tensor([0, n], dtype=torch.int32)
-
-    first, _ = model.trunk(tokens[:13], Batch.prompt(cu(13), 13, table, 8), cache.data)
-    second, _ = model.trunk(tokens[13:25], Batch.extend(cu(12), 12, lengths(25), table, 8), cache.data)
-    third, _ = model.trunk(tokens[25:], Batch.decode(lengths(30), 5, table, 8), cache.data)
-    torch.testing.assert_close(torch.cat((first, second, third)), expected, rtol=0, atol=1e-5)
+    parts = [[], []]
+    for i, kind in enumerate(("prompt", "extend", "decode")):
+        tokens, cu_seqlens = packed(*(text[cuts[i] : cuts[i + 1]] for text, cuts in zip(texts, steps, strict=True)))
+        lengths = torch.tensor([cuts[i + 1] for cuts in steps], dtype=torch.int32)
+        if kind == "prompt":
+            batch = Batch.prompt(cu_seqlens, len(tokens), table, 8)
+        elif kind == "extend":
+            batch = Batch.extend(cu_seqlens, len(tokens), lengths, table, 8)
+        else:
+            batch = Batch.decode(lengths, 5, table, 8)
+        hidden, _ = model.trunk(tokens, batch, cache.data)
+        for part, rows in zip(parts, hidden.split(cu_seqlens.diff().tolist()), strict=True):
+            part.append(rows)
+    for text, part in zip(texts, parts, strict=True):
+        torch.testing.assert_close(torch.cat(part), model(text).hidden, rtol=0, atol=1e-5)
 
 
 def test_initial_weights():
