@@ -72,12 +72,14 @@ class Operation:
         self.targets: dict[str, Callable | str | None] = {"hopper": hopper, "triton": triton, "reference": reference}
         self.composite = composite
         self.fake = fake or (lambda *args: None)
-        arguments, _, returns = schema.rpartition(") -> ")
-        _library.define(f"{arguments}, str? impl=None) -> {returns}")
+        head, _, returns = schema.rpartition(") -> ")
+        _library.define(f"{head}, str? impl=None) -> {returns}")
         _library.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dskernels::{self.name}", lambda *args: self.fake(*self._split(args)[0]))
         self.overload = getattr(torch.ops.dskernels, self.name).default
-        self.arity = len(self.overload._schema.arguments) - 1
+        arguments = self.overload._schema.arguments
+        self.arity = len(arguments) - 1
+        self.writes = [i for i, argument in enumerate(arguments) if argument.is_write]
         OPERATIONS[self.name] = self
 
     def __call__(self, *args: Any, impl: str | None = None) -> Any:
@@ -132,7 +134,11 @@ class Operation:
         if recording is not None:
             recording.append(choice)
             return self.fake(*args)
-        return self._function(choice.impl)(*args)
+        result = self._function(choice.impl)(*args)
+        for i in self.writes:  # a kernel writes behind torch's back: autograd and caches go by the version
+            if isinstance(args[i], Tensor) and not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+        return result
 
     def _reason_against(self, impl: str, args: Sequence[Any], asked_for: bool) -> str | None:
         target = self.targets[impl]

@@ -73,4 +73,4 @@ class Permuted(NamedTuple):
 
     x: Tensor
     offsets: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody calls on this

@@ -44,8 +44,7 @@ def quantize(x: Tensor, block: Block = (1, 128), *, scale_format: str = "fp32", 
 
 
 def _stack(matrices: list[Fp8Tensor], block: Block) -> Fp8Tensor:
-    data, scale = (torch.stack([m[i] for m in matrices]) for i in (0, 1))
-    return Fp8Tensor(data, scale, block)
+    return Fp8Tensor(torch.stack([m.data for m in matrices]), torch.stack([m.scale for m in matrices]), block)
 
 
 def scale_layout(scale: Tensor, block: Block) -> Tensor:

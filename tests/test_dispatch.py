@@ -71,6 +71,17 @@ def test_unknown_impl_is_named(operands, call):
         call(*operands)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_writing_to_an_argument_raises_its_version(operands, device, impl):
+    a, b = (operand._replace(data=operand.data.to(device), scale=operand.scale.to(device)) for operand in operands)
+    out = torch.zeros(4, 128, device=device)
+    before = out._version
+    ds.fp8_gemm(a, b, out=out, impl=impl)
+    assert out._version > before
+    with torch.inference_mode():
+        ds.fp8_gemm(a, b, impl=impl)  # inference tensors have no version
+
+
 def test_every_target_exists():
     """A target is imported on first use: a wrong name would only be found by a user with that GPU."""
     for operation in dispatch.OPERATIONS.values():
