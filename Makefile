@@ -43,7 +43,7 @@ docs: $(READY) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict $(ARGS)
 
 clean: ## remove .venv and everything that was generated
-	rm -rf $(VENV) build dist site demo *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site demo run *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
