@@ -1,0 +1,7 @@
+"""Multi-head latent attention: the paged latent cache, decode over it, and merging of partial results."""
+
+from dskernels.mla.cache import write_latent_cache
+from dskernels.mla.decode import mla_decode
+from dskernels.mla.merge import merge_states
+
+__all__ = ["merge_states", "mla_decode", "write_latent_cache"]

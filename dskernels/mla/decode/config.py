@@ -1,0 +1,72 @@
+"""Tile and split choice of the portable decode: pure functions of shape and GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dskernels.validate import ceil_div
+
+MAX_SPLITS = 128
+
+# What a split costs beside its positions: the prologue and the partial output it writes, and its share of the
+# combination.
+SPLIT_OVERHEAD = 128
+COMBINE_OVERHEAD = 8
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """What a program holds: `block_m` query rows (heads and new tokens, packed), `block_n` cached positions a step."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+SINGLE = DecodeConfig(block_m=16, block_n=16, num_warps=8, num_stages=3)
+NARROW = DecodeConfig(block_m=16, block_n=32, num_warps=8, num_stages=2)
+MEDIUM = DecodeConfig(block_m=32, block_n=32, num_warps=8, num_stages=2)
+MEDIUM_FP8 = DecodeConfig(block_m=32, block_n=16, num_warps=8, num_stages=2)
+WIDE = DecodeConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
+WIDE_FP8 = DecodeConfig(block_m=64, block_n=16, num_warps=8, num_stages=2)
+WIDEST = DecodeConfig(block_m=64, block_n=64, num_warps=8, num_stages=2)
+
+
+def choose_config(rows: int, itemsize: int, fp8_cache: bool, page_size: int, arch: tuple[int, int]) -> DecodeConfig:
+    """Config for `rows` query rows of `itemsize` bytes an element, on compute capability `arch` ((0, 0): not NVIDIA).
+
+    A row takes 2 KB of accumulators, which bounds their number; the fewer they are, the more often the cache is read.
+    64 fit where the tensor cores take operands from shared memory (sm_90, sm_100), 32 elsewhere. What registers remain
+    bound the positions: unpacking e4m3 takes some, and so does finding the page of each position where a block of them
+    spans several pages.
+    """
+    if itemsize == 4:
+        return SINGLE
+    if rows <= 16 or arch < (8, 0):
+        return NARROW
+    wide = rows > 32 and (arch[0] == 9 or (arch[0] == 10 and not fp8_cache))
+    if fp8_cache:
+        return WIDE_FP8 if wide else MEDIUM_FP8
+    if not wide:
+        return MEDIUM
+    return WIDEST if arch[0] == 9 and page_size % WIDEST.block_n == 0 else WIDE
+
+
+def choose_splits(programs: int, capacity: int, multiprocessors: int) -> int:
+    """How many programs share the cached positions of one request and row block, of which there are `programs`.
+
+    Minimises the time of the slowest multiprocessor, counted in positions, for requests that fill their block table.
+    Only sizes known to the host enter: the lengths stay on the device, and each program cuts its own share of the
+    actual one.
+    """
+    if programs == 0 or capacity == 0:
+        return 1
+
+    def cost(splits: int) -> int:
+        waves = ceil_div(programs * splits, multiprocessors)
+        return waves * (ceil_div(capacity, splits) + SPLIT_OVERHEAD) + (splits - 1) * COMBINE_OVERHEAD
+
+    # More than four waves would only serve lengths far below the capacity badly.
+    most = min(MAX_SPLITS, ceil_div(capacity, SPLIT_OVERHEAD), max(1, 4 * multiprocessors // programs))
+    return min(range(1, most + 1), key=cost)
