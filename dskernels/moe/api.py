@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import Operation
+from dskernels.dispatch import Operation, differentiating
 from dskernels.moe.config import MAX_EXPERTS
 from dskernels.reference import moe as reference
 from dskernels.reference.fp8 import quantize
@@ -218,7 +218,7 @@ def _combine_reference(y: Tensor, offsets: Tensor, index: Tensor, weights: Tenso
 
 def _combine_backward_reference(dout, y, offsets, index, weights):
     y, weights = (t.detach().requires_grad_() for t in (y, weights))
-    with torch.enable_grad():
+    with differentiating():
         out = _combine_reference(y, offsets, index, weights)
     return torch.autograd.grad(out, (y, weights), dout)
 
@@ -296,7 +296,7 @@ def _fused_experts_backward_reference(dout, *args):
     places = [i for i, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
     for i in places:
         block[i] = block[i].detach().requires_grad_()
-    with torch.enable_grad():
+    with differentiating():
         out = _block(block, fp8)
     gradients = iter(torch.autograd.grad(out, [block[i] for i in places], dout))
     return tuple(next(gradients) if needed else dout.new_empty(0) for needed in needs)
