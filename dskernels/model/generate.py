@@ -148,7 +148,7 @@ class Generation:
         self.steps = self.drafted = self.accepted = 0
         self._waiting = deque(range(len(prompts)))
         self._pages: dict[int, list[int]] = {}  # of the prompts that run
-        self._iterator: Generator[list[list[int]]] = self._run()
+        self._iterator: Generator[list[list[int]], None, None] = self._run()
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         return self
@@ -171,7 +171,7 @@ class Generation:
         """The part of the drafted tokens that stood, 0 if none was drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
-    def _run(self) -> Generator[list[list[int]]]:
+    def _run(self) -> Generator[list[list[int]], None, None]:
         state: _State | None = None
         try:
             while self._waiting or state is not None:
