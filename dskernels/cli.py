@@ -189,9 +189,7 @@ def train(
     plot_loss(history, out / "loss.png")
     if any(record.get("load") for record in history):
         plot_experts(history, out / "experts.png")
-    console.print(
-        f"Held-out loss {first:.3f} -> {last:.3f} nats a byte. Checkpoint, metrics, pictures: {out}."
-    )
+    console.print(f"Held-out loss {first:.3f} -> {last:.3f} nats a byte. Checkpoint, metrics, pictures: {out}.")
 
 
 @app.command()
