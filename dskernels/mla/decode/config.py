@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from dskernels.validate import ceil_div
@@ -30,16 +31,14 @@ MEDIUM = DecodeConfig(block_m=32, block_n=32, num_warps=8, num_stages=2)
 MEDIUM_FP8 = DecodeConfig(block_m=32, block_n=16, num_warps=8, num_stages=2)
 WIDE = DecodeConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
 WIDE_FP8 = DecodeConfig(block_m=64, block_n=16, num_warps=8, num_stages=2)
-WIDEST = DecodeConfig(block_m=64, block_n=64, num_warps=8, num_stages=2)
 
 
-def choose_config(rows: int, itemsize: int, fp8_cache: bool, page_size: int, arch: tuple[int, int]) -> DecodeConfig:
+def choose_config(rows: int, itemsize: int, fp8_cache: bool, arch: tuple[int, int]) -> DecodeConfig:
     """Config for `rows` query rows of `itemsize` bytes an element, on compute capability `arch` ((0, 0): not NVIDIA).
 
     A row takes 2 KB of accumulators, which bounds their number; the fewer they are, the more often the cache is read.
     64 fit where the tensor cores take operands from shared memory (sm_90, sm_100), 32 elsewhere. What registers remain
-    bound the positions: unpacking e4m3 takes some, and so does finding the page of each position where a block of them
-    spans several pages.
+    bound the positions (64 of them spill by a few registers on sm_90), and unpacking e4m3 takes some.
     """
     if itemsize == 4:
         return SINGLE
@@ -48,11 +47,10 @@ def choose_config(rows: int, itemsize: int, fp8_cache: bool, page_size: int, arc
     wide = rows > 32 and (arch[0] == 9 or (arch[0] == 10 and not fp8_cache))
     if fp8_cache:
         return WIDE_FP8 if wide else MEDIUM_FP8
-    if not wide:
-        return MEDIUM
-    return WIDEST if arch[0] == 9 and page_size % WIDEST.block_n == 0 else WIDE
+    return WIDE if wide else MEDIUM
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_splits(programs: int, capacity: int, multiprocessors: int) -> int:
     """How many programs share the cached positions of one request and row block, of which there are `programs`.
 

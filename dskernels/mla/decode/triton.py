@@ -65,7 +65,12 @@ def load_fp8_rows(
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["stride_table", "stride_lb", "stride_lp", "q_tokens", "pages", "page_size", "capacity"])
+@triton.jit(
+    do_not_specialize=[
+        *["stride_table", "stride_lb", "stride_lp", "stride_lh", "stride_lj"],
+        *["heads", "q_tokens", "pages", "page_size", "capacity"],
+    ]
+)
 def decode_kernel(
     p_q,
     p_latent,
@@ -105,8 +110,12 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Row block (program 0) of request (program 2) over one of the shares (program 1) of its cached positions."""
-    i_m, i_p, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """A row block of a request (program 0, the blocks of a request side by side: they read the same rows of the cache)
+    over one of the shares (program 1) of its cached positions."""
+    row_blocks = tl.cdiv(q_tokens * heads, BLOCK_M)
+    i_m = tl.program_id(0) % row_blocks
+    i_b = (tl.program_id(0) // row_blocks).to(tl.int64)
+    i_p = tl.program_id(1)
     dtype: tl.constexpr = p_q.dtype.element_ty
 
     # Whatever the device's integers hold, they end up within the tables.
@@ -181,7 +190,7 @@ def decode_kernel(
     tl.store(p_lse + o_lse, lse, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["parts", "q_tokens"])
+@triton.jit(do_not_specialize=["parts", "heads", "q_tokens"])
 def combine_kernel(
     p_part,
     p_part_lse,
@@ -195,9 +204,11 @@ def combine_kernel(
     BLOCK_P: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
-    """Columns (program 1) of row (program 0) of request (program 2): the parts weighed by e^lse, in order."""
-    i_row, i_v, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Columns (program 1) of a row of a request (program 0): the parts weighed by e^lse, in order."""
     rows = q_tokens * heads
+    i_row = tl.program_id(0) % rows
+    i_b = (tl.program_id(0) // rows).to(tl.int64)
+    i_v = tl.program_id(1)
     o_all = tl.arange(0, MAX_PARTS)
     every = tl.load(p_part_lse + (i_b * parts + o_all) * rows + i_row, mask=o_all < parts, other=float("-inf"))
     largest = tl.max(every, 0)
@@ -214,7 +225,7 @@ def combine_kernel(
         # [P, V]
         part = tl.load(
             p_part + o_row[:, None] * VALUE + o_v[None, :],
-            mask=(o_p < parts)[:, None] & (o_v < VALUE)[None, :],
+            mask=(p != 0)[:, None] & (o_v < VALUE)[None, :],
             other=0.0,
         )
         total += tl.sum(p[:, None] * part, 0)
@@ -249,7 +260,7 @@ def mla_decode(
     latent, scales, rope = fp8_parts(cache, value_dim) if fp8 else (cache, None, cache[..., value_dim:])
 
     capacity = block_table.shape[1] * page_size if pages else 0
-    config = choose_config(rows, q.element_size(), fp8, page_size, architecture(q.device))
+    config = choose_config(rows, q.element_size(), fp8, architecture(q.device))
     row_blocks = triton.cdiv(rows, config.block_m)
     parts = choose_splits(batch * row_blocks, capacity, multiprocessors(q.device))
     if parts == 1:
@@ -260,7 +271,7 @@ def mla_decode(
         part_lse = q.new_empty(batch, parts, rows, dtype=torch.float32)
         stride_op, stride_lb, stride_lp, stride_lh, stride_lj = rows * value_dim, parts * rows, rows, 1, heads
     block_v = triton.next_power_of_2(value_dim)
-    decode_kernel[(row_blocks, parts, batch)](
+    decode_kernel[(batch * row_blocks, parts)](
         q,
         latent,
         scales,
@@ -303,7 +314,7 @@ def mla_decode(
     )
     if parts > 1:
         columns = min(block_v, 128)
-        combine_kernel[(rows, triton.cdiv(value_dim, columns), batch)](
+        combine_kernel[(batch * rows, triton.cdiv(value_dim, columns))](
             part,
             part_lse,
             out,

@@ -1,0 +1,112 @@
+"""Configs of the decode kernels: which is chosen, and that each compiles without spills wherever it is."""
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from compiling import Compile, assert_clean, compile_all
+from dskernels.mla.decode.config import (
+    MAX_SPLITS,
+    MEDIUM,
+    MEDIUM_FP8,
+    NARROW,
+    SINGLE,
+    WIDE,
+    WIDE_FP8,
+    choose_config,
+    choose_splits,
+)
+
+
+def test_choose_config():
+    assert choose_config(16, 2, False, (9, 0)) == NARROW
+    assert choose_config(128, 2, False, (9, 0)) == WIDE
+    assert choose_config(128, 2, True, (9, 0)) == WIDE_FP8
+    assert choose_config(128, 2, False, (10, 0)) == WIDE
+    assert choose_config(128, 2, True, (10, 0)) == MEDIUM_FP8
+    assert choose_config(128, 2, False, (8, 0)) == MEDIUM
+    assert choose_config(128, 2, False, (7, 5)) == NARROW
+    assert choose_config(128, 4, False, (9, 0)) == SINGLE
+
+
+@given(st.integers(0, 5000), st.integers(0, 200_000), st.integers(1, 160))
+@example(1, 32768, 132)
+def test_choose_splits(programs, capacity, multiprocessors):
+    splits = choose_splits(programs, capacity, multiprocessors)
+    assert 1 <= splits <= MAX_SPLITS
+    if programs >= 4 * multiprocessors or capacity <= 128:
+        assert splits == 1
+    if 0 < programs <= multiprocessors // 4 and capacity >= 8192:
+        assert programs * splits > multiprocessors // 4  # a small batch is spread over the chip
+
+
+INTEGERS = (
+    *("stride_qb", "stride_qj", "stride_qh", "stride_page", "stride_token", "stride_table"),
+    *("stride_ob", "stride_op", "stride_om", "stride_lb", "stride_lp", "stride_lh", "stride_lj"),
+    *("heads", "q_tokens", "pages", "page_size", "capacity"),
+)
+ALIGNED = [name for name in INTEGERS[:9] if name != "stride_table"]
+
+
+def compile_decode(config, dtype, targets, *, fp8=False, page=64, dims=(512, 64), padded=False, split=True):
+    latent, rope = dims
+    cache = ("fp8e4nv", "fp32", "bf16") if fp8 else (dtype, None, dtype)
+    pointers = {
+        "p_q": dtype,
+        **dict(zip(("p_latent", "p_scale", "p_rope"), cache, strict=True)),
+        **{"p_table": "i32", "p_lengths": "i32", "p_q_lengths": "i32" if padded else None},
+        **{"p_out": "fp32" if split else dtype, "p_lse": "fp32"},
+    }
+    return Compile(
+        "dskernels.mla.decode.triton:decode_kernel",
+        signature={
+            **{name: f"*{type_}" for name, type_ in pointers.items() if type_},
+            **dict.fromkeys(INTEGERS, "i32"),
+            "scale_log2": "fp32",
+        },
+        constants={
+            **{name: None for name, type_ in pointers.items() if type_ is None},
+            **{"VALUE": latent, "ROPE": rope, "FP8": fp8, "HAS_Q_LENGTHS": padded},
+            "ONE_PAGE": page % config.block_n == 0,
+            "BLOCK_V": 1 << (latent - 1).bit_length(),
+            "BLOCK_R": 1 << (rope - 1).bit_length(),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        },
+        divisible=ALIGNED,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        targets=targets,
+    )
+
+
+def compile_combination(value):
+    return Compile(
+        "dskernels.mla.decode.triton:combine_kernel",
+        signature={
+            **{"p_part": "*fp32", "p_part_lse": "*fp32", "p_out": "*bf16", "p_lse": "*fp32"},
+            **{"parts": "i32", "heads": "i32", "q_tokens": "i32"},
+        },
+        constants={"VALUE": value, "BLOCK_V": min(value, 128), "BLOCK_P": 16, "MAX_PARTS": MAX_SPLITS},
+    )
+
+
+def test_kernels_compile_without_spills():
+    """Every config on every GPU that is given it, with DeepSeek-V3's dimensions: 16, 32 and 128 rows."""
+    kernels = {}
+    for target, arch in (("sm_80", (8, 0)), ("sm_89", (8, 9)), ("sm_90", (9, 0)), ("sm_100", (10, 0))):
+        for rows, fp8, page in ((16, False, 64), (32, False, 64), (128, False, 64), (128, False, 16), (128, True, 64)):
+            if fp8 and arch < (8, 9):
+                continue
+            config = choose_config(rows, 2, fp8, arch)
+            # A wide one has no registers to spare: with all that may be asked of it, and with another output.
+            for padded, split in ((True, True), (False, False)) if config.block_m == 64 else ((True, False),):
+                options = {"fp8": fp8, "page": page, "padded": padded, "split": split}
+                kernels[config, target, tuple(options.values())] = compile_decode(config, "bf16", [target], **options)
+        kernels[SINGLE, target] = compile_decode(choose_config(128, 4, False, arch), "fp32", [target])
+    kernels["fp8", 16] = compile_decode(choose_config(16, 2, True, (9, 0)), "bf16", ["sm_89", "sm_90"], fp8=True)
+    kernels["small"] = compile_decode(choose_config(4, 2, False, (9, 0)), "bf16", ["sm_90"], dims=(32, 16))
+    reports = compile_all([*kernels.values(), compile_combination(512), compile_combination(32)])
+    assert_clean(reports)
+    wide = [r for r in reports if r.target == "sm_90" and r.source.constants.get("BLOCK_M") == 64]
+    assert wide
+    assert all(r.count("HGMMA") for r in wide)
