@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,16 +71,18 @@ def fused_experts(
         return linear(F.silu(gate) * up, _wide(w2_HI))
 
     out = torch.zeros_like(x_TH) if shared is None else expert(x_TH, *shared)
-    for e in range(w13.shape[0]):
+    for e, (w13_IH, w2_HI) in enumerate(zip(_matrices(w13), _matrices(w2), strict=True)):
         token, choice = torch.where(routing.experts == e)
-        y_RH = expert(x_TH[token], _matrix(w13, e), _matrix(w2, e))
+        y_RH = expert(x_TH[token], w13_IH, w2_HI)
         out = out.index_add(0, token, routing.weights[token, choice, None] * y_RH)
     return out.to(x.dtype)
 
 
-def _matrix(stack: Tensor | Fp8Tensor, e: int) -> Tensor | Fp8Tensor:
-    """Matrix `e` of a stack of weights."""
-    return Fp8Tensor(stack.data[e], stack.scale[e], stack.block) if isinstance(stack, Fp8Tensor) else stack[e]
+def _matrices(stack: Tensor | Fp8Tensor) -> Sequence[Tensor | Fp8Tensor]:
+    """The matrix of each expert; taken apart at once, so that autograd puts their gradients together at once."""
+    if isinstance(stack, Fp8Tensor):
+        return [Fp8Tensor(data, scale, stack.block) for data, scale in zip(stack.data, stack.scale, strict=True)]
+    return stack.unbind()
 
 
 def _wide(x: Any) -> Any:
