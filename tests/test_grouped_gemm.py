@@ -125,22 +125,27 @@ def test_as_many_groups_as_an_expert_block_can_have(device):
     assert (out[20] == 0).all()
 
 
-def test_weights_beyond_two_to_the_31_elements(device):
-    """The second matrix begins 2^31 elements after the first: an int32 address would be negative."""
+def sparse(size, dtype, device, path):
+    """A tensor of which only what is touched takes memory on the CPU: a mapped file of holes."""
     if device == "cuda":
-        memory = torch.zeros(2**31 + 4096, dtype=torch.bfloat16, device=device)
-    else:
-        memory = torch.empty(2**31 + 4096, dtype=torch.bfloat16)  # only the pages touched below become real
-    b = memory.as_strided((2, 32, 64), (2**31, 64, 1))
-    b.copy_(torch.randn(2, 32, 64))
-    a, offsets = torch.randn(5, 64).to(device, torch.bfloat16), offsets_of([2, 3], device)
+        return torch.empty(size, dtype=dtype, device=device)
+    return torch.from_file(str(path / f"{dtype}"), shared=True, size=size, dtype=dtype)
+
+
+def test_weights_beyond_two_to_the_31_elements(device, tmp_path):
+    """Matrices are 2^30 elements apart: e * stride leaves int32 at the third, though each factor fits."""
+    b = sparse(2**31 + 4096, torch.bfloat16, device, tmp_path).as_strided((3, 32, 64), (2**30, 64, 1))
+    b.copy_(torch.randn(3, 32, 64))
+    sizes = [2, 0, 3]
+    a, offsets = torch.randn(5, 64).to(device, torch.bfloat16), offsets_of(sizes, device)
     got = ds.grouped_gemm(a, b, offsets, out_dtype=torch.float32, impl="triton")
-    assert parity.difference(got, product64(a, b, [2, 3])) < FP32
-    masked = ds.grouped_gemm_masked(a[:4].view(2, 2, 64), b, offsets[1:], out_dtype=torch.float32, impl="triton")
-    assert parity.difference(masked[1], a[2:4].double() @ b[1].double().T) < FP32
-    dw = memory.view(torch.float32)[: 2**30 + 2048].as_strided((2, 8, 64), (2**30, 64, 1))
-    ds.grouped_wgrad(got[:, :8].contiguous(), a.float(), offsets, out=dw, impl="triton")
-    assert parity.difference(dw, reference_wgrad(got[:, :8], a.float(), offsets)) < FP32
+    assert parity.difference(got, product64(a, b, sizes)) < FP32
+    stack, counts = a[:3].view(3, 1, 64), torch.ones(3, dtype=torch.int32, device=device)
+    masked = ds.grouped_gemm_masked(stack, b, counts, out_dtype=torch.float32, impl="triton")
+    assert parity.difference(masked, stack.double() @ b.double().mT) < FP32
+    dw = sparse(2**31 + 4096, torch.float32, device, tmp_path).as_strided((3, 32, 64), (2**30, 64, 1))
+    ds.grouped_wgrad(got, a.float(), offsets, out=dw, impl="triton")
+    assert parity.difference(dw, reference_wgrad(got, a.float(), offsets)) < FP32
 
 
 HOSTILE = st.lists(st.integers(-(2**31), 2**31 - 1) | st.integers(-3, 80), min_size=2, max_size=7)

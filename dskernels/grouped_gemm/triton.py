@@ -30,7 +30,7 @@ def larger(a, b):
     return tl.maximum(a, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def plan_kernel(p_offsets, p_plan, T, E, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """plan[0, g] = first row of group g, plan[1, g] = its first tile of BLOCK rows; group E is the rest, E + 1 the end.
 
