@@ -112,13 +112,14 @@ def plot_training(history: History, path: str | Path, *, title: str, text: str =
     lines = text.splitlines()
     height = 4.4 + (0.4 + 0.17 * len(lines) if lines else 0.0)
     with _figure(path, 11.0, height) as figure:
-        figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold")
+        figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", parse_math=False)
         rows = figure.subfigures(2, 1, height_ratios=[4.4, height - 4.4]) if lines else [figure]
         left, right = rows[0].subfigures(1, 2, width_ratios=[1.1, 1.0])
         _draw_loss(left.subplots(), history)
         _draw_experts(right, history)
         if lines:
-            rows[1].text(0.03, 0.98, "\n".join(lines), family="DejaVu Sans Mono", fontsize=9, va="top")
+            shown = "\n".join("".join(c if c.isprintable() else "·" for c in line) for line in lines)
+            rows[1].text(0.03, 0.98, shown, family="DejaVu Sans Mono", fontsize=9, va="top", parse_math=False)
 
 
 def _draw_loss(axes: Any, history: History) -> None:

@@ -1,12 +1,14 @@
 """Training: losses against loops over tokens, gradients against differences, and the recipe's promises step by step."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import packed, tiny_model
 
 import dskernels as ds
@@ -14,6 +16,7 @@ from dskernels.model import Config, Output, RouterOutput, load
 from dskernels.model.data import BOUNDARY, Corpus, Packed, batches
 from dskernels.model.loss import losses
 from dskernels.model.optimizer import MasterAdamW
+from dskernels.model.progress import TrainingProgress
 from dskernels.model.train import TrainConfig, _step, evaluate, train
 
 SMALL = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, n_routed_experts=8)
@@ -360,6 +363,37 @@ def test_other_members_of_the_family_train(corpus, tmp_path, changes):
 def test_operations_run_by_the_implementation_asked_for(corpus, tmp_path):
     with ds.use_impl("hopper"), pytest.raises(ValueError, match="impl='hopper' cannot run this"):
         train(Config.from_name("tiny", **SMALL), corpus, TrainConfig(**QUICK), out=tmp_path, device="cpu")
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+LINES = [
+    dict(step=0, validation_loss=5.5, validation_mtp_loss=5.5, load=[]),
+    dict(step=1, loss=5.25, mtp_loss=5.125, tokens_per_second=1234.5),
+    dict(step=2, loss=4.0, mtp_loss=4.5, tokens_per_second=2000.0),
+    dict(step=2, validation_loss=4.25, validation_mtp_loss=5.0, load=[]),
+]
+
+
+def shown(terminal):
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=120)
+    with TrainingProgress(2, console) as progress:
+        for line in LINES:
+            progress(line)
+    return stream.getvalue()
+
+
+def test_a_log_gets_a_line_for_each_look_at_held_out_text():
+    assert shown(terminal=False).splitlines() == [
+        "step 0: held out 5.500",
+        "step 2: loss 4.000  MTP 4.500  held out 4.250  2,000 tokens/s",
+    ]
+
+
+def test_a_terminal_gets_a_bar():
+    assert "2/2" in shown(terminal=True)
+    assert "loss 4.000  MTP 4.500  held out 4.250" in shown(terminal=True)
 
 
 # ---- schedules and bad input ----------------------------------------------------------------------------------------

@@ -1,0 +1,147 @@
+"""The library end to end on any machine, in a few minutes: ``python -m dskernels.demo``, or ``make demo``.
+
+What would run here and why; every kernel against its reference; then a small DeepSeek-V3 trained on the Python
+standard library, saved, loaded back, and asked to write code with the paged latent cache, with and without drafting.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+
+from dskernels import cli
+from dskernels.dispatch import default_device
+from dskernels.model import Config, DeepseekV3, Generation, generate, load
+from dskernels.model.data import decode, encode, read_corpus, standard_library
+from dskernels.model.plot import (
+    EXPERTS_FILE,
+    LOSS_FILE,
+    PICTURE_FILE,
+    plot_experts,
+    plot_loss,
+    plot_training,
+    require_matplotlib,
+)
+from dskernels.model.progress import TrainingProgress
+from dskernels.model.train import DEMO, History, train
+
+PROMPTS = ("def __init__(self, ", "class ", "    if not ", "import ")
+NEW_TOKENS = 160
+# More threads than this make so small a model slower, and another sum of floats.
+THREADS = 2
+
+console = Console()
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the metrics and the pictures.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = DEMO.steps,
+    checks: Annotated[bool, typer.Option(help="Run doctor and parity first.")] = True,
+) -> None:
+    """Check the kernels here, train a small DeepSeek-V3 on real text, save it, load it back, and let it write code."""
+    start = time.perf_counter()
+    require_matplotlib()  # before the training, not after it
+    torch.set_num_threads(THREADS)
+    if checks:
+        _headline("doctor: what would run here, and why")
+        cli.doctor()
+        _headline("parity: every kernel against its reference")
+        cli.parity()
+
+    _headline("train: a byte-level DeepSeek-V3 on the Python standard library")
+    history, seconds = _train(out, steps)
+    _headline("generate: the checkpoint, loaded back, writes code")
+    same = _generate(load(out, device=default_device()))
+    plot_loss(history, out / LOSS_FILE)
+    plot_experts(history, out / EXPERTS_FILE)
+    plot_training(history, out / PICTURE_FILE, title=_title(seconds))
+    files = ", ".join(sorted(path.name for path in out.iterdir()))
+    console.print(f"\nIn {out}/: {files}", highlight=False)
+    console.print(f"The whole demo took {time.perf_counter() - start:.0f} s.", highlight=False)
+    if not same:
+        raise typer.Exit(1)
+
+
+def _train(out: Path, steps: int) -> tuple[History, float]:
+    model_config = Config.from_name("demo")
+    corpus = read_corpus(standard_library(), seed=DEMO.seed)
+    parameters = model_config.parameter_count()
+    console.print(
+        f"{sum(map(len, corpus.train)) / 1e6:.1f} MB of Python in {len(corpus.train)} files, "
+        f"{len(corpus.validation)} held out; {(parameters.total + parameters.mtp) / 1e6:.1f} M parameters, "
+        f"{parameters.active / 1e6:.1f} M for a token; {model_config.num_hidden_layers} layers and an MTP module, "
+        f"{model_config.num_experts_per_tok} of {model_config.n_routed_experts} experts for a token.",
+        highlight=False,
+    )
+    start = time.perf_counter()
+    with TrainingProgress(steps, console) as progress:
+        history = train(model_config, corpus, replace(DEMO, steps=steps), out=out, progress=progress)
+    seconds = time.perf_counter() - start
+    console.print(
+        f"Held-out loss {history[0]['validation_loss']:.2f} -> {history[-1]['validation_loss']:.2f} nats a byte "
+        f"in {seconds:.0f} s.",
+        highlight=False,
+    )
+    return history, seconds
+
+
+def _generate(model: DeepseekV3) -> bool:
+    """Writes with and without drafting; says whether both wrote the same."""
+    plain, plain_speed = _write(model, drafts=0)
+    drafting, drafting_speed = _write(model, drafts=1)
+    for prompt, tokens in zip(PROMPTS, plain.tokens, strict=True):
+        console.print(Panel(f"[bold]{escape(prompt)}[/bold]{escape(decode(tokens))}", width=100))
+    count = sum(map(len, plain.tokens))
+    for name, generation, speed in (("one by one", plain, plain_speed), ("with MTP drafts", drafting, drafting_speed)):
+        console.print(f"{name}: {count} tokens in {generation.steps} passes, {speed:.0f} tokens/s", highlight=False)
+    same = plain.tokens == drafting.tokens
+    console.print(
+        f"{drafting.acceptance_rate:.0%} of {drafting.drafted} drafted tokens accepted; both texts are "
+        + ("[green]equal[/green]." if same else "[red]not equal[/red]."),
+        highlight=False,
+    )
+    return same
+
+
+def _write(model: DeepseekV3, drafts: int) -> tuple[Generation, float]:
+    start = time.perf_counter()
+    generation = generate(model, [encode(prompt) for prompt in PROMPTS], max_new_tokens=NEW_TOKENS, drafts=drafts)
+    count = sum(map(len, generation.finish()))
+    return generation, count / (time.perf_counter() - start)
+
+
+def _title(seconds: float) -> str:
+    parameters = Config.from_name("demo").parameter_count()
+    where = f"{THREADS} CPU cores" if default_device().type == "cpu" else torch.cuda.get_device_name()
+    return (
+        f"A DeepSeek-V3 of {(parameters.total + parameters.mtp) / 1e6:.1f} M parameters learns Python: "
+        f"{seconds:.0f} s on {where}"
+    )
+
+
+def _headline(text: str) -> None:
+    console.print()
+    console.rule(f"[bold]{text}", align="left")
+
+
+if __name__ == "__main__":
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # OpenMP's threads spin while they wait for one another: where somebody else uses a core too, a step takes ten
+        # times as long. The policy is read when torch is loaded, so everything begins anew.
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    try:
+        typer.run(main)
+    except cli.EXPECTED as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
