@@ -54,7 +54,7 @@ def fused_experts(
     *,
     shared: tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor] | None = None,
     fp8: bool = False,
-    recompute: bool = False,
+    recompute: bool | None = None,
 ) -> Tensor:
     """Run the whole expert block, ``out[t] = shared(x[t]) + sum_j weights[t, j] * expert[experts[t, j]](x[t])``.
 

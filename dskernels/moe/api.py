@@ -88,7 +88,7 @@ def fused_experts(
     *,
     shared: tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor] | None = None,
     fp8: bool = False,
-    recompute: bool = False,
+    recompute: bool | None = None,
     impl: str | None = None,
 ) -> Tensor:
     """Run the whole expert block: every token through its experts, and all through the shared one.
@@ -109,8 +109,9 @@ def fused_experts(
             ``[T, k]``, are used. Ids outside ``[0, E)`` are dropped.
         shared: ``(w13 [2 * I', H], w2 [H, I'])`` of the shared expert, likewise.
         fp8: quantise what is not quantised yet, inside.
-        recompute: keep nothing between forward and backward but the arguments, and compute ``w13 @ x`` again; otherwise
-            it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never kept.
+        recompute: keep nothing between forward and backward but the arguments, and compute ``w13 @ x`` again; if False,
+            it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never kept. By default it
+            is kept on a GPU, and not on the CPU, where the reference runs the forward again in any case.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
@@ -142,7 +143,7 @@ def fused_experts(
     check_tensor("routing.experts", experts, dtype=IDS, shape=tuple(weights.shape), like=x)
     flat = [part for weight in given for part in _flat(weight)]
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *flat))
-    keep = needs_gradient and not recompute
+    keep = needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute)
     shared_flat = flat[4:] or [None] * 4
     return _fused_experts(x, *flat[:4], weights, experts, *shared_flat, fp8, keep, impl=impl)[0]
 

@@ -56,7 +56,7 @@ def _block(tokens: int, width: int, hidden: int, dtype: torch.dtype, *, quantize
         plain = [normal(2 + i, *shape, dtype=dtype, scale=shape[-1] ** -0.5) for i, shape in enumerate(shapes)]
         w13, w2, *shared = (_quantized(w, device) if quantized else w.to(device) for w in plain)
         x = normal(0, tokens, width, dtype=dtype).to(device)
-        options = {"shared": tuple(shared), "fp8": fp8}
+        options = {"shared": tuple(shared), "fp8": fp8, "recompute": False}
         return (x, w13, w2, Routing(*(t.to(device) for t in routing))), options
 
     return inputs
