@@ -4,7 +4,7 @@ from dskernels.dispatch import explain, use_impl
 from dskernels.fp8 import quantize, quantize_both, rmsnorm_quantize, swiglu_quantize
 from dskernels.gemm import fp8_gemm, fp8_linear
 from dskernels.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
-from dskernels.mla import merge_states, mla_decode, write_latent_cache
+from dskernels.mla import merge_states, mla_decode, mla_prefill, mla_prefill_cached, write_latent_cache
 from dskernels.moe import combine, fused_experts, permute
 from dskernels.routing import balance_loss, route, update_bias
 from dskernels.types import Fp8Tensor, Permuted, Routing
@@ -26,6 +26,8 @@ __all__ = [
     "grouped_wgrad",
     "merge_states",
     "mla_decode",
+    "mla_prefill",
+    "mla_prefill_cached",
     "permute",
     "quantize",
     "quantize_both",

@@ -3,5 +3,6 @@
 from dskernels.mla.cache import write_latent_cache
 from dskernels.mla.decode import mla_decode
 from dskernels.mla.merge import merge_states
+from dskernels.mla.prefill import mla_prefill, mla_prefill_cached
 
-__all__ = ["merge_states", "mla_decode", "write_latent_cache"]
+__all__ = ["merge_states", "mla_decode", "mla_prefill", "mla_prefill_cached", "write_latent_cache"]

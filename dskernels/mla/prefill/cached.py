@@ -1,0 +1,170 @@
+"""Public attention of packed new tokens over their whole latent cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dskernels.dispatch import Operation
+from dskernels.mla.cache.layout import TILE, check_latent_cache, fp8_parts, fp8_row_bytes
+from dskernels.mla.merge import merge_states
+from dskernels.mla.prefill.api import FLOATS, mla_prefill_op
+from dskernels.validate import check_float, check_tensor
+
+CHUNK_BYTES = 2**28  # of keys and values that are written out at a time
+
+
+def mla_prefill_cached(
+    q: Tensor,
+    kv_b: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend from packed new tokens to all that is cached of their requests, themselves included.
+
+    [k_s, v_s] = kv_b c_s for every head and cached latent c_s, a bounded number of them at a time; attention over each
+    of these chunks as in :func:`mla_prefill`, the cached rope part being the shared key; then :func:`merge_states`.
+
+    Args:
+        q: bf16, fp16 or fp32 ``[T, H, nope + rope]``. (fp64 runs on the reference.)
+        kv_b: ``[H * (nope + V), latent]`` in q's dtype: of each head the rows of its key, then those of its value.
+        cache: ``[pages, page_size, latent + rope]`` in q's dtype, or uint8 ``[pages, page_size, bytes]`` with e4m3
+            rows: see :func:`write_latent_cache`. It already holds the new tokens.
+        block_table: int32 ``[B, pages per request]``. As only the device knows the lengths, as many latents are
+            projected as the table has room for: hand over the columns that are in use.
+        lengths: int32 ``[B]``, cached positions of each request, the new tokens included.
+        cu_seqlens_q: int32 ``[B + 1]``, ascending from 0: the new tokens of request b are the rows from
+            ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, and its last positions.
+        scale: factor of the scores.
+        impl: implementation to run, see :mod:`dskernels.dispatch`.
+
+    Returns:
+        out ``[T, H, V]`` in q's dtype, and the natural-log log-sum-exp of the scaled scores, fp32 ``[H, T]`` (fp64 with
+        q). Token i of n sees the positions below lengths[b] - n + 1 + i; where there are none, out is 0 and lse -inf.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, strides or devices do not fit.
+
+    Lengths are taken between 0 and what the table holds, page ids between 0 and the last page, cu_seqlens_q as by
+    :func:`mla_prefill`. Nothing waits for the device. Not differentiable.
+    Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 2, 4, 5 and 10; FlashInfer (arXiv 2501.01005), section 2.2.
+    """
+    check_tensor("q", q, dtype=FLOATS, shape=("T", "H", "nope + rope"))
+    _, heads, head_dim = q.shape
+    check_tensor("kv_b", kv_b, dtype=q.dtype, shape=("H * (nope + V)", "latent"), like=q)
+    check_tensor("cache", cache, dtype=(q.dtype, torch.uint8), shape=("pages", "page_size", "row"), like=q)
+    latent_dim = kv_b.shape[1]
+    rope_dim = _rope_dim(cache, latent_dim)
+    if not 0 < rope_dim < head_dim:
+        raise ValueError(
+            f"cache: expected a row of latent {latent_dim} and a rope part of 1 to {head_dim - 1}, "
+            f"got {list(cache.shape)} of {str(cache.dtype).removeprefix('torch.')}"
+        )
+    check_latent_cache("cache", cache, latent_dim, rope_dim, dtype=q.dtype, like=q)
+    nope_dim = head_dim - rope_dim
+    if heads == 0 or kv_b.shape[0] % heads or kv_b.shape[0] <= heads * nope_dim:
+        raise ValueError(
+            f"kv_b: expected more than {nope_dim} rows (a key's and a value's) for each of {heads} heads, "
+            f"got {kv_b.shape[0]}"
+        )
+    check_tensor("block_table", block_table, dtype=torch.int32, shape=("B", "pages per request"), like=q)
+    requests = block_table.shape[0]
+    check_tensor("lengths", lengths, dtype=torch.int32, shape=(requests,), like=q)
+    check_tensor("cu_seqlens_q", cu_seqlens_q, dtype=torch.int32, shape=(requests + 1,), like=q)
+    check_float("scale", scale)
+    return _mla_prefill_cached(q, kv_b, cache, block_table, lengths, cu_seqlens_q, scale, impl=impl)
+
+
+def _prefill_cached(
+    q: Tensor,
+    kv_b: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_q: Tensor,
+    scale: float,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """First the new tokens among themselves, causal; then the positions before them, which all of them see."""
+    tokens, heads, _ = q.shape
+    requests, latent_dim = lengths.shape[0], kv_b.shape[1]
+    capacity = block_table.shape[1] * cache.shape[1] if cache.shape[0] else 0
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # parts are rounded once, when all are merged
+
+    def attend(count: Tensor, first: Tensor, start: int, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
+        """Attention over rows `start` to `start + rows` of the packed positions first[b] to first[b] + count[b]."""
+        request, position, cu_k = _unpack(count, first, start, rows)
+        latent, k_rope = _gather(cache, block_table, request, position, latent_dim, q.dtype)
+        kv = (latent @ kv_b.t()).unflatten(1, (heads, -1))
+        k, v = kv.tensor_split([q.shape[2] - k_rope.shape[1]], -1)
+        return mla_prefill_op(q, k, k_rope, v, cu_q, cu_k, scale, causal, wide, impl=impl)
+
+    lengths = lengths.clamp(0, capacity)
+    new = torch.minimum(lengths, cu_q.clamp(0, tokens).diff().clamp(min=0))
+    # Without a request or a page there is no position to gather; no rows of keys are what every query then sees.
+    addressable = requests * capacity
+    out, lse = attend(new, lengths - new, 0, tokens if addressable else 0, True)
+    row_bytes = kv_b.shape[0] * kv_b.element_size()
+    chunk = min(max(CHUNK_BYTES // row_bytes, 1), max(addressable, 1))
+    for start in range(0, addressable, chunk):
+        part = attend(lengths - new, torch.zeros_like(lengths), start, chunk, False)
+        out, lse = merge_states(out, lse, *part, impl=impl)
+    return out.to(q.dtype), lse
+
+
+def _unpack(count: Tensor, first: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(request, position) of `rows` packed rows from `start` on, and their cu_seqlens.
+
+    Packed are, request by request, count[b] positions from first[b] on; rows after all of them repeat some position.
+    """
+    end = count.cumsum(0)
+    row = torch.arange(start, start + rows, device=count.device)
+    request = torch.searchsorted(end, row, right=True).clamp(max=len(count) - 1)
+    position = row - (end - count)[request] + first[request]
+    cu_seqlens = torch.nn.functional.pad(end - start, (1, 0), value=-start).clamp(0, rows)
+    return request, position, cu_seqlens.int()
+
+
+def _gather(
+    cache: Tensor, block_table: Tensor, request: Tensor, position: Tensor, latent_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Latent [rows, latent] and rope part [rows, rope] of cached positions, in `dtype`."""
+    pages, page_size, _ = cache.shape
+    page, offset = position // page_size, position % page_size
+    page = block_table[request, page.clamp(0, block_table.shape[1] - 1)].long().clamp(0, pages - 1)
+    row = cache[page, offset]
+    if cache.dtype != torch.uint8:
+        return row[:, :latent_dim], row[:, latent_dim:]
+    data, scale, rope = fp8_parts(row, latent_dim)
+    scale = scale[:, : -(-latent_dim // TILE)].repeat_interleave(TILE, 1)[:, :latent_dim]
+    return (data[:, :latent_dim].float() * scale).to(dtype), rope.to(dtype)
+
+
+def _rope_dim(cache: Tensor, latent_dim: int) -> int:
+    """Width of the rope part of a row."""
+    width = cache.shape[2]
+    return (width - fp8_row_bytes(latent_dim, 0)) // 2 if cache.dtype == torch.uint8 else width - latent_dim
+
+
+def _fake(q, kv_b, cache, block_table, lengths, cu_q, scale):
+    tokens, heads, head_dim = q.shape
+    nope_dim = head_dim - _rope_dim(cache, kv_b.shape[1])
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return (
+        q.new_empty(tokens, heads, kv_b.shape[0] // heads - nope_dim),
+        q.new_empty((heads, tokens), dtype=lse_dtype),
+    )
+
+
+_mla_prefill_cached = Operation(
+    "mla_prefill_cached(Tensor q, Tensor kv_b, Tensor cache, Tensor block_table, Tensor lengths, Tensor cu_seqlens_q, "
+    "float scale) -> (Tensor, Tensor)",
+    composite=_prefill_cached,
+    fake=_fake,
+)

@@ -1,0 +1,120 @@
+"""Tile choice of the portable prefill kernels: pure functions of head dimensions, element size and GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kernel = Literal["forward", "dq", "dk_dv"]
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """Tile of a step: `block_m` queries by `block_n` keys. A program keeps one of the two and walks the other."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# For each kernel the tiles by width, the sum of the padded parts of key and value: 128 (as of 64/64), 256 (128/128), 320
+# (192/128), 512 (256/256). Accumulators of that width and two tiles of scores fill the registers; none of these spill.
+# What wgmma and tcgen05 read from shared memory takes registers on older GPUs: there the walked block is as short as
+# 16, so that the tile that stays is large and the reading of L2 small.
+Tiles = dict[Kernel, dict[int, PrefillConfig]]
+HOPPER: Tiles = {
+    "forward": {
+        256: PrefillConfig(128, 128, num_warps=8, num_stages=2),
+        320: PrefillConfig(128, 64, num_warps=8, num_stages=3),
+        512: PrefillConfig(128, 32, num_warps=8, num_stages=2),
+    },
+    "dq": {
+        320: PrefillConfig(128, 64, num_warps=8, num_stages=2),
+        512: PrefillConfig(128, 32, num_warps=8, num_stages=2),
+    },
+    "dk_dv": {
+        128: PrefillConfig(64, 128, num_warps=8, num_stages=2),
+        320: PrefillConfig(32, 128, num_warps=8, num_stages=2),
+        512: PrefillConfig(16, 64, num_warps=8, num_stages=2),
+    },
+}
+BLACKWELL: Tiles = {
+    "forward": {
+        320: PrefillConfig(128, 64, num_warps=8, num_stages=2),
+        512: PrefillConfig(128, 32, num_warps=8, num_stages=2),
+    },
+    "dq": {
+        320: PrefillConfig(128, 64, num_warps=8, num_stages=2),
+        512: PrefillConfig(128, 32, num_warps=8, num_stages=2),
+    },
+    "dk_dv": {
+        256: PrefillConfig(64, 128, num_warps=8, num_stages=2),
+        320: PrefillConfig(64, 64, num_warps=8, num_stages=2),
+        512: PrefillConfig(32, 64, num_warps=8, num_stages=2),
+    },
+}
+# sm_80, sm_89 and sm_120, which have mma.sync, and 99 KB of shared memory or more.
+AMPERE: Tiles = {
+    "forward": {
+        256: PrefillConfig(128, 64, num_warps=8, num_stages=2),
+        320: PrefillConfig(128, 32, num_warps=8, num_stages=2),
+        512: PrefillConfig(64, 32, num_warps=8, num_stages=2),
+    },
+    "dq": {
+        128: PrefillConfig(128, 64, num_warps=8, num_stages=2),
+        320: PrefillConfig(128, 16, num_warps=8, num_stages=2),
+        512: PrefillConfig(64, 16, num_warps=8, num_stages=2),
+    },
+    "dk_dv": {
+        128: PrefillConfig(32, 128, num_warps=8, num_stages=2),
+        256: PrefillConfig(64, 64, num_warps=8, num_stages=2),
+        320: PrefillConfig(16, 128, num_warps=8, num_stages=2),
+        512: PrefillConfig(32, 32, num_warps=8, num_stages=2),
+    },
+}
+# Anything else, and the interpreter: within 64 KB of shared memory.
+GENERIC: Tiles = {
+    "forward": {320: PrefillConfig(64, 32, 4, num_stages=2), 512: PrefillConfig(64, 16, 4, num_stages=2)},
+    "dq": {320: PrefillConfig(64, 32, 4, num_stages=1), 512: PrefillConfig(32, 16, 4, num_stages=1)},
+    "dk_dv": {320: PrefillConfig(32, 64, 4, num_stages=1), 512: PrefillConfig(16, 32, 4, num_stages=1)},
+}
+# fp32 is multiplied by the ordinary units, which want all operands in registers.
+SINGLE: Tiles = {
+    "forward": {320: PrefillConfig(32, 32, 4, num_stages=2), 512: PrefillConfig(16, 32, 4, num_stages=2)},
+    "dq": {320: PrefillConfig(32, 16, 4, num_stages=2), 512: PrefillConfig(16, 16, 8, num_stages=2)},
+    "dk_dv": {512: PrefillConfig(16, 16, 8, num_stages=2)},
+}
+
+
+def choose_config(kernel: Kernel, widths: tuple[int, int, int], itemsize: int, arch: tuple[int, int]) -> PrefillConfig:
+    """Config of `kernel` for padded `widths` of key parts A, B and value, on compute capability `arch`.
+
+    `arch` is (0, 0) for what is not an NVIDIA GPU.
+    """
+    if itemsize == 4:
+        tiles = SINGLE
+    elif arch < (8, 0):
+        tiles = GENERIC
+    else:
+        tiles = {9: HOPPER, 10: BLACKWELL}.get(arch[0], AMPERE)
+    return next(config for width, config in tiles[kernel].items() if sum(widths) <= width)
+
+
+def key_parts(width: int, rope: int) -> tuple[int, int]:
+    """Widths of the two parts that a key of `width` is taken in; `rope`, if not 0, is the width of the shared part.
+
+    A key in one piece is cut where that saves padding: 192 = 128 + 64, 96 = 64 + 32; 112 stays whole, as 128.
+    """
+    if rope:
+        return width - rope, rope
+    first = 1 << (width.bit_length() - 1)
+    rest = width - first
+    if padded(first) + padded(rest) < padded(width):
+        return first, rest
+    return width, 0
+
+
+def padded(width: int) -> int:
+    """Width of a tile that holds `width` columns: a power of two, at least the 16 that a product takes; 0 for none."""
+    return max(16, 1 << (width - 1).bit_length()) if width else 0
