@@ -18,7 +18,7 @@ class PrefillConfig:
     num_stages: int
 
 
-# For each kernel the tiles by width, the sum of the padded parts of key and value: 128 (as of 64/64), 256 (128/128), 320
+# For each kernel the tiles by width, the sum of the padded parts of key and value: 128 (64/64), 256 (128/128), 320
 # (192/128), 512 (256/256). Accumulators of that width and two tiles of scores fill the registers; none of these spill.
 # What wgmma and tcgen05 read from shared memory takes registers on older GPUs: there the walked block is as short as
 # 16, so that the tile that stays is large and the reading of L2 small.

@@ -32,18 +32,13 @@ from dskernels.mla.prefill.triton import (
 from dskernels.portable import cast, dot
 
 
-@triton.jit
-def load_lse(p_lse, m_m, BLOCK_M: tl.constexpr):
-    """Log-sum-exp of queries in units of log 2; +inf, which makes every p zero, where nothing is seen or masked."""
-    lse = tl.load(p_lse + tl.arange(0, BLOCK_M), mask=m_m, other=float("inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-
-
 @triton.jit(do_not_specialize=["tokens"])
-def delta_kernel(
+def row_kernel(
     p_dout,
     p_dlse,
     p_out,
+    p_lse,
+    p_prepared,
     p_delta,
     tokens,
     stride_dt,
@@ -54,7 +49,10 @@ def delta_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta = dout.out - dlse of BLOCK_M tokens (program 0) of a head (program 1)."""
+    """What the other kernels want of each query, for BLOCK_M tokens (program 0) of a head (program 1).
+
+    delta = dout.out - dlse; and the log-sum-exp in units of log 2, +inf where nothing is seen, so that p is 0 there.
+    """
     i_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     i_h = tl.program_id(1).to(tl.int64)
     o_m = i_m + tl.arange(0, BLOCK_M)
@@ -62,9 +60,11 @@ def delta_kernel(
     # [M, V]
     out = load_rows(p_out + i_m * stride_ot + i_h * stride_oh, stride_ot, m_m, BLOCK_M, WIDTH_V, BLOCK_V)
     dout = load_rows(p_dout + i_m * stride_dt + i_h * stride_dh, stride_dt, m_m, BLOCK_M, WIDTH_V, BLOCK_V)
-    dlse = tl.load(p_dlse + i_h * tokens + o_m, mask=m_m, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse
-    tl.store(p_delta + i_h * tokens + o_m, delta, mask=m_m)
+    o_row = i_h * tokens + o_m
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - tl.load(p_dlse + o_row, mask=m_m, other=0.0)
+    lse = tl.load(p_lse + o_row, mask=m_m, other=0.0)
+    tl.store(p_prepared + o_row, tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), mask=m_m)
+    tl.store(p_delta + o_row, delta, mask=m_m)
 
 
 @triton.jit(do_not_specialize=["tokens_q", "tokens_k", "sequences"])
@@ -152,14 +152,13 @@ def dk_dv_kernel(
         if WIDTH_B > 0:
             q_b = load_rows(p_q_block + WIDTH_A, stride_qt, m_m, BLOCK_M, WIDTH_B, BLOCK_B)
             score += dot(k_b, tl.trans(q_b))
-        p_row = p_lse + i_qh * tokens_q + i_q + tl.arange(0, BLOCK_M)
-        lse = tl.load(p_row, mask=m_m, other=float("inf"))
+        lse = tl.load(p_lse + i_qh * tokens_q + i_q + tl.arange(0, BLOCK_M), mask=m_m, other=float("inf"))
         p = tl.exp2(score * (scale * LOG2_E) - lse[None, :])
         if CAUSAL:
             p = tl.where(o_n[:, None] - o_m[None, :] <= k_length - q_length, p, 0.0)
         # [M, V]
         dout = load_rows(p_dout + i_q * stride_dt + i_qh * stride_dh, stride_dt, m_m, BLOCK_M, WIDTH_V, BLOCK_V)
-        delta = tl.load(p_row + tl.num_programs(1)*group*tokens_q, mask=m_m, other=0.0)
+        delta = tl.load(p_delta + i_qh * tokens_q + i_q + tl.arange(0, BLOCK_M), mask=m_m, other=0.0)
         ds = cast(p * (dot(v, tl.trans(dout)) - delta[None, :]), q_a.dtype)
         dv += dot(cast(p, dout.dtype), dout)
         dk_a += dot(ds, q_a)
@@ -236,8 +235,9 @@ def dq_kernel(
         q_b = load_rows(p_q + WIDTH_A, stride_qt, m_m, BLOCK_M, WIDTH_B, BLOCK_B)
         dq_b = tl.zeros([BLOCK_M, BLOCK_B], tl.float32)
     dout = load_rows(p_dout + i_q * stride_dt + i_h * stride_dh, stride_dt, m_m, BLOCK_M, WIDTH_V, BLOCK_V)
-    lse = load_lse(p_lse + i_h * tokens_q + i_q, m_m, BLOCK_M)
-    delta = tl.load(p_delta + i_h * tokens_q + i_q + tl.arange(0, BLOCK_M), mask=m_m, other=0.0)
+    o_row = i_h * tokens_q + i_q + tl.arange(0, BLOCK_M)
+    lse = tl.load(p_lse + o_row, mask=m_m, other=float("inf"))
+    delta = tl.load(p_delta + o_row, mask=m_m, other=0.0)
 
     seen = keys_seen(o_m, q_length, k_length, CAUSAL)
     by_all = keys_seen(i_m, q_length, k_length, CAUSAL)
@@ -289,8 +289,8 @@ def mla_prefill_backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     tokens_q, heads, _ = q.shape
     tokens_k, heads_k, _ = k.shape
-    dout, lse = dout.contiguous(), lse.contiguous()
-    delta = _delta(dout, dlse.contiguous(), out)
+    dout = dout.contiguous()
+    lse, delta = _rows(dout, dlse.contiguous(), out.contiguous(), lse.contiguous())
 
     parts = Parts.of(q, k, k_rope, v)
     if k_rope is None:
@@ -339,26 +339,28 @@ def mla_prefill_backward(
     return dq, dk, dk_rope, dv
 
 
-def _delta(dout: Tensor, dlse: Tensor, out: Tensor) -> Tensor:
-    """dout.out - dlse of every head and token, [H, T]."""
+def _rows(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and delta of every head and token, [H, T], as the kernels want them."""
     tokens, heads, value_dim = out.shape
-    delta = dlse.new_empty((heads, tokens), dtype=torch.float32)
-    block_m, block_v = 16, padded(value_dim)
-    if delta.numel():
-        delta_kernel[(triton.cdiv(tokens, block_m), heads)](
+    prepared, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+    block_m = 16
+    if tokens and heads:
+        row_kernel[(triton.cdiv(tokens, block_m), heads)](
             dout,
             dlse,
             out,
+            lse,
+            prepared,
             delta,
             tokens,
             *dout.stride()[:2],
             *out.stride()[:2],
             WIDTH_V=value_dim,
-            BLOCK_V=block_v,
+            BLOCK_V=padded(value_dim),
             BLOCK_M=block_m,
             num_warps=4,
         )
-    return delta
+    return prepared, delta
 
 
 def mla_prefill_backward_supports(
