@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Annotated
 
@@ -51,6 +52,9 @@ def main(
         bool, typer.Option("--quick", help="The first workload of each operation, and fewer runs.")
     ] = False,
     host: Annotated[bool, typer.Option("--host", help="Also measure what a call costs on the host, in µs.")] = False,
+    commit: Annotated[
+        str | None, typer.Option(help="The commit to record, where only the files are and git cannot tell.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
 ) -> None:
     """Time dskernels' operations on the shapes of DeepSeek-V3, beside their peers.
@@ -87,7 +91,7 @@ def main(
     if not torch.cuda.is_available():
         console.print("No GPU here: nothing to time. `python -m benchmarks --list` shows what there is.")
         return
-    failed = measure(console, chosen, save=save, impls=tuple(impl or (None,)), quick=quick, host=host)
+    failed = measure(console, chosen, save=save, impls=tuple(impl or (None,)), quick=quick, host=host, commit=commit)
     if failed:
         raise typer.Exit(1)
 
@@ -104,7 +108,9 @@ def select(families, filters, *, quick: bool = False) -> dict[str, list]:
     return chosen
 
 
-def measure(console: Console, chosen: dict[str, list], *, save: bool, impls, quick: bool, host: bool) -> bool:
+def measure(
+    console: Console, chosen: dict[str, list], *, save: bool, impls, quick: bool, host: bool, commit: str | None = None
+) -> bool:
     """Run the cases, print a table a family, and say whether anything failed."""
     import torch
 
@@ -112,6 +118,8 @@ def measure(console: Console, chosen: dict[str, list], *, save: bool, impls, qui
     from benchmarks.runner import Runner
 
     machine = results.Machine.current()
+    if commit:
+        machine = dataclasses.replace(machine, commit=commit)
     with console.status("measuring the roofs"):
         stopwatch = timing.Stopwatch(seconds=0.05 if quick else 0.3)
         roofs = roofline.measure(stopwatch.time)

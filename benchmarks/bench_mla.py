@@ -151,8 +151,8 @@ class PrefillBackward(Prefill):
         return roofline.prefill_backward(self.workload)
 
     def ours(self, x, impl) -> Call:
-        leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
-        out, _ = ds.mla_prefill(*leaves, x.cu_seqlens, x.cu_seqlens, scale=SCALE, impl=impl)
+        q, k, v = leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+        out, _ = ds.mla_prefill(q, k, v, x.cu_seqlens, x.cu_seqlens, scale=SCALE, impl=impl)
         return lambda: torch.autograd.grad(out, leaves, x.d_out, retain_graph=True)
 
     def forward(self, x, impl) -> Call:
