@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import dskernels as ds
 from dskernels import parity
 from dskernels.mla.decode import triton as kernels
-from dskernels.mla.decode.config import MAX_SPLITS, MEDIUM, MEDIUM_FP8, WIDE, WIDE_FP8
+from dskernels.mla.decode.config import MAX_SPLITS, MEDIUM, MEDIUM_FP8, NARROW_FP8, WIDE
 from dskernels.parity import mla_decode as cases
 from dskernels.parity.paging import paged_cache
 from dskernels.reference import mla as reference
@@ -99,9 +99,7 @@ def test_any_shape(device, lengths, q_tokens, heads, page_size, dims, dtype, fp8
     check_decode(device, "triton", lengths, q_tokens, heads, page_size, dims, dtype, fp8, new, spare)
 
 
-@pytest.mark.parametrize(
-    "config", [MEDIUM, MEDIUM_FP8, WIDE, WIDE_FP8], ids=lambda config: f"{config.block_m}x{config.block_n}"
-)
+@pytest.mark.parametrize("config", [MEDIUM, MEDIUM_FP8, NARROW_FP8, WIDE], ids=lambda c: f"{c.block_m}x{c.block_n}")
 def test_every_config(device, monkeypatch, config):
     """The interpreter is given the narrow ones, and a GPU only its own: try the others too."""
     monkeypatch.setattr(kernels, "choose_config", lambda *args: config)

@@ -9,23 +9,27 @@ from dskernels.mla.decode.config import (
     MEDIUM,
     MEDIUM_FP8,
     NARROW,
+    NARROW_FP8,
     SINGLE,
+    SMALL,
     WIDE,
-    WIDE_FP8,
     choose_config,
     choose_splits,
 )
 
 
 def test_choose_config():
-    assert choose_config(16, 2, False, (9, 0)) == NARROW
-    assert choose_config(128, 2, False, (9, 0)) == WIDE
-    assert choose_config(128, 2, True, (9, 0)) == WIDE_FP8
-    assert choose_config(128, 2, False, (10, 0)) == WIDE
-    assert choose_config(128, 2, True, (10, 0)) == MEDIUM_FP8
-    assert choose_config(128, 2, False, (8, 0)) == MEDIUM
-    assert choose_config(128, 2, False, (7, 5)) == NARROW
-    assert choose_config(128, 4, False, (9, 0)) == SINGLE
+    assert choose_config(16, 512, 2, False, (9, 0)) == NARROW
+    assert choose_config(32, 512, 2, False, (9, 0)) == MEDIUM
+    assert choose_config(128, 512, 2, False, (9, 0)) == WIDE
+    assert choose_config(128, 512, 2, False, (10, 0)) == WIDE
+    assert choose_config(128, 512, 2, False, (8, 0)) == MEDIUM
+    assert choose_config(128, 512, 2, False, (7, 5)) == NARROW
+    assert choose_config(128, 32, 2, False, (9, 0)) == SMALL
+    assert choose_config(16, 512, 2, True, (9, 0)) == NARROW_FP8
+    assert choose_config(128, 512, 2, True, (9, 0)) == MEDIUM_FP8
+    assert choose_config(16, 32, 2, True, (9, 0)) == SMALL
+    assert choose_config(128, 512, 4, False, (9, 0)) == SINGLE
 
 
 @given(st.integers(0, 5000), st.integers(0, 200_000), st.integers(1, 160))
@@ -91,20 +95,27 @@ def compile_combination(value):
 
 
 def test_kernels_compile_without_spills():
-    """Every config on every GPU that is given it, with DeepSeek-V3's dimensions: 16, 32 and 128 rows."""
+    """Every config on every GPU that is given it, with the dimensions of DeepSeek-V3 and of a small model."""
     kernels = {}
     for target, arch in (("sm_80", (8, 0)), ("sm_89", (8, 9)), ("sm_90", (9, 0)), ("sm_100", (10, 0))):
-        for rows, fp8, page in ((16, False, 64), (32, False, 64), (128, False, 64), (128, False, 16), (128, True, 64)):
+        for rows, dtype, fp8, page, dims in (
+            (16, "bf16", False, 64, (512, 64)),
+            (32, "bf16", False, 64, (512, 64)),
+            (128, "bf16", False, 64, (512, 64)),
+            (128, "fp16", False, 8, (512, 64)),
+            (16, "bf16", True, 64, (512, 64)),
+            (128, "fp16", True, 8, (512, 64)),
+            (128, "fp32", False, 64, (512, 64)),
+            (64, "bf16", False, 64, (32, 16)),
+        ):
             if fp8 and arch < (8, 9):
                 continue
-            config = choose_config(rows, 2, fp8, arch)
-            # A wide one has no registers to spare: with all that may be asked of it, and with another output.
-            for padded, split in ((True, True), (False, False)) if config.block_m == 64 else ((True, False),):
-                options = {"fp8": fp8, "page": page, "padded": padded, "split": split}
-                kernels[config, target, tuple(options.values())] = compile_decode(config, "bf16", [target], **options)
-        kernels[SINGLE, target] = compile_decode(choose_config(128, 4, False, arch), "fp32", [target])
-    kernels["fp8", 16] = compile_decode(choose_config(16, 2, True, (9, 0)), "bf16", ["sm_89", "sm_90"], fp8=True)
-    kernels["small"] = compile_decode(choose_config(4, 2, False, (9, 0)), "bf16", ["sm_90"], dims=(32, 16))
+            config = choose_config(rows, dims[0], 4 if dtype == "fp32" else 2, fp8, arch)
+            # The wide one has no registers to spare: with all that may be asked of it, and with another output.
+            for padded, split in ((True, True), (False, False)) if config == WIDE else ((True, False),):
+                options = {"fp8": fp8, "page": page, "dims": dims, "padded": padded, "split": split}
+                key = (config, target, dtype, *options.values())
+                kernels[key] = compile_decode(config, dtype, [target], **options)
     reports = compile_all([*kernels.values(), compile_combination(512), compile_combination(32)])
     assert_clean(reports)
     wide = [r for r in reports if r.target == "sm_90" and r.source.constants.get("BLOCK_M") == 64]

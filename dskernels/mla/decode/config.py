@@ -25,29 +25,31 @@ class DecodeConfig:
     num_stages: int
 
 
-SINGLE = DecodeConfig(block_m=16, block_n=16, num_warps=8, num_stages=3)
-NARROW = DecodeConfig(block_m=16, block_n=32, num_warps=8, num_stages=2)
+NARROW = DecodeConfig(block_m=16, block_n=32, num_warps=4, num_stages=2)
+SMALL = DecodeConfig(block_m=32, block_n=32, num_warps=4, num_stages=2)
 MEDIUM = DecodeConfig(block_m=32, block_n=32, num_warps=8, num_stages=2)
-MEDIUM_FP8 = DecodeConfig(block_m=32, block_n=16, num_warps=8, num_stages=2)
 WIDE = DecodeConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
-WIDE_FP8 = DecodeConfig(block_m=64, block_n=16, num_warps=8, num_stages=2)
+NARROW_FP8 = DecodeConfig(block_m=16, block_n=32, num_warps=8, num_stages=2)
+MEDIUM_FP8 = DecodeConfig(block_m=32, block_n=16, num_warps=8, num_stages=2)
+SINGLE = DecodeConfig(block_m=16, block_n=16, num_warps=8, num_stages=3)
 
 
-def choose_config(rows: int, itemsize: int, fp8_cache: bool, arch: tuple[int, int]) -> DecodeConfig:
+def choose_config(rows: int, value_dim: int, itemsize: int, fp8_cache: bool, arch: tuple[int, int]) -> DecodeConfig:
     """Config for `rows` query rows of `itemsize` bytes an element, on compute capability `arch` ((0, 0): not NVIDIA).
 
-    A row takes 2 KB of accumulators, which bounds their number; the fewer they are, the more often the cache is read.
-    64 fit where the tensor cores take operands from shared memory (sm_90, sm_100), 32 elsewhere. What registers remain
-    bound the positions (64 of them spill by a few registers on sm_90), and unpacking e4m3 takes some.
+    A row of 512 takes 2 KB of accumulators, which bounds the number of rows; the fewer they are, the more often the
+    cache is read. 64 fit where the tensor cores take operands from shared memory (sm_90, sm_100), 32 elsewhere. What
+    registers remain bound the positions (64 of them spill a few on sm_90), and unpacking e4m3 takes some.
     """
     if itemsize == 4:
         return SINGLE
-    if rows <= 16 or arch < (8, 0):
+    if fp8_cache and value_dim > 256:
+        return NARROW_FP8 if rows <= 16 else MEDIUM_FP8
+    if not fp8_cache and (rows <= 16 or arch < (8, 0)):
         return NARROW
-    wide = rows > 32 and (arch[0] == 9 or (arch[0] == 10 and not fp8_cache))
-    if fp8_cache:
-        return WIDE_FP8 if wide else MEDIUM_FP8
-    return WIDE if wide else MEDIUM
+    if value_dim <= 256:
+        return SMALL
+    return WIDE if rows > 32 and arch[0] in (9, 10) else MEDIUM
 
 
 @functools.lru_cache(maxsize=4096)

@@ -260,7 +260,7 @@ def mla_decode(
     latent, scales, rope = fp8_parts(cache, value_dim) if fp8 else (cache, None, cache[..., value_dim:])
 
     capacity = block_table.shape[1] * page_size if pages else 0
-    config = choose_config(rows, q.element_size(), fp8, architecture(q.device))
+    config = choose_config(rows, value_dim, q.element_size(), fp8, architecture(q.device))
     row_blocks = triton.cdiv(rows, config.block_m)
     parts = choose_splits(batch * row_blocks, capacity, multiprocessors(q.device))
     if parts == 1:
