@@ -94,7 +94,7 @@ class Compile:
 class Report:
     """What the compiler made of one kernel for one target."""
 
-    source: Compile
+    source: Any  # the Compile, or what else names the kernel
     target: str
     registers: int  # of a thread
     stack: int  # bytes of a thread in local memory: spilled registers, arrays indexed at run time
@@ -106,7 +106,7 @@ class Report:
     @cached_property
     def sass(self) -> Counter[str]:
         """How often each full opcode, such as "HGMMA.64x128x16.F32.BF16", stands in the code."""
-        text = _run_tool(self.cubin, "nvdisasm", "-c", "-ndf")  # -ndf: no analysis of branches, half of its time
+        text = run_tool(self.cubin, "nvdisasm", "-c", "-ndf")  # -ndf: no analysis of branches, half of its time
         # "        /*0a10*/              @!P0 STL [R1+0x4], R3 ;": an address, perhaps a predicate, the opcode.
         opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
         if not opcodes:
@@ -215,7 +215,7 @@ def compile_kernel(kernel: Any, spec: Compile, target: str) -> Report:
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     compiled = triton.compile(source, target=gpu, options=options)
     cubin = compiled.asm["cubin"]
-    usage = dict(re.findall(r"(\w+):(\d+)", _run_tool(cubin, "cuobjdump", "-res-usage")))
+    usage = dict(re.findall(r"(\w+):(\d+)", run_tool(cubin, "cuobjdump", "-res-usage")))
     return Report(
         source=spec,
         target=target,
@@ -228,7 +228,7 @@ def compile_kernel(kernel: Any, spec: Compile, target: str) -> Report:
     )
 
 
-def _run_tool(cubin: bytes, tool: str, *options: str) -> str:
+def run_tool(cubin: bytes, tool: str, *options: str) -> str:
     """What one of the tools in Triton's wheel prints of a compiled kernel."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ("test", "lint", "plot", "transformers")  # what the Makefile installs
-NOT_OURS = re.compile(r"nvidia-|cuda-")  # what a CUDA build of torch brings
+NOT_OURS = re.compile(r"nvidia-(?!cuda-nvrtc)|cuda-")  # what a CUDA build of torch brings
 
 
 def pins():

@@ -119,6 +119,7 @@ _fp8_gemm = Operation(
     "bool accumulate) -> ()",
     reference=_fp8_gemm_reference,
     triton="dskernels.gemm.triton:fp8_gemm",
+    hopper="dskernels.gemm.hopper:fp8_gemm",
 )
 
 

@@ -1,0 +1,1 @@
+"""CUDA C++ kernels, compiled at run time and launched on torch's current stream."""

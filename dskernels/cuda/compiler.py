@@ -1,0 +1,49 @@
+"""Compile a `.cu` file for the current GPU with NVRTC, through CuPy, which keeps the result on disk."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+HEADERS = Path(__file__).parent
+FLAGS = ("-std=c++17", "-arch=sm_90a")
+
+
+@functools.cache
+def reason_against_cuda() -> str | None:
+    """Why CUDA C++ cannot be compiled here, or None."""
+    if importlib.util.find_spec("cupy") is None:
+        return "CUDA C++ kernels are compiled by CuPy, which is not installed (pip install 'dskernels[cuda13]')"
+    return None
+
+
+def source_of(path: Path) -> str:
+    """The file with the library's headers put in place, so that the text alone decides what a cache may return."""
+    lines = path.read_text().splitlines()
+    for i, line in enumerate(lines):
+        if line.startswith('#include "'):
+            lines[i] = (HEADERS / line.split('"')[1]).read_text().replace("#pragma once", "")
+    return "\n".join(lines)
+
+
+@functools.cache
+def _module(path: Path, options: tuple[tuple[str, int], ...], device: int):
+    import cupy
+
+    flags = (*FLAGS, *(f"-D{name}={value}" for name, value in options))
+    with cupy.cuda.Device(device):
+        module = cupy.RawModule(code=source_of(path), options=flags, backend="nvrtc")
+        module.compile()
+    return module
+
+
+def kernel(path: Path, name: str, options: Mapping[str, int], shared: int, device: int) -> int:
+    """Handle (CUfunction) of kernel `name` of a `.cu` file, specialised by `options`, with `shared` bytes a block."""
+    import cupy
+
+    with cupy.cuda.Device(device):
+        function = _module(path, tuple(sorted(options.items())), device).get_function(name)
+        function.max_dynamic_shared_size_bytes = shared
+        return function.kernel.ptr

@@ -1,0 +1,105 @@
+"""The Hopper GEMM in CUDA C++: compiled here, run on the GPU against the reference."""
+
+import itertools
+
+import pytest
+import torch
+
+import dskernels as ds
+from compiling import assert_clean
+from compiling_cuda import compile_cuda
+from dskernels import parity
+from dskernels.gemm import hopper
+from dskernels.gemm.config import HOPPER_CONFIGS, HOPPER_LOW, HOPPER_TALL, choose_hopper_config
+from dskernels.parity.inputs import quantized, spread
+
+# (b_rows, out, bias, direct, accumulate): every value of each, and the combinations with the most registers.
+KINDS = [(128, 0, 0, 0, 0), (128, 1, 3, 0, 0), (128, 2, 1, 1, 0), (1, 2, 0, 1, 0), (1, 2, 2, 1, 1), (1, 0, 0, 1, 1)]
+
+
+@pytest.mark.parametrize("config", HOPPER_CONFIGS, ids=lambda config: f"{config.block_m} rows")
+def test_compiles_without_spills(config):
+    reports = []
+    for b_rows, out, bias, direct, accumulate in KINDS:
+        options = {
+            **{"WAVES": config.waves, "STAGES": config.stages, "CLUSTER": config.cluster, "GROUP": config.group},
+            **{"C_BUFFERS": config.c_buffers, "B_ROWS": b_rows, "OUT": out, "BIAS": bias, "DIRECT": direct},
+            **{"ACCUMULATE": accumulate, "PAIRS": 1},
+        }
+        reports.append(compile_cuda(hopper.SOURCE, options, hopper.shared_bytes(config, b_rows, bool(direct))))
+    # 384 threads enter with 168 registers; setmaxnreg then moves them from the loading warpgroup to the other two.
+    assert_clean(reports, max_registers=168)
+    for report in reports:
+        assert report.count("QGMMA") == 4 * config.waves
+        assert report.count("UTMALDG") >= 3
+
+
+def test_choice():
+    assert choose_hopper_config(64) == HOPPER_LOW
+    assert choose_hopper_config(4096) == HOPPER_TALL
+
+
+def test_what_it_does_not_take():
+    def reason(m, n, k, **change):
+        a, b = quantized(0, m, k, (1, 128), "cpu"), quantized(1, n, k, (128, 128), "cpu")
+        arguments = {"a": a.data, "a_scale": a.scale, "b": b.data, "b_scale": b.scale, "b_rows": 128, "bias": None}
+        return hopper.fp8_gemm_supports(**(arguments | {"out": torch.empty(m, n), "accumulate": False} | change))
+
+    assert "up to 32 rows the Triton kernel's narrow tiles are faster; there are 8" in reason(8, 128, 128)
+    assert "the rows of a must be aligned to 16 bytes, K = 300" in reason(64, 128, 300)
+    assert "nothing to multiply" in reason(64, 0, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (33, 130, 16),  # the least it takes, with a K shorter than a scale
+        (129, 576, 512),  # one row past a tile, N not a multiple of the block
+        (300, 131, 208),  # rows of C that the accelerator cannot address
+        (513, 2112, 7168),  # tall tiles, a last pair of CTAs with half its work
+        (1000, 1000, 2048),
+    ],
+)
+def test_every_epilogue(device, m, n, k):
+    kinds = [torch.bfloat16, torch.float16, torch.float32]
+    for b_rows, dtype, bias_dtype, accumulate in itertools.product((128, 1), kinds, [None, *kinds], (False, True)):
+        a, b = quantized(0, m, k, (1, 128), device), quantized(1, n, k, (b_rows, 128), device)
+        bias = None if bias_dtype is None else torch.randn(n, device=device).to(bias_dtype)
+        out = (
+            torch.randn(m, n, device=device).to(dtype)
+            if accumulate
+            else torch.full((m, n), torch.nan, dtype=dtype, device=device)
+        )
+        want = ds.reference.fp8_gemm(a, b, bias=bias, out=out.float(), accumulate=accumulate)
+        got = ds.fp8_gemm(a, b, bias=bias, out=out, accumulate=accumulate, impl="hopper")
+        tolerance = 5e-6 if dtype == torch.bfloat16 else 1e-6 if dtype == torch.float16 else parity.E4M3_SUMS
+        if dtype != torch.float16:  # `spread` data may be beyond fp16's range
+            assert parity.difference(got, want) < tolerance, (b_rows, dtype, bias_dtype, accumulate)
+        else:
+            finite = want.abs() < 6e4
+            assert parity.difference(got[finite], want[finite]) < tolerance, (b_rows, dtype, bias_dtype, accumulate)
+
+
+@pytest.mark.gpu
+def test_bits_repeat_and_nothing_else_is_written(device):
+    a, b = quantized(0, 700, 1024, (1, 128), device), quantized(1, 576, 1024, (128, 128), device)
+    whole = torch.full((704, 640), 3.0, device=device, dtype=torch.bfloat16)
+    first = ds.fp8_gemm(a, b, out=whole[2:702, 32:608], impl="hopper").clone()
+    for _ in range(10):
+        assert torch.equal(ds.fp8_gemm(a, b, impl="hopper"), first)
+    whole[2:702, 32:608] = 3.0
+    assert (whole == 3).all()
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph(device):
+    x, w = spread(0, 256, 512).to(device), spread(1, 576, 512).to(device)
+    a, b = ds.quantize(x), ds.quantize(w, (128, 128))
+    out = ds.fp8_gemm(a, b, impl="hopper")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ds.fp8_gemm(a, b, impl="hopper")
+    captured.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(captured, out)
