@@ -250,11 +250,13 @@ def test_bad_input(changes, error, message):
 
 def test_float64_is_the_reference_s(device):
     inputs = [x.double() for x in (KV, K_ROPE, WEIGHT)]
-    cache = torch.zeros(2, 4, 48, dtype=torch.float64)
+    want = torch.cat(row64(*inputs, COS, SIN, 1e-6), -1)
+    *inputs, cos, sin, slots = (x.to(device) for x in (*inputs, COS, SIN, SLOTS))
+    cache = torch.zeros(2, 4, 48, dtype=torch.float64, device=device)
     with pytest.raises(ValueError, match="float64 runs on the reference only"):
-        ds.write_latent_cache(*inputs, COS, SIN, cache, SLOTS, eps=1e-6, impl="triton")
-    ds.write_latent_cache(*inputs, COS, SIN, cache, SLOTS, eps=1e-6)
-    torch.testing.assert_close(cache[0, :3], torch.cat(row64(*inputs, COS, SIN, 1e-6), -1), rtol=1e-12, atol=1e-12)
+        ds.write_latent_cache(*inputs, cos, sin, cache, slots, eps=1e-6, impl="triton")
+    ds.write_latent_cache(*inputs, cos, sin, cache, slots, eps=1e-6)
+    torch.testing.assert_close(cache[0, :3].cpu(), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("width", [48, 68])

@@ -15,8 +15,9 @@ from registering import check_registration
 FP32 = 1e-10
 # Four roundings to bf16 on the way to a gradient, 2^-9 each: half the sum of their squares is 8e-6.
 BF16 = 3e-5
-# Operands of three products in a row rounded to e4m3, each product off by 1e-3 at most.
-UNQUANTIZED = 3e-3
+# Rounding to e4m3 is off by 2.6% in the root mean square, and a gradient has up to seven of them behind it: 7 / 2 of
+# its square is 2.4e-3 in the mean; twice that, as the vectors here are short.
+UNQUANTIZED = 5e-3
 NAN = float("nan")
 IMPLS = ["reference", "triton"]
 NAMES = ("x", "w13", "w2", "weights", "shared w13", "shared w2")
@@ -162,7 +163,7 @@ def test_fp8_gradients(device, dtype):
         # Nothing is rounded between the products but to e4m3, and there both round alike, but for what the routing
         # weights multiply: the reference quantises it after, the kernels before.
         exact = [0, 1, 2, 5, 6]
-        compare([got[i] for i in exact], [want[i] for i in exact], 1e-8)
+        compare([got[i] for i in exact], [want[i] for i in exact], cases.REQUANTIZED)
     compare(got, want, 2e-3)
 
 

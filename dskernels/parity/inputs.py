@@ -23,5 +23,4 @@ def spread(seed: int, rows: int, cols: int, dtype: torch.dtype = torch.float32) 
 
 def quantized(seed: int, rows: int, cols: int, block: Block, device: torch.device) -> Fp8Tensor:
     """A `spread` matrix, quantised by the reference."""
-    q = quantize(spread(seed, rows, cols), block)
-    return Fp8Tensor(q.data.to(device), q.scale.to(device), block)
+    return quantize(spread(seed, rows, cols), block).to(device)
