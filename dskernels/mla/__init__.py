@@ -1,4 +1,4 @@
-"""Multi-head latent attention: the paged latent cache, decode over it, and merging of partial results."""
+"""Multi-head latent attention: the paged latent cache, decode over it, prefill, and merging of partial results."""
 
 from dskernels.mla.cache import write_latent_cache
 from dskernels.mla.decode import mla_decode
