@@ -202,10 +202,12 @@ def differentiating() -> Iterator[None]:
     """Let autograd record inside an implementation: for a reference backward, which differentiates the reference.
 
     `torch.enable_grad` alone does not where a dispatch mode (opcheck's, a FLOP counter's) runs the operation, since
-    torch switches autograd's dispatch keys off there.
+    torch switches autograd's dispatch keys off there; also the one that sees writes to a part of a tensor.
     """
-    recording = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
-    with torch.enable_grad(), recording:
+    keys = torch._C.DispatchKey
+    recording = torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False)
+    seeing_writes = torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False)
+    with torch.enable_grad(), recording, seeing_writes:
         yield
 
 
