@@ -80,7 +80,9 @@ def mla_prefill(
         raise ValueError("cu_seqlens_q: expected shape [S + 1], at least one value, got [0]")
     check_tensor("cu_seqlens_k", cu_seqlens_k, dtype=torch.int32, shape=tuple(cu_seqlens_q.shape), like=q)
     check_float("scale", scale)
-    return mla_prefill_op(q, k, k_rope, v, cu_seqlens_q, cu_seqlens_k, scale, bool(causal), q.dtype, impl=impl)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+    return mla_prefill_op(q, k, k_rope, v, cu_seqlens_q, cu_seqlens_k, scale, causal, q.dtype, impl=impl)
 
 
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
@@ -119,7 +121,10 @@ def _backward_reference(
         leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, k_rope, v)]
         outputs = _reference(*leaves, cu_q, cu_k, scale, causal, out.dtype)  # type: ignore[call-arg, arg-type]
         given = [x for x in leaves if x is not None]
-        gradients = [x.contiguous() for x in torch.autograd.grad(outputs, given, (dout, dlse))]
+        if cu_q.shape[0] > 1:
+            gradients = [x.contiguous() for x in torch.autograd.grad(outputs, given, (dout, dlse))]
+        else:  # without a sequence the results are constants
+            gradients = [x.new_zeros(x.shape) for x in given]
     if k_rope is None:
         gradients.insert(2, k.new_empty(0))
     return tuple(gradients)  # type: ignore[return-value]

@@ -25,7 +25,7 @@ class PrefillConfig:
 Tiles = dict[Kernel, dict[int, PrefillConfig]]
 HOPPER: Tiles = {
     "forward": {
-        256: PrefillConfig(128, 128, num_warps=8, num_stages=2),
+        128: PrefillConfig(128, 128, num_warps=8, num_stages=2),
         320: PrefillConfig(128, 64, num_warps=8, num_stages=3),
         512: PrefillConfig(128, 32, num_warps=8, num_stages=2),
     },
