@@ -13,8 +13,8 @@ from dskernels.types import Fp8Tensor, Permuted, Routing
 
 EXACT = 0.0
 FP32 = 1e-10
-# A sum that tensor cores make 2^-13 off is rounded to another e4m3 value once in 2^9 times, a step of about 2^-3.5: half
-# of 2^-9 * 2^-7.
+# A sum that tensor cores make 2^-13 off is rounded to another e4m3 value once in 2^9 times, a step of 2^-3.5: half of
+# 2^-9 * 2^-7.
 REQUANTIZED = 1e-5
 # bf16 between the products: four roundings of 2^-9, half their squares 8e-6.
 BF16 = 3e-5
