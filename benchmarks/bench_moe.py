@@ -151,7 +151,7 @@ class FusedExpertsTraining(Case):
     @property
     def tolerance(self) -> float:  # type: ignore[override]
         """In fp8 operands are quantised after roundings that differ; in bf16 a few roundings follow each other."""
-        # In e4m3 the kernels round what the routing weights multiply before, the reference after: 1.2e-3 apart on an H100.
+        # The kernels round to e4m3 before the routing weights are applied, the reference after: 1.2e-3 on an H100.
         return 2e-3 if self.fp8 else 3e-5
 
     @property
