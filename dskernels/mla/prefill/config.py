@@ -19,7 +19,8 @@ class PrefillConfig:
 
 
 # For each kernel the tiles by width, the sum of the padded parts of key and value: 128 (64/64), 256 (128/128), 320
-# (192/128), 512 (256/256). Accumulators of that width and two tiles of scores fill the registers; none of these spill.
+# (192/128), 512 (256/256). Accumulators of that width and two tiles of scores fill the registers; for these head
+# dimensions none of the tiles spill.
 # What wgmma and tcgen05 read from shared memory takes registers on older GPUs: there the walked block is as short as
 # 16, so that the tile that stays is large and the reading of L2 small.
 Tiles = dict[Kernel, dict[int, PrefillConfig]]
@@ -36,7 +37,7 @@ HOPPER: Tiles = {
     "dk_dv": {
         128: PrefillConfig(64, 128, num_warps=8, num_stages=2),
         320: PrefillConfig(32, 128, num_warps=8, num_stages=2),
-        512: PrefillConfig(16, 64, num_warps=8, num_stages=2),
+        512: PrefillConfig(32, 32, num_warps=8, num_stages=2),
     },
 }
 BLACKWELL: Tiles = {
@@ -45,6 +46,7 @@ BLACKWELL: Tiles = {
         512: PrefillConfig(128, 32, num_warps=8, num_stages=2),
     },
     "dq": {
+        128: PrefillConfig(128, 128, num_warps=8, num_stages=2),
         320: PrefillConfig(128, 64, num_warps=8, num_stages=2),
         512: PrefillConfig(128, 32, num_warps=8, num_stages=2),
     },
@@ -57,6 +59,7 @@ BLACKWELL: Tiles = {
 # sm_80, sm_89 and sm_120, which have mma.sync, and 99 KB of shared memory or more.
 AMPERE: Tiles = {
     "forward": {
+        128: PrefillConfig(128, 64, num_warps=4, num_stages=2),
         256: PrefillConfig(128, 64, num_warps=8, num_stages=2),
         320: PrefillConfig(128, 32, num_warps=8, num_stages=2),
         512: PrefillConfig(64, 32, num_warps=8, num_stages=2),
@@ -68,7 +71,6 @@ AMPERE: Tiles = {
     },
     "dk_dv": {
         128: PrefillConfig(32, 128, num_warps=8, num_stages=2),
-        256: PrefillConfig(64, 64, num_warps=8, num_stages=2),
         320: PrefillConfig(16, 128, num_warps=8, num_stages=2),
         512: PrefillConfig(32, 32, num_warps=8, num_stages=2),
     },
@@ -83,7 +85,7 @@ GENERIC: Tiles = {
 SINGLE: Tiles = {
     "forward": {320: PrefillConfig(32, 32, 4, num_stages=2), 512: PrefillConfig(16, 32, 4, num_stages=2)},
     "dq": {320: PrefillConfig(32, 16, 4, num_stages=2), 512: PrefillConfig(16, 16, 8, num_stages=2)},
-    "dk_dv": {512: PrefillConfig(16, 16, 8, num_stages=2)},
+    "dk_dv": {320: PrefillConfig(16, 16, 8, num_stages=1), 512: PrefillConfig(16, 16, 8, num_stages=2)},
 }
 
 

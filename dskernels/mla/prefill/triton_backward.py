@@ -33,12 +33,10 @@ from dskernels.portable import cast, dot
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def row_kernel(
+def delta_kernel(
     p_dout,
     p_dlse,
     p_out,
-    p_lse,
-    p_prepared,
     p_delta,
     tokens,
     stride_dt,
@@ -49,10 +47,7 @@ def row_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """What the other kernels want of each query, for BLOCK_M tokens (program 0) of a head (program 1).
-
-    delta = dout.out - dlse; and the log-sum-exp in units of log 2, +inf where nothing is seen, so that p is 0 there.
-    """
+    """delta = dout.out - dlse of BLOCK_M tokens (program 0) of a head (program 1)."""
     i_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     i_h = tl.program_id(1).to(tl.int64)
     o_m = i_m + tl.arange(0, BLOCK_M)
@@ -62,8 +57,6 @@ def row_kernel(
     dout = load_rows(p_dout + i_m * stride_dt + i_h * stride_dh, stride_dt, m_m, BLOCK_M, WIDTH_V, BLOCK_V)
     o_row = i_h * tokens + o_m
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - tl.load(p_dlse + o_row, mask=m_m, other=0.0)
-    lse = tl.load(p_lse + o_row, mask=m_m, other=0.0)
-    tl.store(p_prepared + o_row, tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E), mask=m_m)
     tl.store(p_delta + o_row, delta, mask=m_m)
 
 
@@ -153,8 +146,8 @@ def dk_dv_kernel(
             q_b = load_rows(p_q_block + WIDTH_A, stride_qt, m_m, BLOCK_M, WIDTH_B, BLOCK_B)
             score += dot(k_b, tl.trans(q_b))
         lse = tl.load(p_lse + i_qh * tokens_q + i_q + tl.arange(0, BLOCK_M), mask=m_m, other=float("inf"))
-        p = tl.exp2(score * (scale * LOG2_E) - lse[None, :])
-        if CAUSAL:
+        p = tl.exp2(score * (scale * LOG2_E) - (lse * LOG2_E)[None, :])
+        if CAUSAL:  # a query that sees nothing has lse -inf and so p inf: it is masked for every key
             p = tl.where(o_n[:, None] - o_m[None, :] <= k_length - q_length, p, 0.0)
         # [M, V]
         dout = load_rows(p_dout + i_q * stride_dt + i_qh * stride_dh, stride_dt, m_m, BLOCK_M, WIDTH_V, BLOCK_V)
@@ -252,7 +245,7 @@ def dq_kernel(
         if WIDTH_B > 0:
             k_b = load_rows(p_kb + i_k * stride_kbt, stride_kbt, m_n, BLOCK_N, WIDTH_B, BLOCK_B)
             score += dot(q_b, tl.trans(k_b))
-        p = tl.exp2(score * (scale * LOG2_E) - lse[:, None])
+        p = tl.exp2(score * (scale * LOG2_E) - (lse * LOG2_E)[:, None])
         if i_n + BLOCK_N > by_all:
             p = tl.where(o_n[None, :] < seen[:, None], p, 0.0)
         # [N, V]
@@ -289,8 +282,8 @@ def mla_prefill_backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     tokens_q, heads, _ = q.shape
     tokens_k, heads_k, _ = k.shape
-    dout = dout.contiguous()
-    lse, delta = _rows(dout, dlse.contiguous(), out.contiguous(), lse.contiguous())
+    dout, lse = dout.contiguous(), lse.contiguous()
+    delta = _delta(dout, dlse.contiguous(), out.contiguous())
 
     parts = Parts.of(q, k, k_rope, v)
     if k_rope is None:
@@ -339,18 +332,16 @@ def mla_prefill_backward(
     return dq, dk, dk_rope, dv
 
 
-def _rows(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and delta of every head and token, [H, T], as the kernels want them."""
+def _delta(dout: Tensor, dlse: Tensor, out: Tensor) -> Tensor:
+    """dout.out - dlse of every head and token, [H, T]."""
     tokens, heads, value_dim = out.shape
-    prepared, delta = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+    delta = dlse.new_empty((heads, tokens), dtype=torch.float32)
     block_m = 16
     if tokens and heads:
-        row_kernel[(triton.cdiv(tokens, block_m), heads)](
+        delta_kernel[(triton.cdiv(tokens, block_m), heads)](
             dout,
             dlse,
             out,
-            lse,
-            prepared,
             delta,
             tokens,
             *dout.stride()[:2],
@@ -360,7 +351,7 @@ def _rows(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor,
             BLOCK_M=block_m,
             num_warps=4,
         )
-    return prepared, delta
+    return delta
 
 
 def mla_prefill_backward_supports(

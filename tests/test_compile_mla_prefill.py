@@ -1,0 +1,71 @@
+"""The prefill kernels compile for every GPU of today without spills, in the tiles that are chosen there."""
+
+import pytest
+
+from compiling import TARGETS, Compile, assert_clean, compile_all
+from dskernels.mla.prefill.config import choose_config, padded
+
+FORWARD, BACKWARD = "dskernels.mla.prefill.triton", "dskernels.mla.prefill.triton_backward"
+KERNELS = {
+    "forward": (f"{FORWARD}:forward_kernel", "q k kb v out", "q k kb v o"),
+    "dq": (f"{BACKWARD}:dq_kernel", "dout q k kb v dq", "d q k kb v dq"),
+    "dk_dv": (f"{BACKWARD}:dk_dv_kernel", "dout q k kb v dk dkb dv", "d q k kb v dk dkb dv"),
+}
+MODEL, SMALL = (128, 64, 128), (32, 16, 32)
+
+
+def compile_prefill(kernel, target, dims, dtype="bf16", causal=True):
+    """A kernel in the tile of `target`; the gradient of part B of the key is fp32, as that of a shared one is."""
+    name, tensors, strided = KERNELS[kernel]
+    widths = tuple(padded(width) for width in dims)
+    major, minor = divmod(int(target.removeprefix("sm_")), 10)
+    config = choose_config(kernel, widths, 4 if dtype == "fp32" else 2, (major, minor))
+    strides = [f"stride_{x}{axis}" for x in strided.split() for axis in "th"]
+    return Compile(
+        name,
+        signature={
+            **{f"p_{x}": f"*{dtype}" for x in tensors.split()},
+            **({"p_dkb": "*fp32"} if kernel == "dk_dv" else {}),
+            **dict.fromkeys(("p_cu_q", "p_cu_k"), "*i32"),
+            **dict.fromkeys(("p_lse",) if kernel == "forward" else ("p_lse", "p_delta"), "*fp32"),
+            **dict.fromkeys((*strides, "tokens_q", "tokens_k", "sequences"), "i32"),
+            "scale_log2" if kernel == "forward" else "scale": "fp32",
+        },
+        constants={
+            **{"CAUSAL": causal, "group": 1},
+            **dict(zip(("WIDTH_A", "WIDTH_B", "WIDTH_V"), dims, strict=True)),
+            **dict(zip(("BLOCK_A", "BLOCK_B", "BLOCK_V"), widths, strict=True)),
+            **{"BLOCK_M": config.block_m, "BLOCK_N": config.block_n},
+        },
+        divisible=strides,
+        targets=(target,),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiles_without_spills(kernel):
+    kernels = [compile_prefill(kernel, target, dims) for target in TARGETS for dims in (MODEL, SMALL)]
+    kernels += [compile_prefill(kernel, "sm_90", (256, 0, 256)), compile_prefill(kernel, "sm_90", MODEL, causal=False)]
+    kernels += [compile_prefill(kernel, "sm_80", MODEL, "fp32")]
+    reports = compile_all(kernels)
+    assert_clean(reports)
+    # On Hopper every product must be a wgmma.
+    hopper = next(r for r in reports if r.target == "sm_90")
+    assert hopper.count("HGMMA")
+    assert not hopper.count("HMMA")
+
+
+def test_delta_compiles_without_spills():
+    kernel = Compile(
+        f"{BACKWARD}:delta_kernel",
+        signature={
+            **dict.fromkeys(("p_dout", "p_out"), "*bf16"),
+            **dict.fromkeys(("p_dlse", "p_delta"), "*fp32"),
+            **dict.fromkeys(("tokens", "stride_dt", "stride_dh", "stride_ot", "stride_oh"), "i32"),
+        },
+        constants={"WIDTH_V": 128, "BLOCK_V": 128, "BLOCK_M": 16},
+        divisible=("stride_dt", "stride_dh", "stride_ot", "stride_oh"),
+    )
+    assert_clean(compile_all([kernel]))
