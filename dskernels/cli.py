@@ -210,7 +210,9 @@ def generate(
     from dskernels.model.tokens import tokenizer_of
 
     device = default_device()
-    with Progress(TextColumn("loading"), BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
+    columns = (TextColumn("loading"), BarColumn(), MofNCompleteColumn())
+    # Into a file goes the text alone: a bar that is not drawn would still leave its line break there.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading")
         model = load(path, device=device, progress=lambda done, total: bar.update(task, completed=done, total=total))
     tokenizer = tokenizer_of(path, model.config)
