@@ -6,6 +6,7 @@ from compiling import TARGETS, Compile, assert_clean, compile_all
 from dskernels.mla.prefill.config import choose_config, padded
 
 FORWARD, BACKWARD = "dskernels.mla.prefill.triton", "dskernels.mla.prefill.triton_backward"
+GATHER = "dskernels.mla.prefill.triton_gather"
 KERNELS = {
     "forward": (f"{FORWARD}:forward_kernel", "q k kb v out", "q k kb v o"),
     "dq": (f"{BACKWARD}:dq_kernel", "dout q k kb v dq", "d q k kb v dq"),
@@ -67,5 +68,26 @@ def test_delta_compiles_without_spills():
         },
         constants={"WIDTH_V": 128, "BLOCK_V": 128, "BLOCK_M": 16},
         divisible=("stride_dt", "stride_dh", "stride_ot", "stride_oh"),
+    )
+    assert_clean(compile_all([kernel]))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_gathering_compiles_without_spills(fp8):
+    pointers = {"p_latent": "*fp8e4nv", "p_scale": "*fp32"} if fp8 else {"p_latent": "*bf16"}
+    integers = ("requests", "steps", "start", "rows", "columns", "pages", "page_size")
+    kernel = Compile(
+        f"{GATHER}:gather_kernel",
+        signature={
+            **pointers,
+            **dict.fromkeys(("p_rope", "p_out"), "*bf16"),
+            **dict.fromkeys(("p_table", "p_cu", "p_first"), "*i32"),
+            **dict.fromkeys(("stride_page", "stride_token", "stride_table", *integers), "i32"),
+        },
+        constants={
+            **({} if fp8 else {"p_scale": None}),
+            **{"LATENT": 512, "ROPE": 64, "FP8": fp8, "BLOCK_L": 512, "BLOCK_P": 64, "BLOCK_R": 16},
+        },
+        divisible=("stride_page", "stride_token"),
     )
     assert_clean(compile_all([kernel]))

@@ -116,6 +116,29 @@ def test_a_prompt_in_pieces_is_the_prompt_in_one(device, impl):
         torch.testing.assert_close(lse, whole[1][:, begin:end])
 
 
+@pytest.mark.parametrize(
+    ("latent", "rope", "dtype", "cache_dtype"),
+    [
+        (512, 64, torch.bfloat16, torch.bfloat16),
+        (512, 64, torch.bfloat16, torch.uint8),
+        (160, 16, torch.float16, torch.uint8),  # a second scale, of a part of a tile
+        (48, 24, torch.float32, torch.float32),
+    ],
+)
+def test_gathered_rows_are_the_same_bits(device, latent, rope, dtype, cache_dtype):
+    lengths, first = [20, 0, 7, 40], [3, 0, 7, 1]
+    cache, table, _ = paged_cache(0, lengths, 6, latent, rope, cache_dtype, device)
+    cu = offsets([n - f for n, f in zip(lengths, first, strict=True)], device)
+    gather = torch.ops.dskernels.gather_latents
+    arguments = (cache, table, cu, torch.tensor(first, dtype=torch.int32, device=device))
+    for start, rows in ((0, 56), (10, 30), (40, 40), (56, 5)):
+        got, want = (gather(*arguments, start, rows, latent, rope, dtype, impl) for impl in ("triton", "reference"))
+        used = max(0, min(rows, 56 - start))
+        assert torch.equal(got[:used], want[:used])
+        assert got.shape == want.shape
+        assert want[:used].isfinite().all()
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_whatever_the_device_holds_is_taken_within_the_tables(device, impl):
     q, kv_b, cache, table, _, cu_q = make_inputs(device, [20, 20], [4, 5], 2, 8, spare=0)
@@ -249,7 +272,7 @@ def test_what_the_kernels_do_not_take_is_refused_by_name(device):
     inputs = [x.double() if x.is_floating_point() else x for x in (Q, KV_B, CACHE, TABLE, LENGTHS, CU_Q)]
     inputs = [x.to(device) for x in inputs]
     with pytest.raises(
-        ValueError, match="mla_prefill: impl='triton' cannot run this: float64 runs on the reference only"
+        ValueError, match="gather_latents: impl='triton' cannot run this: float64 runs on the reference only"
     ):
         ds.mla_prefill_cached(*inputs, scale=0.1, impl="triton")
     ds.mla_prefill_cached(*inputs, scale=0.1)
@@ -259,6 +282,10 @@ def test_registration():
     op = torch.ops.dskernels.mla_prefill_cached.default
     check_registration(op, (Q, KV_B, CACHE.nan_to_num(), TABLE, LENGTHS, CU_Q, 0.1))
     check_registration(op, (Q.bfloat16(), KV_B.bfloat16(), BYTES, TABLE, LENGTHS, CU_Q, 0.1))
+    gather = torch.ops.dskernels.gather_latents.default
+    table, first = TABLE.clamp(0, 1), torch.zeros(2, dtype=torch.int32)
+    check_registration(gather, (CACHE.nan_to_num(), table, offsets([20, 3]), first, 2, 21, 32, 16, torch.float32))
+    check_registration(gather, (BYTES, TABLE, offsets([20, 3]), first, 2, 21, 32, 16, torch.bfloat16))
 
 
 def test_compiles_whole():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dskernels.dispatch import Operation
-from dskernels.mla.cache.layout import TILE, check_latent_cache, fp8_parts, fp8_row_bytes
+from dskernels.mla.cache.layout import check_latent_cache, fp8_row_bytes
 from dskernels.mla.merge import merge_states
 from dskernels.mla.prefill.api import FLOATS, mla_prefill_op
+from dskernels.reference import mla as reference
 from dskernels.validate import check_float, check_tensor
 
 CHUNK_BYTES = 2**28  # of keys and values that are written out at a time
@@ -81,6 +83,9 @@ def mla_prefill_cached(
     return _mla_prefill_cached(q, kv_b, cache, block_table, lengths, cu_seqlens_q, scale, impl=impl)
 
 
+# ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
+
+
 def _prefill_cached(
     q: Tensor,
     kv_b: Tensor,
@@ -92,58 +97,54 @@ def _prefill_cached(
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
     """First the new tokens among themselves, causal; then the positions before them, which all of them see."""
-    tokens, heads, _ = q.shape
-    requests, latent_dim = lengths.shape[0], kv_b.shape[1]
-    capacity = block_table.shape[1] * cache.shape[1] if cache.shape[0] else 0
+    tokens, heads, head_dim = q.shape
+    latent_dim, rope_dim = kv_b.shape[1], _rope_dim(cache, kv_b.shape[1])
+    addressable = block_table.numel() * cache.shape[1] if cache.shape[0] else 0
+    capacity = block_table.shape[1] * cache.shape[1] if addressable else 0
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # parts are rounded once, when all are merged
-
-    def attend(count: Tensor, first: Tensor, start: int, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
-        """Attention over rows `start` to `start + rows` of the packed positions first[b] to first[b] + count[b]."""
-        request, position, cu_k = _unpack(count, first, start, rows)
-        latent, k_rope = _gather(cache, block_table, request, position, latent_dim, q.dtype)
-        kv = (latent @ kv_b.t()).unflatten(1, (heads, -1))
-        k, v = kv.tensor_split([q.shape[2] - k_rope.shape[1]], -1)
-        return mla_prefill_op(q, k, k_rope, v, cu_q, cu_k, scale, causal, wide, impl=impl)
 
     lengths = lengths.clamp(0, capacity)
     new = torch.minimum(lengths, cu_q.clamp(0, tokens).diff().clamp(min=0))
-    # Without a request or a page there is no position to gather; no rows of keys are what every query then sees.
-    addressable = requests * capacity
-    out, lse = attend(new, lengths - new, 0, tokens if addressable else 0, True)
-    row_bytes = kv_b.shape[0] * kv_b.element_size()
-    chunk = min(max(CHUNK_BYTES // row_bytes, 1), max(addressable, 1))
+    past = lengths - new
+    cu_new, cu_past = pad(torch.stack([new, past]).cumsum(1, dtype=torch.int32), (1, 0))
+
+    def attend(cu: Tensor, first: Tensor, start: int, rows: int, causal: bool) -> tuple[Tensor, Tensor]:
+        """Attention over rows `start` to `start + rows` of packed positions, those of request b from first[b] on."""
+        row = _gather(cache, block_table, cu, first, start, rows, latent_dim, rope_dim, q.dtype, impl=impl)
+        kv = (row[:, :latent_dim] @ kv_b.t()).unflatten(1, (heads, -1))
+        k, v = kv.tensor_split([head_dim - rope_dim], -1)
+        cu_k = (cu - start).clamp(0, rows) if not causal else cu
+        return mla_prefill_op(q, k, row[:, latent_dim:], v, cu_q, cu_k, scale, causal, wide, impl=impl)
+
+    out, lse = attend(cu_new, past, 0, tokens if addressable else 0, True)
+    chunk = min(max(CHUNK_BYTES // (kv_b.shape[0] * kv_b.element_size()), 1), max(addressable, 1))
     for start in range(0, addressable, chunk):
-        part = attend(lengths - new, torch.zeros_like(lengths), start, chunk, False)
+        part = attend(cu_past, torch.zeros_like(past), start, chunk, False)
         out, lse = merge_states(out, lse, *part, impl=impl)
     return out.to(q.dtype), lse
 
 
-def _unpack(count: Tensor, first: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(request, position) of `rows` packed rows from `start` on, and their cu_seqlens.
-
-    Packed are, request by request, count[b] positions from first[b] on; rows after all of them repeat some position.
-    """
-    end = count.cumsum(0)
-    row = torch.arange(start, start + rows, device=count.device)
-    request = torch.searchsorted(end, row, right=True).clamp(max=len(count) - 1)
-    position = row - (end - count)[request] + first[request]
-    cu_seqlens = torch.nn.functional.pad(end - start, (1, 0), value=-start).clamp(0, rows)
-    return request, position, cu_seqlens.int()
-
-
-def _gather(
-    cache: Tensor, block_table: Tensor, request: Tensor, position: Tensor, latent_dim: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Latent [rows, latent] and rope part [rows, rope] of cached positions, in `dtype`."""
+def _gather_reference(
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    first: Tensor,
+    start: int,
+    rows: int,
+    latent_dim: int,
+    rope_dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows `start` to `start + rows` of the packed positions: cu_seqlens[b] is first[b] of request b, and so on."""
     pages, page_size, _ = cache.shape
-    page, offset = position // page_size, position % page_size
-    page = block_table[request, page.clamp(0, block_table.shape[1] - 1)].long().clamp(0, pages - 1)
-    row = cache[page, offset]
-    if cache.dtype != torch.uint8:
-        return row[:, :latent_dim], row[:, latent_dim:]
-    data, scale, rope = fp8_parts(row, latent_dim)
-    scale = scale[:, : -(-latent_dim // TILE)].repeat_interleave(TILE, 1)[:, :latent_dim]
-    return (data[:, :latent_dim].float() * scale).to(dtype), rope.to(dtype)
+    if block_table.numel() == 0 or pages == 0:
+        return cache.new_empty((rows, latent_dim + rope_dim), dtype=dtype)
+    packed = torch.arange(start, start + rows, device=cache.device)
+    request = torch.searchsorted(cu_seqlens[1:], packed, right=True).clamp(max=len(first) - 1)
+    position = (packed - cu_seqlens[request] + first[request]).clamp(min=0)
+    entry = (position // page_size).clamp(max=block_table.shape[1] - 1)
+    row = cache[block_table[request, entry].long().clamp(0, pages - 1), position % page_size]
+    return (reference.unpack_fp8(row, latent_dim) if cache.dtype == torch.uint8 else row).to(dtype)
 
 
 def _rope_dim(cache: Tensor, latent_dim: int) -> int:
@@ -156,10 +157,8 @@ def _fake(q, kv_b, cache, block_table, lengths, cu_q, scale):
     tokens, heads, head_dim = q.shape
     nope_dim = head_dim - _rope_dim(cache, kv_b.shape[1])
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return (
-        q.new_empty(tokens, heads, kv_b.shape[0] // heads - nope_dim),
-        q.new_empty((heads, tokens), dtype=lse_dtype),
-    )
+    out = q.new_empty(tokens, heads, kv_b.shape[0] // heads - nope_dim)
+    return out, q.new_empty((heads, tokens), dtype=lse_dtype)
 
 
 _mla_prefill_cached = Operation(
@@ -167,4 +166,14 @@ _mla_prefill_cached = Operation(
     "float scale) -> (Tensor, Tensor)",
     composite=_prefill_cached,
     fake=_fake,
+)
+# Rows after the last packed position hold anything.
+_gather = Operation(
+    "gather_latents(Tensor cache, Tensor block_table, Tensor cu_seqlens, Tensor first, int start, int rows, "
+    "int latent_dim, int rope_dim, ScalarType dtype) -> Tensor",
+    reference=_gather_reference,
+    triton="dskernels.mla.prefill.triton_gather:gather_latents",
+    fake=lambda cache, table, cu, first, start, rows, latent_dim, rope_dim, dtype: cache.new_empty(
+        (rows, latent_dim + rope_dim), dtype=dtype
+    ),
 )

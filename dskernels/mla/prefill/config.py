@@ -46,7 +46,7 @@ BLACKWELL: Tiles = {
         512: PrefillConfig(128, 32, num_warps=8, num_stages=2),
     },
     "dq": {
-        128: PrefillConfig(128, 128, num_warps=8, num_stages=2),
+        128: PrefillConfig(64, 64, num_warps=4, num_stages=2),
         320: PrefillConfig(128, 64, num_warps=8, num_stages=2),
         512: PrefillConfig(128, 32, num_warps=8, num_stages=2),
     },
