@@ -83,7 +83,7 @@ GENERIC: Tiles = {
 }
 # fp32 is multiplied by the ordinary units, which want all operands in registers.
 SINGLE: Tiles = {
-    "forward": {320: PrefillConfig(32, 32, 4, num_stages=2), 512: PrefillConfig(16, 32, 4, num_stages=2)},
+    "forward": {320: PrefillConfig(32, 16, 4, num_stages=2), 512: PrefillConfig(16, 32, 4, num_stages=2)},
     "dq": {320: PrefillConfig(32, 16, 4, num_stages=2), 512: PrefillConfig(16, 16, 8, num_stages=2)},
     "dk_dv": {320: PrefillConfig(16, 16, 8, num_stages=1), 512: PrefillConfig(16, 16, 8, num_stages=2)},
 }
