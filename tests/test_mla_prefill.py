@@ -230,6 +230,7 @@ def test_only_what_is_asked_for_is_differentiated(device, impl):
         assert not attend(ds.mla_prefill, leaves, cu, scale=0.2, impl=impl)[0].requires_grad
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # the interpreter's, of the largest score of a NaN row
 def test_a_nan_does_not_leave_its_sequence(device):
     leaves, cu = make_inputs(device, [20, 20, 20], [20, 20, 20], 2, 1, (16, 16, 16), torch.float32, True)
     with torch.no_grad():
