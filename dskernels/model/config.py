@@ -446,7 +446,9 @@ PRESETS: dict[str, Config] = {
     ),
     # For tests: every feature, small enough to be compared with other implementations in milliseconds.
     "tiny": _TINY,
-    # For a first training on a CPU: bytes as tokens, and 256 begins and ends a text.
+    # For a first training on a CPU: bytes as tokens, and 256 begins and ends a text. So narrow a model wants larger
+    # initial weights than 0.02 (0.05 sqrt(128) is about DeepSeek-V3's 0.006 sqrt(7168)): 2.15 nats a byte after 300
+    # steps instead of 2.42. Of positions it is to tell apart the bytes of a line, with few frequencies: another 0.04.
     "demo": dataclasses.replace(
         _TINY,
         hidden_size=128,
@@ -460,6 +462,8 @@ PRESETS: dict[str, Config] = {
         n_group=1,
         topk_group=1,
         routed_scaling_factor=1.0,
+        rope_theta=100.0,
+        initializer_range=0.05,
         bos_token_id=256,
         eos_token_id=(256,),
     ),

@@ -13,9 +13,9 @@ from torch import Tensor
 BOUNDARY = 256  # the token before and after every document; 0 to 255 are the bytes
 VOCAB_SIZE = 257
 
-# What lies among the standard library's sources and is not its code: packages of others, tests (which many
-# distributions leave out: without them the text is the same everywhere), tables of characters, one long help text.
-NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
+# What lies among the standard library's sources and is not its code: packages of others, and tests (which many
+# distributions leave out: without them the text is the same everywhere).
+NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 class Corpus(NamedTuple):
