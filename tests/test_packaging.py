@@ -1,4 +1,4 @@
-"""What gets installed: all packages pinned, and the reference inside the wheel."""
+"""What is installed and published: packages pinned, the reference in the wheel, every operation in the documentation."""
 
 import importlib
 import importlib.metadata
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import dskernels
 
 ROOT = Path(__file__).parent.parent
 EXTRAS = ("test", "lint", "plot", "transformers")  # what the Makefile installs
@@ -62,3 +64,8 @@ def test_wheel_holds_the_reference_and_no_tests(tmp_path):
     assert {f"dskernels/reference/{path.name}" for path in (ROOT / "reference").glob("*.py")} <= names
     assert "dskernels/py.typed" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dskernels"}
+
+
+def test_every_public_name_is_documented():
+    documented = re.findall(r"^::: dskernels\.(\w+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(dskernels.__all__)
