@@ -1,4 +1,4 @@
-"""What is installed and published: packages pinned, the reference in the wheel, every operation in the documentation."""
+"""What is installed and published: packages pinned, the reference in the wheel, every operation in the documents."""
 
 import importlib
 import importlib.metadata
