@@ -133,7 +133,7 @@ class TrainConfig:
 # The preset "demo" on two CPU cores, in a little over a minute. Biases move faster than in the report because there are
 # hundreds of steps and not a hundred thousand.
 DEMO = TrainConfig(
-    steps=600,
+    steps=450,
     batch_tokens=512,
     sequence_length=256,
     learning_rate=2e-3,
