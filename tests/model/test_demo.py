@@ -1,0 +1,64 @@
+"""The demo: what it leaves, and that it fails where drafting changes the text."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+import typer
+
+from dskernels import demo
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def few_files(monkeypatch):
+    """Ten long modules in place of the whole standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = ("argparse", "ast", "bdb", "calendar", "cmd", "copy", "dis", "enum", "gettext", "heapq")
+    monkeypatch.setattr(demo, "standard_library", lambda: [root / f"{name}.py" for name in names])
+
+
+def test_the_demo_leaves_checkpoint_metrics_and_pictures(few_files, tmp_path, capsys):
+    demo.main(tmp_path / "demo", steps=2, checks=False)
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert names == {
+        "config.json",
+        "model.safetensors",
+        "metrics.jsonl",
+        "loss.png",
+        "experts.png",
+        "training.png",
+    }
+    assert json.loads((tmp_path / "demo" / "config.json").read_text())["architectures"] == ["DeepseekV3ForCausalLM"]
+    printed = capsys.readouterr().out
+    assert "Both texts are equal." in printed
+    assert "drafts accepted" in printed
+
+
+def test_different_texts_are_a_failure(few_files, tmp_path, monkeypatch, capsys):
+    write = demo._write
+
+    def wrong(model, prompts, **options):
+        generation, speed = write(model, prompts, **options)
+        if options.get("drafts") and "temperature" not in options:
+            generation.tokens[0][-1] ^= 1
+        return generation, speed
+
+    monkeypatch.setattr(demo, "_write", wrong)
+    with pytest.raises(typer.Exit) as failure:
+        demo.main(tmp_path, steps=1, checks=False)
+    assert failure.value.exit_code == 1
+    assert "Both texts are not equal." in capsys.readouterr().out
+
+
+def test_checks_come_first_and_stop_the_demo(tmp_path, monkeypatch):
+    def failing():
+        raise typer.Exit(1)
+
+    monkeypatch.setattr(demo.cli, "doctor", lambda: None)
+    monkeypatch.setattr(demo.cli, "parity", failing)
+    with pytest.raises(typer.Exit):
+        demo.main(tmp_path / "demo", steps=1, checks=True)
+    assert not (tmp_path / "demo").exists()
