@@ -20,12 +20,19 @@ def reason_against_cuda() -> str | None:
 
 
 def source_of(path: Path) -> str:
-    """The file with the library's headers put in place, so that the text alone decides what a cache may return."""
-    lines = path.read_text().splitlines()
-    for i, line in enumerate(lines):
-        if line.startswith('#include "'):
-            lines[i] = (HEADERS / line.split('"')[1]).read_text().replace("#pragma once", "")
-    return "\n".join(lines)
+    """The file with the library's headers put in place, each once: the text alone decides what a cache may return."""
+    return "\n".join(_lines(path, set()))
+
+
+def _lines(path: Path, included: set[str]) -> list[str]:
+    lines = []
+    for line in path.read_text().splitlines():
+        if not line.startswith('#include "'):
+            lines += [] if line == "#pragma once" else [line]
+        elif (name := line.split('"')[1]) not in included:
+            included.add(name)
+            lines += _lines(HEADERS / name, included)
+    return lines
 
 
 @functools.cache

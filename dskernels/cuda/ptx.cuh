@@ -1,4 +1,4 @@
-// Hopper's instructions, one wrapper each: barriers in shared memory, the tensor memory accelerator, warpgroup products.
+// Hopper's instructions, one wrapper each: barriers in shared memory, the tensor memory accelerator, matrices in shared memory.
 // Addresses of shared memory are 32-bit (`smem_addr`); a phase is the parity a barrier is waited for with.
 #pragma once
 
@@ -108,20 +108,10 @@ __device__ __forceinline__ void smem_store_matrix(u32 addr, u32 a, u32 b, u32 c,
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
-
-// ---- warpgroup products ------------------------------------------------------------------------------------------
-
-// Descriptor of an operand tile whose rows along K are 128 bytes, with the 128-byte swizzle, 8 rows every 1,024 bytes.
-__device__ __forceinline__ u64 operand_k_major(u32 addr) {
-    return (u64)((addr & 0x3FFFF) >> 4) | ((u64)1 << 16) | ((u64)64 << 32) | ((u64)1 << 62);
-}
-__device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-// Tells the compiler that registers are in use by an asynchronous product here.
-template <int N> __device__ __forceinline__ void registers_fence(float (&d)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+// Four 8x8 matrices of 16-bit elements (8 rows of 16 bytes), one register each; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void smem_load_matrix(u32 (&x)[4], u32 addr) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(addr)
+                 : "memory");
 }

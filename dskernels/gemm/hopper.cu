@@ -10,7 +10,7 @@
 // OUT 0 (bf16), 1 (fp16), 2 (fp32), BIAS 0 (none), 1 (bf16), 2 (fp16), 3 (fp32), DIRECT 1 (C is written, or with ACCUMULATE added to, by
 // ordinary stores, for fp32 and for rows that the accelerator cannot address) or 0 (by the accelerator, from C_BUFFERS buffers).
 
-#include "ptx.cuh"
+#include "wgmma.cuh"
 
 constexpr int BLOCK_M = 128 * WAVES, BLOCK_N = 128, BLOCK_K = 128;
 constexpr int A_BYTES = BLOCK_M * BLOCK_K, B_BYTES = BLOCK_N * BLOCK_K, SA_BYTES = BLOCK_M * 4, SB_BYTES = B_ROWS == 1 ? BLOCK_N * 4 : 0;
@@ -19,26 +19,6 @@ constexpr int C_BYTES = DIRECT ? 0 : 64 * 64 * 2;  // 64 rows, 64 columns
 constexpr int OFFSET_A = 0, OFFSET_B = STAGES * A_BYTES, OFFSET_C = OFFSET_B + STAGES * B_BYTES;
 constexpr int OFFSET_SA = OFFSET_C + 2 * C_BUFFERS * C_BYTES, OFFSET_SB = OFFSET_SA + STAGES * SA_BYTES;
 constexpr int OFFSET_BARRIERS = OFFSET_SB + STAGES * SB_BYTES;
-
-// m64n128k32, e4m3 by e4m3 into fp32.
-__device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, int keep) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, p, 1, 1;}\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]),
-          "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]),
-          "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),
-          "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),
-          "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]),
-          "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]),
-          "+f"(d[55]), "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-        : "l"(a), "l"(b), "r"(keep));
-}
 
 #if OUT == 2
 typedef float Element;
