@@ -10,33 +10,47 @@ from compiling import assert_clean
 from compiling_cuda import compile_cuda
 from dskernels import parity
 from dskernels.gemm import hopper
-from dskernels.gemm.config import HOPPER_CONFIGS, HOPPER_LOW, HOPPER_TALL, choose_hopper_config
+from dskernels.gemm.config import HOPPER_CONFIGS, choose_hopper_config
 from dskernels.parity.inputs import quantized, spread
 
 # (b_rows, out, bias, direct, accumulate): every value of each, and the combinations with the most registers.
-KINDS = [(128, 0, 0, 0, 0), (128, 1, 3, 0, 0), (128, 2, 1, 1, 0), (1, 2, 0, 1, 0), (1, 2, 2, 1, 1), (1, 0, 0, 1, 1)]
+KINDS = [
+    *((128, 0, 0, 0, 0), (128, 1, 3, 0, 0), (128, 2, 1, 0, 0), (128, 2, 2, 0, 1), (128, 0, 3, 1, 1)),
+    *((1, 2, 0, 0, 0), (1, 2, 0, 0, 1), (1, 0, 3, 0, 0), (1, 2, 2, 1, 1), (1, 0, 0, 1, 1)),
+]
+CONFIGS = [(b_rows, config) for b_rows, configs in HOPPER_CONFIGS.items() for config in configs]
 
 
-@pytest.mark.parametrize("config", HOPPER_CONFIGS, ids=lambda config: f"{config.block_m} rows")
-def test_compiles_without_spills(config):
-    reports = []
-    for b_rows, out, bias, direct, accumulate in KINDS:
-        options = {
-            **{"WAVES": config.waves, "STAGES": config.stages, "CLUSTER": config.cluster, "GROUP": config.group},
-            **{"C_BUFFERS": config.c_buffers, "B_ROWS": b_rows, "OUT": out, "BIAS": bias, "DIRECT": direct},
-            **{"ACCUMULATE": accumulate, "PAIRS": 1},
-        }
-        reports.append(compile_cuda(hopper.SOURCE, options, hopper.shared_bytes(config, b_rows, bool(direct))))
+@pytest.mark.parametrize(("b_rows", "config"), CONFIGS, ids=lambda x: str(getattr(x, "tile", x)))
+def test_compiles_without_spills(b_rows, config):
+    reports = [
+        compile_cuda(
+            hopper.SOURCE,
+            hopper.options_of(config, b_rows, out, bias, accumulate, direct),
+            hopper.shared_bytes(config, b_rows, bool(direct)),
+        )
+        for kind_rows, out, bias, direct, accumulate in KINDS
+        if kind_rows == b_rows
+    ]
     # 384 threads enter with 168 registers; setmaxnreg then moves them from the loading warpgroup to the other two.
     assert_clean(reports, max_registers=168)
     for report in reports:
-        assert report.count("QGMMA") == 4 * config.waves
+        # Four to a product, all of a block of K in a row: more waiting than products means that ptxas serialised them.
+        assert report.count("QGMMA") % 4 == 0
+        assert report.count("WARPGROUP.DEPBAR") <= report.count("QGMMA") // 4 + 1
         assert report.count("UTMALDG") >= 3
+        assert report.count("BRA.U.ANY") == 0  # one thread is known to be one, so copies need no loop over lanes
 
 
 def test_choice():
-    assert choose_hopper_config(64) == HOPPER_LOW
-    assert choose_hopper_config(4096) == HOPPER_TALL
+    def tile(m, n, k, b_rows=128):
+        config = choose_hopper_config(m, n, k, b_rows, 132)
+        return config.block_m, config.block_n
+
+    assert tile(4096, 4096, 7168) == (256, 128)
+    assert tile(4096, 2112, 7168) == (128, 192)  # 3 rounds of tiles either way, and these are smaller
+    assert tile(512, 4096, 7168) == (128, 128)
+    assert tile(7168, 4096, 4096, b_rows=1) == (256, 128)
 
 
 def test_what_it_does_not_take():

@@ -9,7 +9,12 @@ typedef unsigned long long u64;
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
-__device__ __forceinline__ u32 smem_addr(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+// Volatile, so that the compiler keeps it: in a cluster it would form it anew wherever it is used.
+__device__ __forceinline__ u32 smem_addr(const void* p) {
+    u32 addr;
+    asm volatile("{.reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a;}" : "=r"(addr) : "l"(p));
+    return addr;
+}
 
 // ---- barriers ----------------------------------------------------------------------------------------------------
 
@@ -30,15 +35,16 @@ __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
         "{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}" ::"r"(barrier), "r"(rank)
         : "memory");
 }
+// With a hint to sleep until the phase ends (10 ms at most): polling takes turns at the shared memory that the products read.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
-    u32 done;
-    do {
-        asm volatile(
-            "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-            : "=r"(done)
-            : "r"(barrier), "r"(phase)
-            : "memory");
-    } while (!done);
+    asm volatile(
+        "{.reg .pred done;\n"
+        "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 0x989680;\n"
+        "@done bra DONE;\n"
+        "bra WAIT;\n"
+        "DONE: }" ::"r"(barrier),
+        "r"(phase)
+        : "memory");
 }
 template <int THREADS> __device__ __forceinline__ void named_sync(int id) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
@@ -61,6 +67,14 @@ template <int REGISTERS> __device__ __forceinline__ void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
+// True in one lane of a whole warp, always the same. What runs in it alone the compiler then keeps in uniform registers; after
+// `if (lane == 0)` it puts a loop over the lanes around each copy of the accelerator.
+__device__ __forceinline__ bool elect_one() {
+    u32 elected;
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+    return elected;
+}
+
 // ---- tensor memory accelerator -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ void tma_load(u32 dst, const TensorMap* map, u32 barrier, int x, int y) {
@@ -77,9 +91,17 @@ __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map
         "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
         : "memory");
 }
-__device__ __forceinline__ void tma_store(const TensorMap* map, u32 src, int x, int y) {
+// A tile that nobody reads again soon: it leaves the L2 first.
+__device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src), "r"(x), "r"(y)
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], policy;}" ::"l"(map), "r"(src), "r"(x), "r"(y)
+        : "memory");
+}
+// Add to what is there, in the L2.
+__device__ __forceinline__ void tma_add(const TensorMap* map, u32 src, int x, int y) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src), "r"(x), "r"(y)
         : "memory");
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -103,6 +125,10 @@ __device__ __forceinline__ float2 smem_load2(u32 addr) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr));
     return x;
 }
+__device__ __forceinline__ void smem_store2(u32 addr, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(addr), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ void smem_store(u32 addr, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(addr), "f"(x) : "memory"); }
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void smem_store_matrix(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d)

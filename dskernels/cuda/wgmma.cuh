@@ -60,10 +60,12 @@ DEFINE_PRODUCTS(192, 96, 96, 97, 98, 99, 100, 101)
 
 // ---- around a product ---------------------------------------------------------------------------------------------
 
+// The upper half of a descriptor is always the same: 8 rows every 1,024 bytes, the 128-byte swizzle.
+__device__ __forceinline__ u64 operand(u32 low) { return (u64)low | ((u64)64 << 32) | ((u64)1 << 62); }
 // Descriptor of an operand tile whose rows along K are 128 bytes, with the 128-byte swizzle, 8 rows every 1,024 bytes. The next 32
 // of K lie at + 2, the next 8 rows at + 64.
 __device__ __forceinline__ u64 operand_k_major(u32 addr) {
-    return (u64)((addr & 0x3FFFF) >> 4) | ((u64)1 << 16) | ((u64)64 << 32) | ((u64)1 << 62);
+    return operand(((addr & 0x3FFFF) >> 4) | (1 << 16));
 }
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dskernels.validate import ceil_div
 
@@ -40,32 +40,52 @@ def choose_config(m: int, n: int, b_rows: int, multiprocessors: int) -> GemmConf
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tile of the Hopper kernel: two warpgroups, each `waves` times 64 rows, by 128 columns.
+    """Tile of the Hopper kernel: two warpgroups, each `waves` times 64 rows, by `block_n` columns.
 
-    `stages` blocks of K are in flight; `cluster` CTAs side by side share their tile of A; tiles are walked down `group`
-    rows before the next column; C leaves through `c_buffers` buffers of 64x64 for each warpgroup.
+    `stages` blocks of K are in flight; `cluster` CTAs share their tile of A (`shared_a`, side by side along N) or of B
+    (along M), and walk `group` steps in that direction before one in the other; the loop over K is unrolled `unroll`
+    times. `clocks` is what a block of K takes, `tile_clocks` what a tile takes beside them: measured on an H100.
     """
 
     waves: int
+    block_n: int
     stages: int
     cluster: int
+    shared_a: bool
     group: int
-    c_buffers: int
+    clocks: int
+    tile_clocks: int
+    unroll: int = 4
 
     @property
     def block_m(self) -> int:
         """Rows of the tile."""
         return 128 * self.waves
 
+    @property
+    def tile(self) -> str:
+        """Rows and columns."""
+        return f"{self.block_m}x{self.block_n}"
 
-# Against cuBLASLt at M = 4096, mean of five shapes: 1.077 in groups of 16 rows, 1.062 of 8; a fourth stage gains 0.4%
-# where K >= 7168 and loses 3 to 8% elsewhere, as it leaves only two buffers for C.
-HOPPER_TALL = HopperConfig(waves=2, stages=3, cluster=2, group=16, c_buffers=4)
-# At M = 64 to 512: 0.95 to 1.00, against 0.90 to 0.92 with clusters of two and 0.61 to 0.96 with tall tiles.
-HOPPER_LOW = HopperConfig(waves=1, stages=5, cluster=1, group=8, c_buffers=2)
-HOPPER_CONFIGS = (HOPPER_TALL, HOPPER_LOW)
+    def clusters(self, m: int, n: int) -> int:
+        """Clusters' worth of tiles in an `m` x `n` matrix."""
+        along_m, along_n = (1, self.cluster) if self.shared_a else (self.cluster, 1)
+        return ceil_div(m, self.block_m * along_m) * ceil_div(n, self.block_n * along_n)
+
+    def estimate(self, m: int, n: int, k: int, multiprocessors: int) -> int:
+        """Clocks for the product: as many rounds of tiles as the clusters need."""
+        rounds = ceil_div(self.clusters(m, n), max(multiprocessors // self.cluster, 1))
+        return rounds * (ceil_div(k, 128) * self.clocks + self.tile_clocks)
 
 
-def choose_hopper_config(m: int) -> HopperConfig:
-    """Config of the Hopper kernel for `m` rows."""
-    return HOPPER_LOW if m <= 512 else HOPPER_TALL
+TALL = HopperConfig(waves=2, block_n=128, stages=3, cluster=2, shared_a=True, group=8, clocks=1165, tile_clocks=1900)
+NARROW = HopperConfig(waves=1, block_n=192, stages=4, cluster=2, shared_a=False, group=8, clocks=980, tile_clocks=1500)
+LOW = HopperConfig(waves=1, block_n=128, stages=5, cluster=1, shared_a=True, group=8, clocks=740, tile_clocks=1000)
+# With a scale for each row of B there are twice as many instructions to a sum, and unrolling spills.
+WGRAD = replace(TALL, unroll=1)
+HOPPER_CONFIGS = {128: (TALL, NARROW, LOW), 1: (WGRAD, replace(LOW, unroll=1))}
+
+
+def choose_hopper_config(m: int, n: int, k: int, b_rows: int, multiprocessors: int) -> HopperConfig:
+    """Config of the Hopper kernel that is estimated to be done first; `b_rows` is the height of a tile of B."""
+    return min(HOPPER_CONFIGS[b_rows], key=lambda config: config.estimate(m, n, k, multiprocessors))

@@ -7,6 +7,7 @@ arrives at a barrier. Prototypes at 4096 tokens reached 0.94 to 0.98 of DeepGEMM
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from dskernels.cuda.compiler import kernel, reason_against_cuda
 from dskernels.cuda.driver import Launch, tensor_map
 from dskernels.gemm.config import HopperConfig, choose_hopper_config
-from dskernels.validate import ceil_div
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 THREADS = 384
@@ -78,37 +78,26 @@ def fp8_gemm_supports(
 
 def _prepare(a, a_scale, b, b_scale, b_rows, bias, out, accumulate) -> Launch:
     (m, k), n = a.shape, b.shape[0]
-    pitch = out.stride(0) * out.element_size()
-    direct = accumulate or out.dtype == torch.float32 or pitch % 16 != 0 or out.data_ptr() % 16 != 0
-    config = choose_hopper_config(m)
-    options = {
-        "WAVES": config.waves,
-        "STAGES": config.stages,
-        "CLUSTER": config.cluster,
-        "GROUP": config.group,
-        "C_BUFFERS": config.c_buffers,
-        "B_ROWS": b_rows,
-        "OUT": OUT[out.dtype],
-        "BIAS": BIAS[None if bias is None else bias.dtype],
-        "DIRECT": int(direct),
-        "ACCUMULATE": int(accumulate),
-        "PAIRS": int(pitch % 8 == 0 and out.data_ptr() % 8 == 0),
-    }
+    aligned = out.stride(0) * out.element_size() % 16 == 0 and out.data_ptr() % 16 == 0
+    direct = not aligned or (accumulate and out.dtype != torch.float32)
+    config = choose_hopper_config(m, n, k, b_rows, multiprocessors(a.device))
+    options = options_of(
+        config, b_rows, OUT[out.dtype], BIAS[None if bias is None else bias.dtype], int(accumulate), int(direct)
+    )
     shared = shared_bytes(config, b_rows, direct)
-    tiles = ceil_div(m, config.block_m) * ceil_div(ceil_div(n, 128), config.cluster)
-    clusters = torch.cuda.get_device_properties(a.device).multi_processor_count // config.cluster
+    clusters = min(config.clusters(m, n), multiprocessors(a.device) // config.cluster)
     scale_map = tensor_map(a_scale.t(), (1, config.block_m), swizzle=False)
     return Launch(
         kernel(SOURCE, "fp8_gemm", options, shared, a.device.index),
-        grid=min(tiles, clusters) * config.cluster,
+        grid=clusters * config.cluster,
         threads=THREADS,
         shared=shared,
         arguments=[
-            tensor_map(a, (config.block_m // 2, 128), swizzle=True),
-            tensor_map(b, (128, 128), swizzle=True),
+            tensor_map(a, (config.block_m, 128), swizzle=True),
+            tensor_map(b, (config.block_n, 128), swizzle=True),
             scale_map,
-            tensor_map(b_scale.t(), (1, 128), swizzle=False) if b_rows == 1 else scale_map,
-            scale_map if direct else tensor_map(out, (64, 64), swizzle=True),
+            tensor_map(b_scale.t(), (1, config.block_n), swizzle=False) if b_rows == 1 else scale_map,
+            scale_map if direct else tensor_map(out, (64, 128 // out.element_size()), swizzle=True),
             ctypes.c_void_p(b_scale.data_ptr()),
             ctypes.c_void_p(None if bias is None else bias.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
@@ -118,8 +107,32 @@ def _prepare(a, a_scale, b, b_scale, b_rows, bias, out, accumulate) -> Launch:
     )
 
 
+def options_of(config: HopperConfig, b_rows: int, out: int, bias: int, accumulate: int, direct: int) -> dict[str, int]:
+    """The -D options that cuda/fp8_gemm.cuh and hopper.cu describe."""
+    return {
+        "WAVES": config.waves,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.stages,
+        "CLUSTER": config.cluster,
+        "SHARED_A": int(config.shared_a),
+        "GROUP": config.group,
+        "UNROLL": config.unroll,
+        "B_ROWS": b_rows,
+        "OUT": out,
+        "BIAS": bias,
+        "ACCUMULATE": accumulate,
+        "DIRECT": direct,
+    }
+
+
 def shared_bytes(config: HopperConfig, b_rows: int, direct: bool) -> int:
-    """Shared memory of a block, as hopper.cu lays it out, and up to 1,024 bytes to align it."""
-    stage = (config.block_m + 128) * 128 + config.block_m * 4 + (512 if b_rows == 1 else 0)
-    buffers = 0 if direct else 2 * config.c_buffers * 64 * 64 * 2
-    return config.stages * (stage + 16) + buffers + 1024
+    """Shared memory of a block, as cuda/fp8_gemm.cuh lays it out."""
+    rows, columns = config.block_m, config.block_n
+    stage = (rows + columns) * 128 + rows * 4 + (columns * 4 if b_rows == 1 else 16) + 16
+    return config.stages * stage + (0 if direct else rows * columns * 2)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,373 @@
+// The core of the block-scaled e4m3 products on sm_90a: C = A @ B.T with A in 1x128 tiles and B in 128x128 blocks or 1x128 tiles.
+// A kernel includes this file and brings its own order of tiles: see `Tiles` in gemm/hopper.cu. docs/fp8_gemm.md tells how it works.
+//
+// One CTA computes BLOCK_M x BLOCK_N tiles of C, one after another, with three warpgroups. Warpgroups 0 and 1 multiply: each takes 64 rows,
+// or every other 64 rows with WAVES 2. A product of 128 along K starts from a fresh accumulator (the tensor cores keep about 14 bits in
+// e4m3) and is promoted, times both scales, into fp32 registers, while the other warpgroup's runs. Of warpgroup 2, one warp loads: for each
+// 128 of K, the tiles of A and B and their scales go to one of STAGES buffers in shared memory. Two others have finished tiles stored. Two
+// CTAs with a common tile of A (SHARED_A, side by side along N) or of B (along M) form a cluster: the first loads it for both.
+//
+// What bounds it is shared memory: of 256x128 tiles, a block of K reads 96 KB for the products and writes 48 KB, 1,152 clocks at 128 bytes a
+// clock, where the tensor cores need 1,024. Measured: 1,165.
+//
+// Options (-D):
+//   WAVES       64-row products of a warpgroup: BLOCK_M = 128 * WAVES
+//   BLOCK_N     columns of a tile and of a product, a multiple of 64
+//   STAGES      blocks of K in flight
+//   CLUSTER     CTAs that share a tile, 1 or 2: one of A with SHARED_A 1, else one of B
+//   UNROLL      of the loop over K
+//   B_ROWS      height of a tile of B with one scale: 128, or 1
+//   OUT         0 bf16, 1 fp16, 2 fp32
+//   BIAS        0 none, 1 bf16, 2 fp16, 3 fp32
+//   ACCUMULATE  1: add to C instead of overwriting it
+//   DIRECT      1: C is written by ordinary stores: rows that the accelerator cannot address, and adding to bf16 or fp16
+#pragma once
+
+#include "wgmma.cuh"
+
+constexpr int BLOCK_M = 128 * WAVES, BLOCK_K = 128;
+constexpr int A_BYTES = BLOCK_M * BLOCK_K, B_BYTES = BLOCK_N * BLOCK_K;
+// With B_ROWS 128 a strip of columns has one scale.
+constexpr int STRIP_N = B_ROWS == 1 ? BLOCK_N : BLOCK_N % 128 == 0 ? 128 : 64, STRIPS = BLOCK_N / STRIP_N;
+constexpr int SA_BYTES = BLOCK_M * 4, SB_BYTES = B_ROWS == 1 ? BLOCK_N * 4 : 16;
+constexpr int LOADED_BYTES = A_BYTES + B_BYTES + SA_BYTES + (B_ROWS == 1 ? SB_BYTES : 0);  // of a stage, by the accelerator
+constexpr u16 EVERYONE = (1 << CLUSTER) - 1;                                                // of a cluster
+
+#if OUT == 2
+typedef float Element;
+#else
+typedef u16 Element;
+#endif
+// C is handed over in boxes of 64 rows and 128 bytes, BOXES of them at once, from the first or the second half of a warpgroup's buffers.
+constexpr int BOX_N = 128 / (int)sizeof(Element), BOXES = BLOCK_N / 64, HANDOVERS = WAVES * BLOCK_N / (BOX_N * BOXES), HALVES = WAVES;
+constexpr int BOX_BYTES = DIRECT ? 0 : 64 * 128;
+
+constexpr int OFFSET_A = 0, OFFSET_B = STAGES * A_BYTES, OFFSET_C = OFFSET_B + STAGES * B_BYTES;
+constexpr int OFFSET_SA = OFFSET_C + 2 * HALVES * BOXES * BOX_BYTES, OFFSET_SB = OFFSET_SA + STAGES * SA_BYTES;
+constexpr int OFFSET_BARRIERS = OFFSET_SB + STAGES * SB_BYTES;
+
+// Where C is, and what is added to it.
+struct Output {
+    const TensorMap* map;
+    Element* c;
+    const void* bias;
+    int rows, columns, stride;
+};
+
+// Spelt out, so that denormals count whatever the compiler is told.
+__device__ __forceinline__ float mul(float x, float y) {
+    float z;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+__device__ __forceinline__ float fma(float x, float y, float z) {
+    float w;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(w) : "f"(x), "f"(y), "f"(z));
+    return w;
+}
+
+__device__ __forceinline__ float widen(u16 x, int kind) {
+    float wide;
+    if (kind == 0) return __uint_as_float((u32)x << 16);
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
+    return wide;
+}
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 both;
+    if (OUT == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// Volatile, so that the loads stay where they are used: gathered in front of the sums they spill registers.
+__device__ __forceinline__ float bias_at(const Output& out, int col) {
+    if (BIAS == 0 || col >= out.columns) return 0.f;
+    if (BIAS == 3) {
+        float x;
+        asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"((const float*)out.bias + col));
+        return x;
+    }
+    u16 x;
+    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"((const u16*)out.bias + col));
+    return widen(x, BIAS == 1 ? 0 : 1);
+}
+
+// ---- the ring of stages ------------------------------------------------------------------------------------------
+
+struct Stage {
+    int index = 0;
+    u32 phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++index == STAGES) {
+            index = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+__device__ __forceinline__ u32 full(u32 base, int stage) { return base + OFFSET_BARRIERS + stage * 8; }
+__device__ __forceinline__ u32 empty(u32 base, int stage) { return base + OFFSET_BARRIERS + (STAGES + stage) * 8; }
+
+// One thread's work: fill the ring, block of K by block of K, tile by tile. Scales of 128x128 blocks of B, too few for the accelerator, it
+// reads itself, a block ahead.
+template <class Tiles>
+__device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, int blocks_k, const TensorMap* map_a, const TensorMap* map_b,
+                                           const TensorMap* map_sa, const TensorMap* map_sb, const float* sb, int stride_sb, int columns) {
+    Stage stage;
+    for (; tiles.valid(); tiles.next()) {
+        const int row = tiles.row(), col = tiles.column();
+        const float* scales[STRIPS];
+        float next[STRIPS];
+#pragma unroll
+        for (int i = 0; i < STRIPS; ++i) {
+            scales[i] = sb + (long long)min((col + i * STRIP_N) / 128, (columns - 1) / 128) * stride_sb;
+            if (B_ROWS != 1) next[i] = __ldg(scales[i]);
+        }
+#pragma unroll 1
+        for (int k = 0; k < blocks_k; ++k, stage.advance()) {
+            const int i = stage.index;
+            const u32 a = base + OFFSET_A + i * A_BYTES, b = base + OFFSET_B + i * B_BYTES;
+            const u32 sa = base + OFFSET_SA + i * SA_BYTES, sb = base + OFFSET_SB + i * SB_BYTES;
+            barrier_wait(empty(base, i), stage.phase ^ 1);
+            if (CLUSTER == 1 || !SHARED_A) {
+                tma_load(a, map_a, full(base, i), k * BLOCK_K, row);
+                tma_load(sa, map_sa, full(base, i), row, k);
+            } else if (rank == 0) {
+                tma_load_multicast(a, map_a, full(base, i), k * BLOCK_K, row, EVERYONE);
+                tma_load_multicast(sa, map_sa, full(base, i), row, k, EVERYONE);
+            }
+            if (CLUSTER == 1 || SHARED_A) {
+                tma_load(b, map_b, full(base, i), k * BLOCK_K, col);
+                if (B_ROWS == 1) tma_load(sb, map_sb, full(base, i), col, k);
+            } else if (rank == 0) {
+                tma_load_multicast(b, map_b, full(base, i), k * BLOCK_K, col, EVERYONE);
+                if (B_ROWS == 1) tma_load_multicast(sb, map_sb, full(base, i), col, k, EVERYONE);
+            }
+            if (B_ROWS != 1) {
+#pragma unroll
+                for (int j = 0; j < STRIPS; ++j) {
+                    smem_store(sb + j * 4, next[j]);
+                    if (k + 1 < blocks_k) next[j] = __ldg(scales[j] + k + 1);
+                }
+            }
+            barrier_expect(full(base, i), LOADED_BYTES);
+        }
+    }
+    barrier_wait(empty(base, stage.index), stage.phase ^ 1);
+    barrier_arrive(full(base, stage.index));  // for the product that is started after the last tile
+}
+
+// ---- C -----------------------------------------------------------------------------------------------------------
+
+// Write x to C, or add it to what is there.
+__device__ __forceinline__ void store(Element* c, float x) {
+#if OUT == 2
+    *c = ACCUMULATE ? *c + x : x;
+#else
+    *c = (Element)pack(ACCUMULATE ? widen(*c, OUT) + x : x, 0.f);
+#endif
+}
+
+__device__ __forceinline__ void write_directly(const float (&total)[WAVES][BLOCK_N / 2], const Output& out, int row, int col) {
+#pragma unroll
+    for (int w = 0; w < WAVES; ++w) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int r = row + w * 128 + i * 8;
+            if (r >= out.rows) continue;
+            Element* c_row = out.c + (long long)r * out.stride;
+#pragma unroll
+            for (int j = 0; j < BLOCK_N / 8; ++j) {
+                const int n = col + j * 8;
+                if (n < out.columns) store(c_row + n, total[w][4 * j + 2 * i] + bias_at(out, n));
+                if (n + 1 < out.columns) store(c_row + n + 1, total[w][4 * j + 2 * i + 1] + bias_at(out, n + 1));
+            }
+        }
+    }
+}
+
+// C goes from registers to shared memory, in the accelerator's 128-byte swizzle, and from there a warp of its own has it stored: a
+// warpgroup that hands it to the accelerator itself waits about 800 clocks for that. For each half of a warpgroup's buffers a pair of
+// barriers, of the 128 threads that write and the 32 that have it stored, says that it is written, and that the accelerator has read it.
+__device__ __forceinline__ constexpr int written(int group, int half) { return 1 + group * HALVES + half; }
+__device__ __forceinline__ constexpr int free_again(int group, int half) { return 1 + (2 + group) * HALVES + half; }
+
+__device__ __forceinline__ void write_to_shared(const float (&total)[WAVES][BLOCK_N / 2], const Output& out, u32 buffers, int group, int warp, int lane,
+                                                int col) {
+#pragma unroll
+    for (int h = 0; h < HANDOVERS; ++h) {
+        named_sync<160>(free_again(group, h % HALVES));
+#pragma unroll
+        for (int i = 0; i < BOXES; ++i) {
+            const u32 buffer = buffers + (h % HALVES * BOXES + i) * BOX_BYTES;
+            const float* x = total[h / (HANDOVERS / WAVES)] + (h % (HANDOVERS / WAVES) * BOXES + i) * (BOX_N / 2);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int n = col + (h % (HANDOVERS / WAVES) * BOXES + i) * BOX_N + j * BOX_N / 4;
+                const float b0 = bias_at(out, n), b1 = bias_at(out, n + 1);
+                if (OUT == 2) {  // 8 columns of 32 bits
+                    const int r = warp * 16 + lane / 4;
+                    const u32 at = buffer + r * 128 + (((j * 2 + lane % 4 / 2) ^ (r % 8)) * 16) + lane % 2 * 8;
+                    smem_store2(at, x[4 * j] + b0, x[4 * j + 1] + b1);
+                    smem_store2(at + 8 * 128, x[4 * j + 2] + b0, x[4 * j + 3] + b1);
+                } else {  // 16 columns: four 8x8 matrices, rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
+                    const int r = warp * 16 + lane % 16;
+                    const float* y = x + 8 * j;
+                    const float b2 = bias_at(out, n + 8), b3 = bias_at(out, n + 9);
+                    smem_store_matrix(buffer + r * 128 + (((j * 2 + lane / 16) ^ (r % 8)) * 16), pack(y[0] + b0, y[1] + b1),
+                                      pack(y[2] + b0, y[3] + b1), pack(y[4] + b2, y[5] + b3), pack(y[6] + b2, y[7] + b3));
+                }
+            }
+        }
+        proxy_fence();
+        named_arrive<160>(written(group, h % HALVES));
+    }
+}
+
+// A warp's work: have the tiles of one warpgroup stored. They leave the L2 first: 12% at K = 512, where C is nearly all that moves.
+template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, u32 buffers, int group, const TensorMap* map_c) {
+    const bool elected = elect_one();
+#pragma unroll
+    for (int i = 0; i < HALVES; ++i) named_arrive<160>(free_again(group, i));
+    for (; tiles.valid(); tiles.next()) {
+#pragma unroll
+        for (int h = 0; h < HANDOVERS; ++h) {
+            named_sync<160>(written(group, h % HALVES));
+            if (elected) {
+                const int row = tiles.row() + (h / (HANDOVERS / WAVES) * 2 + group) * 64;
+#pragma unroll
+                for (int i = 0; i < BOXES; ++i) {
+                    const int column = tiles.column() + (h % (HANDOVERS / WAVES) * BOXES + i) * BOX_N;
+                    const u32 buffer = buffers + (h % HALVES * BOXES + i) * BOX_BYTES;
+                    if (ACCUMULATE) tma_add(map_c, buffer, column, row);
+                    else tma_store_evict_first(map_c, buffer, column, row);
+                }
+                tma_store_commit();
+            }
+            // The half that was handed over before this one: by now the accelerator has read it.
+            if (h > 0 || HALVES == 1) {
+                if (elected) tma_store_wait_read<HALVES - 1>();
+                __syncwarp();
+                named_arrive<160>(free_again(group, (h + HALVES - 1) % HALVES));
+            }
+        }
+        if (HALVES > 1) {
+            if (elected) tma_store_wait_read<0>();
+            __syncwarp();
+            named_arrive<160>(free_again(group, (HANDOVERS - 1) % HALVES));
+        }
+    }
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------
+
+// total += part times both scales.
+__device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float (&part)[BLOCK_N / 2], float scale_0, float scale_1,
+                                        const float (&scales)[STRIPS], u32 columns) {
+#pragma unroll
+    for (int j = 0; j < BLOCK_N / 8; ++j) {
+        float2 s;
+        if (B_ROWS == 1) s = smem_load2(columns + j * 32);
+        else s.x = s.y = scales[j * 8 / STRIP_N];
+        total[4 * j] = fma(part[4 * j], mul(scale_0, s.x), total[4 * j]);
+        total[4 * j + 1] = fma(part[4 * j + 1], mul(scale_0, s.y), total[4 * j + 1]);
+        total[4 * j + 2] = fma(part[4 * j + 2], mul(scale_1, s.x), total[4 * j + 2]);
+        total[4 * j + 3] = fma(part[4 * j + 3], mul(scale_1, s.y), total[4 * j + 3]);
+    }
+}
+
+// A warpgroup's work: multiply what the ring holds, and write C. The loop over K is plain and unrolled, so that the compiler spreads waiting
+// for the next stage and the descriptors over the sums. A product is started as soon as its registers are free, the next tile's first one
+// before C is written; after the last tile, one of whatever lies in shared memory.
+template <class Tiles>
+__device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group, int warp, int lane, int blocks_k, const Output& out) {
+    if (!tiles.valid()) return;
+    const int row = group * 64 + warp * 16 + lane / 4, column = (lane % 4) * 2;  // of this thread's first accumulator, in the tile
+    // The lower halves of descriptors, through a shuffle as below.
+    const u32 first_a = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_A + group * 64 * BLOCK_K), 0);
+    const u32 first_b = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_B), 0);
+    Stage stage;
+    float part[BLOCK_N / 2], scale_0[WAVES], scale_1[WAVES], scale_b[STRIPS];
+    auto start = [&](int w) {
+        const u32 i = stage.index, scales_a = base + OFFSET_SA + i * SA_BYTES + row * 4, scales_b = base + OFFSET_SB + i * SB_BYTES;
+        const u32 a = first_a + i * (A_BYTES / 16) + w * (128 * BLOCK_K / 16), b = first_b + i * (B_BYTES / 16);
+        if (w == 0) {  // the block's scales, before its products: behind them, reads wait until the tensor cores have read their operands
+            if (B_ROWS != 1) {
+#pragma unroll
+                for (int j = 0; j < STRIPS; ++j) scale_b[j] = smem_load(scales_b + j * 4);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < WAVES; ++j)
+            if (B_ROWS == 1 ? j == w : w == 0) scale_0[j] = smem_load(scales_a + j * 512), scale_1[j] = smem_load(scales_a + j * 512 + 32);
+        registers_fence(part);
+        wgmma_begin();
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply(part, operand(a + j * 2), operand(b + j * 2), j != 0);
+        wgmma_commit();
+        registers_fence(part);
+    };
+    barrier_wait(full(base, 0), 0);
+    start(0);
+    for (; tiles.valid(); tiles.next()) {
+        float total[WAVES][BLOCK_N / 2];
+#pragma unroll
+        for (int w = 0; w < WAVES; ++w)
+#pragma unroll
+            for (int i = 0; i < BLOCK_N / 2; ++i) total[w][i] = 0.f;
+#pragma unroll UNROLL
+        for (int k = 0; k < blocks_k; ++k) {
+#pragma unroll
+            for (int w = 0; w < WAVES; ++w) {
+                const bool last = w == WAVES - 1;
+                wgmma_wait<0>();
+                registers_fence(part);
+                if (B_ROWS != 1 && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
+                promote(total[w], part, scale_0[w], scale_1[w], scale_b, base + OFFSET_SB + stage.index * SB_BYTES + column * 4);
+                if (B_ROWS == 1 && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
+                if (last) {
+                    stage.advance();
+                    barrier_wait(full(base, stage.index), stage.phase);
+                }
+                start((w + 1) % WAVES);
+            }
+        }
+        if (BIAS) wgmma_wait<0>();  // adding it takes the registers of the product that was started: it is started again
+        if (DIRECT) {
+            write_directly(total, out, tiles.row() + row, tiles.column() + column);
+        } else {
+            write_to_shared(total, out, base + OFFSET_C + group * HALVES * BOXES * BOX_BYTES, group, warp, lane, tiles.column() + column);
+        }
+        if (BIAS) start(0);
+    }
+    wgmma_wait<0>();
+}
+
+// The whole kernel, for a grid of as many clusters as the GPU holds.
+template <class Tiles>
+__device__ __forceinline__ void block_scaled_gemm(Tiles tiles, u32 base, int K, const TensorMap* map_a, const TensorMap* map_b, const TensorMap* map_sa,
+                                                  const TensorMap* map_sb, const float* sb, int stride_sb, const Output& out) {
+    // Through a shuffle, so that the compiler knows them to be the same in all lanes.
+    const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4;
+    const int lane = threadIdx.x % 32, blocks_k = (K + BLOCK_K - 1) / BLOCK_K;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(full(base, i), 1);
+            barrier_init(empty(base, i), 8 * CLUSTER);  // one lane of each multiplying warp of each CTA that shares the stage
+        }
+        barrier_init_fence();
+    }
+    if (CLUSTER > 1) cluster_sync();
+    else __syncthreads();
+    if (group == 2) {
+        registers_shrink<40>();
+        if (!DIRECT && warp < 2) store_tiles(tiles, base + OFFSET_C + warp * HALVES * BOXES * BOX_BYTES, warp, out.map);
+        if (warp == 2 && elect_one())
+            load_tiles(tiles, base, CLUSTER > 1 ? cluster_rank() : 0, blocks_k, map_a, map_b, map_sa, map_sb, sb, stride_sb, out.columns);
+    } else {
+        registers_grow<232>();
+        multiply_tiles(tiles, base, group, warp, lane, blocks_k, out);
+    }
+    if (CLUSTER > 1) cluster_sync();  // a CTA must not end while the other may still arrive at its barriers
+}
