@@ -12,16 +12,24 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import operator
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
+
+from dskernels.metadata import ByMetadata
 
 IMPLEMENTATIONS = ("hopper", "triton", "reference")
 OPERATIONS: dict[str, Operation] = {}
+
+_modes = torch._C._len_torch_dispatch_stack
+_PLAIN = (Tensor, torch.nn.Parameter)
+_STRAIGHT_DEVICES = ("cuda",)  # where the host's share of a call matters
 
 _library = torch.library.Library("dskernels", "FRAGMENT")
 _forced: ContextVar[str | None] = ContextVar("forced implementation", default=None)
@@ -80,11 +88,71 @@ class Operation:
         arguments = self.overload._schema.arguments
         self.arity = len(arguments) - 1
         self.writes = [i for i, argument in enumerate(arguments) if argument.is_write]
+        types = [str(argument.type) for argument in arguments[:-1]]
+        at = {kind: [i for i, type_ in enumerate(types) if type_ == kind] for kind in set(types)}
+        self._located = at.get("Tensor", [None])[0]
+        self._floats = at.get("float", [])
+        tensors = sorted(at.get("Tensor", []) + at.get("Optional[Tensor]", []))
+        values = sorted(at.get("int", []) + at.get("bool", []) + self._floats)
+        self._tensors, self._values = _picker(tensors), _picker(values)
+        self._candidates: dict[tuple[str | None, torch.device], list[str | tuple[Callable | None, Callable]]] = {}
+        known = self._located is not None and len(tensors) + len(values) == self.arity
+        self._straight = ByMetadata() if known else None
         OPERATIONS[self.name] = self
 
     def __call__(self, *args: Any, impl: str | None = None) -> Any:
-        """Run the registered operation on its flat arguments."""
-        return self.overload(*args, impl)
+        """Run the registered operation on its flat arguments.
+
+        Eager calls on plain CUDA tensors that meet again what was run before go straight to the implementation: torch's
+        dispatcher, which would end there too, takes 7 us, and `choose` another 4.
+        """
+        if torch.compiler.is_dynamo_compiling() or self._straight is None or _modes() or profiler._is_profiler_enabled:
+            return self.overload(*args, impl)
+        tensors, also = self._seen(args, impl)
+        if also is None:
+            return self.overload(*args, impl)
+        found = self._straight.find(tensors, also)
+        if found is None:
+            result = self.overload(*args, impl)
+            if _meets_nothing_else(tensors):
+                self._straight.keep(tensors, also, self._bound(args, impl or _forced.get()))
+            return result
+        launch, addresses = found
+        result = launch(addresses, args)
+        self._note_writes(args)
+        return result
+
+    def _seen(self, args: tuple, impl: str | None) -> tuple[tuple[Tensor, ...], Hashable]:
+        """The tensors, and what else decides what runs; None for that where it must be decided anew."""
+        tensors = given = self._tensors(args)
+        absent = None
+        for x in given:
+            if x is None:
+                tensors = tuple([x for x in given if x is not None])
+                absent = tuple([x is None for x in given])
+                break
+        if type(tensors[0]) not in _PLAIN or _recording.get() is not None:
+            return tensors, None
+        for i in self._floats:
+            if type(args[i]) is not float:  # the dispatcher makes it one
+                return tensors, None
+        device = torch._C._cuda_getDevice() if _several_gpus() else 0
+        return tensors, (impl, _forced.get(), device, torch.is_grad_enabled(), absent, self._values(args))
+
+    def _bound(self, args: tuple, impl: str | None) -> Callable[[Sequence[int], tuple], Any]:
+        """What runs arguments of this metadata, given the addresses of the tensors among them, and them."""
+        if self.composite is not None:
+            function: Callable = functools.partial(self.composite, impl=impl)
+        else:
+            function = self._chosen(args, impl, self._device_of(args))
+        bound = getattr(function, "bound", None)  # as cuda.driver.Planned has it
+        return (lambda addresses, args: function(*args)) if bound is None else bound(args)
+
+    def _note_writes(self, args: tuple) -> None:
+        """Raise the version of what was written: kernels write behind torch's back; autograd and caches go by it."""
+        for i in self.writes:
+            if isinstance(args[i], Tensor) and not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
 
     def register_autograd(self, backward: Callable, save: Callable) -> None:
         """Give the operation a gradient.
@@ -125,20 +193,53 @@ class Operation:
         return args[: self.arity], args[self.arity] if len(args) > self.arity else None
 
     def _run(self, *args: Any) -> Any:
-        args, impl = self._split(args)
-        impl = impl or _forced.get()
+        impl = _forced.get()
+        if len(args) > self.arity:
+            args, impl = args[:-1], args[-1] or impl
         if self.composite is not None:
             return self.composite(*args, impl=impl)
-        choice = self.choose(args, impl)
         recording = _recording.get()
         if recording is not None:
-            recording.append(choice)
+            recording.append(self.choose(args, impl))
             return self.fake(*args)
-        result = self._function(choice.impl)(*args)
-        for i in self.writes:  # a kernel writes behind torch's back: autograd and caches go by the version
-            if isinstance(args[i], Tensor) and not args[i].is_inference():
-                torch.autograd.graph.increment_version(args[i])
+        device = self._device_of(args)
+        function = self._chosen(args, impl, device)
+        if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):  # a launch goes to the current device, wherever its arguments are
+                result = function(*args)
+        else:
+            result = function(*args)
+        self._note_writes(args)
         return result
+
+    def _device_of(self, args: Sequence[Any]) -> torch.device:
+        return _device_of(args) if self._located is None else args[self._located].device
+
+    def _chosen(self, args: Sequence[Any], impl: str | None, device: torch.device) -> Callable:
+        """The function that `choose` names: what the device decides is kept, only `supports` is asked each time."""
+        candidates = self._candidates.get((impl, device))
+        if candidates is None:
+            candidates = self._candidates[impl, device] = self._fit_for(impl, device)
+        for i, candidate in enumerate(candidates):
+            if isinstance(candidate, str):
+                candidate = candidates[i] = _supports(candidate), _load(candidate)
+            supports, function = candidate
+            if supports is None or supports(*args) is None:
+                return function
+        return self._function(self.choose(args, impl).impl)
+
+    def _fit_for(self, impl: str | None, device: torch.device) -> list[str | tuple[Callable | None, Callable]]:
+        """Targets, the best first, that run on `device` if they take the arguments. On the CPU there are none, as there
+        an environment variable, not the device, decides."""
+        if device.type == "cpu":
+            return []
+        return [
+            target
+            for name, target in self.targets.items()
+            if isinstance(target, str)
+            and impl in (None, name)
+            and _reason_of_device(name, device, asked_for=impl is not None) is None
+        ]
 
     def _reason_against(self, impl: str, args: Sequence[Any], asked_for: bool) -> str | None:
         target = self.targets[impl]
@@ -197,6 +298,27 @@ def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list
     return choices
 
 
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
+    """An uninitialised tensor beside `like`, contiguous unless `strides` are given.
+
+    The same as `Tensor.new_empty` and `new_empty_strided`; on a GPU at half their cost, by the call that the code of
+    `torch.compile` makes.
+    """
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or type(like) not in _PLAIN
+        or not like.is_cuda
+        or _modes()
+        or (_several_gpus() and like.get_device() != torch._C._cuda_getDevice())
+    ):
+        if strides is None:
+            return like.new_empty(shape, dtype=dtype)
+        return like.new_empty_strided(shape, strides, dtype=dtype)
+    if strides is None:
+        strides = (shape[1] or 1, 1) if len(shape) == 2 else torch.empty(shape, device="meta").stride()
+    return torch._C._dynamo.guards._empty_strided_cuda(shape, strides, dtype)  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
 def differentiating() -> Iterator[None]:
     """Let autograd record inside an implementation: for a reference backward, which differentiates the reference.
@@ -214,6 +336,34 @@ def differentiating() -> Iterator[None]:
 def default_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's dispatcher would do no more with these than to call the implementation.
+
+    The tensors are plain, on the current GPU, and no autograd, transform or tracer has a part in it. `ByMetadata` sees
+    whether that is still so. (Modes and the profiler are looked for at each call.)
+    """
+    below_autograd = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+    return (
+        all(type(x) in _PLAIN and x.device.type in _STRAIGHT_DEVICES for x in tensors)
+        and tensors[0].device.index in (None, torch._C._cuda_getDevice())
+        and (below_autograd or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors))
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _picker(positions: Sequence[int]) -> Callable[[tuple], tuple]:
+    """A function from a tuple to the tuple of what stands at these positions."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda args: tuple([args[i] for i in positions])
+
+
+@functools.cache
+def _several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
 
 
 def _choose_by_device(op: Operation, device: torch.device) -> Choice:

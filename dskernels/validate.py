@@ -31,26 +31,29 @@ def check_tensor(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if dtype is not None:
-        allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    if dtype is not None and x.dtype is not dtype:
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         if x.dtype not in allowed:
             raise TypeError(f"{name}: expected dtype {_or(allowed)}, got {_dtype(x.dtype)}")
+    sizes = x.shape
     if shape is not None:
-        fits = x.dim() == len(shape)
+        fits = len(sizes) == len(shape)
         if fits:
-            for size, expected in zip(x.shape, shape, strict=True):
+            for size, expected in zip(sizes, shape, strict=True):
                 if not isinstance(expected, str) and size != expected:
                     fits = False
         if not fits:
-            raise ValueError(f"{name}: expected shape [{', '.join(str(s) for s in shape)}], got {list(x.shape)}")
+            raise ValueError(f"{name}: expected shape [{', '.join(str(s) for s in shape)}], got {list(sizes)}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device} like the others, got one on {x.device}")
-    if x.dim() > 0 and x.shape[-1] > 1 and x.stride(-1) != 1:
+    if sizes and sizes[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {list(x.stride())}")
 
 
 def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like: Tensor | None = None) -> None:
     """Check that `x` is an `Fp8Tensor` with one of these tiles, its scale of the shape and layout that go with it."""
+    if _is_plain_fp8(x, blocks, ndim, like):
+        return
     if not isinstance(x, Fp8Tensor):
         raise TypeError(f"{name}: expected an Fp8Tensor (see dskernels.quantize), got {type(x).__name__}")
     if x.block not in blocks:
@@ -80,6 +83,30 @@ def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like
             )
     elif x.scale.shape[-1] > 1 and x.scale.stride(-1) != 1:
         raise ValueError(f"{name}.scale: expected a contiguous last dimension, got strides {list(x.scale.stride())}")
+
+
+def _is_plain_fp8(x: Any, blocks: Sequence[Block], ndim: int, like: Tensor | None) -> bool:
+    """Whether `check_fp8` would find nothing to say, at a fifth of its cost, looking at the usual case alone.
+
+    False decides nothing: a stack, or strides that only a single row or column may have, are left to `check_fp8`.
+    """
+    if ndim != 2 or type(x) is not Fp8Tensor or x.block not in blocks:
+        return False
+    data, scale, (tile_rows, tile_cols) = x
+    if not (isinstance(data, Tensor) and isinstance(scale, Tensor)):
+        return False
+    if data.dtype is not torch.float8_e4m3fn or scale.dtype is not torch.float32:
+        return False
+    sizes, scale_sizes = data.shape, scale.shape
+    if len(sizes) != 2 or len(scale_sizes) != 2 or data.stride()[1] != 1:
+        return False
+    if scale_sizes[0] != -(-sizes[0] // tile_rows) or scale_sizes[1] != -(-sizes[1] // tile_cols):
+        return False
+    device = data.device
+    if scale.device != device or (like is not None and like.device != device):
+        return False
+    stride_row, stride_col = scale.stride()
+    return (stride_row == 1 and stride_col % 4 == 0) if (tile_rows, tile_cols) == (1, 128) else stride_col == 1
 
 
 def check_int(name: str, value: Any, *, low: int, high: int | None = None) -> None:

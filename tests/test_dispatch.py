@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dskernels as ds
 from dskernels import dispatch
+from dskernels.metadata import ByMetadata
 
 
 @pytest.fixture
@@ -88,3 +91,156 @@ def test_every_target_exists():
         for target in operation.targets.values():
             if isinstance(target, str):
                 assert callable(dispatch._load(target)), target
+
+
+@pytest.fixture
+def straight(monkeypatch, device):
+    """Let calls go straight to the implementation on the CPU too; return what still goes through torch's dispatcher."""
+    through = []
+    if device == "cpu":
+        monkeypatch.setattr(dispatch, "_STRAIGHT_DEVICES", ("cpu",))
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    for operation in dispatch.OPERATIONS.values():
+        if operation._straight is not None:
+            monkeypatch.setattr(operation, "_straight", ByMetadata())
+        overload = operation.overload
+        monkeypatch.setattr(
+            operation, "overload", lambda *args, overload=overload: through.append(overload.name()) or overload(*args)
+        )
+    return through
+
+
+def gemm_twice(device):
+    """Two calls that differ in nothing but values and addresses."""
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        a = ds.quantize(torch.randn(40, 256, device=device))
+        b = ds.quantize(torch.randn(128, 256, device=device), (128, 128))
+        yield a, b, ds.fp8_gemm(a, b)
+
+
+def test_known_calls_go_straight_and_mean_the_same(straight, device):
+    (_, _, first), (a, b, second) = gemm_twice(device)
+    assert straight.count("dskernels::fp8_gemm") == 1
+    assert straight.count("dskernels::quantize") == 2  # the two tilings
+    assert not torch.equal(first, second)
+    want = torch.empty_like(second)
+    torch.ops.dskernels.fp8_gemm(a.data, a.scale, b.data, b.scale, 128, None, want, False)
+    assert torch.equal(second, want)
+
+
+@pytest.mark.parametrize("change", ["sizes", "strides", "dtype", "value", "optional", "impl"])
+def test_other_calls_are_decided_anew(straight, device, change):
+    *_, (a, b, _) = gemm_twice(device)
+    out = torch.zeros(40, 128, device=device)
+    ds.fp8_gemm(a, b, out=out)
+    before = len(straight)
+    match change:
+        case "sizes":
+            ds.fp8_gemm(ds.quantize(torch.randn(41, 256, device=device)), b)
+        case "strides":
+            ds.fp8_gemm(a, b, out=torch.zeros(40, 256, device=device)[:, :128])
+        case "dtype":
+            ds.fp8_gemm(a, b, out_dtype=torch.float16)
+        case "value":
+            ds.fp8_gemm(a, b, out=out, accumulate=True)
+        case "optional":
+            ds.fp8_gemm(a, b, out=out, bias=torch.zeros(128, device=device))
+        case "impl":
+            ds.fp8_gemm(a, b, out=out, impl="reference")
+    assert straight[before:].count("dskernels::fp8_gemm") == 1
+
+
+def test_forcing_and_explaining_reach_known_calls(straight, device):
+    *_, (a, b, _) = gemm_twice(device)
+    with ds.use_impl("reference"):
+        assert ds.explain(ds.fp8_gemm, a, b)[0].impl == "reference"
+        ds.fp8_gemm(a, b)
+    assert [choice.operation for choice in ds.explain(ds.fp8_gemm, a, b)] == ["fp8_gemm"]
+    if device == "cpu":
+        with ds.use_impl("hopper"), pytest.raises(ValueError, match="impl='hopper' cannot run this"):
+            ds.fp8_gemm(a, b)
+
+
+def test_known_calls_raise_the_version_of_what_they_write(straight, device):
+    *_, (a, b, _) = gemm_twice(device)
+    out = torch.zeros(40, 128, device=device, dtype=torch.bfloat16)
+    ds.fp8_gemm(a, b, out=out)
+    before, n = out._version, len(straight)
+    ds.fp8_gemm(a, b, out=out)
+    assert len(straight) == n
+    assert out._version > before
+
+
+def test_gradients_flow_after_the_same_call_without(straight, device):
+    x, weight = torch.randn(40, 256, device=device), torch.randn(128, 256, device=device)
+    with torch.no_grad():
+        for _ in range(2):
+            ds.fp8_linear(x, weight)
+    ds.fp8_linear(x, weight)
+    x.requires_grad_()
+    for _ in range(2):
+        x.grad = None
+        ds.fp8_linear(x, weight).sum().backward()
+        assert x.grad is not None
+    with torch.no_grad():
+        for _ in range(2):
+            assert not ds.fp8_linear(x, weight).requires_grad
+    x.grad = None
+    ds.fp8_linear(x, weight).sum().backward()
+    assert x.grad is not None
+
+
+def test_modes_and_the_profiler_see_known_calls(straight, device):
+    x = torch.randn(40, 256, device=device)
+    for _ in range(2):
+        ds.quantize(x)
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        ds.quantize(x)
+    assert seen == ["dskernels.quantize.default"]
+    with torch.profiler.profile() as profile:
+        ds.quantize(x)
+    assert "dskernels::quantize" in {event.key for event in profile.key_averages()}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(ds.quantize(x).data, FakeTensor)
+
+
+def test_numbers_are_converted_as_ever(straight, device):
+    x, weight = torch.randn(40, 256, device=device), torch.randn(256, device=device)
+    for eps in (1.0, 1.0, 1):
+        y = ds.rmsnorm_quantize(x, weight, eps)
+    want = ds.rmsnorm_quantize(x, weight, 1.0)
+    assert torch.equal(y.data.float(), want.data.float())
+    assert straight == ["dskernels::rmsnorm_quantize"] * 2  # the first, and the one with an integer
+
+
+def test_one_tensor_for_two_arguments(straight, device):
+    x = torch.randn(40, 256, device=device)
+    for _ in range(3):
+        a = ds.quantize(x)
+        square = ds.fp8_gemm(a, a)
+    assert straight.count("dskernels::fp8_gemm") == 1
+    assert torch.equal(square, ds.fp8_gemm(a, ds.Fp8Tensor(a.data.clone(), a.scale)))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (0, 7), (5, 0), (2, 3, 4), (6,), ()])
+def test_empty_is_new_empty(device, shape):
+    like = torch.empty(3, device=device)
+    got, want = dispatch.empty(like, shape, torch.float16), like.new_empty(shape, dtype=torch.float16)
+    assert (got.shape, got.stride(), got.dtype, got.device) == (want.shape, want.stride(), want.dtype, want.device)
+    with torch.inference_mode():
+        assert dispatch.empty(like, shape, torch.float16).is_inference()
+
+
+def test_empty_with_strides_and_in_a_mode(device):
+    like = torch.empty(3, device=device)
+    assert dispatch.empty(like, (5, 2), torch.float32, (1, 8)).stride() == (1, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(dispatch.empty(like, (5, 2), torch.float32), FakeTensor)

@@ -1,25 +1,252 @@
-"""The three driver calls that a launch needs, through ctypes: 5 us a launch, where CuPy's own takes 17 to 40."""
+"""Launches through the CUDA driver: what depends on shapes is prepared once, what depends on addresses at each call.
+
+A step of a model meets the same shapes again and again, and new addresses, for each output is a new allocation. So a
+family's ``hopper.py`` writes a function that prepares a `Plan`, a kernel's handle, grid and packed arguments, and
+decorates it. Called with tensors and values, it finds the plan of their metadata, or makes it; writes the addresses
+that changed into it; and launches it, in 10 us of which the driver takes 5 (CuPy's own launch alone: 17 to 40). This is
+all that a kernel needs::
+
+    @Planned
+    def scale(x: Tensor, factor: float, bias: Tensor | None, out: Tensor) -> Plan:
+        return Plan(
+            kernel(SOURCE, "scale", options, shared, x.device.index),
+            arguments=(
+                TensorMap("x", x, (64, 128), swizzle=True),
+                Pointer("bias"),
+                Pointer("out"),
+                ctypes.c_int(x.shape[0]),
+                ctypes.c_float(factor),
+            ),
+            grid=..., threads=..., shared=..., device=x.device,
+        )
+
+Such a function may be what an `Operation` names, if the operation writes to its arguments and returns nothing. One that
+returns tensors allocates them and calls such a function.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dskernels.metadata import ByMetadata
 
 _MAP_BYTES = 128
 _ELEMENT = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}
 _UINT8 = 0
 _NO_SWIZZLE, _SWIZZLE_128B = 0, 3
 _PROMOTE_256B = 3
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+_INVALID_CONTEXT = 201
+
+_Replace = Callable[[int], int]
+_Launch = Callable[[Sequence[int], tuple], None]
 
 
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+class _Dim(ctypes.Structure):
+    _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, and a union of 64 bytes of which at most three integers are used here."""
+
+    _fields_ = [("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("value", ctypes.c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", _Dim),
+        ("block", _Dim),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("n_attributes", ctypes.c_uint),
+    ]
+
+
+class Pointer(NamedTuple):
+    """A kernel argument that is the address of a tensor; null where that is absent.
+
+    Attributes:
+        name: parameter of the `Planned` function that holds the tensor.
+    """
+
+    name: str
+
+
+class TensorMap(NamedTuple):
+    """A kernel argument that is a CUtensorMap: how the tensor memory accelerator copies tiles of a matrix.
+
+    Attributes:
+        name: parameter of the `Planned` function that holds the tensor whose address it gets.
+        x: the matrix ``[outer, inner]`` there, its inner index contiguous: sizes, strides and dtype count. Elements
+            beyond them are read as zero and not written.
+        box: what one copy takes, (outer, inner) elements.
+        swizzle: whether shared memory is swizzled by 128 bytes, else not at all.
+    """
+
+    name: str
+    x: Tensor
+    box: tuple[int, int]
+    swizzle: bool
+
+
+class Plan:
+    """A launch prepared for given shapes, strides and dtypes; `Planned` gives it the addresses.
+
+    One thread at a time may launch it, and nobody again after a launch has raised: `Planned` sees to both. The driver
+    copies the arguments, so that a plan may be launched again at once, and its launch be captured in a CUDA graph.
+
+    Args:
+        function: handle of the kernel (see :func:`dskernels.cuda.compiler.kernel`).
+        arguments: of the kernel, in its order: `Pointer`, `TensorMap`, or a ctypes value that stays.
+        grid: blocks, in x or in (x, y, z).
+        threads: of a block.
+        shared: bytes of dynamic shared memory of a block.
+        device: the GPU, which must be the current one at each launch.
+        cluster: blocks of a cluster, along x; a kernel that says ``__cluster_dims__`` leaves it out.
+        programmatic: let the kernel begin before the one in front of it has ended (programmatic dependent launch): it
+            has to wait by ``griddepcontrol.wait`` before it touches that one's results.
+    """
+
+    def __init__(
+        self,
+        function: int,
+        *,
+        arguments: Sequence[Any],
+        grid: int | tuple[int, int, int],
+        threads: int,
+        shared: int,
+        device: torch.device,
+        cluster: int | None = None,
+        programmatic: bool = False,
+    ) -> None:
+        self._addresses: Sequence[int] = []
+        self._cells: list[tuple[int, Any]] = []
+        self._maps: list[tuple[int, _Replace]] = []
+        self._cells_of: list[tuple[str, Any]] = []
+        self._maps_of: list[tuple[str, _Replace]] = []
+        once = {id(argument): argument for argument in arguments}  # what is given twice is packed and written once
+        packed = {key: self._packed(argument) for key, argument in once.items()}
+        cells = [packed[id(argument)] for argument in arguments]
+        pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
+        attributes = []
+        if cluster is not None:
+            attributes.append(_Attribute(_CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
+        if programmatic:
+            attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
+        attribute_array = (_Attribute * len(attributes))(*attributes)
+        config = _Config(
+            grid=_Dim(*grid) if isinstance(grid, tuple) else _Dim(grid, 1, 1),
+            block=_Dim(threads, 1, 1),
+            shared=shared,
+            attributes=ctypes.addressof(attribute_array),
+            n_attributes=len(attributes),
+        )
+        self._config = config
+        self._device: int = device.index
+        self._call = functools.partial(
+            _driver().cuLaunchKernelEx,
+            *(ctypes.c_void_p(x) for x in (ctypes.addressof(config), function, ctypes.addressof(pointers), None)),
+        )
+        self._kept = cells, pointers, attribute_array
+
+    def bind(self, parameters: Sequence[str], tensors: Sequence[str]) -> None:
+        """Say what the addresses of `launch` belong to: names of `tensors`, out of all `parameters`."""
+        for name, _ in (*self._cells_of, *self._maps_of):
+            if name not in parameters:
+                raise ValueError(f"{name}: expected one of the parameters {', '.join(parameters)}")
+        self._cells = [(tensors.index(name), cell) for name, cell in self._cells_of if name in tensors]
+        self._maps = [(tensors.index(name), replace) for name, replace in self._maps_of if name in tensors]
+
+    def launch(self, addresses: Sequence[int]) -> None:
+        """Launch on torch's current stream of the device, with these addresses in the order that `bind` said."""
+        if addresses != self._addresses:
+            for i, cell in self._cells:
+                cell[0] = addresses[i]
+            for i, replace in self._maps:
+                check(replace(addresses[i]), "cuTensorMapReplaceAddress")
+            self._addresses = addresses
+        self._config.stream = torch._C._cuda_getCurrentRawStream(self._device)
+        if status := self._call():
+            if status == _INVALID_CONTEXT:  # this thread has not called CUDA before
+                check(_driver().cuCtxSetCurrent(_primary_context(self._device)), "cuCtxSetCurrent")
+                status = self._call()
+            check(status, "cuLaunchKernelEx")
+
+    def _packed(self, argument: Any) -> Any:
+        """The argument as memory that the driver reads; one of a tensor leaves behind how its address is written."""
+        if isinstance(argument, TensorMap):
+            cell = _encoded(argument)
+            replace = _replacement(cell, argument.x.data_ptr())
+            if replace is not None:
+                self._maps_of.append((argument.name, replace))
+                return cell
+        elif isinstance(argument, Pointer):
+            cell = (ctypes.c_uint64 * 1)()
+        else:
+            return argument
+        self._cells_of.append((argument.name, cell))
+        return cell
+
+
+class Planned:
+    """A function of tensors and values that launches the `Plan` which it returns when it is called for the first time.
+
+    A plan is kept by the tensors' metadata (see `ByMetadata`) and by the values, which must be hashable: it may depend
+    on nothing else. Threads do not get in each other's way: a launch takes a plan out of the keeping while it writes
+    addresses into it, and another thread that wants the same one meanwhile makes a second.
+
+    Args:
+        prepare: the function.
+    """
+
+    def __init__(self, prepare: Callable[..., Plan]) -> None:
+        self.prepare = prepare
+        self._parameters = list(inspect.signature(prepare).parameters)
+        self._kept = ByMetadata()
+        functools.update_wrapper(self, prepare)
+
+    def __call__(self, *args: Any) -> None:
+        """Launch."""
+        launch, addresses = self._found(args)
+        launch(addresses, args)
+
+    def bound(self, args: tuple) -> _Launch:
+        """What launches for arguments of this metadata, given the addresses of the tensors among them, and them."""
+        return self._found(args)[0]
+
+    def _found(self, args: tuple) -> tuple[_Launch, list[int]]:
+        tensors = tuple([x for x in args if isinstance(x, Tensor)])
+        values = tuple([x for x in args if not isinstance(x, Tensor)])
+        found = self._kept.find(tensors, values)
+        if found is None:
+            found = self._launch_of(args), [x.data_ptr() for x in tensors]
+            self._kept.keep(tensors, values, found[0])
+        return found
+
+    def _launch_of(self, args: tuple) -> _Launch:
+        tensors = [name for name, x in zip(self._parameters, args, strict=True) if isinstance(x, Tensor)]
+        idle: list[Plan] = []
+
+        def launch(addresses: Sequence[int], args: tuple) -> None:
+            try:
+                plan = idle.pop()
+            except IndexError:
+                plan = self.prepare(*args)
+                plan.bind(self._parameters, tensors)
+            plan.launch(addresses)
+            idle.append(plan)
+
+        return launch
 
 
 def check(status: int, call: str) -> None:
@@ -30,17 +257,31 @@ def check(status: int, call: str) -> None:
         raise RuntimeError(f"{call}: {(text.value or b'unknown error').decode()} ({status})")
 
 
-def tensor_map(x: Tensor, box: tuple[int, int], *, swizzle: bool) -> Any:
-    """CUtensorMap of a matrix whose inner index is contiguous; `box` is what one copy takes, (outer, inner) elements.
+@functools.cache
+def _driver(kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
+    """The driver. As a CDLL it lets other Python threads run during a call, as a launch may wait for a full queue."""
+    library = kind("libcuda.so.1")
+    library.cuTensorMapReplaceAddress.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    return library
 
-    It depends on the address, the sizes and the strides alone, so it may be kept as long as these stay. Elements beyond
-    the matrix are read as zero and not written.
-    """
+
+@functools.cache
+def _primary_context(device: int) -> ctypes.c_void_p:
+    """The context in which torch works on this device."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    check(_driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+    check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+    return context
+
+
+def _encoded(description: TensorMap) -> Any:
+    """The CUtensorMap, at an address divisible by 64 as the driver wants it."""
+    x, box = description.x, description.box
     outer, inner = x.shape
     storage = ctypes.create_string_buffer(_MAP_BYTES + 64)
-    address = (ctypes.addressof(storage) + 63) // 64 * 64
+    cell = (ctypes.c_uint64 * (_MAP_BYTES // 8)).from_buffer(storage, -ctypes.addressof(storage) % 64)
     status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(address),
+        ctypes.byref(cell),
         _ELEMENT.get(x.dtype, _UINT8),
         2,
         ctypes.c_void_p(x.data_ptr()),
@@ -49,32 +290,23 @@ def tensor_map(x: Tensor, box: tuple[int, int], *, swizzle: bool) -> Any:
         (ctypes.c_uint32 * 2)(box[1], box[0]),
         (ctypes.c_uint32 * 2)(1, 1),
         0,
-        _SWIZZLE_128B if swizzle else _NO_SWIZZLE,
+        _SWIZZLE_128B if description.swizzle else _NO_SWIZZLE,
         _PROMOTE_256B,
         0,
     )
     check(status, "cuTensorMapEncodeTiled")
-    return (ctypes.c_char * _MAP_BYTES).from_address(address), storage
+    return cell
 
 
-class Launch:
-    """A kernel with its grid and arguments, packed once: calling it launches on torch's current stream."""
+def _replacement(cell: Any, address: int) -> _Replace | None:
+    """The driver's function that writes an address into a map; None where it does but assign the first word.
 
-    def __init__(
-        self, function: int, grid: int, threads: int, shared: int, arguments: Sequence[Any], device: torch.device
-    ) -> None:
-        """Pack `arguments`: ctypes values, or what `tensor_map` returns."""
-        self._keep = arguments
-        values = [a[0] if isinstance(a, tuple) else a for a in arguments]
-        self._pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-        self._device = device.index
-        self._launch = functools.partial(
-            _driver().cuLaunchKernel, ctypes.c_void_p(function), grid, 1, 1, threads, 1, 1, shared
-        )
-
-    def __call__(self) -> None:
-        """Launch."""
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        status = self._launch(ctypes.c_void_p(stream), self._pointers, None)
-        if status:
-            check(status, "cuLaunchKernel")
+    The function takes 1 us of ctypes, the assignment 0.1 us. What the function does is not documented, so this tries it
+    on an address with all other bits: if that comes out as the first word and nothing else changes, that is all of it.
+    """
+    # PyDLL keeps the interpreter's lock: the call is too short to let another thread in.
+    replace = functools.partial(_driver(ctypes.PyDLL).cuTensorMapReplaceAddress, ctypes.addressof(cell))
+    before, other = list(cell), address ^ 0x7FFF_FFFF_FFF0
+    plain = before[0] == address and replace(other) == 0 and list(cell) == [other, *before[1:]]
+    check(replace(address), "cuTensorMapReplaceAddress")
+    return None if plain else replace

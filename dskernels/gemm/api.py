@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import Operation
+from dskernels.dispatch import Operation, empty
 from dskernels.fp8 import quantize, quantize_both
 from dskernels.gemm.weights import quantized_weight, transposed
 from dskernels.reference import gemm as reference
@@ -49,8 +49,8 @@ def fp8_gemm(
     M = 0 or N = 0 gives an empty result; K = 0 gives zeros (plus the bias). Not differentiable: see :func:`fp8_linear`.
     Source: DeepSeek-V3 report (arXiv 2412.19437), section 3.3.2.
     """
-    check_fp8("a", a, blocks=[(1, 128)])
-    check_fp8("b", b, blocks=[(128, 128), (1, 128)], like=a.data)
+    check_fp8("a", a, blocks=((1, 128),))
+    check_fp8("b", b, blocks=((128, 128), (1, 128)), like=a.data)
     (m, k), (n, k_b) = a.data.shape, b.data.shape
     if k != k_b:
         raise ValueError(f"b: expected K = {k} columns like a, got {k_b}")
@@ -60,7 +60,7 @@ def fp8_gemm(
         if accumulate:
             raise ValueError("accumulate: expected `out` to add to, got out=None")
         check_choice("out_dtype", out_dtype, HALF_OR_SINGLE)
-        out = a.data.new_empty((m, n), dtype=out_dtype)
+        out = empty(a.data, (m, n), out_dtype)
     else:
         check_tensor("out", out, dtype=HALF_OR_SINGLE, shape=(m, n), like=a.data)
     _fp8_gemm(a.data, a.scale, b.data, b.scale, b.block[0], bias, out, accumulate, impl=impl)
@@ -94,7 +94,7 @@ def fp8_linear(x: Tensor, weight: Tensor | Fp8Tensor, bias: Tensor | None = None
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     if isinstance(weight, Fp8Tensor):
-        check_fp8("weight", weight, blocks=[(128, 128)], like=x)
+        check_fp8("weight", weight, blocks=((128, 128),), like=x)
     else:
         check_tensor("weight", weight, dtype=HALF_OR_SINGLE, shape=("N", "K"), like=x)
     if weight.shape[1] != x.shape[-1]:

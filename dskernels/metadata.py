@@ -1,0 +1,70 @@
+"""What was found out for tensors of given metadata, found again in about 1 us.
+
+Reading sizes or strides in Python takes 0.3 us for each tensor, all that a kernel's launch depends on more than torch
+takes to allocate. `torch.compile` compares it in one call of C++, its tensor guards, and so does this.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_Entry = tuple[Callable[..., bool], "list[int] | None", Any]
+
+
+class ByMetadata:
+    """Values kept by the metadata of some tensors, and anything hashable besides.
+
+    Metadata is each tensor's type, dtype, device, sizes, strides, whether it requires a gradient, its address modulo
+    16, and how torch would dispatch on it now (so that what was kept outside of a transform, of autocast or of
+    inference mode is not found inside).
+
+    Args:
+        most: how many values are kept; at the limit all go.
+    """
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._n = 0
+        self._kept: dict[tuple, list[_Entry]] = {}
+
+    def find(self, tensors: tuple[Tensor, ...], also: Hashable) -> tuple[Any, list[int]] | None:
+        """The value that was kept for these, and the addresses of the tensors; None if there is none."""
+        candidates = self._kept.get((len(tensors), tensors[0].shape, also))
+        if candidates is None:
+            return None
+        for check, odd, value in candidates:
+            if check(*tensors):
+                addresses = [x.data_ptr() for x in tensors]
+                if not odd and not functools.reduce(operator.or_, addresses) & 15:
+                    return value, addresses
+                if odd == [address & 15 for address in addresses]:
+                    return value, addresses
+        distinct = _distinct(tensors)
+        return None if distinct is tensors else self.find(distinct, also)
+
+    def keep(self, tensors: tuple[Tensor, ...], also: Hashable, value: Any) -> None:
+        """Keep a value for these."""
+        if self._n >= self._most:
+            self._n, self._kept = 0, {}
+        tensors = _distinct(tensors)
+        sizes: list[Any] = [list(x.shape) for x in tensors]
+        strides: list[Any] = [list(x.stride()) for x in tensors]
+        guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._n += 1
+        addresses = [x.data_ptr() for x in tensors]
+        odd = [address & 15 for address in addresses]
+        entry = guards.check, odd if any(odd) else None, value
+        self._kept.setdefault((len(tensors), tensors[0].shape, also), []).append(entry)
+
+
+def _distinct(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same tensors as different objects: guards are never met by one that is given twice."""
+    if len({id(x) for x in tensors}) == len(tensors):
+        return tensors
+    return tuple(x.detach() if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors))

@@ -1,0 +1,76 @@
+"""The quick way through `check_fp8` lets nothing pass that the whole check refuses."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dskernels as ds
+from dskernels import validate
+from dskernels.types import Fp8Tensor
+
+BLOCKS = ((1, 128), (128, 128), (128, 1))
+META, CPU = torch.device("meta"), torch.device("cpu")
+
+
+def strided(sizes, strides, dtype, device):
+    return torch.empty_strided(sizes, strides, dtype=dtype, device=device)
+
+
+@st.composite
+def operands(draw):
+    """An `Fp8Tensor` as `quantize` makes it, or with one or two things about it that are not so."""
+    block = draw(st.sampled_from(BLOCKS))
+    rows, cols = draw(st.sampled_from([0, 1, 3, 129])), draw(st.sampled_from([0, 1, 128, 300, 301]))
+    whole = ds.quantize(torch.empty(rows, cols), block)
+    data = {"sizes": list(whole.data.shape), "strides": list(whole.data.stride())}
+    scale = {"sizes": list(whole.scale.shape), "strides": list(whole.scale.stride())}
+    data |= {"dtype": torch.float8_e4m3fn, "device": CPU}
+    scale |= {"dtype": torch.float32, "device": CPU}
+    for _ in range(draw(st.integers(0, 2))):
+        part = draw(st.sampled_from([data, scale]))
+        match draw(st.sampled_from(["size", "stride", "stride", "stride", "dtype", "device", "dim", "block"])):
+            case "size":
+                part["sizes"][draw(st.integers(0, 1))] = draw(st.integers(0, 5))
+            case "stride":
+                part["strides"][draw(st.integers(0, 1))] = draw(st.sampled_from([0, 1, 2, 4, 6, 512]))
+            case "dtype":
+                part["dtype"] = draw(st.sampled_from([torch.uint8, torch.float16, torch.float8_e5m2]))
+            case "device":
+                part["device"] = META
+            case "dim":
+                part["sizes"], part["strides"] = [2, *part["sizes"]], [1024, *part["strides"]]
+            case "block":
+                block = draw(st.sampled_from([*BLOCKS, (64, 64)]))
+        if len(data["sizes"]) == 3 or len(scale["sizes"]) == 3:
+            break
+    return Fp8Tensor(strided(**data), strided(**scale), block)
+
+
+@settings(max_examples=1000)
+@given(x=operands(), allowed=st.sampled_from([BLOCKS, BLOCKS[:1]]), like=st.sampled_from([None, CPU, META]))
+def test_quick_accepts_only_what_the_whole_check_does(x, allowed, like):
+    like = None if like is None else torch.empty(1, device=like)
+    if validate._is_plain_fp8(x, allowed, 2, like):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(validate, "_is_plain_fp8", lambda *args: False)
+            validate.check_fp8("x", x, blocks=allowed, like=like)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("rows", [2, 300])
+def test_quick_accepts_what_quantize_makes(block, rows):
+    x = ds.quantize(torch.randn(rows, 384), block)
+    assert validate._is_plain_fp8(x, BLOCKS, 2, x.data)
+
+
+@pytest.mark.parametrize("change", [{"data": None}, {"scale": [1.0]}, {"data": 3}, {"scale": None}])
+def test_what_is_no_tensor_is_named(change):
+    x = ds.quantize(torch.randn(4, 128))._replace(**change)
+    with pytest.raises(TypeError, match=rf"x\.{next(iter(change))}: expected a torch.Tensor"):
+        validate.check_fp8("x", x, blocks=BLOCKS)
+
+
+def test_a_tuple_is_not_an_fp8_tensor():
+    with pytest.raises(TypeError, match=r"x: expected an Fp8Tensor .* got tuple"):
+        validate.check_fp8("x", tuple(ds.quantize(torch.randn(4, 128))), blocks=BLOCKS)
