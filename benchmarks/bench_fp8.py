@@ -19,23 +19,28 @@ COMPILED_FROM = 4096  # tokens; compiling takes seconds, and says little about s
 
 @dataclass(frozen=True)
 class Quantize(Case):
-    """`quantize` in one of its layouts, bitwise like the reference."""
+    """`quantize` in one of its layouts, or of a stack of matrices, bitwise like the reference."""
 
     workload: workloads.Rows
     block: tuple[int, int] = (1, 128)
     scale_format: str = "fp32"
     transpose: bool = False
+    stack: int | None = None
 
     @property
     def op(self) -> str:
         block = "" if self.block == (1, 128) else f"_{self.block[0]}x{self.block[1]}"
-        return f"quantize{block}" + ("_ue8m0" * (self.scale_format == "ue8m0")) + ("_transposed" * self.transpose)
+        stack = "" if self.stack is None else f"_stack{self.stack}"
+        ue8m0 = "_ue8m0" * (self.scale_format == "ue8m0")
+        return f"quantize{block}{stack}{ue8m0}" + "_transposed" * self.transpose
 
     def work(self):
-        return roofline.quantize(self.workload, self.block)
+        one = roofline.quantize(self.workload, self.block)
+        return one if self.stack is None else roofline.Work(None, self.stack * one.bytes)
 
     def inputs(self, device):
-        return SimpleNamespace(x=inputs.bf16(self.workload.m, self.workload.n, device=device))
+        stack = () if self.stack is None else (self.stack,)
+        return SimpleNamespace(x=inputs.bf16(*stack, self.workload.m, self.workload.n, device=device))
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -85,30 +90,59 @@ class SwigluQuantize(Case):
     """The gated product of an expert, quantised; workload (tokens, width of the expert)."""
 
     workload: workloads.Rows
+    transpose: bool = False
     tolerance = 1e-5  # the odd element falls on the other side of a rounding step, by another exponential
 
     @property
     def op(self) -> str:
-        return "swiglu_quantize"
+        return "swiglu_quantize" + "_transposed" * self.transpose
 
     def work(self):
-        return roofline.swiglu_quantize(self.workload)
+        return roofline.swiglu_quantize(self.workload, transpose=self.transpose)
 
     def inputs(self, device):
         return SimpleNamespace(gate_up=inputs.bf16(self.workload.m, 2 * self.workload.n, device=device))
 
     def ours(self, x, impl) -> Call:
-        return lambda: ds.swiglu_quantize(x.gate_up, impl=impl)
+        return lambda: ds.swiglu_quantize(x.gate_up, transpose=self.transpose, impl=impl)
 
     def comparable(self, out):
         return out.dequantize()
 
     def peers(self, x):
-        job = partial(reference.swiglu_quantize, x.gate_up)
+        job = partial(reference.swiglu_quantize, x.gate_up, transpose=self.transpose)
         found = {"torch": peers.eager(job)}
-        if self.workload.m == COMPILED_FROM:
+        if self.workload.m == COMPILED_FROM and not self.transpose:
             found["torch_compile"] = peers.compiled(job)
         return found
+
+
+@dataclass(frozen=True)
+class SwigluQuantizeBackward(Case):
+    """The gradient of the gated product, quantised for dgrad and for wgrad; workload (tokens, width of the expert)."""
+
+    workload: workloads.Rows
+    tolerance = 1e-5  # as above
+
+    @property
+    def op(self) -> str:
+        return "swiglu_quantize_backward"
+
+    def work(self):
+        return roofline.swiglu_quantize_backward(self.workload)
+
+    def inputs(self, device):
+        m, n = self.workload.m, self.workload.n
+        return SimpleNamespace(dy=inputs.bf16(m, n, device=device), gate_up=inputs.bf16(m, 2 * n, device=device))
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.swiglu_quantize_backward(x.dy, x.gate_up, impl=impl)
+
+    def comparable(self, out):
+        return tuple(part.dequantize() for part in out)
+
+    def peers(self, x):
+        return {"torch": peers.eager(partial(reference.swiglu_quantize_backward, x.dy, x.gate_up))}
 
 
 @dataclass(frozen=True)
@@ -148,13 +182,54 @@ class RmsnormQuantize(Case):
         return found
 
 
+@dataclass(frozen=True)
+class RmsnormBackward(Case):
+    """The gradient of the norm, with or without the one that comes down the residual stream."""
+
+    workload: workloads.Rows
+    residual: bool = False
+
+    @property
+    def op(self) -> str:
+        return "rmsnorm_backward" + ("_residual" * self.residual)
+
+    def work(self):
+        return roofline.rmsnorm_backward(self.workload, residual=self.residual)
+
+    def inputs(self, device):
+        m, n = self.workload.m, self.workload.n
+        return SimpleNamespace(
+            dy=inputs.bf16(m, n, device=device),
+            x=inputs.bf16(m, n, device=device),
+            weight=inputs.bf16(n, device=device),
+            dresidual=inputs.bf16(m, n, device=device) if self.residual else None,
+        )
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.rmsnorm_backward(x.dy, x.x, x.weight, EPS, x.dresidual, impl=impl)
+
+    def peers(self, x):
+        job = partial(reference.rmsnorm_backward, x.dy, x.x, x.weight, EPS, x.dresidual)
+        found = {"torch": peers.eager(job)}
+        if self.workload.m >= COMPILED_FROM:
+            found["torch_compile"] = peers.compiled(job)
+        return found
+
+
 CASES: list[Case] = [
-    *(Quantize(w) for w in workloads.ACTIVATIONS),
+    *(Quantize(w) for w in (*workloads.ACTIVATIONS, *workloads.WEIGHTS[1:])),
     *(Quantize(w, scale_format="ue8m0") for w in workloads.ACTIVATIONS[:1]),
-    *(Quantize(w, (128, 1), transpose=True) for w in workloads.ACTIVATIONS[:1]),
+    *(Quantize(w, (128, 1)) for w in workloads.ACTIVATIONS[:1]),
+    *(Quantize(w, (128, 1), transpose=True) for w in workloads.WEIGHTS),
     *(Quantize(w, (128, 128)) for w in workloads.WEIGHTS),
-    *(QuantizeBoth(w) for w in workloads.ACTIVATIONS[:1]),
+    *(Quantize(w, (128, 128), transpose=True) for w in workloads.WEIGHTS[:1]),
+    *(Quantize(w, (128, 128), stack=8) for w in workloads.WEIGHTS[:1]),
+    *(QuantizeBoth(w) for w in workloads.WEIGHTS),
     *(SwigluQuantize(w) for w in workloads.GATED),
+    *(SwigluQuantize(w, transpose=True) for w in workloads.GATED[:2]),
+    *(SwigluQuantizeBackward(w) for w in workloads.GATED[:2]),
     *(RmsnormQuantize(w) for w in workloads.ACTIVATIONS),
     *(RmsnormQuantize(w, residual=True) for w in workloads.ACTIVATIONS),
+    *(RmsnormBackward(w) for w in workloads.ACTIVATIONS),
+    *(RmsnormBackward(w, residual=True) for w in workloads.ACTIVATIONS[:1]),
 ]

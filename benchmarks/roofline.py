@@ -67,14 +67,26 @@ def quantize_both(x: w.Rows) -> Work:
     return Work(None, x.m * x.n * BF16 + fp8_bytes(x.m, x.n, (1, 128)) + fp8_bytes(x.n, x.m, (1, 128)))
 
 
-def swiglu_quantize(x: w.Rows) -> Work:
+def swiglu_quantize(x: w.Rows, *, transpose: bool = False) -> Work:
     """Gate and up in bf16 in, fp8 out."""
-    return Work(None, 2 * x.m * x.n * BF16 + fp8_bytes(x.m, x.n, (1, 128)))
+    out = fp8_bytes(x.n, x.m, (1, 128)) if transpose else fp8_bytes(x.m, x.n, (1, 128))
+    return Work(None, 2 * x.m * x.n * BF16 + out)
+
+
+def swiglu_quantize_backward(x: w.Rows) -> Work:
+    """The product's gradient, gate and up in bf16 in once; their gradient in fp8 out, row-wise and transposed."""
+    out = fp8_bytes(x.m, 2 * x.n, (1, 128)) + fp8_bytes(2 * x.n, x.m, (1, 128))
+    return Work(None, 3 * x.m * x.n * BF16 + out)
 
 
 def rmsnorm_quantize(x: w.Rows, *, residual: bool) -> Work:
     """bf16 in, fp8 out; with a residual that is read too, and the sum written."""
     return Work(None, (3 if residual else 1) * x.m * x.n * BF16 + x.n * BF16 + fp8_bytes(x.m, x.n, (1, 128)))
+
+
+def rmsnorm_backward(x: w.Rows, *, residual: bool) -> Work:
+    """dy and x in bf16 in, dx out; with a residual its gradient in too; the weight in, its gradient out."""
+    return Work(None, (4 if residual else 3) * x.m * x.n * BF16 + 2 * x.n * BF16)
 
 
 def gemm(x: w.Gemm) -> Work:

@@ -1,7 +1,14 @@
 """GPU kernels for models built like DeepSeek-V3, each with a plain PyTorch reference that means the same."""
 
 from dskernels.dispatch import explain, use_impl
-from dskernels.fp8 import quantize, quantize_both, rmsnorm_quantize, swiglu_quantize
+from dskernels.fp8 import (
+    quantize,
+    quantize_both,
+    rmsnorm_backward,
+    rmsnorm_quantize,
+    swiglu_quantize,
+    swiglu_quantize_backward,
+)
 from dskernels.gemm import fp8_gemm, fp8_linear
 from dskernels.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
 from dskernels.mla import merge_states, mla_decode, mla_prefill, mla_prefill_cached, write_latent_cache
@@ -32,9 +39,11 @@ __all__ = [
     "quantize",
     "quantize_both",
     "quantize_grouped",
+    "rmsnorm_backward",
     "rmsnorm_quantize",
     "route",
     "swiglu_quantize",
+    "swiglu_quantize_backward",
     "update_bias",
     "use_impl",
     "write_latent_cache",

@@ -1,6 +1,13 @@
 """Plain PyTorch that defines what each operation means: fp32 arithmetic (fp64 stays fp64), no tricks, any device."""
 
-from dskernels.reference.fp8 import quantize, quantize_both, rmsnorm_quantize, swiglu_quantize
+from dskernels.reference.fp8 import (
+    quantize,
+    quantize_both,
+    rmsnorm_backward,
+    rmsnorm_quantize,
+    swiglu_quantize,
+    swiglu_quantize_backward,
+)
 from dskernels.reference.gemm import fp8_gemm, fp8_linear
 from dskernels.reference.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
 from dskernels.reference.mla import merge_states, mla_decode, mla_prefill, mla_prefill_cached, write_latent_cache
@@ -24,9 +31,11 @@ __all__ = [
     "quantize",
     "quantize_both",
     "quantize_grouped",
+    "rmsnorm_backward",
     "rmsnorm_quantize",
     "route",
     "swiglu_quantize",
+    "swiglu_quantize_backward",
     "update_bias",
     "write_latent_cache",
 ]

@@ -62,21 +62,58 @@ def quantize_both(x: Tensor, *, scale_format: str = "fp32") -> tuple[Fp8Tensor, 
     return by_row, by_column
 
 
+def widened(x: Tensor) -> Tensor:
+    """`x` in fp32, or in fp64 where it is that already, to check the formulas below more closely than fp32 can."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up in fp32, of `gate_up` [T, 2I]: the gate in the first half of the columns, up in the second."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = widened(gate_up).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def swiglu_quantize(gate_up: Tensor, *, scale_format: str = "fp32") -> Fp8Tensor:
-    """e4m3 of silu(gate) * up [T, I] in 1x128 tiles, not rounded in between."""
-    return quantize(swiglu(gate_up), scale_format=scale_format)
+def swiglu_gradient(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient [T, 2I] of silu(gate) * up, in fp32: dy * up * (s + gate * s * (1 - s)) and dy * gate * s.
+
+    s = sigmoid(gate).
+    """
+    gate, up = widened(gate_up).chunk(2, dim=-1)
+    dy, s = widened(dy), gate.sigmoid()
+    return torch.cat([dy * up * (s + gate * s * (1 - s)), dy * gate * s], dim=-1)
+
+
+def swiglu_quantize(gate_up: Tensor, *, scale_format: str = "fp32", transpose: bool = False) -> Fp8Tensor:
+    """e4m3 of silu(gate) * up [T, I] in 1x128 tiles, or of its transpose in 1x128 tiles, not rounded in between."""
+    block = (128, 1) if transpose else (1, 128)
+    return quantize(swiglu(gate_up), block, scale_format=scale_format, transpose=transpose)
+
+
+def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, *, scale_format: str = "fp32") -> tuple[Fp8Tensor, Fp8Tensor]:
+    """e4m3 of the gradient of silu(gate) * up, as `quantize_both` makes it, not rounded in between."""
+    return quantize_both(swiglu_gradient(dy, gate_up), scale_format=scale_format)
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight in fp32 (Zhang and Sennrich, arXiv 1910.07467, eq. 4)."""
-    x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+    x = widened(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * widened(weight)
+
+
+def rmsnorm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, dresidual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of RMSNorm(x): dx = r * (g - n * mean(g * n)) [+ dresidual], n = x * r, g = dy * weight; dweight.
+
+    r = 1 / sqrt(mean(x^2) + eps); dweight is the sum of dy * n over tokens.
+    """
+    wide, dy = widened(x), widened(dy)
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    n, g = wide * r, dy * widened(weight)
+    dx = r * (g - n * (g * n).mean(-1, keepdim=True))
+    if dresidual is not None:
+        dx = dx + widened(dresidual)
+    return dx.to(x.dtype), (dy * n).sum(0).to(weight.dtype)
 
 
 def rmsnorm_quantize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import dskernels as ds
 from compiling import Compile, assert_clean, compile_all
 from dskernels import parity
-from dskernels.fp8.config import choose_patch
+from dskernels.fp8.config import choose_norm, choose_patch
 from dskernels.parity import fp8 as cases
 from dskernels.reference import fp8 as reference
 from registering import check_registration
@@ -57,6 +57,21 @@ def test_every_rounding_tie(device):
     got = ds.quantize(x, impl="triton")
     assert (got.scale == 1).all()
     assert torch.equal(got.data.view(torch.uint8), x.to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@given(seed=st.integers(0, 2**31))
+def test_quotients_next_to_a_tie(device, seed):
+    """Numbers next to every place where e4m3 rounds, at random scales, go where IEEE division sends them."""
+    torch.manual_seed(seed)
+    scale = (torch.rand(64) + 1) * 2.0 ** torch.randint(-120, 110, (64,))
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = (values[1:] + values[:-1]) / 2
+    x = ties * scale[:, None]
+    x = (x.view(torch.int32) + torch.randint(-2, 3, x.shape)).view(torch.float32)
+    x = torch.cat([scale[:, None] * 448, torch.zeros(64, 1), x * torch.randint(0, 2, x.shape).mul(2).sub(1)], 1).to(
+        device
+    )
+    same_bytes(ds.quantize(x, impl="triton"), reference.quantize(x))
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -156,9 +171,13 @@ def test_bad_input(call, error, message):
         ("quantize", (torch.randn(5, 200), 128, 1, True, True)),
         ("quantize", (torch.randn(2, 5, 200), 128, 128, False, False)),
         ("quantize_both", (torch.randn(5, 200), False)),
-        ("swiglu_quantize", (torch.randn(5, 256), False)),
+        ("swiglu_quantize", (torch.randn(5, 256), False, False)),
+        ("swiglu_quantize", (torch.randn(5, 256), True, True)),
+        ("swiglu_quantize_backward", (torch.randn(5, 100), torch.randn(5, 200), False)),
         ("rmsnorm_quantize", (torch.randn(5, 200), torch.randn(200), 1e-6, None, False)),
         ("rmsnorm_quantize", (torch.randn(5, 200), torch.randn(200), 1e-6, torch.randn(5, 200), False)),
+        ("rmsnorm_backward", (torch.randn(5, 200), torch.randn(5, 200), torch.randn(200), 1e-6, None)),
+        ("rmsnorm_backward", (torch.randn(5, 200), torch.randn(5, 200), torch.randn(200), 1e-6, torch.randn(5, 200))),
     ],
 )
 def test_registration(op, args):
@@ -233,9 +252,10 @@ def test_kernels_compile_without_spills():
                 **{"p_q": "*fp8e4nv", "p_s": "*fp32", "rows": "i32", "cols": "i32", "eps": "fp32"},
                 **{f"stride_{name}": "i32" for name in ("xr", "rr", "tr", "qr", "sc")},
             },
-            constants={"UE8M0": False, "HAS_RESIDUAL": True, "TILES": tiles},
+            constants={"UE8M0": False, "HAS_RESIDUAL": True, "TILES": config.tiles, "WHOLE": config.whole},
             divisible=("cols", "stride_xr", "stride_rr", "stride_tr", "stride_qr"),
+            num_warps=config.num_warps,
         )
-        for tiles in (1, 16)
+        for config in map(choose_norm, (128, 2048, 7168, 16384))
     ]
     assert_clean(compile_all(kernels))

@@ -82,28 +82,68 @@ def quantize_both(x: Tensor, *, scale_format: str = "fp32", impl: str | None = N
     return Fp8Tensor(data, scale), Fp8Tensor(data_t, scale_t)
 
 
-def swiglu_quantize(gate_up: Tensor, *, scale_format: str = "fp32", impl: str | None = None) -> Fp8Tensor:
+def swiglu_quantize(
+    gate_up: Tensor, *, scale_format: str = "fp32", transpose: bool = False, impl: str | None = None
+) -> Fp8Tensor:
     """Quantise silu(gate) * up in 1x128 tiles, without writing the product out.
 
     Args:
         gate_up: bf16, fp16 or fp32 ``[T, 2 * I]``, gate in the first I columns, up in the last I.
         scale_format: ``"fp32"`` or ``"ue8m0"``, see :func:`quantize`.
+        transpose: quantise along tokens and return the transpose ``[I, T]``, as
+            ``quantize(product, (128, 1), transpose=True)`` would: the operand of Wgrad, recomputed from what was kept.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
-        Fp8Tensor ``[T, I]``. The product is formed in fp32 and not rounded before quantising. Against the reference
-        (another exponential) data agrees within one e4m3 step and scale within 2 ulp.
+        Fp8Tensor ``[T, I]``, or ``[I, T]`` if `transpose`. The product is formed in fp32 and not rounded before
+        quantising. Against the reference (another exponential) data agrees within one e4m3 step and scale within 2 ulp.
 
     Raises:
         TypeError, ValueError: as :func:`quantize`, and ValueError for an odd number of columns.
 
+    A NaN in a tile makes all of it NaN on dequantising. No tokens give an empty result.
     Source: Shazeer, arXiv 2002.05202; DeepSeek-V3 report, section 3.3.3.
     """
     check_choice("scale_format", scale_format, SCALE_FORMATS)
+    _check_gate_up(gate_up)
+    return Fp8Tensor(*_swiglu_quantize(gate_up, scale_format == "ue8m0", transpose, impl=impl))
+
+
+def swiglu_quantize_backward(
+    dy: Tensor, gate_up: Tensor, *, scale_format: str = "fp32", impl: str | None = None
+) -> tuple[Fp8Tensor, Fp8Tensor]:
+    """Gradient of silu(gate) * up with respect to gate_up, quantised for Dgrad and for Wgrad, without writing it out.
+
+    dgate = dy * up * (s + gate * s * (1 - s)), dup = dy * gate * s, with s = sigmoid(gate).
+
+    Args:
+        dy: bf16, fp16 or fp32 ``[T, I]``, the gradient of the product.
+        gate_up: bf16, fp16 or fp32 ``[T, 2 * I]``, what the product was made of, as for :func:`swiglu_quantize`.
+        scale_format: ``"fp32"`` or ``"ue8m0"``, see :func:`quantize`.
+        impl: implementation to run, see :mod:`dskernels.dispatch`.
+
+    Returns:
+        Fp8Tensor of the gradient ``[T, 2 * I]`` and Fp8Tensor of its transpose ``[2 * I, T]``, both in 1x128 tiles, as
+        :func:`quantize_both` makes them. The gradient is formed in fp32 and not rounded before quantising; against the
+        reference (another exponential) an element is off by one e4m3 step at most where its terms do not cancel.
+
+    Raises:
+        TypeError, ValueError: as :func:`quantize`, and ValueError where `dy` does not fit `gate_up`.
+
+    A NaN in a tile makes all of it NaN on dequantising. No tokens give empty results.
+    Source: Shazeer, arXiv 2002.05202; DeepSeek-V3 report, section 3.3.2 and figure 6.
+    """
+    check_choice("scale_format", scale_format, SCALE_FORMATS)
+    _check_gate_up(gate_up)
+    check_tensor("dy", dy, dtype=HALF_OR_SINGLE, shape=(gate_up.shape[0], gate_up.shape[1] // 2), like=gate_up)
+    data, scale, data_t, scale_t = _swiglu_quantize_backward(dy, gate_up, scale_format == "ue8m0", impl=impl)
+    return Fp8Tensor(data, scale), Fp8Tensor(data_t, scale_t)
+
+
+def _check_gate_up(gate_up: Tensor) -> None:
     check_tensor("gate_up", gate_up, dtype=HALF_OR_SINGLE, shape=("T", "2 * I"))
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up: expected an even number of columns, got {list(gate_up.shape)}")
-    return Fp8Tensor(*_swiglu_quantize(gate_up, scale_format == "ue8m0", impl=impl))
 
 
 @overload
@@ -152,6 +192,49 @@ def rmsnorm_quantize(
     return Fp8Tensor(data, scale) if residual is None else (Fp8Tensor(data, scale), total)
 
 
+def rmsnorm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    dresidual: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of RMSNorm, in one pass over `dy` and `x`.
+
+    r = 1 / sqrt(mean(x^2) + eps), n = x * r, g = dy * weight:
+    dx = r * (g - n * mean(g * n)) + dresidual, dweight = sum over tokens of dy * n.
+
+    Args:
+        dy: bf16, fp16 or fp32 ``[T, H]``, the gradient of the normalised rows.
+        x: bf16, fp16 or fp32 ``[T, H]``, what was normalised: with a residual, the sum that
+            :func:`rmsnorm_quantize` returned.
+        weight: bf16, fp16 or fp32 ``[H]``.
+        eps: added to the mean square.
+        dresidual: bf16, fp16 or fp32 ``[T, H]``, the gradient that arrives on the residual stream past the norm.
+        impl: implementation to run, see :mod:`dskernels.dispatch`.
+
+    Returns:
+        (dx ``[T, H]`` in x's dtype, dweight ``[H]`` in weight's dtype). All arithmetic is in fp32, rounded once.
+        Repeated calls on one GPU return the same bits: dweight is summed without atomics.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, strides or devices do not fit `x`.
+
+    A NaN in a row makes that row of dx NaN, and dweight where dy * n is. No tokens give an empty dx and zeros.
+    Source: Zhang and Sennrich, arXiv 1910.07467, section 4.
+    """
+    check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
+    check_tensor("dy", dy, dtype=HALF_OR_SINGLE, shape=tuple(x.shape), like=x)
+    check_tensor("weight", weight, dtype=HALF_OR_SINGLE, shape=(x.shape[1],), like=x)
+    check_float("eps", eps)
+    if dresidual is not None:
+        check_tensor("dresidual", dresidual, dtype=HALF_OR_SINGLE, shape=tuple(x.shape), like=x)
+    return _rmsnorm_backward(dy, x, weight, eps, dresidual, impl=impl)
+
+
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
 
 
@@ -168,6 +251,15 @@ def _quantize_both_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, ...]:
     return *by_row[:2], *by_column[:2]
 
 
+def _swiglu_quantize_reference(gate_up: Tensor, ue8m0: bool, transpose: bool) -> tuple[Tensor, Tensor]:
+    return reference.swiglu_quantize(gate_up, scale_format=_format(ue8m0), transpose=transpose)[:2]
+
+
+def _swiglu_quantize_backward_reference(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, ...]:
+    by_row, by_column = reference.swiglu_quantize_backward(dy, gate_up, scale_format=_format(ue8m0))
+    return *by_row[:2], *by_column[:2]
+
+
 def _rmsnorm_quantize_reference(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,19 +271,34 @@ _quantize = Operation(
     "quantize(Tensor x, int block_rows, int block_cols, bool ue8m0, bool transpose) -> (Tensor, Tensor)",
     reference=_quantize_reference,
     triton="dskernels.fp8.triton:quantize",
+    hopper="dskernels.fp8.hopper:quantize",
     fake=lambda x, rows, cols, ue8m0, transpose: empty_quantized(x, (rows, cols), transpose),
 )
 _quantize_both = Operation(
     "quantize_both(Tensor x, bool ue8m0) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_quantize_both_reference,
     triton="dskernels.fp8.triton:quantize_both",
+    hopper="dskernels.fp8.hopper:quantize_both",
     fake=lambda x, ue8m0: (*empty_quantized(x, (1, 128)), *empty_quantized(x, (128, 1), transpose=True)),
 )
 _swiglu_quantize = Operation(
-    "swiglu_quantize(Tensor gate_up, bool ue8m0) -> (Tensor, Tensor)",
-    reference=lambda gate_up, ue8m0: reference.swiglu_quantize(gate_up, scale_format=_format(ue8m0))[:2],
+    "swiglu_quantize(Tensor gate_up, bool ue8m0, bool transpose) -> (Tensor, Tensor)",
+    reference=_swiglu_quantize_reference,
     triton="dskernels.fp8.triton:swiglu_quantize",
-    fake=lambda gate_up, ue8m0: empty_quantized(gate_up[:, : gate_up.shape[1] // 2], (1, 128)),
+    hopper="dskernels.fp8.hopper:swiglu_quantize",
+    fake=lambda gate_up, ue8m0, transpose: empty_quantized(
+        gate_up[:, : gate_up.shape[1] // 2], (128, 1) if transpose else (1, 128), transpose
+    ),
+)
+_swiglu_quantize_backward = Operation(
+    "swiglu_quantize_backward(Tensor dy, Tensor gate_up, bool ue8m0) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_swiglu_quantize_backward_reference,
+    triton="dskernels.fp8.triton:swiglu_quantize_backward",
+    hopper="dskernels.fp8.hopper:swiglu_quantize_backward",
+    fake=lambda dy, gate_up, ue8m0: (
+        *empty_quantized(gate_up, (1, 128)),
+        *empty_quantized(gate_up, (128, 1), transpose=True),
+    ),
 )
 _rmsnorm_quantize = Operation(
     "rmsnorm_quantize(Tensor x, Tensor weight, float eps, Tensor? residual, bool ue8m0) -> (Tensor, Tensor, Tensor)",
@@ -201,4 +308,10 @@ _rmsnorm_quantize = Operation(
         *empty_quantized(x, (1, 128)),
         x.new_empty(0, x.shape[1]) if residual is None else torch.empty_like(x),
     ),
+)
+_rmsnorm_backward = Operation(
+    "rmsnorm_backward(Tensor dy, Tensor x, Tensor weight, float eps, Tensor? dresidual) -> (Tensor, Tensor)",
+    reference=reference.rmsnorm_backward,
+    triton="dskernels.fp8.triton:rmsnorm_backward",
+    fake=lambda dy, x, weight, eps, dresidual: (x.new_empty(x.shape), torch.empty_like(weight)),
 )

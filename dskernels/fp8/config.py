@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dskernels.types import Block
+from dskernels.validate import ceil_div
 
 
 @dataclass(frozen=True)
@@ -23,3 +24,93 @@ def choose_patch(block: Block) -> PatchConfig:
     if block == (128, 1):
         return PatchConfig(rows=128, cols=32, num_warps=4)
     return PatchConfig(rows=128, cols=128, num_warps=8)
+
+
+def choose_columns(both: bool) -> PatchConfig:
+    """Patch of 128 rows whose columns are quantised, and whose rows too if `both`."""
+    return PatchConfig(rows=128, cols=128 if both else 64, num_warps=8 if both else 4)
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """How a program walks its row: `tiles` of 128 columns at a time, which are the `whole` row or a part of it."""
+
+    tiles: int
+    whole: bool
+    num_warps: int
+
+
+def choose_norm(cols: int) -> NormConfig:
+    """A row of up to 8,192 columns stays in registers."""
+    tiles = 1 << max(ceil_div(cols, 128) - 1, 0).bit_length()
+    if tiles <= 64:
+        return NormConfig(tiles, True, num_warps=8 if tiles > 16 else 4)
+    return NormConfig(16, False, num_warps=4)
+
+
+@dataclass(frozen=True)
+class NormBackwardConfig:
+    """How programs walk rows, `per_sm` to an SM: `block` columns at a time, which are the `whole` row or a part."""
+
+    block: int
+    whole: bool
+    num_warps: int
+    per_sm: int
+
+
+def choose_norm_backward(cols: int) -> NormBackwardConfig:
+    """A row of up to 8,192 columns, and its part of the weight's gradient, stay in registers."""
+    block = max(1 << max(cols - 1, 0).bit_length(), 128)
+    if block <= 8192:
+        num_warps = min(max(block // 512, 1), 16)
+        return NormBackwardConfig(block, True, num_warps, per_sm=max(16 // num_warps, 1))
+    return NormBackwardConfig(4096, False, 8, per_sm=2)
+
+
+MATRIX, PRODUCT, GRADIENT = 0, 1, 2
+BY_ROW, BY_COLUMN, BY_TILE = 1, 2, 3
+SHARES = {(1, 128): BY_ROW, (128, 1): BY_COLUMN, (128, 128): BY_TILE}
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Options of hopper.cu: what is quantised, what shares a scale in each of the results, and how the work is cut."""
+
+    source: int
+    plain: int
+    transposed: int
+    warps: int
+    blocks: int
+    down: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile of 128 columns."""
+        return 16 * self.warps
+
+    @property
+    def shared(self) -> int:
+        """Dynamic shared memory of a block: half of a gradient, in fp32, waits there."""
+        return self.rows * 128 * 4 if self.source == GRADIENT else 0
+
+
+# `down` where there is a transposed result: its rows then fill from tiles that run at the same time. As many blocks
+# to an SM as registers allow without spilling.
+QUANTIZE_BOTH = HopperConfig(MATRIX, BY_ROW, BY_COLUMN, warps=8, blocks=3, down=True)
+SWIGLU_TRANSPOSED = HopperConfig(PRODUCT, 0, BY_COLUMN, warps=8, blocks=2, down=True)
+SWIGLU_BACKWARD = HopperConfig(GRADIENT, BY_ROW, BY_COLUMN, warps=8, blocks=2, down=True)
+PLAIN = {
+    (1, 128): HopperConfig(MATRIX, BY_ROW, 0, warps=4, blocks=8, down=False),
+    (128, 1): HopperConfig(MATRIX, BY_COLUMN, 0, warps=8, blocks=3, down=False),
+    (128, 128): HopperConfig(MATRIX, BY_TILE, 0, warps=8, blocks=4, down=False),
+}
+TRANSPOSED = {
+    block: HopperConfig(MATRIX, 0, share, warps=8, blocks=3 if share == BY_ROW else 4, down=True)
+    for block, share in SHARES.items()
+}
+HOPPER_CONFIGS = (*PLAIN.values(), *TRANSPOSED.values(), QUANTIZE_BOTH, SWIGLU_TRANSPOSED, SWIGLU_BACKWARD)
+
+
+def choose_hopper(block: Block, transpose: bool) -> HopperConfig:
+    """Options for a matrix in tiles of `block` (of x, also where the result is x.T)."""
+    return (TRANSPOSED if transpose else PLAIN)[block]
