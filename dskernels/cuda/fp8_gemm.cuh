@@ -262,19 +262,14 @@ template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, 
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// With B_ROWS 1 a thread needs a scale for each of its columns: the first HELD pairs are read while the product runs, the others, for which
-// there are no registers, as they are used.
-constexpr int HELD = B_ROWS == 128 ? 0 : WAVES == 1 ? BLOCK_N / 8 : BLOCK_N / 32;
-
 // total += part times both scales.
 __device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float (&part)[BLOCK_N / 2], float scale_0, float scale_1,
-                                        const float (&scales)[STRIPS], const float2 (&held)[HELD + 1], u32 columns) {
+                                        const float (&scales)[STRIPS], u32 columns) {
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 8; ++j) {
         float2 s;
-        if (B_ROWS == 128) s.x = s.y = scales[j * 8 / STRIP_N];
-        else if (j < HELD) s = held[j];
-        else s = smem_load2(columns + j * 32);
+        if (B_ROWS == 1) s = smem_load2(columns + j * 32);
+        else s.x = s.y = scales[j * 8 / STRIP_N];
         total[4 * j] = fma(part[4 * j], mul(scale_0, s.x), total[4 * j]);
         total[4 * j + 1] = fma(part[4 * j + 1], mul(scale_0, s.y), total[4 * j + 1]);
         total[4 * j + 2] = fma(part[4 * j + 2], mul(scale_1, s.x), total[4 * j + 2]);
@@ -294,7 +289,6 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
     const u32 first_b = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_B), 0);
     Stage stage;
     float part[BLOCK_N / 2], scale_0[WAVES], scale_1[WAVES], scale_b[STRIPS];
-    float2 held[HELD + 1];
     auto start = [&](int w) {
         const u32 i = stage.index, scales_a = base + OFFSET_SA + i * SA_BYTES + row * 4, scales_b = base + OFFSET_SB + i * SB_BYTES;
         const u32 a = first_a + i * (A_BYTES / 16) + w * (128 * BLOCK_K / 16), b = first_b + i * (B_BYTES / 16);
@@ -313,10 +307,8 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
         for (int j = 0; j < 4; ++j) multiply(part, operand(a + j * 2), operand(b + j * 2), j != 0);
         wgmma_commit();
         registers_fence(part);
-#pragma unroll
-        for (int j = 0; j < HELD; ++j) held[j] = smem_load2(scales_b + (column + j * 8) * 4);
     };
-    constexpr bool RELEASED_LATE = B_ROWS == 1 && HELD < BLOCK_N / 8;  // the stage is still read during the sums
+    constexpr bool RELEASED_LATE = B_ROWS == 1;  // a column's scale is read where it is used: there are no registers for them
     barrier_wait(full(base, 0), 0);
     start(0);
     for (; tiles.valid(); tiles.next()) {
@@ -333,7 +325,7 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
                 wgmma_wait<0>();
                 registers_fence(part);
                 if (!RELEASED_LATE && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
-                promote(total[w], part, scale_0[w], scale_1[w], scale_b, held, base + OFFSET_SB + stage.index * SB_BYTES + column * 4);
+                promote(total[w], part, scale_0[w], scale_1[w], scale_b, base + OFFSET_SB + stage.index * SB_BYTES + column * 4);
                 if (RELEASED_LATE && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
                 if (last) {
                     stage.advance();

@@ -89,9 +89,9 @@ HOPPER_NARROW_SHORT = replace(HOPPER_NARROW, group=16)
 HOPPER_LOW = HopperConfig(
     waves=1, block_n=128, stages=5, cluster=1, shared_a=True, group=8, clocks=740, tile_clocks=1000
 )
-# With a scale for each row of B a sum takes twice as many instructions, and unrolling spills.
-WGRAD_TALL = replace(HOPPER_TALL, unroll=1, clocks=1650)
-WGRAD_LOW = replace(HOPPER_LOW, unroll=1, clocks=840)
+# With a scale for each row of B a sum takes twice as many instructions, and unrolling by 4 spills with a bias.
+WGRAD_TALL = replace(HOPPER_TALL, unroll=2, clocks=1650)
+WGRAD_LOW = replace(HOPPER_LOW, clocks=840)
 HOPPER_CONFIGS = {
     128: (HOPPER_TALL, HOPPER_NARROW, HOPPER_NARROW_SHORT, HOPPER_LOW),
     1: (WGRAD_TALL, WGRAD_LOW),
