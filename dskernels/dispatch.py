@@ -103,8 +103,9 @@ class Operation:
     def __call__(self, *args: Any, impl: str | None = None) -> Any:
         """Run the registered operation on its flat arguments.
 
-        Eager calls on plain CUDA tensors that meet again what was run before go straight to the implementation: torch's
-        dispatcher, which would end there too, takes 7 us, and `choose` another 4.
+        Eager calls on plain CUDA tensors that meet again what was run before go straight to the implementation. Torch's
+        dispatcher, which would end there too, and `choose` take 14 us more (of fp8_gemm 29 and 15, on a host where
+        ``x.add_(1)`` takes 12).
         """
         if torch.compiler.is_dynamo_compiling() or self._straight is None or _modes() or profiler._is_profiler_enabled:
             return self.overload(*args, impl)
