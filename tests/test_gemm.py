@@ -215,6 +215,27 @@ def test_compiles_whole():
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
+@pytest.mark.gpu
+def test_what_is_known_to_be_valid_is_not_mistaken_for_what_is_not(device):
+    a, b = quantized(0, 64, 256, (1, 128), device), quantized(1, 128, 256, (128, 128), device)
+    want = ds.fp8_gemm(a, b)
+    other = quantized(2, 64, 256, (1, 128), device)  # the same metadata, other addresses
+    assert not torch.equal(ds.fp8_gemm(other, b), want)
+    assert torch.equal(ds.fp8_gemm(a, b), want)
+    with pytest.raises(ValueError, match="a: expected block"):
+        ds.fp8_gemm(a._replace(block=(128, 1)), b)
+    with pytest.raises(ValueError, match="b: expected block"):
+        ds.fp8_gemm(a, b._replace(block=(128, 1)))
+    with pytest.raises(ValueError, match="b.scale: expected a tensor on cuda"):
+        ds.fp8_gemm(a, b._replace(scale=b.scale.cpu()))
+    with pytest.raises(ValueError, match="out_dtype: expected"):
+        ds.fp8_gemm(a, b, out_dtype=torch.int8)
+    with pytest.raises(ValueError, match="impl: expected one of"):
+        ds.fp8_gemm(a, b, impl="best")
+    assert ds.fp8_gemm(a, b, out_dtype=torch.float32).dtype == torch.float32
+    assert [choice.impl for choice in ds.explain(ds.fp8_gemm, a, b)] == ["hopper"]
+
+
 def test_choose_config():
     assert choose_config(1, 7168, 128, 132) == SMALL
     assert choose_config(64, 4096, 128, 132) == MEDIUM

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dskernels.dispatch import empty
 from dskernels.types import Block
 from dskernels.validate import ceil_div
 
@@ -14,13 +15,13 @@ def empty_quantized(x: Tensor, block: Block, transpose: bool = False) -> tuple[T
     *stack, rows, cols = x.shape
     if transpose:
         rows, cols, block = cols, rows, (block[1], block[0])
-    data = x.new_empty((*stack, rows, cols), dtype=torch.float8_e4m3fn)
+    data = empty(x, (*stack, rows, cols), torch.float8_e4m3fn)
     return data, empty_scale(x, (*stack, ceil_div(rows, block[0]), ceil_div(cols, block[1])), block)
 
 
 def empty_scale(x: Tensor, shape: tuple[int, ...], block: Block) -> Tensor:
     """Scales in the layout of their block: row-major, but for (1, 128) rows contiguous, columns padded to 16 bytes."""
     if block != (1, 128) or len(shape) != 2:
-        return x.new_empty(shape, dtype=torch.float32)
+        return empty(x, shape, torch.float32)
     padded = ceil_div(shape[0], 4) * 4
-    return x.new_empty_strided(shape, (1, padded), dtype=torch.float32)
+    return empty(x, shape, torch.float32, (1, padded))

@@ -11,8 +11,11 @@ from dskernels.dispatch import Operation, empty
 from dskernels.fp8 import quantize, quantize_both
 from dskernels.gemm.weights import quantized_weight, transposed
 from dskernels.reference import gemm as reference
-from dskernels.types import Fp8Tensor
+from dskernels.types import Block, Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_choice, check_fp8, check_tensor
+
+A_BLOCKS: tuple[Block, ...] = ((1, 128),)
+B_BLOCKS: tuple[Block, ...] = ((128, 128), (1, 128))
 
 
 def fp8_gemm(
@@ -49,8 +52,12 @@ def fp8_gemm(
     M = 0 or N = 0 gives an empty result; K = 0 gives zeros (plus the bias). Not differentiable: see :func:`fp8_linear`.
     Source: DeepSeek-V3 report (arXiv 2412.19437), section 3.3.2.
     """
-    check_fp8("a", a, blocks=((1, 128),))
-    check_fp8("b", b, blocks=((128, 128), (1, 128)), like=a.data)
+    if out is None and bias is None and not accumulate and _may_be_known(a, b, out_dtype):
+        out = empty(a.data, (a.data.shape[0], b.data.shape[0]), out_dtype)
+        if _fp8_gemm.repeat(a.data, a.scale, b.data, b.scale, b.block[0], None, out, False, impl=impl):
+            return out
+    check_fp8("a", a, blocks=A_BLOCKS)
+    check_fp8("b", b, blocks=B_BLOCKS, like=a.data)
     (m, k), (n, k_b) = a.data.shape, b.data.shape
     if k != k_b:
         raise ValueError(f"b: expected K = {k} columns like a, got {k_b}")
@@ -104,6 +111,20 @@ def fp8_linear(x: Tensor, weight: Tensor | Fp8Tensor, bias: Tensor | None = None
     data, scale = (weight.data, weight.scale) if isinstance(weight, Fp8Tensor) else (weight, None)
     y = _fp8_linear(x.reshape(-1, x.shape[-1]), data, scale, bias, impl=impl)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _may_be_known(a: Any, b: Any, out_dtype: torch.dtype) -> bool:
+    """Whether the metadata of these alone can say that they are valid: what it does not hold is as it should be."""
+    return (
+        not torch.compiler.is_dynamo_compiling()
+        and type(a) is type(b) is Fp8Tensor
+        and a.block in A_BLOCKS
+        and b.block in B_BLOCKS
+        and out_dtype in HALF_OR_SINGLE
+        and all([isinstance(x, Tensor) for x in (a.data, a.scale, b.data, b.scale)])
+        and a.data.is_cuda
+        and a.data.dim() == b.data.dim() == 2
+    )
 
 
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
