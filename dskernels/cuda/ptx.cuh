@@ -141,3 +141,40 @@ __device__ __forceinline__ void smem_load_matrix(u32 (&x)[4], u32 addr) {
                  : "r"(addr)
                  : "memory");
 }
+
+// ---- clusters: one CTA writes into another's shared memory --------------------------------------------------------
+
+// The two halves of `cluster_sync`: between them a thread may do what needs nothing of the other CTAs. Relaxed: it tells that the CTA
+// is there and, after `barrier_init_fence`, its barriers; a release would put a fence of the whole GPU into the prologue.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// Where CTA `rank` of the cluster has what lies at `addr` here.
+__device__ __forceinline__ u32 cluster_addr(u32 addr, u32 rank) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(addr), "r"(rank));
+    return there;
+}
+// 16 bytes to a CTA of the cluster, counted by a barrier of that CTA (both addresses from `cluster_addr`).
+__device__ __forceinline__ void cluster_store(u32 addr, u32 barrier, float4 x) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(addr), "f"(x.x),
+                 "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+                 : "memory");
+}
+
+// ---- what is read once ---------------------------------------------------------------------------------------------
+
+// A load that leaves the L2 first: it takes the place of its own kind, not of what others put there and may still have to be written back.
+__device__ __forceinline__ void tma_load_evict_first(u32 dst, const TensorMap* map, u32 barrier, int x, int y) {
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], policy;}" ::"r"(
+            dst),
+        "l"(map), "r"(barrier), "r"(x), "r"(y)
+        : "memory");
+}
+
+__device__ __forceinline__ float4 smem_load4(u32 addr) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(addr));
+    return x;
+}

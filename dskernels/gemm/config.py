@@ -102,3 +102,104 @@ def choose_hopper_config(m: int, n: int, k: int, b_rows: int, multiprocessors: i
     """Config of the Hopper kernel that is estimated to be done first; `b_rows` is the height of a tile of B."""
     config = min(HOPPER_CONFIGS[b_rows], key=lambda config: config.estimate(m, n, k, multiprocessors))
     return HOPPER_NARROW_SHORT if config == HOPPER_NARROW and k <= 2048 else config
+
+
+# Shared memory of an H100's multiprocessor; every CTA takes 1 KiB of it for itself.
+SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED = 228 * 1024, 1024
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    """Tile of the Hopper kernel for few rows: `tile` rows of B by `tokens` rows of A, its K shared by `split` CTAs.
+
+    `resident` CTAs are to fit a multiprocessor at once: what it has of shared memory is parted among them.
+    """
+
+    tile: int
+    tokens: int
+    split: int
+    resident: int
+
+    def grid(self, m: int, n: int, multiprocessors: int) -> int:
+        """CTAs: a cluster for each tile; or, not split and not more than one tile high, as many as are resident."""
+        tiles_m, tiles_n = ceil_div(m, self.tokens), ceil_div(n, self.tile)
+        if self.split == 1 and tiles_m == 1:
+            return min(tiles_n, self.resident * multiprocessors)
+        return tiles_m * tiles_n * self.split
+
+    def stages(self, m: int, n: int, k: int, multiprocessors: int) -> int:
+        """How many blocks of K are in flight: as many as fit, or all that a CTA has."""
+        tiles = self.tiles(m, n, multiprocessors)
+        room = SHARED_OF_MULTIPROCESSOR // self.resident - SHARED_RESERVED - self.shared_bytes(0, tiles)
+        least = ceil_div(self.c, self.stage) if tiles == 1 else 1
+        return min(room // (self.stage + 16), max(tiles * ceil_div(ceil_div(k, 128), self.split), least))
+
+    def tiles(self, m: int, n: int, multiprocessors: int) -> int:
+        """How many tiles a CTA takes, at most."""
+        tiles = ceil_div(m, self.tokens) * ceil_div(n, self.tile)
+        return ceil_div(tiles * self.split, self.grid(m, n, multiprocessors))
+
+    def shared_bytes(self, stages: int, tiles: int) -> int:
+        """Shared memory of a CTA with so many stages and tiles, as hopper_small.cu lays it out."""
+        received = (self.split - 1) * self.share * 2 * self.tile * 16
+        return stages * (self.stage + 16) + received + (0 if tiles == 1 else self.c) + 8
+
+    @property
+    def stage(self) -> int:
+        """Bytes of a stage: tiles of B and A, and the scales of A, which the accelerator writes to multiples of 128."""
+        return (self.tile + self.tokens) * 128 + max(self.tokens * 4, 128)
+
+    @property
+    def share(self) -> int:
+        """Groups of 8 rows of C that one CTA of a cluster adds up."""
+        return ceil_div(self.tokens // 8, self.split)
+
+    @property
+    def c(self) -> int:
+        """Bytes through which C leaves: of their own, or for a CTA's only tile those of the stages."""
+        return min(self.share * 8, 64) * (self.tile + 4) * 4
+
+
+def choose_small_config(m: int, n: int, k: int, multiprocessors: int) -> SmallConfig:
+    """Config of the Hopper kernel for few rows: tiles of 64 rows of B, K split while they are fewer than the GPU takes.
+
+    The times are microseconds on an H100 with a cold L2, of which an empty call takes 5. Tiles of 128 rows of B were
+    slower or within 2% everywhere.
+    """
+    tokens = next((size for size in (8, 32, 64) if m <= size), 128)
+    tiles, blocks = ceil_div(n, 64), ceil_div(k, 128)
+    if m > 128:
+        # Not split, 4096x7168 took 26.3 with 256 rows; in halves 38.9.
+        split = _split(tiles * ceil_div(m, 64), blocks, 2 * multiprocessors)
+        return SmallConfig(64, 64, split, resident=3)
+    if tiles > multiprocessors:
+        # Several tiles for each CTA, or one CTA for each. With 64 rows 24576x1536 took 21.9 with one CTA on a
+        # multiprocessor and 22.8 with two, 32768x512 16.8 with one and 14.4 with four; of 128 tokens only two have the
+        # registers.
+        return SmallConfig(64, tokens, 1, resident=1 if blocks >= 8 else 2 if tokens == 128 else 4)
+    split = _split(tiles, blocks, multiprocessors)
+    if tokens == 128 and split == 2:
+        return SmallConfig(64, 128, 2, resident=1)  # 4096x7168: 20.1; two tiles of 64 tokens 20.5
+    if tokens == 128:
+        # Two tiles of 64 tokens. 7168x2048 took 13.6, and 15.1 with one of 128; 2112x7168 15.3, and 16.5 with one in
+        # quarters, as of clusters of 4 the GPU runs 120 CTAs at once, 248 where a multiprocessor takes two. 7168x16384
+        # took 53.8 with two CTAs and 58.4 with three.
+        return SmallConfig(64, 64, max(split // 2, 1), resident=3 if blocks <= 32 else 2)
+    if split == 1 and blocks >= 64:
+        # A long K. With a row 7168x16384 took 48.2 in eighths and 50.2 whole; with 64 50.7 in halves and 51.4 whole.
+        return SmallConfig(64, tokens, 8, resident=2) if tokens < 64 else SmallConfig(64, 64, 2, resident=3)
+    return SmallConfig(64, tokens, split, resident=2)
+
+
+def use_small(m: int, n: int, multiprocessors: int) -> bool:
+    """Whether the kernel for few rows is faster than the one for many; B is in blocks of 128x128.
+
+    With 64 and 128 rows it was everywhere, by 1.02 to 1.9 times. With 256, 4096x7168 took 26.3 us and 31.9, 2112x7168
+    19.5 and 26.0, but 7168x2048 16.9 and 15.8, and larger ones lost more.
+    """
+    return m <= 128 or (m <= 256 and ceil_div(m, 64) * ceil_div(n, 64) <= 2 * multiprocessors)
+
+
+def _split(tiles: int, blocks: int, ctas: int) -> int:
+    """In how many parts K is split: as many as give at most so many CTAs, each with at least 4 blocks of K."""
+    return max(split for split in (1, 2, 4, 8) if split == 1 or (tiles * split <= ctas and 4 * split <= blocks))

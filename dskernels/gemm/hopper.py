@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
 from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
-from dskernels.gemm.config import HopperConfig, choose_hopper_config
+from dskernels.gemm import hopper_small
+from dskernels.gemm.config import HopperConfig, choose_hopper_config, choose_small_config, use_small
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 THREADS = 384
@@ -35,8 +36,11 @@ def fp8_gemm(
     out: Tensor,
     accumulate: bool,
 ) -> Plan:
-    """Fill `out` [M, N], or add to it."""
+    """Fill `out` [M, N], or add to it; few rows by the kernel of hopper_small.py."""
     (m, k), n = a.shape, b.shape[0]
+    if b_rows == 128 and use_small(m, n, multiprocessors(a.device)):
+        small = choose_small_config(m, n, k, multiprocessors(a.device))
+        return hopper_small.plan(small, a, a_scale, b, b_scale, bias, out, accumulate)
     config = choose_hopper_config(m, n, k, b_rows, multiprocessors(a.device))
     return plan(config, a, a_scale, b, b_scale, b_rows, bias, out, accumulate)
 
@@ -53,9 +57,9 @@ def fp8_gemm_supports(
 ) -> str | None:
     """Why this kernel does not take these arguments, or None."""
     (m, k), n = a.shape, b.shape[0]
-    if m <= 32:
-        return f"up to 32 rows the Triton kernel's narrow tiles are faster; there are {m}"
-    if k == 0 or n == 0:
+    if m <= 32 and b_rows == 1:
+        return f"the kernel for few rows takes B in 128x128 blocks only, and there are {m} rows"
+    if m == 0 or k == 0 or n == 0:
         return "there is nothing to multiply"
     for name, x in (("a", a), ("b", b)):
         if k % 16 or x.stride(0) % 16 or x.data_ptr() % 16:
