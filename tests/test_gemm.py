@@ -4,9 +4,7 @@ import pytest
 import torch
 
 import dskernels as ds
-from compiling import Compile, assert_clean, compile_all
 from dskernels import parity
-from dskernels.gemm.config import CONFIGS, LARGE, MEDIUM, SMALL, TALL, choose_config
 from dskernels.gemm.weights import quantized_weight
 from dskernels.parity import gemm as cases
 from dskernels.parity.inputs import quantized, spread
@@ -234,36 +232,3 @@ def test_what_is_known_to_be_valid_is_not_mistaken_for_what_is_not(device):
         ds.fp8_gemm(a, b, impl="best")
     assert ds.fp8_gemm(a, b, out_dtype=torch.float32).dtype == torch.float32
     assert [choice.impl for choice in ds.explain(ds.fp8_gemm, a, b)] == ["hopper"]
-
-
-def test_choose_config():
-    assert choose_config(1, 7168, 128, 132) == SMALL
-    assert choose_config(64, 4096, 128, 132) == MEDIUM
-    assert choose_config(4096, 7168, 128, 132) == LARGE
-    assert choose_config(4096, 7168, 1, 132) == TALL
-
-
-def test_kernel_compiles_without_spills():
-    strides = ("stride_am", "stride_sak", "stride_bn", "stride_sbn", "stride_sbk", "stride_cm")
-    kernels = [
-        Compile(
-            "dskernels.gemm.triton:fp8_gemm_kernel",
-            signature={
-                **{"p_a": "*fp8e4nv", "p_sa": "*fp32", "p_b": "*fp8e4nv", "p_sb": "*fp32", "p_c": "*bf16"},
-                **dict.fromkeys(("M", "N", "K", *strides), "i32"),
-            },
-            constants={
-                **{"p_bias": None, "HAS_BIAS": False, "ACCUMULATE": False, "B_ROWS": b_rows},
-                **{"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "GROUP_M": config.group_m},
-            },
-            divisible=("N", "K", "stride_am", "stride_bn", "stride_cm"),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        for b_rows, configs in CONFIGS.items()
-        for config in configs
-    ]
-    reports = compile_all(kernels)
-    assert_clean(reports)
-    # On Hopper the product must be an e4m3 one of the tensor cores, not of upcast operands.
-    assert all(r.count("QGMMA") for r in reports if r.target == "sm_90" and r.source.constants["BLOCK_M"] >= 64)

@@ -1,14 +1,19 @@
 """Portable Triton kernel of the block-scaled e4m3 GEMM: C[M, N] = A[M, K] @ B[N, K].T.
 
-A program computes one tile of C. It walks K in steps of 128, the length of a scale: the tensor cores multiply a step
+A program computes tiles of C. It walks K in steps of 128, the length of a scale: the tensor cores multiply a step
 from a fresh accumulator (Hopper keeps only about 14 bits while it accumulates in e4m3), and the result, times both
 scales, is added in fp32.
 
-Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask, `s_` scale.
+On Hopper, tiles are loaded through tensor descriptors by a warpgroup of its own and multiplied by two others, each of
+which adds its sums up while the other one multiplies: `warp_specialize` has Triton make that of the same loop. Few rows
+of A are for `triton_narrow`.
+
+Names: `p_` pointer, `d_` tensor descriptor, `i_` index of a program or tile, `o_` offsets, `m_` mask, `s_` scale.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
 
 import torch
@@ -16,7 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.gemm.config import choose_config
+from dskernels.dispatch import capability
+from dskernels.gemm.config import choose_config, choose_parts
+from dskernels.gemm.triton_narrow import narrow
 from dskernels.portable import cast, dot, reason_against_e4m3
 
 
@@ -31,7 +38,7 @@ def tile_of(i, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.c
     return first + inside % height, inside // height
 
 
-@triton.jit(do_not_specialize=["M", "stride_sak"])
+@triton.jit(do_not_specialize=["M", "stride_sak", "stride_sbn"])
 def fp8_gemm_kernel(
     p_a,
     p_sa,
@@ -54,47 +61,73 @@ def fp8_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
+    TMA_STORE: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
 ):
-    """One BLOCK_M x BLOCK_N tile of C; B_ROWS is the height of a tile of B that has one scale, 128 or 1."""
-    i_m, i_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, 128)
-    m_m = o_m < M
-    m_n = o_n < N
+    """BLOCK_M x BLOCK_N tiles of C; B_ROWS is the height of a tile of B that has one scale, 128 or 1.
 
-    p_a_tile = p_a + o_m[:, None] * stride_am + o_k[None, :]
-    p_b_tile = p_b + o_n[None, :] * stride_bn + o_k[:, None]
-    p_sa_tile = p_sa + o_m
-    if B_ROWS == 1:
-        p_sb_tile = p_sb + o_n * stride_sbn
-    else:  # BLOCK_N divides 128: the tile lies in one block of B
-        p_sb_tile = p_sb + i_n.to(tl.int64) * BLOCK_N // B_ROWS * stride_sbn
-
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(tl.cdiv(K, 128)):
-        m_k = o_k < K - k * 128
-        # [BLOCK_M, 128], [128, BLOCK_N]
-        a = tl.load(p_a_tile, mask=m_m[:, None] & m_k[None, :], other=0.0)
-        b = tl.load(p_b_tile, mask=m_n[None, :] & m_k[:, None], other=0.0)
-        s_a = tl.load(p_sa_tile, mask=m_m, other=0.0)
+    TMA loads through tensor descriptors, which fill with zeros; TMA_STORE stores through one. SPECIALIZED is for
+    Hopper, with TMA and B_ROWS = 128.
+    """
+    if TMA:
+        d_a = tl.make_tensor_descriptor(p_a, [M, K], [stride_am, 1], [BLOCK_M, 128])
+        d_b = tl.make_tensor_descriptor(p_b, [N, K], [stride_bn, 1], [BLOCK_N, 128])
+    if TMA_STORE:
+        d_c = tl.make_tensor_descriptor(p_c, [M, N], [stride_cm, 1], [BLOCK_M, BLOCK_N])
+    blocks = tl.cdiv(K, 128)
+    for i in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
+        i_m, i_n = tile_of(i, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        # Offsets in int64, the coordinates of descriptors in int32. They must not be one value: for the second of two
+        # warpgroups Triton moves the coordinate down 64 rows, and offsets that come of it as well.
+        o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        o_k = tl.arange(0, 128)
+        m_m = o_m < M
+        m_n = o_n < N
+        o_a = tl.minimum(o_m, M - 1)
+        o_b = tl.minimum(o_n, N - 1)
         if B_ROWS == 1:
-            s_b = tl.load(p_sb_tile, mask=m_n, other=0.0)
-            total += dot(a, b) * (s_a[:, None] * s_b[None, :])
-        else:
-            total += dot(a, b) * (s_a * tl.load(p_sb_tile))[:, None]
-        p_a_tile += 128
-        p_b_tile += 128
-        p_sa_tile += stride_sak
-        p_sb_tile += stride_sbk
+            o_sb = o_b * stride_sbn
+        else:  # BLOCK_N divides 128: the tile lies in one block of B
+            o_sb = i_n.to(tl.int64) * BLOCK_N // B_ROWS * stride_sbn
 
-    if HAS_BIAS:
-        total += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    p_c_tile = p_c + o_m[:, None] * stride_cm + o_n[None, :]
-    m_c = m_m[:, None] & m_n[None, :]
-    if ACCUMULATE:
-        total += tl.load(p_c_tile, mask=m_c, other=0.0).to(tl.float32)
-    tl.store(p_c_tile, cast(total, p_c.dtype.element_ty), mask=m_c)
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if SPECIALIZED:
+            s = tl.load(p_sa + o_a) * tl.load(p_sb + o_sb)
+        for k in tl.range(0, blocks, warp_specialize=SPECIALIZED):
+            if SPECIALIZED:  # the scales of the next step, or else each step waits for its own
+                k_s = tl.cast(tl.minimum(k + 1, blocks - 1), tl.int64)
+            else:
+                k_s = tl.cast(k, tl.int64)
+            s_a = tl.load(p_sa + k_s * stride_sak + o_a)
+            s_b = tl.load(p_sb + k_s * stride_sbk + o_sb)
+            # [BLOCK_M, 128], [128, BLOCK_N]
+            if TMA:
+                a = d_a.load([i_m * BLOCK_M, k * 128])
+                b = d_b.load([i_n * BLOCK_N, k * 128]).T
+            else:
+                m_k = o_k < K - k * 128
+                a = tl.load(p_a + o_a[:, None] * stride_am + (k * 128 + o_k)[None, :], mask=m_k[None, :], other=0.0)
+                b = tl.load(p_b + o_b[None, :] * stride_bn + (k * 128 + o_k)[:, None], mask=m_k[:, None], other=0.0)
+            if SPECIALIZED:
+                total += dot(a, b) * s[:, None]
+                s = s_a * s_b
+            elif B_ROWS == 1:
+                total += dot(a, b) * s_a[:, None] * s_b[None, :]
+            else:
+                total += dot(a, b) * (s_a * s_b)[:, None]
+
+        if HAS_BIAS:
+            total += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        if TMA_STORE:
+            d_c.store([i_m * BLOCK_M, i_n * BLOCK_N], cast(total, p_c.dtype.element_ty))
+        else:
+            p_c_tile = p_c + o_m[:, None] * stride_cm + o_n[None, :]
+            m_c = m_m[:, None] & m_n[None, :]
+            if ACCUMULATE:
+                total += tl.load(p_c_tile, mask=m_c, other=0.0).to(tl.float32)
+            tl.store(p_c_tile, cast(total, p_c.dtype.element_ty), mask=m_c)
 
 
 def fp8_gemm(
@@ -111,9 +144,16 @@ def fp8_gemm(
     (m, k), n = a.shape, b.shape[0]
     if m == 0 or n == 0:
         return
-    config = choose_config(m, n, b_rows, multiprocessors(a.device))
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    fp8_gemm_kernel[grid](
+    processors = multiprocessors(a.device)
+    arch, tma = architecture(a.device), k > 0 and aligned(a) and aligned(b)
+    config = choose_config(m, n, b_rows, out.element_size(), processors, arch, tma)
+    tiles = config.tiles(m, n)
+    if config.narrow:
+        parts = choose_parts(tiles, triton.cdiv(k, 128), processors)
+        narrow(a, a_scale, b, b_scale, b_rows, bias, out, accumulate, config, parts)
+        return
+    launch = functools.partial(
+        fp8_gemm_kernel[(min(tiles, processors) if config.tma else tiles,)],
         a,
         a_scale,
         b,
@@ -135,9 +175,16 @@ def fp8_gemm(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         GROUP_M=config.group_m,
+        TMA=config.tma,
+        TMA_STORE=config.tma and not accumulate and aligned(out),
+        SPECIALIZED=config.specialized,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    if config.tma:
+        contextvars.copy_context().run(with_scratch, launch, a.device)
+    else:
+        launch()
 
 
 def fp8_gemm_supports(a: Tensor, *args: object) -> str | None:
@@ -145,7 +192,28 @@ def fp8_gemm_supports(a: Tensor, *args: object) -> str | None:
     return reason_against_e4m3(a.device)
 
 
+def with_scratch(launch: functools.partial, device: torch.device) -> None:
+    """Launch a kernel that makes tensor descriptors, which Triton keeps in memory that its allocator gives.
+
+    The allocator is set for the current context: in a copy of the caller's, his own one stays as it is.
+    """
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    launch()
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether TMA takes a matrix: address and rows at multiples of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU; of the CPU's interpreter, 1."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """Number of multiprocessors of a GPU; for the CPU's interpreter a few, so that it splits as a GPU would."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def architecture(device: torch.device) -> tuple[int, int]:
+    """Compute capability of an NVIDIA GPU, (0, 0) of another one; the CPU's interpreter does as sm_90."""
+    if device.type != "cuda":
+        return (9, 0)
+    return capability(device) if torch.version.hip is None else (0, 0)
