@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import dskernels as ds
 from compiling import Compile, assert_clean, compile_all
 from dskernels import parity
-from dskernels.fp8.config import choose_norm, choose_patch
+from dskernels.fp8.config import choose_columns, choose_patch
 from dskernels.parity import fp8 as cases
 from dskernels.reference import fp8 as reference
 from registering import check_registration
@@ -220,42 +220,20 @@ def test_kernels_compile_without_spills():
             )
             for transpose in (False, True)
         ]
-    kernels.append(
-        Compile(
-            "dskernels.fp8.triton:quantize_both_kernel",
-            signature={
-                **{"p_x": "*bf16", "p_q": "*fp8e4nv", "p_s": "*fp32", "p_qt": "*fp8e4nv", "p_st": "*fp32"},
-                **{"rows": "i32", "cols": "i32", "stride_xr": "i32", "stride_qr": "i32", "stride_sc": "i32"},
-                **{"stride_qtr": "i32", "stride_stc": "i32"},
-            },
-            constants={"UE8M0": False},
-            divisible=("cols", "stride_xr", "stride_qr", "stride_qtr", "stride_stc"),
-            num_warps=8,
-        )
-    )
-    kernels.append(
-        Compile(
-            "dskernels.fp8.triton:swiglu_quantize_kernel",
-            signature={
-                **{"p_x": "*bf16", "p_q": "*fp8e4nv", "p_s": "*fp32", "rows": "i32", "cols": "i32"},
-                **{"stride_xr": "i32", "stride_qr": "i32", "stride_sc": "i32"},
-            },
-            constants={"UE8M0": False, "PATCH_R": choose_patch((1, 128)).rows},
-            divisible=("cols", "stride_xr", "stride_qr"),
-        )
-    )
+    columns = choose_columns()
     kernels += [
         Compile(
-            "dskernels.fp8.triton:rmsnorm_quantize_kernel",
+            "dskernels.fp8.triton:quantize_columns_kernel",
             signature={
-                **{"p_x": "*bf16", "p_residual": "*bf16", "p_weight": "*bf16", "p_total": "*bf16"},
-                **{"p_q": "*fp8e4nv", "p_s": "*fp32", "rows": "i32", "cols": "i32", "eps": "fp32"},
-                **{f"stride_{name}": "i32" for name in ("xr", "rr", "tr", "qr", "sc")},
+                **{"p_x": "*bf16", "p_q": "*fp8e4nv", "p_s": "*fp32", "p_st": "*fp32"},
+                **{"p_qt": "*i32" if words else "*fp8e4nv", "rows": "i32", "cols": "i32"},
+                **{f"stride_{name}": "i32" for name in ("xr", "qr", "sc", "qtr", "stc")},
             },
-            constants={"UE8M0": False, "HAS_RESIDUAL": True, "TILES": config.tiles, "WHOLE": config.whole},
-            divisible=("cols", "stride_xr", "stride_rr", "stride_tr", "stride_qr"),
-            num_warps=config.num_warps,
+            constants={"UE8M0": False, "BOTH": both, "COLS": columns.cols, "WORDS": words},
+            divisible=("cols", "stride_xr", "stride_qr", "stride_stc"),
+            num_warps=columns.num_warps,
         )
-        for config in map(choose_norm, (128, 2048, 7168, 16384))
+        for both in (False, True)
+        for words in (False, True)
     ]
     assert_clean(compile_all(kernels))

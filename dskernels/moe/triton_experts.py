@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.fp8.triton import quantize, swiglu_quantize
+from dskernels.fp8.triton import quantize
+from dskernels.fp8.triton_swiglu import swiglu_quantize
 from dskernels.gemm.weights import quantized_weight, transposed
 from dskernels.grouped_gemm.triton import product
 from dskernels.grouped_gemm.triton_wgrad import grouped_wgrad, quantize_grouped

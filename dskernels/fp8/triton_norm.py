@@ -1,0 +1,284 @@
+"""Portable Triton kernels that quantise RMSNorm, and its gradient. Names as in triton.py."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dskernels.fp8.config import choose_norm, choose_norm_backward
+from dskernels.fp8.layout import empty_quantized
+from dskernels.fp8.triton import magnitude, quantize_supports, tile_scale, to_e4m3
+from dskernels.portable import cast
+
+
+@triton.jit(do_not_specialize=["rows", "stride_sc"])
+def rmsnorm_quantize_kernel(
+    p_x,
+    p_residual,
+    p_weight,
+    p_total,
+    p_q,
+    p_s,
+    rows,
+    cols,
+    eps,
+    stride_xr,
+    stride_rr,
+    stride_tr,
+    stride_qr,
+    stride_sc,
+    UE8M0: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """1x128 tiles of RMSNorm(x [+ residual]) of one row, kept in registers if WHOLE, else read a second time."""
+    i_r = tl.program_id(0).to(tl.int64)
+    # A row is walked TILES tiles at a time, as [TILES, 128].
+    o_c = tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    p_x += i_r * stride_xr
+    if HAS_RESIDUAL:
+        p_residual += i_r * stride_rr
+    p_total += i_r * stride_tr
+    p_q += i_r * stride_qr
+    p_s += i_r
+    if WHOLE:
+        x = stream(p_x, p_residual, o_c, cols, HAS_RESIDUAL)
+        weight = tl.load(p_weight + o_c, mask=o_c < cols, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            tl.store(p_total + o_c, x, mask=o_c < cols)
+        x = x.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / cols + eps)
+        store_normed(x * factor * weight, p_q, p_s, 0, cols, stride_sc, UE8M0, TILES)
+    else:
+        squares = tl.zeros([TILES, 128], tl.float32)
+        for start in range(0, cols, TILES * 128):
+            x = stream(p_x, p_residual, start + o_c, cols, HAS_RESIDUAL)
+            if HAS_RESIDUAL:
+                tl.store(p_total + start + o_c, x, mask=start + o_c < cols)
+            squares += x.to(tl.float32) * x.to(tl.float32)
+        factor = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / cols + eps)
+        for start in range(0, cols, TILES * 128):
+            # The sum is formed again rather than read back: a thread may not see what another has stored.
+            x = stream(p_x, p_residual, start + o_c, cols, HAS_RESIDUAL).to(tl.float32)
+            weight = tl.load(p_weight + start + o_c, mask=start + o_c < cols, other=0.0).to(tl.float32)
+            store_normed(x * factor * weight, p_q, p_s, start, cols, stride_sc, UE8M0, TILES)
+
+
+@triton.jit
+def stream(p_x, p_residual, o_c, cols, HAS_RESIDUAL: tl.constexpr):
+    """x, or x + residual rounded to x's dtype, at columns `o_c`."""
+    x = tl.load(p_x + o_c, mask=o_c < cols, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(p_residual + o_c, mask=o_c < cols, other=0.0)
+        x = cast(x.to(tl.float32) + residual.to(tl.float32), x.dtype)
+    return x
+
+
+@triton.jit
+def store_normed(y, p_q, p_s, start, cols, stride_sc, UE8M0: tl.constexpr, TILES: tl.constexpr):
+    """Quantise `y` [TILES, 128], the tiles of a row from column `start` on, and store them."""
+    o_c = start + tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    i_tile = start // 128 + tl.arange(0, TILES)
+    scale = tile_scale(tl.max(magnitude(y), axis=1), UE8M0)
+    tl.store(p_q + o_c, to_e4m3(y, scale[:, None]), mask=o_c < cols)
+    tl.store(p_s + i_tile.to(tl.int64) * stride_sc, scale, mask=i_tile * 128 < cols)
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def rmsnorm_backward_kernel(
+    p_dy,
+    p_x,
+    p_weight,
+    p_dresidual,
+    p_dx,
+    p_partial,
+    rows,
+    programs,
+    cols,
+    eps,
+    stride_dyr,
+    stride_xr,
+    stride_rr,
+    stride_dxr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx of every programs-th row, and this program's part of dweight, the sum of dy * x * r over its rows.
+
+    A row is BLOCK columns wide at most and stays in registers; the next one is on its way while it is worked on.
+    """
+    i_p = tl.program_id(0)
+    o_c = tl.arange(0, BLOCK)
+    m_c = o_c < cols
+    weight = tl.load(p_weight + o_c, mask=m_c, other=0.0)
+    part = tl.zeros([BLOCK], tl.float32)
+    x_next, dy_next = load_row(p_x, stride_xr, i_p, rows, o_c, m_c), load_row(p_dy, stride_dyr, i_p, rows, o_c, m_c)
+    for i_r in range(i_p, rows, programs):
+        x, dy = x_next.to(tl.float32), dy_next.to(tl.float32)
+        x_next = load_row(p_x, stride_xr, i_r + programs, rows, o_c, m_c)
+        dy_next = load_row(p_dy, stride_dyr, i_r + programs, rows, o_c, m_c)
+        if HAS_RESIDUAL:
+            dresidual = load_row(p_dresidual, stride_rr, i_r, rows, o_c, m_c).to(tl.float32)
+        factor = tl.rsqrt(tl.sum(x * x, axis=0) / cols + eps)
+        g = dy * weight.to(tl.float32)
+        mean = tl.sum(g * x, axis=0) * factor / cols
+        n = x * factor
+        part += dy * n
+        dx = factor * (g - n * mean)
+        if HAS_RESIDUAL:
+            dx += dresidual
+        tl.store(p_dx + tl.cast(i_r, tl.int64) * stride_dxr + o_c, cast(dx, p_dx.dtype.element_ty), mask=m_c)
+    tl.store(p_partial + i_p.to(tl.int64) * cols + o_c, part, mask=m_c)
+
+
+@triton.jit
+def load_row(p_x, stride, i_r, rows, o_c, m_c):
+    """Columns `o_c` of row i_r; zeros beyond the last row."""
+    return tl.load(p_x + tl.cast(i_r, tl.int64) * stride + o_c, mask=m_c & (i_r < rows), other=0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "programs"])
+def rmsnorm_backward_wide_kernel(
+    p_dy,
+    p_x,
+    p_weight,
+    p_dresidual,
+    p_dx,
+    p_partial,
+    rows,
+    programs,
+    cols,
+    eps,
+    stride_dyr,
+    stride_xr,
+    stride_rr,
+    stride_dxr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The same for rows that are wider than registers: BLOCK columns at a time, read twice, the sums kept in memory."""
+    i_p = tl.program_id(0)
+    o_b = tl.arange(0, BLOCK)
+    p_partial += i_p.to(tl.int64) * cols
+    for i_r in range(i_p, rows, programs):
+        squares = tl.zeros([BLOCK], tl.float32)
+        products = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, cols, BLOCK):
+            o_c = start + o_b
+            x = load_row(p_x, stride_xr, i_r, rows, o_c, o_c < cols).to(tl.float32)
+            dy = load_row(p_dy, stride_dyr, i_r, rows, o_c, o_c < cols).to(tl.float32)
+            weight = tl.load(p_weight + o_c, mask=o_c < cols, other=0.0).to(tl.float32)
+            squares += x * x
+            products += dy * weight * x
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / cols + eps)
+        mean = tl.sum(products, axis=0) * factor / cols
+        for start in range(0, cols, BLOCK):
+            o_c = start + o_b
+            x = load_row(p_x, stride_xr, i_r, rows, o_c, o_c < cols).to(tl.float32)
+            dy = load_row(p_dy, stride_dyr, i_r, rows, o_c, o_c < cols).to(tl.float32)
+            weight = tl.load(p_weight + o_c, mask=o_c < cols, other=0.0).to(tl.float32)
+            n = x * factor
+            dx = factor * (dy * weight - n * mean)
+            if HAS_RESIDUAL:
+                dx += load_row(p_dresidual, stride_rr, i_r, rows, o_c, o_c < cols).to(tl.float32)
+            tl.store(p_dx + tl.cast(i_r, tl.int64) * stride_dxr + o_c, cast(dx, p_dx.dtype.element_ty), mask=o_c < cols)
+            # A thread reads back only what it stored itself: the columns are spread over threads as before.
+            part = tl.load(p_partial + o_c, mask=(o_c < cols) & (i_r > i_p), other=0.0)
+            tl.store(p_partial + o_c, part + dy * n, mask=o_c < cols)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def sum_parts_kernel(p_partial, p_out, parts, cols, PARTS: tl.constexpr, COLS: tl.constexpr):
+    """Sum of `parts` rows of `cols` columns, always in the same order."""
+    o_c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([PARTS, COLS], tl.float32)
+    for start in range(0, parts, PARTS):
+        o_p = start + tl.arange(0, PARTS)
+        m_x = (o_p < parts)[:, None] & (o_c < cols)[None, :]
+        total += tl.load(p_partial + o_p.to(tl.int64)[:, None] * cols + o_c[None, :], mask=m_x, other=0.0)
+    tl.store(p_out + o_c, cast(tl.sum(total, axis=0), p_out.dtype.element_ty), mask=o_c < cols)
+
+
+# ---- launchers: they take the arguments of the registered operations ------------------------------------------------
+
+
+def rmsnorm_quantize(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Data and scale of RMSNorm(x [+ residual]), and that sum (empty without a residual)."""
+    rows, cols = x.shape
+    data, scale = empty_quantized(x, (1, 128))
+    total = torch.empty_like(x) if residual is not None else x.new_empty(0, cols)
+    config = choose_norm(cols)
+    if rows and cols:
+        rmsnorm_quantize_kernel[(rows,)](
+            x,
+            residual,
+            weight,
+            total,
+            data,
+            scale,
+            rows,
+            cols,
+            eps,
+            x.stride(0),
+            0 if residual is None else residual.stride(0),
+            total.stride(0),
+            data.stride(0),
+            scale.stride(1),
+            UE8M0=ue8m0,
+            HAS_RESIDUAL=residual is not None,
+            TILES=config.tiles,
+            WHOLE=config.whole,
+            num_warps=config.num_warps,
+        )
+    return data, scale, total
+
+
+def rmsnorm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, eps: float, dresidual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of RMSNorm(x) w.r.t. x, to which `dresidual` is added, and w.r.t. the weight."""
+    rows, cols = x.shape
+    dx = torch.empty(rows, cols, dtype=x.dtype, device=x.device)
+    if rows == 0 or cols == 0:
+        return dx, torch.zeros_like(weight)
+    dweight = torch.empty_like(weight)
+    config = choose_norm_backward(cols)
+    programs = min(rows, config.per_sm * _multiprocessors(x.device))
+    partial = torch.empty(programs, cols, dtype=torch.float32, device=x.device)
+    kernel = rmsnorm_backward_kernel if config.whole else rmsnorm_backward_wide_kernel
+    kernel[(programs,)](
+        dy,
+        x,
+        weight,
+        dresidual,
+        dx,
+        partial,
+        rows,
+        programs,
+        cols,
+        eps,
+        dy.stride(0),
+        x.stride(0),
+        0 if dresidual is None else dresidual.stride(0),
+        dx.stride(0),
+        HAS_RESIDUAL=dresidual is not None,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+    )
+    sum_parts_kernel[(triton.cdiv(cols, 32),)](partial, dweight, programs, cols, PARTS=64, COLS=32, num_warps=4)
+    return dx, dweight
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+rmsnorm_quantize_supports = quantize_supports
