@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dskernels.fp8.config import choose_columns, choose_patch
 from dskernels.fp8.layout import empty_quantized
-from dskernels.portable import INTERPRETED, cast, reason_against_e4m3
+from dskernels.portable import INTERPRETED, cast, launch, reason_against_e4m3
+from dskernels.validate import ceil_div
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
 
@@ -255,9 +256,11 @@ def quantize(x: Tensor, block_rows: int, block_cols: int, ue8m0: bool, transpose
     patch = choose_patch(block)
     stack = x.dim() == 3
     stride_sr, stride_sc = scale.stride()[-2:]
-    grid = (triton.cdiv(rows, patch.rows), triton.cdiv(cols, patch.cols), x.shape[0] if stack else 1)
+    grid = (ceil_div(rows, patch.rows), ceil_div(cols, patch.cols), x.shape[0] if stack else 1)
     if 0 not in grid:
-        quantize_kernel[grid](
+        launch(
+            quantize_kernel,
+            grid,
             x,
             data,
             scale,
@@ -287,9 +290,11 @@ def _quantize_columns(x: Tensor, ue8m0: bool, both: bool) -> tuple[Tensor, ...]:
     data, scale = empty_quantized(x, (1, 128)) if both else (None, None)
     data_t, scale_t = empty_quantized(x, (128, 1), transpose=True)
     config = choose_columns()
-    grid = (triton.cdiv(rows, 128), triton.cdiv(cols, 128 if both else config.cols))
+    grid = (ceil_div(rows, 128), ceil_div(cols, 128 if both else config.cols))
     if 0 not in grid:
-        quantize_columns_kernel[grid](
+        launch(
+            quantize_columns_kernel,
+            grid,
             x,
             data,
             scale,

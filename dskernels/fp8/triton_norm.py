@@ -12,7 +12,8 @@ from torch import Tensor
 from dskernels.fp8.config import choose_norm, choose_norm_backward
 from dskernels.fp8.layout import empty_quantized
 from dskernels.fp8.triton import magnitude, quantize_supports, tile_scale, to_e4m3
-from dskernels.portable import cast
+from dskernels.portable import cast, launch
+from dskernels.validate import ceil_div
 
 
 @triton.jit(do_not_specialize=["rows", "stride_sc"])
@@ -216,7 +217,9 @@ def rmsnorm_quantize(
     total = torch.empty_like(x) if residual is not None else x.new_empty(0, cols)
     config = choose_norm(cols)
     if rows and cols:
-        rmsnorm_quantize_kernel[(rows,)](
+        launch(
+            rmsnorm_quantize_kernel,
+            (rows,),
             x,
             residual,
             weight,
@@ -253,7 +256,9 @@ def rmsnorm_backward(
     programs = min(rows, config.per_sm * _multiprocessors(x.device))
     partial = torch.empty(programs, cols, dtype=torch.float32, device=x.device)
     kernel = rmsnorm_backward_kernel if config.whole else rmsnorm_backward_wide_kernel
-    kernel[(programs,)](
+    launch(
+        kernel,
+        (programs,),
         dy,
         x,
         weight,
@@ -272,7 +277,7 @@ def rmsnorm_backward(
         BLOCK=config.block,
         num_warps=config.num_warps,
     )
-    sum_parts_kernel[(triton.cdiv(cols, 32),)](partial, dweight, programs, cols, PARTS=64, COLS=32, num_warps=4)
+    launch(sum_parts_kernel, (ceil_div(cols, 32),), partial, dweight, programs, cols, PARTS=64, COLS=32, num_warps=4)
     return dx, dweight
 
 

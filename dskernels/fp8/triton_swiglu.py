@@ -9,6 +9,8 @@ from torch import Tensor
 from dskernels.fp8.config import choose_columns, choose_patch
 from dskernels.fp8.layout import empty_quantized
 from dskernels.fp8.triton import load_rows, quantize_supports, store_rows, store_turned, words_of
+from dskernels.portable import launch
+from dskernels.validate import ceil_div
 
 
 @triton.jit
@@ -170,7 +172,9 @@ def swiglu_quantize(gate_up: Tensor, ue8m0: bool, transpose: bool = False) -> tu
         return data, scale
     if transpose:
         config = choose_columns()
-        swiglu_quantize_columns_kernel[(triton.cdiv(rows, 128), triton.cdiv(cols, config.cols))](
+        launch(
+            swiglu_quantize_columns_kernel,
+            (ceil_div(rows, 128), ceil_div(cols, config.cols)),
             gate_up,
             words_of(data),
             scale,
@@ -186,7 +190,9 @@ def swiglu_quantize(gate_up: Tensor, ue8m0: bool, transpose: bool = False) -> tu
         )
     else:
         patch = choose_patch((1, 128))
-        swiglu_quantize_kernel[(triton.cdiv(rows, patch.rows), triton.cdiv(cols, 128))](
+        launch(
+            swiglu_quantize_kernel,
+            (ceil_div(rows, patch.rows), ceil_div(cols, 128)),
             gate_up,
             data,
             scale,
@@ -209,7 +215,9 @@ def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[
     data_t, scale_t = empty_quantized(gate_up, (128, 1), transpose=True)
     if rows and cols:
         aligned, config = cols % 128 == 0, choose_columns(gradient=True)
-        swiglu_quantize_backward_kernel[(triton.cdiv(rows, 128), triton.cdiv(cols if aligned else 2 * cols, 128))](
+        launch(
+            swiglu_quantize_backward_kernel,
+            (ceil_div(rows, 128), ceil_div(cols if aligned else 2 * cols, 128)),
             dy,
             gate_up,
             data,
