@@ -1,8 +1,8 @@
 """Launcher of hopper_small.cu, the block-scaled e4m3 GEMM for few rows on sm_90a.
 
 Reading the weights is all that counts there: with one row the kernel takes 1.03 to 1.17 times as long as one that does
-nothing else, and 0.75 to 0.93 of cuBLASLt's time. CUDA C++, as Gluon has neither clusters nor L2 policies: without
-evict-first, loads of B write back what others left in the L2, and 4096x7168 takes 21.0 us with 64 rows instead of 18.6.
+nothing else, and 0.75 to 0.93 of cuBLASLt's time. CUDA C++, as Triton 3.6's Gluon has neither clusters nor L2 policies:
+without evict-first, loads of B write back what others left in the L2, and 4096x7168 takes 21.0 us at 64 rows, not 18.6.
 """
 
 from __future__ import annotations
