@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu bench docs clean
+.PHONY: help demo test lint format test-gpu sanitize bench docs clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,10 @@ format: $(READY) ## let ruff rewrite what it can
 test-gpu: WORKERS = 4
 test-gpu: ## kernel tests on this machine's GPU; fails where there is none
 	DSKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+
+sanitize: ## compute-sanitizer over one config of every CUDA C++ kernel, on this machine's GPU
+	PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
+	PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
 
 bench: ## time the operations on this machine's GPU, beside their peers
 	$(PYTHON) -m benchmarks $(ARGS)

@@ -44,6 +44,31 @@ class Fp8Gemm(Case):
 
 
 @dataclass(frozen=True)
+class Fp8Wgrad(Case):
+    """`fp8_gemm` of 1x128 by 1x128 tiles along `m` tokens, the gradient of an [n, k] weight in fp32, stored."""
+
+    workload: workloads.Gemm
+    tolerance = 1e-6
+
+    @property
+    def op(self) -> str:
+        return "fp8_gemm_wgrad"
+
+    def work(self):
+        return roofline.gemm_wgrad(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        return SimpleNamespace(dy_t=inputs.activation(w.n, w.m, device), x_t=inputs.activation(w.k, w.m, device))
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.fp8_gemm(x.dy_t, x.x_t, out_dtype=torch.float32, impl=impl)
+
+    def peers(self, x):
+        return {"torch": lambda: gemm_peers.matmul(x.dy_t, x.x_t)}
+
+
+@dataclass(frozen=True)
 class Fp8LinearTraining(Case):
     """`fp8_linear` forward and backward, quantising x and dy; the weight's quantised copy is kept between steps."""
 
@@ -85,5 +110,6 @@ class Fp8LinearTraining(Case):
 
 CASES: list[Case] = [
     *(Fp8Gemm(w) for w in workloads.GEMMS),
+    *(Fp8Wgrad(w) for w in workloads.LINEAR_LAYERS),
     *(Fp8LinearTraining(w) for w in workloads.LINEAR_LAYERS),
 ]

@@ -95,6 +95,12 @@ def gemm(x: w.Gemm) -> Work:
     return Work(2 * x.m * x.n * x.k, operands + x.m * x.n * BF16, "fp8")
 
 
+def gemm_wgrad(x: w.Gemm) -> Work:
+    """fp8 operands along the tokens, fp32 out."""
+    operands = fp8_bytes(x.n, x.m, (1, 128)) + fp8_bytes(x.k, x.m, (1, 128))
+    return Work(2 * x.m * x.n * x.k, operands + x.n * x.k * FP32, "fp8")
+
+
 def linear_training(x: w.Gemm) -> Work:
     """y, dx and dw of a bf16 layer: three products; x, w and dy in once, y, dx and dw out."""
     tensors = 2 * x.m * x.k + 2 * x.n * x.k + 2 * x.m * x.n

@@ -606,7 +606,7 @@ def test_filters_must_all_match():
 
 def test_quick_takes_the_first_of_each_operation():
     cases = cli.select(["gemm"], [], quick=True)["gemm"]
-    assert [case.op for case in cases] == ["fp8_gemm", "fp8_linear_training"]
+    assert [case.op for case in cases] == ["fp8_gemm", "fp8_gemm_wgrad", "fp8_linear_training"]
     assert cases[0] == EVERY["gemm"][0]
 
 
