@@ -87,7 +87,8 @@ def test_parts_add_up(device, monkeypatch, parts, k):
     assert parity.difference(got, want) < parity.E4M3_SUMS
     assert torch.equal(product(a, b), got)
     total = ds.fp8_gemm(a, b, bias=bias, out=before.clone(), accumulate=True, impl="triton")
-    torch.testing.assert_close(total, want + bias + before, rtol=1e-5, atol=1e-5)
+    # Of the same product: on tensor cores it is 2^-13 off the reference's, which the line above allows for.
+    torch.testing.assert_close(total, got + bias + before, rtol=1e-5, atol=1e-5)
     assert torch.equal(product(a, b, torch.bfloat16), got.bfloat16())
 
 
