@@ -54,25 +54,6 @@ struct Output {
     int rows, columns, stride;
 };
 
-// Spelt out, so that denormals count whatever the compiler is told.
-__device__ __forceinline__ float mul(float x, float y) {
-    float z;
-    asm("mul.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-    return z;
-}
-__device__ __forceinline__ float fma(float x, float y, float z) {
-    float w;
-    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(w) : "f"(x), "f"(y), "f"(z));
-    return w;
-}
-
-__device__ __forceinline__ float widen(u16 x, int kind) {
-    float wide;
-    if (kind == 0) return __uint_as_float((u32)x << 16);
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
-    return wide;
-}
-
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
     if (OUT == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));

@@ -178,3 +178,29 @@ __device__ __forceinline__ float4 smem_load4(u32 addr) {
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(addr));
     return x;
 }
+
+// ---- arithmetic --------------------------------------------------------------------------------------------------
+
+// Spelt out, so that denormals count whatever the compiler is told (CuPy tells it to flush them).
+__device__ __forceinline__ float mul(float x, float y) {
+    float z;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+__device__ __forceinline__ float add(float x, float y) {
+    float z;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+__device__ __forceinline__ float fma(float x, float y, float z) {
+    float w;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(w) : "f"(x), "f"(y), "f"(z));
+    return w;
+}
+// bf16 (kind 0) or fp16 to fp32.
+__device__ __forceinline__ float widen(u16 x, int kind) {
+    float wide;
+    if (kind == 0) return __uint_as_float((u32)x << 16);
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
+    return wide;
+}

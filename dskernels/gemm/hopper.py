@@ -2,7 +2,7 @@
 
 CUDA C++ because Gluon cannot say what decided the speed: a tile of A multicast to a cluster of two, and one thread that
 waits, copies and arrives for a warp. Prototypes at 4,096 tokens reached 0.79 to 0.92 of DeepGEMM in Gluon; this kernel
-reaches 1.02.
+reaches 0.99 to 1.02, in four runs beside it.
 """
 
 from __future__ import annotations

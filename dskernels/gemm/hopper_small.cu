@@ -31,29 +31,6 @@ typedef u16 Element;
 #endif
 constexpr int VECTOR = 16 / sizeof(Element);
 
-// Spelt out, so that denormals count whatever the compiler is told (CuPy tells it to flush them).
-__device__ __forceinline__ float mul(float x, float y) {
-    float z;
-    asm("mul.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-    return z;
-}
-__device__ __forceinline__ float add(float x, float y) {
-    float z;
-    asm("add.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-    return z;
-}
-__device__ __forceinline__ float fma(float x, float y, float z) {
-    float w;
-    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(w) : "f"(x), "f"(y), "f"(z));
-    return w;
-}
-
-__device__ __forceinline__ float widen(u16 x, int kind) {
-    float wide;
-    if (kind == 0) return __uint_as_float((u32)x << 16);
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
-    return wide;
-}
 __device__ __forceinline__ float read(float x) { return x; }
 __device__ __forceinline__ float read(u16 x) { return widen(x, OUT); }
 __device__ __forceinline__ Element rounded(float x) {
