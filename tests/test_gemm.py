@@ -119,6 +119,30 @@ def test_linear_gradients_are_those_of_the_dequantised_layer(weight_dtype):
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", ["x", "weight", "x weight bias"])
+def test_linear_gradients_are_those_of_the_reference(device, impl, weight_dtype, wanted):
+    """Whichever of them are wanted: the operands are quantised in other ways, to the same bytes."""
+    values = {
+        "x": torch.randn(37, 256, device=device),
+        "weight": torch.randn(130, 256, device=device).to(weight_dtype),
+        "bias": torch.randn(130, device=device),
+    }
+    dy = torch.randn(37, 130, device=device)
+
+    def gradients(linear):
+        inputs = {name: x.clone().requires_grad_(name in wanted.split()) for name, x in values.items()}
+        y = linear(*inputs.values())
+        return y, *torch.autograd.grad(y, [inputs[name] for name in wanted.split()], dy)
+
+    got = gradients(lambda *inputs: ds.fp8_linear(*inputs, impl=impl))
+    want = gradients(ds.reference.fp8_linear)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert parity.difference(a, b) < (AGAINST_DEQUANTIZED if a.dtype == torch.bfloat16 else parity.E4M3_SUMS)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_linear_with_a_quantised_weight_has_dx_only(device, impl):
     x = torch.randn(9, 256, device=device, requires_grad=True)
     weight = ds.quantize(torch.randn(130, 256, device=device), (128, 128))

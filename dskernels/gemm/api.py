@@ -162,12 +162,18 @@ def _fp8_linear_gradients(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, needs_dx: bool, needs_dw: bool, impl: str | None
 ) -> tuple[Tensor, Tensor]:
     dx, dw = _empty_gradients(dy, x, weight, scale, needs_dx, needs_dw)
-    rows, columns = quantize_both(dy, impl=impl)
-    if needs_dx:
+    rows = columns = None
+    if needs_dx and needs_dw:
+        rows, columns = quantize_both(dy, impl=impl)
+    elif needs_dx:
+        rows = quantize(dy, impl=impl)
+    elif needs_dw:
+        columns = quantize(dy, (128, 1), transpose=True, impl=impl)
+    if rows is not None:
         dx = fp8_gemm(rows, _quantized(weight, scale, True, impl), out_dtype=x.dtype, impl=impl)
-    if needs_dw:
+    if columns is not None:
         x_t = quantize(x, (128, 1), transpose=True, impl=impl)
-        dw = fp8_gemm(columns, x_t, out_dtype=torch.float32, impl=impl).to(weight.dtype)
+        dw = fp8_gemm(columns, x_t, out_dtype=weight.dtype, impl=impl)
     return dx, dw
 
 
