@@ -26,10 +26,11 @@ def nvrtc() -> ctypes.CDLL:
 
 
 def compile_cuda(path: Path, options: dict[str, int], shared: int) -> Report:
-    """Compile with the product's flags and these -D options for sm_90a; `shared` is what the launcher asks for."""
+    """Compile with the product's flags, and CuPy's, and these -D options for sm_90a; `shared` is what the launcher asks
+    for."""
     began = time.perf_counter()
     library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    flags = [flag.encode() for flag in (*FLAGS, *(f"-D{name}={value}" for name, value in options.items()))]
+    flags = [flag.encode() for flag in (*FLAGS, "-ftz=true", *(f"-D{name}={value}" for name, value in options.items()))]
     text = source_of(path).encode()
     if library.nvrtcCreateProgram(ctypes.byref(program), text, path.name.encode(), 0, None, None):
         raise RuntimeError("nvrtcCreateProgram failed")

@@ -1,6 +1,11 @@
-"""One config of every CUDA C++ kernel on small shapes, for compute-sanitizer (see `make sanitize`)."""
+"""One config of every CUDA C++ kernel on small shapes, for compute-sanitizer (see `make sanitize`).
+
+`python tests/sanitize.py "few rows"` runs only kernels whose name contains the text, to find the one a report is of.
+"""
 
 import functools
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -8,32 +13,47 @@ import dskernels as ds
 from dskernels import parity
 from dskernels.cuda.driver import Planned
 from dskernels.gemm import hopper
-from dskernels.gemm.config import HOPPER_CONFIGS
+from dskernels.gemm.config import HOPPER_CONFIGS, HopperConfig
 from dskernels.parity.inputs import quantized
 
-DEVICE = torch.device("cuda")
+
+def kernels() -> Iterator[tuple[str, Callable[[], bool]]]:
+    """Name each kernel, with what runs it and says whether the result was right."""
+    for b_rows, configs in HOPPER_CONFIGS.items():
+        for config in configs:
+            yield f"fp8_gemm {config.tile}, B in {b_rows}x128", functools.partial(many_rows, config, b_rows)
+    yield "fp8_gemm, few rows", few_rows
+    yield "quantize_both", quantize_both
+
+
+def many_rows(config: HopperConfig, b_rows: int) -> bool:
+    a, b = quantized(0, 300, 400, (1, 128), "cuda"), quantized(1, 392, 400, (b_rows, 128), "cuda")
+    out = torch.full((300, 392), torch.nan, device="cuda")
+    Planned(functools.partial(hopper.plan, config))(a.data, a.scale, b.data, b.scale, b_rows, None, out, False)
+    return parity.difference(out, ds.reference.fp8_gemm(a, b, out_dtype=torch.float32)) < parity.E4M3_SUMS
+
+
+def few_rows() -> bool:
+    a, b = quantized(0, 5, 2048, (1, 128), "cuda"), quantized(1, 200, 2048, (128, 128), "cuda")
+    out = ds.fp8_gemm(a, b, out_dtype=torch.float32, impl="hopper")
+    return parity.difference(out, ds.reference.fp8_gemm(a, b, out_dtype=torch.float32)) < parity.E4M3_SUMS
+
+
+def quantize_both() -> bool:
+    x = torch.randn(144, 264, device="cuda").bfloat16()
+    pairs = zip(ds.quantize_both(x, impl="hopper"), ds.reference.quantize_both(x), strict=True)
+    return all(torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8)) for got, want in pairs)
 
 
 def main() -> None:
-    for b_rows, configs in HOPPER_CONFIGS.items():
-        a, b = quantized(0, 300, 400, (1, 128), DEVICE), quantized(1, 392, 400, (b_rows, 128), DEVICE)
-        want = ds.reference.fp8_gemm(a, b, out_dtype=torch.float32)
-        for config in configs:
-            out = torch.full((300, 392), torch.nan, device=DEVICE)
-            Planned(functools.partial(hopper.plan, config))(a.data, a.scale, b.data, b.scale, b_rows, None, out, False)
-            say(f"fp8_gemm {config.tile}, B in {b_rows}x128", parity.difference(out, want) < parity.E4M3_SUMS)
-    a, b = quantized(0, 5, 2048, (1, 128), DEVICE), quantized(1, 200, 2048, (128, 128), DEVICE)
-    out = ds.fp8_gemm(a, b, out_dtype=torch.float32, impl="hopper")
-    say("fp8_gemm, few rows", parity.difference(out, ds.reference.fp8_gemm(a, b, out_dtype=torch.float32)) < 1e-6)
-    x = torch.randn(144, 264, device=DEVICE).bfloat16()
-    for got, expected in zip(ds.quantize_both(x, impl="hopper"), ds.reference.quantize_both(x), strict=True):
-        say("quantize_both", torch.equal(got.data.view(torch.uint8), expected.data.view(torch.uint8)))
-
-
-def say(what: str, right: bool) -> None:
-    if not right:
-        raise SystemExit(f"{what}: wrong")
-    print(f"{what}: right", flush=True)
+    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [(name, run) for name, run in kernels() if wanted in name]
+    if not chosen:
+        raise SystemExit(f"no kernel's name contains {wanted!r}; there are: {'; '.join(name for name, _ in kernels())}")
+    for name, run in chosen:
+        if not run():
+            raise SystemExit(f"{name}: wrong")
+        print(f"{name}: right", flush=True)
 
 
 if __name__ == "__main__":

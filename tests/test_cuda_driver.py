@@ -318,10 +318,10 @@ def hopper_on_the_cpu(fake, monkeypatch):
 
 
 def test_fp8_gemm_hands_over_its_addresses(hopper_on_the_cpu):
-    a, b = ds.quantize(torch.randn(64, 256)), ds.quantize(torch.randn(128, 256), (128, 128))
+    a, b = ds.quantize(torch.randn(300, 256)), ds.quantize(torch.randn(128, 256), (128, 128))
     for _ in range(2):
-        other = ds.quantize(torch.randn(64, 256))
-        bias, out = torch.randn(128), torch.empty(64, 128, dtype=torch.bfloat16)
+        other = ds.quantize(torch.randn(300, 256))
+        bias, out = torch.randn(128), torch.empty(300, 128, dtype=torch.bfloat16)
         ds.fp8_gemm(a, b, bias=bias, out=out)
         ds.fp8_gemm(other, b, bias=bias, out=out)
         addresses = [x.data_ptr() for x in (b.data, b.scale, bias, out)]
@@ -330,13 +330,13 @@ def test_fp8_gemm_hands_over_its_addresses(hopper_on_the_cpu):
             assert [of_a, of_a_scale] == [x.data.data_ptr(), x.scale.data_ptr()]
             assert [of_b, b_scale, of_bias, p_out] == addresses
             assert of_out == p_out
-            assert sizes == [64, 128, 256, 2, 128]
+            assert sizes == [300, 128, 256, 2, 128]
     assert len(hopper_on_the_cpu.encoded) == 4  # one plan: maps of a, its scale, b and out
 
 
 def test_calls_of_one_fp8_gemm(hopper_on_the_cpu):
     """What a call costs the host is mostly Python: here 16 functions of Python are entered, and 30 of C from them."""
-    a, b = ds.quantize(torch.randn(64, 256)), ds.quantize(torch.randn(128, 256), (128, 128))
+    a, b = ds.quantize(torch.randn(300, 256)), ds.quantize(torch.randn(128, 256), (128, 128))
     ds.fp8_gemm(a, b)
     entered = collections.Counter()
     ours = str(Path(ds.__file__).parent)

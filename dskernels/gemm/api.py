@@ -121,7 +121,10 @@ def _may_be_known(a: Any, b: Any, out_dtype: torch.dtype) -> bool:
         and a.block in A_BLOCKS
         and b.block in B_BLOCKS
         and out_dtype in HALF_OR_SINGLE
-        and all(isinstance(x, Tensor) for x in (a.data, a.scale, b.data, b.scale))
+        and isinstance(a.data, Tensor)
+        and isinstance(a.scale, Tensor)
+        and isinstance(b.data, Tensor)
+        and isinstance(b.scale, Tensor)
         and a.data.is_cuda
         and a.data.dim() == b.data.dim() == 2
     )
