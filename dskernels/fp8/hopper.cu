@@ -381,9 +381,9 @@ quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__
     const u16* from_dy = dy + (long long)at.row() * stride_dyr + at.col();
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const uint4 gates = load(from + i * stride_xr, i < height), ups = load(from + i * stride_xr + cols, i < height);
-        uint4 dys;
+        uint4 dys;  // first: behind the other two, a register spills
         if (SOURCE == GRADIENT) dys = load(from_dy + i * stride_dyr, i < height);
+        const uint4 gates = load(from + i * stride_xr, i < height), ups = load(from + i * stride_xr + cols, i < height);
         float other[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
