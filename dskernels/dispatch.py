@@ -426,6 +426,12 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
+def multiprocessors(device: torch.device, interpreted: int = 1) -> int:
+    """Number of multiprocessors of a GPU; `interpreted` on the CPU, whose interpreter is to split work too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else interpreted
+
+
+@functools.cache
 def has_triton() -> bool:
     """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None

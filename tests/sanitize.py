@@ -46,6 +46,8 @@ def quantize_both() -> bool:
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("these kernels run on a GPU, and torch sees none")
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     chosen = [(name, run) for name, run in kernels() if wanted in name]
     if not chosen:

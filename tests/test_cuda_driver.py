@@ -307,7 +307,7 @@ def hopper_on_the_cpu(fake, monkeypatch):
     fake.kinds = "mmmmmpppiiiii"
     monkeypatch.setattr(hopper, "kernel", lambda *args: 4321)
     monkeypatch.setattr(hopper, "reason_against_cuda", lambda: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: types.SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(hopper.fp8_gemm, "_kept", ByMetadata())
     operation = dispatch.OPERATIONS["fp8_gemm"]
     monkeypatch.setattr(operation, "_candidates", {(None, CPU): ["dskernels.gemm.hopper:fp8_gemm"]})

@@ -35,9 +35,12 @@ def test_compiles_without_spills(b_rows, config):
     ]
     # 384 threads enter with 168 registers; setmaxnreg then moves them from the loading warpgroup to the other two.
     assert_clean(reports, max_registers=168)
-    for report in reports:
+    # Products in the code: a tile's first, and those of the loop over K, unrolled and then once more for the rest.
+    products = 1 + config.waves * (config.unroll + (config.unroll > 1))
+    for (_, _, bias, *_), report in zip((kind for kind in KINDS if kind[0] == b_rows), reports, strict=True):
         # Four to a product, all of a block of K in a row: more waiting than products means that ptxas serialised them.
         assert report.count("QGMMA") % 4 == 0
+        assert 4 * products <= report.count("QGMMA") <= 4 * (products + bool(bias))  # a bias has one started again
         assert report.count("WARPGROUP.DEPBAR") <= report.count("QGMMA") // 4 + 1
         assert report.count("UTMALDG") >= 3
         assert report.count("BRA.U.ANY") == 0  # one thread is known to be one, so copies need no loop over lanes

@@ -1,5 +1,5 @@
-// Warpgroup products of e4m3 tiles into fp32 registers: m64nNk32, B (N rows of 128 bytes) from shared memory, A from shared memory
-// (a descriptor) or from registers (one 16x32 fragment a warp). `keep` 0 starts from zero, 1 adds to what `d` holds.
+// Warpgroup products of e4m3 tiles into fp32 registers: m64nNk32, A and B (64 and N rows of 128 bytes) from shared
+// memory, named by descriptors. `keep` 0 starts from zero, 1 adds to what `d` holds.
 //
 // d[4j + 2i + e] of a thread is row 16 * warp + lane / 4 + 8i, column 8j + 2 * (lane % 4) + e of the 64 x N product.
 #pragma once
@@ -10,53 +10,39 @@
 
 #define REGISTERS_4 "%0, %1, %2, %3"
 #define REGISTERS_8 REGISTERS_4 ", %4, %5, %6, %7"
-#define REGISTERS_12 REGISTERS_8 ", %8, %9, %10, %11"
-#define REGISTERS_16 REGISTERS_12 ", %12, %13, %14, %15"
-#define REGISTERS_24 REGISTERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define REGISTERS_32 REGISTERS_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define REGISTERS_48 REGISTERS_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define REGISTERS_64 REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define REGISTERS_80 REGISTERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define REGISTERS_96 REGISTERS_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define REGISTERS_16 REGISTERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define REGISTERS_32 REGISTERS_16 \
+    ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define REGISTERS_64 REGISTERS_32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_96 REGISTERS_64 \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 #define SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS_8(i) SUMS_4(i), SUMS_4(i + 4)
-#define SUMS_12(i) SUMS_8(i), SUMS_4(i + 8)
 #define SUMS_16(i) SUMS_8(i), SUMS_8(i + 8)
-#define SUMS_24(i) SUMS_16(i), SUMS_8(i + 16)
 #define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
-#define SUMS_48(i) SUMS_32(i), SUMS_16(i + 32)
 #define SUMS_64(i) SUMS_32(i), SUMS_32(i + 32)
-#define SUMS_80(i) SUMS_64(i), SUMS_16(i + 64)
 #define SUMS_96(i) SUMS_64(i), SUMS_32(i + 64)
 
-// N columns are R = N / 2 registers a thread; P0 to P5 are the numbers of the operands after these.
-#define DEFINE_PRODUCTS(N, R, P0, P1, P2, P3, P4, P5)                                                                     \
+// N columns are R = N / 2 registers a thread; A, B and KEEP are the numbers of the operands after these.
+#define DEFINE_PRODUCTS(N, R, A, B, KEEP)                                                                                 \
     __device__ __forceinline__ void multiply(float (&d)[R], u64 a, u64 b, int keep) {                                     \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P2 ", 0;\n"                                                       \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" REGISTERS_##R "}, %" #P0 ", %" #P1      \
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #KEEP ", 0;\n"                                                     \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" REGISTERS_##R "}, %" #A ", %" #B        \
                      ", p, 1, 1;}\n"                                                                                      \
                      : SUMS_##R(0)                                                                                        \
                      : "l"(a), "l"(b), "r"(keep));                                                                        \
-    }                                                                                                                     \
-    __device__ __forceinline__ void multiply(float (&d)[R], const u32 (&a)[4], u64 b, int keep) {                         \
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P5 ", 0;\n"                                                       \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" REGISTERS_##R "}, {%" #P0 ", %" #P1     \
-                     ", %" #P2 ", %" #P3 "}, %" #P4 ", p, 1, 1;}\n"                                                       \
-                     : SUMS_##R(0)                                                                                        \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));                                    \
     }
 
-DEFINE_PRODUCTS(8, 4, 4, 5, 6, 7, 8, 9)
-DEFINE_PRODUCTS(16, 8, 8, 9, 10, 11, 12, 13)
-DEFINE_PRODUCTS(24, 12, 12, 13, 14, 15, 16, 17)
-DEFINE_PRODUCTS(32, 16, 16, 17, 18, 19, 20, 21)
-DEFINE_PRODUCTS(48, 24, 24, 25, 26, 27, 28, 29)
-DEFINE_PRODUCTS(64, 32, 32, 33, 34, 35, 36, 37)
-DEFINE_PRODUCTS(96, 48, 48, 49, 50, 51, 52, 53)
-DEFINE_PRODUCTS(128, 64, 64, 65, 66, 67, 68, 69)
-DEFINE_PRODUCTS(160, 80, 80, 81, 82, 83, 84, 85)
-DEFINE_PRODUCTS(192, 96, 96, 97, 98, 99, 100, 101)
+DEFINE_PRODUCTS(8, 4, 4, 5, 6)
+DEFINE_PRODUCTS(16, 8, 8, 9, 10)
+DEFINE_PRODUCTS(32, 16, 16, 17, 18)
+DEFINE_PRODUCTS(64, 32, 32, 33, 34)
+DEFINE_PRODUCTS(128, 64, 64, 65, 66)
+DEFINE_PRODUCTS(192, 96, 96, 97, 98)
 
 // ---- around a product ---------------------------------------------------------------------------------------------
 

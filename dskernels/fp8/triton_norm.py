@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dskernels.dispatch import multiprocessors
 from dskernels.fp8.config import choose_norm, choose_norm_backward
 from dskernels.fp8.layout import empty_quantized
 from dskernels.fp8.triton import magnitude, quantize_supports, tile_scale, to_e4m3
@@ -253,7 +252,7 @@ def rmsnorm_backward(
         return dx, torch.zeros_like(weight)
     dweight = torch.empty_like(weight)
     config = choose_norm_backward(cols)
-    programs = min(rows, config.per_sm * _multiprocessors(x.device))
+    programs = min(rows, config.per_sm * multiprocessors(x.device, interpreted=2))
     partial = torch.empty(programs, cols, dtype=torch.float32, device=x.device)
     kernel = rmsnorm_backward_kernel if config.whole else rmsnorm_backward_wide_kernel
     launch(
@@ -279,11 +278,6 @@ def rmsnorm_backward(
     )
     launch(sum_parts_kernel, (ceil_div(cols, 32),), partial, dweight, programs, cols, PARTS=64, COLS=32, num_warps=4)
     return dx, dweight
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 rmsnorm_quantize_supports = quantize_supports

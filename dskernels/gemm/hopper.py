@@ -8,7 +8,6 @@ reaches 0.99 to 1.02, both launched directly, in four runs side by side.
 from __future__ import annotations
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
 from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
+from dskernels.dispatch import multiprocessors
 from dskernels.gemm import hopper_small
 from dskernels.gemm.config import HopperConfig, choose_hopper_config, choose_small_config, use_small
 
@@ -133,9 +133,3 @@ def shared_bytes(config: HopperConfig, b_rows: int, direct: bool) -> int:
     rows, columns = config.block_m, config.block_n
     stage = (rows + columns) * 128 + rows * 4 + (columns * 4 if b_rows == 1 else 16) + 16
     return config.stages * stage + (0 if direct else rows * columns * 2)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count

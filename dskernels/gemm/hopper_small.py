@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dskernels.cuda.compiler import kernel
 from dskernels.cuda.driver import Plan, Pointer, TensorMap
+from dskernels.dispatch import multiprocessors
 from dskernels.gemm.config import SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED, SmallConfig
 
 SOURCE = Path(__file__).with_name("hopper_small.cu")
@@ -34,8 +35,8 @@ def plan(
 ) -> Plan:
     """The launch of a given config, for B in blocks of 128x128; the names are those of `fp8_gemm`."""
     (m, k), n = a.shape, b.shape[0]
-    multiprocessors = torch.cuda.get_device_properties(a.device).multi_processor_count
-    stages = config.stages(m, n, k, multiprocessors)
+    processors = multiprocessors(a.device)
+    stages = config.stages(m, n, k, processors)
     options = options_of(config, OUT[out.dtype], BIAS[None if bias is None else bias.dtype], int(accumulate))
     return Plan(
         kernel(SOURCE, "fp8_gemm_small", options, SHARED_OF_MULTIPROCESSOR - SHARED_RESERVED, a.device.index),
@@ -48,9 +49,9 @@ def plan(
             Pointer("out"),
             *map(ctypes.c_int, (m, n, k, b_scale.stride(0), out.stride(0), stages)),
         ),
-        grid=config.grid(m, n, multiprocessors),
+        grid=config.grid(m, n, processors),
         threads=2 * config.tile + 32,
-        shared=config.shared_bytes(stages, config.tiles(m, n, multiprocessors)),
+        shared=config.shared_bytes(stages, config.tiles(m, n, processors)),
         device=a.device,
     )
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.dispatch import capability
+from dskernels.dispatch import capability, multiprocessors
 from dskernels.gemm.config import choose_config, choose_parts
 from dskernels.gemm.triton_narrow import narrow
 from dskernels.portable import cast, dot, reason_against_e4m3
@@ -144,7 +144,7 @@ def fp8_gemm(
     (m, k), n = a.shape, b.shape[0]
     if m == 0 or n == 0:
         return
-    processors = multiprocessors(a.device)
+    processors = multiprocessors(a.device, interpreted=4)
     arch, tma = architecture(a.device), k > 0 and aligned(a) and aligned(b)
     config = choose_config(m, n, b_rows, out.element_size(), processors, arch, tma)
     tiles = config.tiles(m, n)
@@ -204,12 +204,6 @@ def with_scratch(launch: functools.partial, device: torch.device) -> None:
 def aligned(x: Tensor) -> bool:
     """Whether TMA takes a matrix: address and rows at multiples of 16 bytes."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU; for the CPU's interpreter a few, so that it splits as a GPU would."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def architecture(device: torch.device) -> tuple[int, int]:

@@ -11,14 +11,12 @@ positions.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.dispatch import capability
+from dskernels.dispatch import capability, multiprocessors
 from dskernels.mla.cache.layout import fp8_parts
 from dskernels.mla.decode.config import MAX_SPLITS, choose_config, choose_splits
 from dskernels.portable import cast, dot, reason_against_e4m3
@@ -262,7 +260,7 @@ def mla_decode(
     capacity = block_table.shape[1] * page_size if pages else 0
     config = choose_config(rows, value_dim, q.element_size(), fp8, architecture(q.device))
     row_blocks = triton.cdiv(rows, config.block_m)
-    parts = choose_splits(batch * row_blocks, capacity, multiprocessors(q.device))
+    parts = choose_splits(batch * row_blocks, capacity, multiprocessors(q.device, interpreted=8))
     if parts == 1:
         part, part_lse = out, lse
         stride_op, stride_lb, stride_lp, stride_lh, stride_lj = 0, rows, 0, q_tokens, 1
@@ -359,9 +357,3 @@ def mla_decode_supports(
 def architecture(device: torch.device) -> tuple[int, int]:
     """Compute capability of an NVIDIA GPU, (0, 0) for anything else."""
     return capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU; for the CPU's interpreter a few, so that it splits as a GPU would."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
