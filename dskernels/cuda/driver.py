@@ -87,15 +87,15 @@ class TensorMap(NamedTuple):
 
     Attributes:
         name: parameter of the `Planned` function that holds the tensor whose address it gets.
-        x: the matrix ``[outer, inner]`` there, its inner index contiguous: sizes, strides and dtype count. Elements
-            beyond them are read as zero and not written.
-        box: what one copy takes, (outer, inner) elements.
+        x: the matrix ``[outer, inner]`` there, or a tensor of up to five dimensions, its inner index contiguous: sizes,
+            strides and dtype count. Elements beyond them are read as zero and not written.
+        box: what one copy takes, (outer, inner) elements, or of so many dimensions as `x` has.
         swizzle: whether shared memory is swizzled by 128 bytes, else not at all.
     """
 
     name: str
     x: Tensor
-    box: tuple[int, int]
+    box: tuple[int, ...]
     swizzle: bool
 
 
@@ -277,18 +277,18 @@ def _primary_context(device: int) -> ctypes.c_void_p:
 def _encoded(description: TensorMap) -> Any:
     """The CUtensorMap, at an address divisible by 64 as the driver wants it."""
     x, box = description.x, description.box
-    outer, inner = x.shape
+    rank = x.dim()
     storage = ctypes.create_string_buffer(_MAP_BYTES + 64)
     cell = (ctypes.c_uint64 * (_MAP_BYTES // 8)).from_buffer(storage, -ctypes.addressof(storage) % 64)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.byref(cell),
         _ELEMENT.get(x.dtype, _UINT8),
-        2,
+        rank,
         ctypes.c_void_p(x.data_ptr()),
-        (ctypes.c_uint64 * 2)(inner, outer),
-        (ctypes.c_uint64 * 1)(x.stride(0) * x.element_size()),
-        (ctypes.c_uint32 * 2)(box[1], box[0]),
-        (ctypes.c_uint32 * 2)(1, 1),
+        (ctypes.c_uint64 * rank)(*x.shape[::-1]),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * x.element_size() for stride in x.stride()[-2::-1])),
+        (ctypes.c_uint32 * rank)(*box[::-1]),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         0,
         _SWIZZLE_128B if description.swizzle else _NO_SWIZZLE,
         _PROMOTE_256B,

@@ -1,5 +1,5 @@
 // The core of the block-scaled e4m3 products on sm_90a: C = A @ B.T with A in 1x128 tiles and B in 128x128 blocks or 1x128 tiles.
-// A kernel includes this file and brings its own order of tiles: see `Tiles` in gemm/hopper.cu. docs/fp8_gemm.md tells how it works.
+// A kernel includes this file and brings its own order of tiles, see below. docs/fp8_gemm.md tells how it works.
 //
 // One CTA computes BLOCK_M x BLOCK_N tiles of C, one after another, with three warpgroups. Warpgroups 0 and 1 multiply: each takes 64 rows,
 // or every other 64 rows with WAVES 2. A product of 128 along K starts from a fresh accumulator (the tensor cores keep about 14 bits in
@@ -10,6 +10,16 @@
 // What bounds it is shared memory: of 256x128 tiles, a block of K reads 96 KB for the products and writes 48 KB, 1,152 clocks at 128 bytes a
 // clock, where the tensor cores need 1,024. Measured: 1,165.
 //
+// `Tiles` says which tiles this CTA computes, in which order. Every thread that needs to know walks a copy of its own:
+//   valid()         whether there is one more; next() goes on to it
+//   row()           of A, and of A's scales, where the tile begins
+//   b_row()         of B, and of the scales of 1x128 tiles of B, where it begins
+//   b_scales(s, i)  where in the matrix `s` of 128x128 blocks' scales those of strip i of the tile are
+//   column()        of C, where it begins
+//   block()         of K, 128 wide, where its sum begins; blocks(): how many there are, none for a tile of zeros
+//   rows()          rows of C from row() on that it may write
+//   store<ADD>(map, buffer, column, row): have a box of 64 rows stored, or added; `row` counts from the tile's first
+//
 // Options (-D):
 //   WAVES       64-row products of a warpgroup: BLOCK_M = 128 * WAVES
 //   BLOCK_N     columns of a tile and of a product, a multiple of 64
@@ -17,6 +27,7 @@
 //   CLUSTER     CTAs that share a tile, 1 or 2: one of A with SHARED_A 1, else one of B
 //   UNROLL      of the loop over K
 //   B_ROWS      height of a tile of B with one scale: 128, or 1
+//   PERMUTED    1: `map_b` shuffles B's rows within 16, so that a thread's columns of C lie side by side; with B_ROWS 1
 //   OUT         0 bf16, 1 fp16, 2 fp32
 //   BIAS        0 none, 1 bf16, 2 fp16, 3 fp32
 //   ACCUMULATE  1: add to C instead of overwriting it
@@ -46,13 +57,19 @@ constexpr int OFFSET_A = 0, OFFSET_B = STAGES * A_BYTES, OFFSET_C = OFFSET_B + S
 constexpr int OFFSET_SA = OFFSET_C + 2 * HALVES * BOXES * BOX_BYTES, OFFSET_SB = OFFSET_SA + STAGES * SA_BYTES;
 constexpr int OFFSET_BARRIERS = OFFSET_SB + STAGES * SB_BYTES;
 
-// Where C is, and what is added to it.
+// Where C is, and what is added to it. A tile's columns end at `columns`.
 struct Output {
     const TensorMap* map;
     Element* c;
     const void* bias;
-    int rows, columns, stride;
+    int columns, stride;
 };
+
+// Columns of C that accumulators 4j and 4j + 1 of a thread belong to, that one and the next. A product's rows of B are its columns; within
+// each 16, row 8h + 2t + e of B in shared memory is column 8h + 2t + e, or with PERMUTED column 4t + 2h + e.
+__device__ __forceinline__ constexpr int column_of(int j, int lane) {
+    return PERMUTED ? j / 2 * 16 + lane % 4 * 4 + j % 2 * 2 : j * 8 + lane % 4 * 2;
+}
 
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
@@ -93,20 +110,22 @@ __device__ __forceinline__ u32 empty(u32 base, int stage) { return base + OFFSET
 // One thread's work: fill the ring, block of K by block of K, tile by tile. Scales of 128x128 blocks of B, too few for the accelerator, it
 // reads itself, a block ahead.
 template <class Tiles>
-__device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, int blocks_k, const TensorMap* map_a, const TensorMap* map_b,
-                                           const TensorMap* map_sa, const TensorMap* map_sb, const float* sb, int stride_sb, int columns) {
+__device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, const TensorMap* map_a, const TensorMap* map_b,
+                                           const TensorMap* map_sa, const TensorMap* map_sb, const float* sb) {
     Stage stage;
     for (; tiles.valid(); tiles.next()) {
-        const int row = tiles.row(), col = tiles.column();
+        const int row = tiles.row(), b_row = tiles.b_row(), first = tiles.block(), blocks = tiles.blocks();
         const float* scales[STRIPS];
         float next[STRIPS];
 #pragma unroll
         for (int i = 0; i < STRIPS; ++i) {
-            scales[i] = sb + (long long)min((col + i * STRIP_N) / 128, (columns - 1) / 128) * stride_sb;
-            if (B_ROWS != 1) next[i] = __ldg(scales[i]);
+            if (B_ROWS == 1) continue;
+            scales[i] = tiles.b_scales(sb, i);
+            next[i] = __ldg(scales[i]);
         }
 #pragma unroll 1
-        for (int k = 0; k < blocks_k; ++k, stage.advance()) {
+        for (int block = 0; block < blocks; ++block, stage.advance()) {
+            const int k = first + block;
             const int i = stage.index;
             const u32 a = base + OFFSET_A + i * A_BYTES, b = base + OFFSET_B + i * B_BYTES;
             const u32 sa = base + OFFSET_SA + i * SA_BYTES, sb = base + OFFSET_SB + i * SB_BYTES;
@@ -119,17 +138,18 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, int 
                 tma_load_multicast(sa, map_sa, full(base, i), row, k, EVERYONE);
             }
             if (CLUSTER == 1 || SHARED_A) {
-                tma_load(b, map_b, full(base, i), k * BLOCK_K, col);
-                if (B_ROWS == 1) tma_load(sb, map_sb, full(base, i), col, k);
+                if (PERMUTED) tma_load_shuffled(b, map_b, full(base, i), k * BLOCK_K, b_row / 16);
+                else tma_load(b, map_b, full(base, i), k * BLOCK_K, b_row);
+                if (B_ROWS == 1) tma_load(sb, map_sb, full(base, i), b_row, k);
             } else if (rank == 0) {
-                tma_load_multicast(b, map_b, full(base, i), k * BLOCK_K, col, EVERYONE);
-                if (B_ROWS == 1) tma_load_multicast(sb, map_sb, full(base, i), col, k, EVERYONE);
+                tma_load_multicast(b, map_b, full(base, i), k * BLOCK_K, b_row, EVERYONE);
+                if (B_ROWS == 1) tma_load_multicast(sb, map_sb, full(base, i), b_row, k, EVERYONE);
             }
             if (B_ROWS != 1) {
 #pragma unroll
                 for (int j = 0; j < STRIPS; ++j) {
                     smem_store(sb + j * 4, next[j]);
-                    if (k + 1 < blocks_k) next[j] = __ldg(scales[j] + k + 1);
+                    if (block + 1 < blocks) next[j] = __ldg(scales[j] + block + 1);
                 }
             }
             barrier_expect(full(base, i), LOADED_BYTES);
@@ -150,17 +170,18 @@ __device__ __forceinline__ void store(Element* c, float x) {
 #endif
 }
 
-__device__ __forceinline__ void write_directly(const float (&total)[WAVES][BLOCK_N / 2], const Output& out, int row, int col) {
+__device__ __forceinline__ void write_directly(const float (&total)[WAVES][BLOCK_N / 2], const Output& out, int first_row, int row,
+                                               int rows, int col, int lane) {
 #pragma unroll
     for (int w = 0; w < WAVES; ++w) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int r = row + w * 128 + i * 8;
-            if (r >= out.rows) continue;
-            Element* c_row = out.c + (long long)r * out.stride;
+            if (r >= rows) continue;
+            Element* c_row = out.c + (long long)(first_row + r) * out.stride;
 #pragma unroll
             for (int j = 0; j < BLOCK_N / 8; ++j) {
-                const int n = col + j * 8;
+                const int n = col + column_of(j, lane);
                 if (n < out.columns) store(c_row + n, total[w][4 * j + 2 * i] + bias_at(out, n));
                 if (n + 1 < out.columns) store(c_row + n + 1, total[w][4 * j + 2 * i + 1] + bias_at(out, n + 1));
             }
@@ -184,20 +205,27 @@ __device__ __forceinline__ void write_to_shared(const float (&total)[WAVES][BLOC
             const u32 buffer = buffers + (h % HALVES * BOXES + i) * BOX_BYTES;
             const float* x = total[h / (HANDOVERS / WAVES)] + (h % (HANDOVERS / WAVES) * BOXES + i) * (BOX_N / 2);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int n = col + (h % (HANDOVERS / WAVES) * BOXES + i) * BOX_N + j * BOX_N / 4;
-                const float b0 = bias_at(out, n), b1 = bias_at(out, n + 1);
-                if (OUT == 2) {  // 8 columns of 32 bits
-                    const int r = warp * 16 + lane / 4;
-                    const u32 at = buffer + r * 128 + (((j * 2 + lane % 4 / 2) ^ (r % 8)) * 16) + lane % 2 * 8;
-                    smem_store2(at, x[4 * j] + b0, x[4 * j + 1] + b1);
-                    smem_store2(at + 8 * 128, x[4 * j + 2] + b0, x[4 * j + 3] + b1);
-                } else {  // 16 columns: four 8x8 matrices, rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
-                    const int r = warp * 16 + lane % 16;
-                    const float* y = x + 8 * j;
-                    const float b2 = bias_at(out, n + 8), b3 = bias_at(out, n + 9);
-                    smem_store_matrix(buffer + r * 128 + (((j * 2 + lane / 16) ^ (r % 8)) * 16), pack(y[0] + b0, y[1] + b1),
-                                      pack(y[2] + b0, y[3] + b1), pack(y[4] + b2, y[5] + b3), pack(y[6] + b2, y[7] + b3));
+            for (int j = 0; j < BOX_N / 16; ++j) {  // 16 columns
+                const int n = col + (h % (HANDOVERS / WAVES) * BOXES + i) * BOX_N;
+                const float* y = x + 8 * j;
+                const int c = column_of(2 * j, lane), d = column_of(2 * j + 1, lane);
+                const float b0 = bias_at(out, n + c), b1 = bias_at(out, n + c + 1), b2 = bias_at(out, n + d), b3 = bias_at(out, n + d + 1);
+                const int r = warp * 16 + (OUT == 2 || PERMUTED ? lane / 4 : lane % 16);
+                auto at = [&](int column) { return buffer + r * 128 + ((column * (int)sizeof(Element) / 16) ^ (r % 8)) * 16 + column * (int)sizeof(Element) % 16; };
+                if (OUT == 2 && PERMUTED) {
+                    smem_store4(at(c), y[0] + b0, y[1] + b1, y[4] + b2, y[5] + b3);
+                    smem_store4(at(c) + 8 * 128, y[2] + b0, y[3] + b1, y[6] + b2, y[7] + b3);
+                } else if (OUT == 2) {
+                    smem_store2(at(c), y[0] + b0, y[1] + b1);
+                    smem_store2(at(c) + 8 * 128, y[2] + b0, y[3] + b1);
+                    smem_store2(at(d), y[4] + b2, y[5] + b3);
+                    smem_store2(at(d) + 8 * 128, y[6] + b2, y[7] + b3);
+                } else if (PERMUTED) {
+                    smem_store2(at(c), pack(y[0] + b0, y[1] + b1), pack(y[4] + b2, y[5] + b3));
+                    smem_store2(at(c) + 8 * 128, pack(y[2] + b0, y[3] + b1), pack(y[6] + b2, y[7] + b3));
+                } else {  // four 8x8 matrices, rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
+                    smem_store_matrix(at(16 * j + lane / 16 * 8), pack(y[0] + b0, y[1] + b1), pack(y[2] + b0, y[3] + b1), pack(y[4] + b2, y[5] + b3),
+                                      pack(y[6] + b2, y[7] + b3));
                 }
             }
         }
@@ -216,13 +244,12 @@ template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, 
         for (int h = 0; h < HANDOVERS; ++h) {
             named_sync<160>(written(group, h % HALVES));
             if (elected) {
-                const int row = tiles.row() + (h / (HANDOVERS / WAVES) * 2 + group) * 64;
+                const int row = (h / (HANDOVERS / WAVES) * 2 + group) * 64;
 #pragma unroll
                 for (int i = 0; i < BOXES; ++i) {
                     const int column = tiles.column() + (h % (HANDOVERS / WAVES) * BOXES + i) * BOX_N;
                     const u32 buffer = buffers + (h % HALVES * BOXES + i) * BOX_BYTES;
-                    if (ACCUMULATE) tma_add(map_c, buffer, column, row);
-                    else tma_store_evict_first(map_c, buffer, column, row);
+                    tiles.template store<ACCUMULATE>(map_c, buffer, column, row);
                 }
                 tma_store_commit();
             }
@@ -246,10 +273,13 @@ template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, 
 // total += part times both scales.
 __device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float (&part)[BLOCK_N / 2], float scale_0, float scale_1,
                                         const float (&scales)[STRIPS], u32 columns) {
+    float4 four;
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 8; ++j) {
         float2 s;
-        if (B_ROWS == 1) s = smem_load2(columns + j * 32);
+        if (PERMUTED && j % 2 == 0) four = smem_load4(columns + j * 32);
+        if (PERMUTED) s = j % 2 ? make_float2(four.z, four.w) : make_float2(four.x, four.y);
+        else if (B_ROWS == 1) s = smem_load2(columns + j * 32);
         else s.x = s.y = scales[j * 8 / STRIP_N];
         total[4 * j] = fma(part[4 * j], mul(scale_0, s.x), total[4 * j]);
         total[4 * j + 1] = fma(part[4 * j + 1], mul(scale_0, s.y), total[4 * j + 1]);
@@ -262,9 +292,9 @@ __device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float
 // for the next stage and the descriptors over the sums. A product is started as soon as its registers are free, the next tile's first one
 // before C is written; after the last tile, one of whatever lies in shared memory.
 template <class Tiles>
-__device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group, int warp, int lane, int blocks_k, const Output& out) {
+__device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group, int warp, int lane, const Output& out) {
     if (!tiles.valid()) return;
-    const int row = group * 64 + warp * 16 + lane / 4, column = (lane % 4) * 2;  // of this thread's first accumulator, in the tile
+    const int row = group * 64 + warp * 16 + lane / 4;  // of this thread's first accumulator, in the tile
     // The lower halves of descriptors, through a shuffle as below.
     const u32 first_a = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_A + group * 64 * BLOCK_K), 0);
     const u32 first_b = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_B), 0);
@@ -299,14 +329,14 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; ++i) total[w][i] = 0.f;
 #pragma unroll UNROLL
-        for (int k = 0; k < blocks_k; ++k) {
+        for (int k = tiles.blocks(); k > 0; --k) {
 #pragma unroll
             for (int w = 0; w < WAVES; ++w) {
                 const bool last = w == WAVES - 1;
                 wgmma_wait<0>();
                 registers_fence(part);
                 if (!RELEASED_LATE && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
-                promote(total[w], part, scale_0[w], scale_1[w], scale_b, base + OFFSET_SB + stage.index * SB_BYTES + column * 4);
+                promote(total[w], part, scale_0[w], scale_1[w], scale_b, base + OFFSET_SB + stage.index * SB_BYTES + column_of(0, lane) * 4);
                 if (RELEASED_LATE && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
                 if (last) {
                     stage.advance();
@@ -317,9 +347,9 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
         }
         if (BIAS) wgmma_wait<0>();  // adding it takes the registers of the product that was started: it is started again
         if (DIRECT) {
-            write_directly(total, out, tiles.row() + row, tiles.column() + column);
+            write_directly(total, out, tiles.row(), row, tiles.rows(), tiles.column(), lane);
         } else {
-            write_to_shared(total, out, base + OFFSET_C + group * HALVES * BOXES * BOX_BYTES, group, warp, lane, tiles.column() + column);
+            write_to_shared(total, out, base + OFFSET_C + group * HALVES * BOXES * BOX_BYTES, group, warp, lane, tiles.column());
         }
         if (BIAS) start(0);
     }
@@ -328,11 +358,11 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
 
 // The whole kernel, for a grid of as many clusters as the GPU holds.
 template <class Tiles>
-__device__ __forceinline__ void block_scaled_gemm(Tiles tiles, u32 base, int K, const TensorMap* map_a, const TensorMap* map_b, const TensorMap* map_sa,
-                                                  const TensorMap* map_sb, const float* sb, int stride_sb, const Output& out) {
+__device__ __forceinline__ void block_scaled_gemm(Tiles tiles, u32 base, const TensorMap* map_a, const TensorMap* map_b, const TensorMap* map_sa,
+                                                  const TensorMap* map_sb, const float* sb, const Output& out) {
     // Through a shuffle, so that the compiler knows them to be the same in all lanes.
     const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4;
-    const int lane = threadIdx.x % 32, blocks_k = (K + BLOCK_K - 1) / BLOCK_K;
+    const int lane = threadIdx.x % 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(full(base, i), 1);
@@ -346,10 +376,10 @@ __device__ __forceinline__ void block_scaled_gemm(Tiles tiles, u32 base, int K, 
         registers_shrink<40>();
         if (!DIRECT && warp < 2) store_tiles(tiles, base + OFFSET_C + warp * HALVES * BOXES * BOX_BYTES, warp, out.map);
         if (warp == 2 && elect_one())
-            load_tiles(tiles, base, CLUSTER > 1 ? cluster_rank() : 0, blocks_k, map_a, map_b, map_sa, map_sb, sb, stride_sb, out.columns);
+            load_tiles(tiles, base, CLUSTER > 1 ? cluster_rank() : 0, map_a, map_b, map_sa, map_sb, sb);
     } else {
         registers_grow<232>();
-        multiply_tiles(tiles, base, group, warp, lane, blocks_k, out);
+        multiply_tiles(tiles, base, group, warp, lane, out);
     }
     if (CLUSTER > 1) cluster_sync();  // a CTA must not end while the other may still arrive at its barriers
 }

@@ -91,6 +91,13 @@ __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map
         "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
         : "memory");
 }
+// A tile of rows shuffled within 16, see `PERMUTED` in fp8_gemm.cuh: y counts 16 rows.
+__device__ __forceinline__ void tma_load_shuffled(u32 dst, const TensorMap* map, u32 barrier, int x, int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %5, %4}], [%2];" ::"r"(dst),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(0)
+        : "memory");
+}
 // A tile that nobody reads again soon: it leaves the L2 first.
 __device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y) {
     asm volatile(
@@ -126,6 +133,12 @@ __device__ __forceinline__ float2 smem_load2(u32 addr) {
 }
 __device__ __forceinline__ void smem_store2(u32 addr, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(addr), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ void smem_store4(u32 addr, float x, float y, float z, float w) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+__device__ __forceinline__ void smem_store2(u32 addr, u32 x, u32 y) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(addr), "r"(x), "r"(y) : "memory");
 }
 __device__ __forceinline__ void smem_store(u32 addr, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(addr), "f"(x) : "memory"); }
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.

@@ -6,20 +6,20 @@
 // The tiles of this CTA. Clusters walk GROUP of them in the direction in which they lie side by side, then one step in the other: the tiles
 // that are computed at one time cover about as many rows as columns, which is the least to read.
 struct Tiles {
-    int index, step, count, rows, columns, m, n;
+    int M, N, K, stride_sb, index, step, count, tall, wide, m, n;
     u32 rank;
 
-    __device__ __forceinline__ Tiles(int M, int N, u32 rank) : rank(rank) {
+    __device__ __forceinline__ Tiles(int M, int N, int K, int stride_sb, u32 rank) : M(M), N(N), K(K), stride_sb(stride_sb), rank(rank) {
         constexpr int ALONG_M = SHARED_A ? 1 : CLUSTER, ALONG_N = SHARED_A ? CLUSTER : 1;
-        rows = (M + BLOCK_M * ALONG_M - 1) / (BLOCK_M * ALONG_M);
-        columns = (N + BLOCK_N * ALONG_N - 1) / (BLOCK_N * ALONG_N);
-        count = rows * columns;
+        tall = (M + BLOCK_M * ALONG_M - 1) / (BLOCK_M * ALONG_M);
+        wide = (N + BLOCK_N * ALONG_N - 1) / (BLOCK_N * ALONG_N);
+        count = tall * wide;
         index = blockIdx.x / CLUSTER;
         step = gridDim.x / CLUSTER;
         locate();
     }
     __device__ __forceinline__ void locate() {
-        const int along = SHARED_A ? columns : rows, across = SHARED_A ? rows : columns;
+        const int along = SHARED_A ? wide : tall, across = SHARED_A ? tall : wide;
         const int group = index / (GROUP * across), first = group * GROUP, size = min(along - first, GROUP);
         const int inside = index - group * GROUP * across;
         const int i = (first + inside % size) * CLUSTER + rank, j = inside / size;
@@ -33,6 +33,17 @@ struct Tiles {
     }
     __device__ __forceinline__ int row() const { return m * BLOCK_M; }
     __device__ __forceinline__ int column() const { return n * BLOCK_N; }
+    __device__ __forceinline__ int b_row() const { return column(); }
+    __device__ __forceinline__ const float* b_scales(const float* scales, int strip) const {
+        return scales + (long long)min((column() + strip * STRIP_N) / 128, (N - 1) / 128) * stride_sb;
+    }
+    __device__ __forceinline__ int block() const { return 0; }
+    __device__ __forceinline__ int blocks() const { return (K + BLOCK_K - 1) / BLOCK_K; }
+    __device__ __forceinline__ int rows() const { return M - row(); }
+    template <bool ADD> __device__ __forceinline__ void store(const TensorMap* map, u32 buffer, int column, int row) const {
+        if (ADD) tma_add(map, buffer, column, this->row() + row);
+        else tma_store_evict_first(map, buffer, column, this->row() + row);
+    }
 };
 
 extern "C" __global__ void
@@ -44,7 +55,7 @@ fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Tensor
          const __grid_constant__ TensorMap map_sb, const __grid_constant__ TensorMap map_c, const float* __restrict__ sb, const void* __restrict__ bias,
          Element* c, int M, int N, int K, int stride_sb, int stride_c) {
     extern __shared__ __align__(1024) u8 smem[];
-    const Tiles tiles(M, N, CLUSTER > 1 ? cluster_rank() : 0);
-    const Output out{&map_c, c, bias, M, N, stride_c};
-    block_scaled_gemm(tiles, smem_addr(smem), K, &map_a, &map_b, &map_sa, &map_sb, sb, stride_sb, out);
+    const Tiles tiles(M, N, K, stride_sb, CLUSTER > 1 ? cluster_rank() : 0);
+    const Output out{&map_c, c, bias, N, stride_c};
+    block_scaled_gemm(tiles, smem_addr(smem), &map_a, &map_b, &map_sa, &map_sb, sb, out);
 }
