@@ -27,7 +27,7 @@ def test_compiles_without_spills(b_rows, config):
     reports = [
         compile_cuda(
             hopper.SOURCE,
-            hopper.options_of(config, b_rows, permuted, out, bias, accumulate, direct),
+            hopper.options_of(config, b_rows, out, bias, accumulate, direct),
             hopper.shared_bytes(config, b_rows, bool(direct)),
         )
         for kind_rows, out, bias, direct, accumulate in KINDS

@@ -41,7 +41,7 @@ _MAP_BYTES = 128
 _ELEMENT = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}
 _UINT8 = 0
 _NO_SWIZZLE, _SWIZZLE_128B = 0, 3
-_PROMOTE_256B = 3
+_PROMOTE = {128: 2, 256: 3}
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _INVALID_CONTEXT = 201
 
@@ -91,12 +91,38 @@ class TensorMap(NamedTuple):
             strides and dtype count. Elements beyond them are read as zero and not written.
         box: what one copy takes, (outer, inner) elements, or of so many dimensions as `x` has.
         swizzle: whether shared memory is swizzled by 128 bytes, else not at all.
+        sizes: in place of those of `x`.
+        strides: in elements, in place of those of `x`.
+        fetch: bytes that the L2 fetches at a time, 128 or 256.
     """
 
     name: str
     x: Tensor
     box: tuple[int, ...]
     swizzle: bool
+    sizes: tuple[int, ...] | None = None
+    strides: tuple[int, ...] | None = None
+    fetch: int = 256
+
+
+def ragged_map(name: str, x: Tensor, box: tuple[int, int]) -> TensorMap:
+    """Map of a matrix whose rows stand in groups: a copy ends where the group does, wherever its box does.
+
+    Row r of a group that ends before row `end` is, from the innermost coordinate on, (column, 2^30 + r - end, 2^30,
+    end), see `tma_load_ragged` in ptx.cuh: the second and the third add up to the distance from the group's end, as
+    2^30 steps of 2^34 bytes wrap around the 64 bits of an address, and the second is out of bounds from the end on.
+    Triton's ragged descriptors do the same (triton/tools/ragged_tma.py). Rows must be fewer than 2^30.
+    """
+    stride = x.stride(0)
+    around = 2**34 // x.element_size() - stride
+    return TensorMap(
+        name,
+        x,
+        (1, 1, *box),
+        swizzle=True,
+        sizes=(x.shape[0] + 1, 2**30 + 1, 2**30, x.shape[1]),
+        strides=(stride, around, stride, 1),
+    )
 
 
 class Plan:
@@ -277,7 +303,8 @@ def _primary_context(device: int) -> ctypes.c_void_p:
 def _encoded(description: TensorMap) -> Any:
     """The CUtensorMap, at an address divisible by 64 as the driver wants it."""
     x, box = description.x, description.box
-    rank = x.dim()
+    sizes, strides = description.sizes or x.shape, description.strides or x.stride()
+    rank = len(sizes)
     storage = ctypes.create_string_buffer(_MAP_BYTES + 64)
     cell = (ctypes.c_uint64 * (_MAP_BYTES // 8)).from_buffer(storage, -ctypes.addressof(storage) % 64)
     status = _driver().cuTensorMapEncodeTiled(
@@ -285,13 +312,13 @@ def _encoded(description: TensorMap) -> Any:
         _ELEMENT.get(x.dtype, _UINT8),
         rank,
         ctypes.c_void_p(x.data_ptr()),
-        (ctypes.c_uint64 * rank)(*x.shape[::-1]),
-        (ctypes.c_uint64 * (rank - 1))(*(stride * x.element_size() for stride in x.stride()[-2::-1])),
+        (ctypes.c_uint64 * rank)(*sizes[::-1]),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * x.element_size() for stride in strides[-2::-1])),
         (ctypes.c_uint32 * rank)(*box[::-1]),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         0,
         _SWIZZLE_128B if description.swizzle else _NO_SWIZZLE,
-        _PROMOTE_256B,
+        _PROMOTE[description.fetch],
         0,
     )
     check(status, "cuTensorMapEncodeTiled")

@@ -19,6 +19,11 @@
 //   block()         of K, 128 wide, where its sum begins; blocks(): how many there are, none for a tile of zeros
 //   rows()          rows of C from row() on that it may write
 //   store<ADD>(map, buffer, column, row): have a box of 64 rows stored, or added; `row` counts from the tile's first
+//   advance()       next() for who only counts tiles, with ANY_ROW
+//   spare_warp(out, lane): what the one warp that has nothing to do does meanwhile
+//
+// Before it includes this file it says, by a constant ANY_ROW, whether tiles begin at any row, and end after any: then a warpgroup leaves out
+// its last 64 rows where none of them count. Otherwise row() is a multiple of 4.
 //
 // Options (-D):
 //   WAVES       64-row products of a warpgroup: BLOCK_M = 128 * WAVES
@@ -26,22 +31,33 @@
 //   STAGES      blocks of K in flight
 //   CLUSTER     CTAs that share a tile, 1 or 2: one of A with SHARED_A 1, else one of B
 //   UNROLL      of the loop over K
+//   PREFETCH    how many blocks of K ahead B is asked to come to the L2, where it is read but once; 0: not at all
 //   B_ROWS      height of a tile of B with one scale: 128, or 1
-//   PERMUTED    1: `map_b` shuffles B's rows within 16, so that a thread's columns of C lie side by side; with B_ROWS 1
 //   OUT         0 bf16, 1 fp16, 2 fp32
 //   BIAS        0 none, 1 bf16, 2 fp16, 3 fp32
 //   ACCUMULATE  1: add to C instead of overwriting it
+//   ONE_READER  1: of a warp, only the lanes that release a stage read B's scales from it, and hand them on. compute-sanitizer's racecheck
+//               takes an arrival for the reads of the arriving lane alone; this costs 1.3%. 0 if not defined.
 //   DIRECT      1: C is written by ordinary stores: rows that the accelerator cannot address, and adding to bf16 or fp16
 #pragma once
 
 #include "wgmma.cuh"
 
+#ifndef ONE_READER
+#define ONE_READER 0
+#endif
+
 constexpr int BLOCK_M = 128 * WAVES, BLOCK_K = 128;
 constexpr int A_BYTES = BLOCK_M * BLOCK_K, B_BYTES = BLOCK_N * BLOCK_K;
 // With B_ROWS 128 a strip of columns has one scale.
 constexpr int STRIP_N = B_ROWS == 1 ? BLOCK_N : BLOCK_N % 128 == 0 ? 128 : 64, STRIPS = BLOCK_N / STRIP_N;
-constexpr int SA_BYTES = BLOCK_M * 4, SB_BYTES = B_ROWS == 1 ? BLOCK_N * 4 : 16;
-constexpr int LOADED_BYTES = A_BYTES + B_BYTES + SA_BYTES + (B_ROWS == 1 ? SB_BYTES : 0);  // of a stage, by the accelerator
+// The accelerator copies scales of A from a multiple of 4 rows on. Where a tile begins at another, it takes 4 more of each 128, to a multiple of
+// 128 bytes; and who loads leaves word, beside B's scales, of how many rows the tile has, and of how far its first one is from such a multiple in
+// the tile that follows.
+constexpr int SA_COPIES = ANY_ROW ? WAVES : 1, SA_COPIED = ANY_ROW ? 132 * 4 : BLOCK_M * 4, SA_PITCH = ANY_ROW ? 640 : 512;
+constexpr int SA_BYTES = SA_PITCH * WAVES, SB_BYTES = B_ROWS == 1 ? BLOCK_N * 4 : 16;
+constexpr int LOADED_BYTES = A_BYTES + B_BYTES + SA_COPIES * SA_COPIED + (B_ROWS == 1 ? SB_BYTES : 0);  // of a stage, by the accelerator
+static_assert(!ANY_ROW || STRIPS <= 3, "the fourth of B's scales has another use");
 constexpr u16 EVERYONE = (1 << CLUSTER) - 1;                                                // of a cluster
 
 #if OUT == 2
@@ -64,12 +80,6 @@ struct Output {
     const void* bias;
     int columns, stride;
 };
-
-// Columns of C that accumulators 4j and 4j + 1 of a thread belong to, that one and the next. A product's rows of B are its columns; within
-// each 16, row 8h + 2t + e of B in shared memory is column 8h + 2t + e, or with PERMUTED column 4t + 2h + e.
-__device__ __forceinline__ constexpr int column_of(int j, int lane) {
-    return PERMUTED ? j / 2 * 16 + lane % 4 * 4 + j % 2 * 2 : j * 8 + lane % 4 * 2;
-}
 
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
@@ -113,8 +123,9 @@ template <class Tiles>
 __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, const TensorMap* map_a, const TensorMap* map_b,
                                            const TensorMap* map_sa, const TensorMap* map_sb, const float* sb) {
     Stage stage;
-    for (; tiles.valid(); tiles.next()) {
-        const int row = tiles.row(), b_row = tiles.b_row(), first = tiles.block(), blocks = tiles.blocks();
+    while (tiles.valid()) {
+        const int row = tiles.row(), scale_row = ANY_ROW ? row & ~3 : row, b_row = tiles.b_row(), first = tiles.block(), blocks = tiles.blocks();
+        const int rows = min(tiles.rows(), BLOCK_M);
         const float* scales[STRIPS];
         float next[STRIPS];
 #pragma unroll
@@ -123,6 +134,8 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
             scales[i] = tiles.b_scales(sb, i);
             next[i] = __ldg(scales[i]);
         }
+        tiles.next();
+        const float word = ANY_ROW ? __int_as_float(rows * 4 + tiles.row() % 4) : 0.f;
 #pragma unroll 1
         for (int block = 0; block < blocks; ++block, stage.advance()) {
             const int k = first + block;
@@ -132,19 +145,26 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
             barrier_wait(empty(base, i), stage.phase ^ 1);
             if (CLUSTER == 1 || !SHARED_A) {
                 tma_load(a, map_a, full(base, i), k * BLOCK_K, row);
-                tma_load(sa, map_sa, full(base, i), row, k);
+#pragma unroll
+                for (int j = 0; j < SA_COPIES; ++j) tma_load(sa + j * SA_PITCH, map_sa, full(base, i), scale_row + j * 128, k);
             } else if (rank == 0) {
                 tma_load_multicast(a, map_a, full(base, i), k * BLOCK_K, row, EVERYONE);
-                tma_load_multicast(sa, map_sa, full(base, i), row, k, EVERYONE);
+#pragma unroll
+                for (int j = 0; j < SA_COPIES; ++j) tma_load_multicast(sa + j * SA_PITCH, map_sa, full(base, i), scale_row + j * 128, k, EVERYONE);
             }
             if (CLUSTER == 1 || SHARED_A) {
-                if (PERMUTED) tma_load_shuffled(b, map_b, full(base, i), k * BLOCK_K, b_row / 16);
-                else tma_load(b, map_b, full(base, i), k * BLOCK_K, b_row);
+                tma_load(b, map_b, full(base, i), k * BLOCK_K, b_row);
                 if (B_ROWS == 1) tma_load(sb, map_sb, full(base, i), b_row, k);
             } else if (rank == 0) {
                 tma_load_multicast(b, map_b, full(base, i), k * BLOCK_K, b_row, EVERYONE);
                 if (B_ROWS == 1) tma_load_multicast(sb, map_sb, full(base, i), b_row, k, EVERYONE);
             }
+            if (PREFETCH) {
+                const int ahead = block + PREFETCH, beyond = ahead - blocks;
+                if (beyond < 0) tma_prefetch(map_b, (first + ahead) * BLOCK_K, b_row);
+                else if (beyond < blocks && tiles.valid()) tma_prefetch(map_b, beyond * BLOCK_K, tiles.b_row());
+            }
+            if (ANY_ROW) smem_store(sb + 12, word);
             if (B_ROWS != 1) {
 #pragma unroll
                 for (int j = 0; j < STRIPS; ++j) {
@@ -181,7 +201,7 @@ __device__ __forceinline__ void write_directly(const float (&total)[WAVES][BLOCK
             Element* c_row = out.c + (long long)(first_row + r) * out.stride;
 #pragma unroll
             for (int j = 0; j < BLOCK_N / 8; ++j) {
-                const int n = col + column_of(j, lane);
+                const int n = col + j * 8 + lane % 4 * 2;
                 if (n < out.columns) store(c_row + n, total[w][4 * j + 2 * i] + bias_at(out, n));
                 if (n + 1 < out.columns) store(c_row + n + 1, total[w][4 * j + 2 * i + 1] + bias_at(out, n + 1));
             }
@@ -205,27 +225,20 @@ __device__ __forceinline__ void write_to_shared(const float (&total)[WAVES][BLOC
             const u32 buffer = buffers + (h % HALVES * BOXES + i) * BOX_BYTES;
             const float* x = total[h / (HANDOVERS / WAVES)] + (h % (HANDOVERS / WAVES) * BOXES + i) * (BOX_N / 2);
 #pragma unroll
-            for (int j = 0; j < BOX_N / 16; ++j) {  // 16 columns
-                const int n = col + (h % (HANDOVERS / WAVES) * BOXES + i) * BOX_N;
-                const float* y = x + 8 * j;
-                const int c = column_of(2 * j, lane), d = column_of(2 * j + 1, lane);
-                const float b0 = bias_at(out, n + c), b1 = bias_at(out, n + c + 1), b2 = bias_at(out, n + d), b3 = bias_at(out, n + d + 1);
-                const int r = warp * 16 + (OUT == 2 || PERMUTED ? lane / 4 : lane % 16);
-                auto at = [&](int column) { return buffer + r * 128 + ((column * (int)sizeof(Element) / 16) ^ (r % 8)) * 16 + column * (int)sizeof(Element) % 16; };
-                if (OUT == 2 && PERMUTED) {
-                    smem_store4(at(c), y[0] + b0, y[1] + b1, y[4] + b2, y[5] + b3);
-                    smem_store4(at(c) + 8 * 128, y[2] + b0, y[3] + b1, y[6] + b2, y[7] + b3);
-                } else if (OUT == 2) {
-                    smem_store2(at(c), y[0] + b0, y[1] + b1);
-                    smem_store2(at(c) + 8 * 128, y[2] + b0, y[3] + b1);
-                    smem_store2(at(d), y[4] + b2, y[5] + b3);
-                    smem_store2(at(d) + 8 * 128, y[6] + b2, y[7] + b3);
-                } else if (PERMUTED) {
-                    smem_store2(at(c), pack(y[0] + b0, y[1] + b1), pack(y[4] + b2, y[5] + b3));
-                    smem_store2(at(c) + 8 * 128, pack(y[2] + b0, y[3] + b1), pack(y[6] + b2, y[7] + b3));
-                } else {  // four 8x8 matrices, rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
-                    smem_store_matrix(at(16 * j + lane / 16 * 8), pack(y[0] + b0, y[1] + b1), pack(y[2] + b0, y[3] + b1), pack(y[4] + b2, y[5] + b3),
-                                      pack(y[6] + b2, y[7] + b3));
+            for (int j = 0; j < 4; ++j) {
+                const int n = col + (h % (HANDOVERS / WAVES) * BOXES + i) * BOX_N + j * BOX_N / 4 + lane % 4 * 2;
+                const float b0 = bias_at(out, n), b1 = bias_at(out, n + 1);
+                if (OUT == 2) {  // 8 columns of 32 bits
+                    const int r = warp * 16 + lane / 4;
+                    const u32 at = buffer + r * 128 + (((j * 2 + lane % 4 / 2) ^ (r % 8)) * 16) + lane % 2 * 8;
+                    smem_store2(at, x[4 * j] + b0, x[4 * j + 1] + b1);
+                    smem_store2(at + 8 * 128, x[4 * j + 2] + b0, x[4 * j + 3] + b1);
+                } else {  // 16 columns: four 8x8 matrices, rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
+                    const int r = warp * 16 + lane % 16;
+                    const float* y = x + 8 * j;
+                    const float b2 = bias_at(out, n + 8), b3 = bias_at(out, n + 9);
+                    smem_store_matrix(buffer + r * 128 + (((j * 2 + lane / 16) ^ (r % 8)) * 16), pack(y[0] + b0, y[1] + b1),
+                                      pack(y[2] + b0, y[3] + b1), pack(y[4] + b2, y[5] + b3), pack(y[6] + b2, y[7] + b3));
                 }
             }
         }
@@ -270,17 +283,18 @@ template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, 
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
+// Scales of the tile's columns that a thread holds: x and y of pair j belong to accumulators 4j to 4j + 3, or both to strip j.
+constexpr int COLUMN_SCALES = B_ROWS == 1 ? BLOCK_N / 8 : STRIPS;
+// Where there are registers for them, scales of 1x128 tiles of B are read before the product starts. Read when they are used, they wait for
+// the other warpgroup's product, which has shared memory to itself.
+constexpr bool SCALES_AHEAD = B_ROWS != 1 || WAVES == 1;
+
 // total += part times both scales.
 __device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float (&part)[BLOCK_N / 2], float scale_0, float scale_1,
-                                        const float (&scales)[STRIPS], u32 columns) {
-    float4 four;
+                                        const float2 (&ahead)[COLUMN_SCALES], u32 scales) {
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 8; ++j) {
-        float2 s;
-        if (PERMUTED && j % 2 == 0) four = smem_load4(columns + j * 32);
-        if (PERMUTED) s = j % 2 ? make_float2(four.z, four.w) : make_float2(four.x, four.y);
-        else if (B_ROWS == 1) s = smem_load2(columns + j * 32);
-        else s.x = s.y = scales[j * 8 / STRIP_N];
+        const float2 s = !SCALES_AHEAD ? smem_load2(scales + j * 32) : ahead[B_ROWS == 1 ? j : j * 8 / STRIP_N];
         total[4 * j] = fma(part[4 * j], mul(scale_0, s.x), total[4 * j]);
         total[4 * j + 1] = fma(part[4 * j + 1], mul(scale_0, s.y), total[4 * j + 1]);
         total[4 * j + 2] = fma(part[4 * j + 2], mul(scale_1, s.x), total[4 * j + 2]);
@@ -294,55 +308,75 @@ __device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float
 template <class Tiles>
 __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group, int warp, int lane, const Output& out) {
     if (!tiles.valid()) return;
-    const int row = group * 64 + warp * 16 + lane / 4;  // of this thread's first accumulator, in the tile
+    const int row = group * 64 + warp * 16 + lane / 4, column = lane % 4 * 2;  // of this thread's first accumulator, in the tile
     // The lower halves of descriptors, through a shuffle as below.
     const u32 first_a = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_A + group * 64 * BLOCK_K), 0);
     const u32 first_b = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_B), 0);
     Stage stage;
-    float part[BLOCK_N / 2], scale_0[WAVES], scale_1[WAVES], scale_b[STRIPS];
+    float part[BLOCK_N / 2], scale_0[WAVES], scale_1[WAVES];
+    float2 columns[COLUMN_SCALES];
+    u32 at = (row + (ANY_ROW ? tiles.row() % 4 : 0)) * 4;  // where this thread's first scale of A is
     auto start = [&](int w) {
-        const u32 i = stage.index, scales_a = base + OFFSET_SA + i * SA_BYTES + row * 4, scales_b = base + OFFSET_SB + i * SB_BYTES;
+        const u32 i = stage.index, scales_a = base + OFFSET_SA + i * SA_BYTES + at, scales_b = base + OFFSET_SB + i * SB_BYTES;
         const u32 a = first_a + i * (A_BYTES / 16) + w * (128 * BLOCK_K / 16), b = first_b + i * (B_BYTES / 16);
-        if (w == 0) {  // the block's scales, before its products: behind them, reads wait until the tensor cores have read their operands
-            if (B_ROWS != 1) {
+        // The block's scales before its products: behind them, reads wait until the tensor cores have read their operands.
+        if (w == 0 && SCALES_AHEAD) {
 #pragma unroll
-                for (int j = 0; j < STRIPS; ++j) scale_b[j] = smem_load(scales_b + j * 4);
+            for (int j = 0; j < COLUMN_SCALES; ++j) {
+                if (B_ROWS == 1) columns[j] = smem_load2(scales_b + column * 4 + j * 32);
+                else columns[j].x = columns[j].y = !ONE_READER || lane < CLUSTER ? smem_load(scales_b + j * 4) : 0.f;
             }
         }
 #pragma unroll
         for (int j = 0; j < WAVES; ++j)
-            if (B_ROWS == 1 ? j == w : w == 0) scale_0[j] = smem_load(scales_a + j * 512), scale_1[j] = smem_load(scales_a + j * 512 + 32);
+            if (SCALES_AHEAD ? w == 0 : j == w) scale_0[j] = smem_load(scales_a + j * SA_PITCH), scale_1[j] = smem_load(scales_a + j * SA_PITCH + 32);
         registers_fence(part);
         wgmma_begin();
 #pragma unroll
         for (int j = 0; j < 4; ++j) multiply(part, operand(a + j * 2), operand(b + j * 2), j != 0);
         wgmma_commit();
         registers_fence(part);
+        if (ONE_READER && w == 0 && B_ROWS != 1) {
+#pragma unroll
+            for (int j = 0; j < STRIPS; ++j) columns[j].x = columns[j].y = __shfl_sync(0xffffffffu, columns[j].x, 0);
+        }
     };
-    constexpr bool RELEASED_LATE = B_ROWS == 1;  // a column's scale is read where it is used: there are no registers for them
     barrier_wait(full(base, 0), 0);
     start(0);
-    for (; tiles.valid(); tiles.next()) {
+    while (tiles.valid()) {
         float total[WAVES][BLOCK_N / 2];
 #pragma unroll
         for (int w = 0; w < WAVES; ++w)
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; ++i) total[w][i] = 0.f;
-#pragma unroll UNROLL
-        for (int k = tiles.blocks(); k > 0; --k) {
+        int waves = WAVES;
+        u32 next_at = at;
+        if (ANY_ROW) {
+            // Through a shuffle, so that the compiler knows that the whole warp goes one way.
+            const int word = __shfl_sync(0xffffffffu, lane < CLUSTER ? __float_as_int(smem_load(base + OFFSET_SB + stage.index * SB_BYTES + 12)) : 0, 0);
+            next_at = (row + word % 4) * 4;
+            if (WAVES > 1 && word / 4 <= (WAVES - 1) * 128 + group * 64) waves = WAVES - 1;
+        }
 #pragma unroll
-            for (int w = 0; w < WAVES; ++w) {
-                const bool last = w == WAVES - 1;
-                wgmma_wait<0>();
-                registers_fence(part);
-                if (!RELEASED_LATE && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
-                promote(total[w], part, scale_0[w], scale_1[w], scale_b, base + OFFSET_SB + stage.index * SB_BYTES + column_of(0, lane) * 4);
-                if (RELEASED_LATE && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
-                if (last) {
-                    stage.advance();
-                    barrier_wait(full(base, stage.index), stage.phase);
+        for (int used = ANY_ROW && WAVES > 1 ? WAVES - 1 : WAVES; used <= WAVES; ++used) {
+            if (used != waves) continue;
+#pragma unroll UNROLL
+            for (int k = tiles.blocks(); k > 0; --k) {
+#pragma unroll
+                for (int w = 0; w < used; ++w) {
+                    const bool last = w == used - 1;
+                    wgmma_wait<0>();
+                    registers_fence(part);
+                    if (SCALES_AHEAD && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
+                    promote(total[w], part, scale_0[w], scale_1[w], columns, base + OFFSET_SB + stage.index * SB_BYTES + column * 4);
+                    if (!SCALES_AHEAD && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
+                    if (last) {
+                        stage.advance();
+                        barrier_wait(full(base, stage.index), stage.phase);
+                        if (ANY_ROW && k == 1) at = next_at;
+                    }
+                    start((w + 1) % used);
                 }
-                start((w + 1) % WAVES);
             }
         }
         if (BIAS) wgmma_wait<0>();  // adding it takes the registers of the product that was started: it is started again
@@ -352,6 +386,8 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
             write_to_shared(total, out, base + OFFSET_C + group * HALVES * BOXES * BOX_BYTES, group, warp, lane, tiles.column());
         }
         if (BIAS) start(0);
+        if (ANY_ROW) tiles.advance();
+        else tiles.next();
     }
     wgmma_wait<0>();
 }
@@ -375,6 +411,7 @@ __device__ __forceinline__ void block_scaled_gemm(Tiles tiles, u32 base, const T
     if (group == 2) {
         registers_shrink<40>();
         if (!DIRECT && warp < 2) store_tiles(tiles, base + OFFSET_C + warp * HALVES * BOXES * BOX_BYTES, warp, out.map);
+        if (warp == 3) tiles.spare_warp(out, lane);
         if (warp == 2 && elect_one())
             load_tiles(tiles, base, CLUSTER > 1 ? cluster_rank() : 0, map_a, map_b, map_sa, map_sb, sb);
     } else {

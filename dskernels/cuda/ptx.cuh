@@ -91,12 +91,25 @@ __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map
         "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
         : "memory");
 }
-// A tile of rows shuffled within 16, see `PERMUTED` in fp8_gemm.cuh: y counts 16 rows.
-__device__ __forceinline__ void tma_load_shuffled(u32 dst, const TensorMap* map, u32 barrier, int x, int y) {
+// Rows of a group that ends at row `end`, by a map of `ragged_map` in driver.py: those from `end` on are read as zero. The second coordinate
+// is out of bounds from RAGGED on; the third turns what it adds to the address into a multiple of 2^64.
+constexpr int RAGGED = 1 << 30;
+__device__ __forceinline__ void tma_load_ragged(u32 dst, const TensorMap* map, u32 barrier, int x, int row, int end) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %5, %4}], [%2];" ::"r"(dst),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(0)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst), "l"(map),
+        "r"(barrier), "r"(x), "r"(RAGGED + row - end), "r"(RAGGED), "r"(end)
         : "memory");
+}
+__device__ __forceinline__ void tma_load_ragged_multicast(u32 dst, const TensorMap* map, u32 barrier, int x, int row, int end, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5, %6}], "
+        "[%2], %7;" ::"r"(dst),
+        "l"(map), "r"(barrier), "r"(x), "r"(RAGGED + row - end), "r"(RAGGED), "r"(end), "h"(mask)
+        : "memory");
+}
+// A tile comes to the L2, so that a later load has less far to go.
+__device__ __forceinline__ void tma_prefetch(const TensorMap* map, int x, int y) {
+    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
 }
 // A tile that nobody reads again soon: it leaves the L2 first.
 __device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y) {
@@ -133,12 +146,6 @@ __device__ __forceinline__ float2 smem_load2(u32 addr) {
 }
 __device__ __forceinline__ void smem_store2(u32 addr, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(addr), "f"(x), "f"(y) : "memory");
-}
-__device__ __forceinline__ void smem_store4(u32 addr, float x, float y, float z, float w) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
-}
-__device__ __forceinline__ void smem_store2(u32 addr, u32 x, u32 y) {
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(addr), "r"(x), "r"(y) : "memory");
 }
 __device__ __forceinline__ void smem_store(u32 addr, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(addr), "f"(x) : "memory"); }
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
@@ -208,4 +215,42 @@ __device__ __forceinline__ float widen(u16 x, int kind) {
     if (kind == 0) return __uint_as_float((u32)x << 16);
     asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
     return wide;
+}
+
+// ---- the accelerator on stacks of matrices ---------------------------------------------------------------------------
+
+__device__ __forceinline__ void tma_load(u32 dst, const TensorMap* map, u32 barrier, int x, int y, int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+__device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map, u32 barrier, int x, int y, int z, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], "
+        "[%2], %6;" ::"r"(dst),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(mask)
+        : "memory");
+}
+__device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y, int z) {
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], policy;}" ::"l"(map), "r"(src), "r"(x),
+        "r"(y), "r"(z)
+        : "memory");
+}
+__device__ __forceinline__ void tma_add(const TensorMap* map, u32 src, int x, int y, int z) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(src), "r"(x), "r"(y),
+        "r"(z)
+        : "memory");
+}
+
+// Rows of a group, as `tma_load_ragged` reads them: those from `end` on are not written.
+__device__ __forceinline__ void tma_store_ragged_evict_first(const TensorMap* map, u32 src, int x, int row, int end) {
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], policy;}" ::"l"(map), "r"(src), "r"(x),
+        "r"(RAGGED + row - end), "r"(RAGGED), "r"(end)
+        : "memory");
 }

@@ -19,6 +19,9 @@
 #define REGISTERS_96 REGISTERS_64 \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
     ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define REGISTERS_128 REGISTERS_96 \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define SUMS_4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define SUMS_8(i) SUMS_4(i), SUMS_4(i + 4)
@@ -26,6 +29,7 @@
 #define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
 #define SUMS_64(i) SUMS_32(i), SUMS_32(i + 32)
 #define SUMS_96(i) SUMS_64(i), SUMS_32(i + 64)
+#define SUMS_128(i) SUMS_64(i), SUMS_64(i + 64)
 
 // N columns are R = N / 2 registers a thread; A, B and KEEP are the numbers of the operands after these.
 #define DEFINE_PRODUCTS(N, R, A, B, KEEP)                                                                                 \
@@ -44,6 +48,24 @@ DEFINE_PRODUCTS(64, 32, 32, 33, 34)
 DEFINE_PRODUCTS(128, 64, 64, 65, 66)
 DEFINE_PRODUCTS(192, 96, 96, 97, 98)
 
+// Of bf16 or fp16 tiles: m64nNk16. FLIP_A, FLIP_B: 1 where an operand's rows of 128 bytes run along M or N instead of K.
+#define HALF_PRODUCT(TYPE, N, R, A, B, KEEP, F, G)                                                                        \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" #KEEP ", 0;\n"                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS_##R "}, %" #A ", %" #B    \
+                 ", p, 1, 1, %" #F ", %" #G ";}\n"                                                                        \
+                 : SUMS_##R(0)                                                                                            \
+                 : "l"(a), "l"(b), "r"(keep), "n"(FLIP_A), "n"(FLIP_B))
+#define DEFINE_HALF_PRODUCTS(N, R, A, B, KEEP, F, G)                                                                      \
+    template <bool FP16, int FLIP_A, int FLIP_B>                                                                          \
+    __device__ __forceinline__ void multiply_half(float (&d)[R], u64 a, u64 b, int keep) {                                \
+        if (FP16) HALF_PRODUCT("f16", N, R, A, B, KEEP, F, G);                                                            \
+        else HALF_PRODUCT("bf16", N, R, A, B, KEEP, F, G);                                                                \
+    }
+
+DEFINE_HALF_PRODUCTS(128, 64, 64, 65, 66, 67, 68)
+DEFINE_HALF_PRODUCTS(192, 96, 96, 97, 98, 99, 100)
+DEFINE_HALF_PRODUCTS(256, 128, 128, 129, 130, 131, 132)
+
 // ---- around a product ---------------------------------------------------------------------------------------------
 
 // The upper half of a descriptor is always the same: 8 rows every 1,024 bytes, the 128-byte swizzle.
@@ -52,6 +74,11 @@ __device__ __forceinline__ u64 operand(u32 low) { return (u64)low | ((u64)64 << 
 // of K lie at + 2, the next 8 rows at + 64.
 __device__ __forceinline__ u64 operand_k_major(u32 addr) {
     return operand(((addr & 0x3FFFF) >> 4) | (1 << 16));
+}
+// Of one whose rows along M or N are 128 bytes, 64 elements: 8 of K every 1,024 bytes, the next 64 of M or N `stride` bytes on. The next
+// 16 of K lie at + 128.
+__device__ __forceinline__ u64 operand_mn_major(u32 addr, u32 stride) {
+    return operand(((addr & 0x3FFFF) >> 4) | (stride / 16 << 16));
 }
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

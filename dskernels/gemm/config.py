@@ -97,8 +97,8 @@ class HopperConfig:
 
     `stages` blocks of K are in flight; `cluster` CTAs share their tile of A (`shared_a`, side by side along N) or of B
     (along M), and walk `group` steps in that direction before one in the other; the loop over K is unrolled `unroll`
-    times. `clocks` is what a block of K takes, `tile_clocks` what a tile takes beside them: fitted, so that the choice
-    follows the times measured on an H100.
+    times. B is asked to come to the L2 `prefetch` blocks of K before it is loaded, or not at all. `clocks` is what a block of K takes, `tile_clocks` what a tile takes beside them: fitted, so that the choice
+    follows the times measured on an H100. `one_reader` is for compute-sanitizer, see ONE_READER in cuda/fp8_gemm.cuh.
     """
 
     waves: int
@@ -110,6 +110,8 @@ class HopperConfig:
     clocks: int
     tile_clocks: int
     unroll: int = 4
+    prefetch: int = 0
+    one_reader: bool = False
 
     @property
     def block_m(self) -> int:
@@ -194,7 +196,7 @@ class SmallConfig:
         return ceil_div(tiles * self.split, self.grid(m, n, multiprocessors))
 
     def shared_bytes(self, stages: int, tiles: int) -> int:
-        """Shared memory of a CTA with so many stages and tiles, as hopper_small.cu lays it out."""
+        """Shared memory of a CTA with so many stages and tiles, as cuda/fp8_gemm_small.cuh lays it out."""
         received = (self.split - 1) * self.share * 2 * self.tile * 16
         return stages * (self.stage + 16) + received + (0 if tiles == 1 else self.c) + 8
 

@@ -1,6 +1,7 @@
 // C[M, N] = A[M, K] @ B[N, K].T for e4m3 A in 1x128 tiles and B in 128x128 blocks (or 1x128 tiles), on sm_90a. The core, with its options, is
 // in cuda/fp8_gemm.cuh; here is the order of the tiles.
 
+constexpr bool ANY_ROW = false;
 #include "fp8_gemm.cuh"
 
 // The tiles of this CTA. Clusters walk GROUP of them in the direction in which they lie side by side, then one step in the other: the tiles
@@ -31,6 +32,7 @@ struct Tiles {
         index += step;
         locate();
     }
+    __device__ __forceinline__ void advance() { index += step; }
     __device__ __forceinline__ int row() const { return m * BLOCK_M; }
     __device__ __forceinline__ int column() const { return n * BLOCK_N; }
     __device__ __forceinline__ int b_row() const { return column(); }
@@ -44,6 +46,7 @@ struct Tiles {
         if (ADD) tma_add(map, buffer, column, this->row() + row);
         else tma_store_evict_first(map, buffer, column, this->row() + row);
     }
+    __device__ __forceinline__ void spare_warp(const Output&, int) const {}
 };
 
 extern "C" __global__ void

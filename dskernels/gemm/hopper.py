@@ -84,11 +84,9 @@ def plan(
     (m, k), n = a.shape, b.shape[0]
     aligned = out.stride(0) * out.element_size() % 16 == 0 and out.data_ptr() % 16 == 0
     direct = not aligned or (accumulate and out.dtype != torch.float32)
-    permuted = b_rows == 1 and n % 16 == 0
     options = options_of(
         config,
         b_rows,
-        int(permuted),
         OUT[out.dtype],
         BIAS[None if bias is None else bias.dtype],
         int(accumulate),
@@ -101,7 +99,7 @@ def plan(
         kernel(SOURCE, "fp8_gemm", options, shared, a.device.index),
         arguments=(
             TensorMap("a", a, (config.block_m, 128), swizzle=True),
-            permuted_map("b", b, config.block_n) if permuted else TensorMap("b", b, (config.block_n, 128), swizzle=True),
+            TensorMap("b", b, (config.block_n, 128), swizzle=True),
             a_scale_map,
             TensorMap("b_scale", b_scale.t(), (1, config.block_n), swizzle=False) if b_rows == 1 else a_scale_map,
             a_scale_map if direct else TensorMap("out", out, (64, 128 // out.element_size()), swizzle=True),
@@ -117,15 +115,7 @@ def plan(
     )
 
 
-def permuted_map(name: str, b: Tensor, rows: int) -> TensorMap:
-    """Map of tiles of B, `rows` high, whose rows it shuffles within 16, as PERMUTED in cuda/fp8_gemm.cuh wants them."""
-    by_16 = b.unflatten(0, (-1, 4, 2, 2)).transpose(1, 2)  # row 4t + 2h + e of 16 goes to 8h + 2t + e
-    return TensorMap(name, by_16, (rows // 16, 2, 4, 2, 128), swizzle=True)
-
-
-def options_of(
-    config: HopperConfig, b_rows: int, permuted: int, out: int, bias: int, accumulate: int, direct: int
-) -> dict[str, int]:
+def options_of(config: HopperConfig, b_rows: int, out: int, bias: int, accumulate: int, direct: int) -> dict[str, int]:
     """The -D options that cuda/fp8_gemm.cuh and hopper.cu describe."""
     return {
         "WAVES": config.waves,
@@ -135,8 +125,9 @@ def options_of(
         "SHARED_A": int(config.shared_a),
         "GROUP": config.group,
         "UNROLL": config.unroll,
+        "PREFETCH": config.prefetch,
+        "ONE_READER": int(config.one_reader),
         "B_ROWS": b_rows,
-        "PERMUTED": permuted,
         "OUT": out,
         "BIAS": bias,
         "ACCUMULATE": accumulate,

@@ -1,0 +1,84 @@
+// Groups of rows, whose sizes only the device knows: where each begins, in rows and in tiles, in a table in shared memory.
+#pragma once
+
+#include "ptx.cuh"
+
+// Entry g says where group g begins: .x its first row, .y how many tiles come before it. One more entry ends the last group. Of groups
+// that have a buffer each (RUNNING 0), .x of entry g + 1 is how many rows group g has.
+struct GroupTable {
+    u32 addr;
+    int groups;
+    __device__ __forceinline__ int2 at(int group) const {
+        int2 entry;
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(entry.x), "=r"(entry.y) : "r"(addr + group * 8));
+        return entry;
+    }
+    __device__ __forceinline__ void set(int group, int row, int tile) const {
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(addr + group * 8), "r"(row), "r"(tile) : "memory");
+    }
+    __device__ __forceinline__ int tiles() const { return at(groups).y; }
+    static __host__ __device__ constexpr int bytes(int groups) { return (groups + 1) * 8; }
+};
+
+// Inclusive scan over the lanes of a warp.
+template <class Step> __device__ __forceinline__ int scan_warp(int x, int lane, Step step) {
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const int before = __shfl_up_sync(0xffffffffu, x, d);
+        if (lane >= d) x = step(before, x);
+    }
+    return x;
+}
+
+// Fill the table; the whole CTA's work, which ends with all of it visible. RUNNING: group g ends at row `ends[g]`, and begins where the one
+// before ended; values are clamped into [0, rows], and one that is less than an earlier one counts as that one. Else `ends[g]` is how many
+// rows it has, clamped in the same way. `tiles` says how many tiles a group with so many rows has. `scratch` is 8 bytes for each warp.
+template <int THREADS, bool RUNNING, class Tiles>
+__device__ __forceinline__ void plan_groups(GroupTable table, u32 scratch, const int* ends, int rows, Tiles tiles) {
+    constexpr int WARPS = THREADS / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    auto word = [&](int i) {
+        int x;
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(scratch + i * 4));
+        return x;
+    };
+    auto set_word = [&](int i, int x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(scratch + i * 4), "r"(x) : "memory"); };
+    auto larger = [](int x, int y) { return max(x, y); };
+    auto sum = [](int x, int y) { return x + y; };
+    int row = 0, tile = 0;  // where the groups of this round begin
+    if (threadIdx.x == 0) table.set(0, 0, 0);
+    for (int first = 0; first < table.groups; first += THREADS) {
+        const int group = first + threadIdx.x;
+        int end = group < table.groups ? min(max(__ldg(ends + group), 0), rows) : 0, begin = 0;
+        if (RUNNING) {
+            end = scan_warp(end, lane, larger);
+            if (lane == 31) set_word(warp, end);
+            __syncthreads();
+            begin = __shfl_up_sync(0xffffffffu, end, 1);
+            if (lane == 0) begin = 0;
+            int last = row;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                const int theirs = word(w);
+                if (w < warp) row = max(row, theirs);
+                last = max(last, theirs);
+            }
+            begin = max(begin, row);
+            end = max(end, row);
+            row = last;
+        }
+        const int through = scan_warp(group < table.groups ? tiles(end - begin) : 0, lane, sum);
+        if (lane == 31) set_word(WARPS + warp, through);
+        __syncthreads();
+        int total = 0, before = tile;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const int theirs = word(WARPS + w);
+            if (w < warp) before += theirs;
+            total += theirs;
+        }
+        tile += total;
+        if (group < table.groups) table.set(group + 1, end, before + through);
+        __syncthreads();
+    }
+}
