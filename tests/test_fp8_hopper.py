@@ -11,6 +11,7 @@ from compiling_cuda import compile_cuda
 from dskernels.fp8 import hopper
 from dskernels.fp8.config import HOPPER_CONFIGS, MATRIX, choose_hopper
 from dskernels.reference import fp8 as reference
+from test_fp8_fused import close
 
 BLOCKS = [(1, 128), (128, 128), (128, 1)]
 FORMATS = ["fp32", "ue8m0"]
@@ -50,6 +51,21 @@ def test_what_it_does_not_take():
         x[:, :120], False, True
     )
     assert "tiles of 128, there are 64" in hopper.swiglu_quantize_backward_supports(x[:, :64], x, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "width"), [(400, 1024), (4096, 2048)])
+def test_gradient_of_swiglu(device, rows, width):
+    dy, gate_up = torch.randn(rows, width, device=device).bfloat16(), torch.randn(rows, 2 * width, device=device) * 3
+    gate_up = gate_up.bfloat16()
+    poisoned(device)
+    got = ds.swiglu_quantize_backward(dy, gate_up, impl="hopper")
+    for g, w in zip(got, reference.swiglu_quantize_backward(dy, gate_up), strict=True):
+        close(g, w, scale_ulp=16)  # the terms of a largest element cancel in part
+    for q in ds.swiglu_quantize_backward(dy, gate_up, scale_format="ue8m0", impl="hopper"):
+        assert torch.equal(q.scale, q.scale.log2().round().exp2())
+    transposed = ds.swiglu_quantize(gate_up, transpose=True, impl="hopper")
+    close(transposed, reference.swiglu_quantize(gate_up, transpose=True))
 
 
 def same_bytes(got, want):

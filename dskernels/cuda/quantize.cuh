@@ -44,7 +44,7 @@ __device__ __forceinline__ void prepare(Divisor& d, float scale) {
     // finite / infinity is 0, infinity / infinity and everything / NaN is NaN
     d.up = finite ? __uint_as_float(0x7f000000u - (bits & INFINITE)) : bits == INFINITE ? 0.f : scale;
     d.scale = finite ? __uint_as_float((bits & ~INFINITE) | 0x3f800000u) : 1.f;
-    // The nearest float: what the hardware returns is one ulp off at most, and a step of Newton's takes that away.
+    // The nearest float: what the hardware returns is one ulp off at most, and a step of Newton's takes that away, for each of the 2^23.
     const float guess = approximate_inverse(d.scale);
     d.inverse = UE8M0 ? 1.f : __fmaf_rn(guess, __fmaf_rn(-d.scale, guess, 1.f), guess);
     d.unused = 0.f;
