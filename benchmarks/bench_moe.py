@@ -88,6 +88,7 @@ class FusedExperts(Case):
     """`fused_experts` with fp8 weights, as in serving: quantise, two grouped products, SwiGLU, combine."""
 
     workload: workloads.Moe
+    shared: bool = False
     tolerance = (
         1e-3  # the product between the two GEMMs is quantised again: a rounding before it moves it by an e4m3 step
     )
@@ -95,10 +96,10 @@ class FusedExperts(Case):
 
     @property
     def op(self) -> str:
-        return "fused_experts"
+        return "fused_experts" + ("_shared" * self.shared)
 
     def work(self):
-        return roofline.fused_experts(self.workload)
+        return roofline.fused_experts(self.workload, shared=self.shared)
 
     def inputs(self, device):
         w = self.workload
@@ -107,10 +108,11 @@ class FusedExperts(Case):
             w13=inputs.expert_weights(w.e, 2 * w.i, w.h, device),
             w2=inputs.expert_weights(w.e, w.h, w.i, device),
             routing=routing(w, device),
+            shared=(inputs.weight(2 * w.i, w.h, device), inputs.weight(w.h, w.i, device)) if self.shared else None,
         )
 
     def ours(self, x, impl) -> Call:
-        return lambda: ds.fused_experts(x.x, x.w13, x.w2, x.routing, impl=impl)
+        return lambda: ds.fused_experts(x.x, x.w13, x.w2, x.routing, shared=x.shared, impl=impl)
 
     def _tokens(self) -> list[int]:
         t = self.workload.t
@@ -122,12 +124,16 @@ class FusedExperts(Case):
         used, experts = x.routing.experts[tokens].unique(return_inverse=True)
         load = torch.bincount(experts.flatten(), minlength=len(used)).int()
         chosen = Routing(x.routing.weights[tokens], experts.int(), load, x.routing.nonfinite)
-        return SimpleNamespace(x=x.x[tokens], w13=_choose(x.w13, used), w2=_choose(x.w2, used), routing=chosen)
+        w13, w2 = _choose(x.w13, used), _choose(x.w2, used)
+        return SimpleNamespace(x=x.x[tokens], w13=w13, w2=w2, routing=chosen, shared=x.shared)
 
     def part_of_output(self, out, x):
         return out[self._tokens()]
 
     def peers(self, x):
+        if self.shared:  # of which the peers know nothing
+            return {}
+
         @functools.cache
         def weights() -> tuple[Tensor, Tensor]:
             """In bf16, 22 GB: one copy for all peers."""
@@ -138,6 +144,51 @@ class FusedExperts(Case):
             "transformers": lambda: moe_peers.transformers_experts(x.x, *weights(), x.routing),
             "vllm": lambda: moe_peers.vllm_experts(x.x, x.w13, x.w2, x.routing),
         }
+
+
+@dataclass(frozen=True)
+class ExpertProducts(Case):
+    """The two grouped products of the block alone, in fp8: what `fused_experts` is to be measured by."""
+
+    workload: workloads.Moe
+
+    @property
+    def op(self) -> str:
+        return "expert_products"
+
+    def work(self):
+        return roofline.expert_products(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        load = routing(w, device).load
+        return SimpleNamespace(
+            a=inputs.activation(w.t * w.k, w.h, device),
+            hidden=inputs.activation(w.t * w.k, w.i, device),
+            w13=inputs.expert_weights(w.e, 2 * w.i, w.h, device),
+            w2=inputs.expert_weights(w.e, w.h, w.i, device),
+            offsets=torch.nn.functional.pad(load.cumsum(0), (1, 0)).int(),
+        )
+
+    def ours(self, x, impl) -> Call:
+        def products():
+            gate_up = ds.grouped_gemm(x.a, x.w13, x.offsets, impl=impl)
+            return gate_up, ds.grouped_gemm(x.hidden, x.w2, x.offsets, impl=impl)
+
+        return products
+
+    def part(self, x):
+        """The last expert."""
+        first, end = x.offsets[-2:].tolist()
+        rows = (Fp8Tensor(a.data[first:end], a.scale[first:end]) for a in (x.a, x.hidden))
+        last = torch.tensor([self.workload.e - 1], device=x.offsets.device)
+        a, hidden = rows
+        offsets = torch.tensor([0, end - first], dtype=torch.int32, device=x.offsets.device)
+        return SimpleNamespace(a=a, hidden=hidden, w13=_choose(x.w13, last), w2=_choose(x.w2, last), offsets=offsets)
+
+    def part_of_output(self, out, x):
+        first, end = x.offsets[-2:].tolist()
+        return tuple(y[first:end] for y in out)
 
 
 @dataclass(frozen=True)
@@ -205,5 +256,7 @@ CASES: list[Case] = [
     *(Permute(w) for w in workloads.PERMUTES),
     *(Combine(w) for w in workloads.PERMUTES),
     *(FusedExperts(w) for w in workloads.EXPERT_BLOCKS),
+    *(FusedExperts(w, shared=True) for w in workloads.SHARED_EXPERT_BLOCKS),
+    *(ExpertProducts(w) for w in workloads.EXPERT_BLOCKS),
     *(FusedExpertsTraining(w, fp8) for w in workloads.EXPERT_TRAINING for fp8 in (False, True)),
 ]

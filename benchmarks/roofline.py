@@ -165,11 +165,27 @@ def expected_experts(x: w.Moe) -> float:
     return x.e * (1 - (1 - x.k / x.e) ** x.t)
 
 
-def fused_experts(x: w.Moe) -> Work:
-    """fp8 weights of the chosen experts, bf16 tokens in and out."""
-    expert = fp8_bytes(2 * x.i, x.h, (128, 128)) + fp8_bytes(x.h, x.i, (128, 128))
+def fused_experts(x: w.Moe, *, shared: bool = False) -> Work:
+    """fp8 weights of the chosen experts, and of a shared one of their width; bf16 tokens in and out."""
     tokens = 2 * x.t * x.h * BF16 + x.t * x.k * (FP32 + INT)
-    return Work(6 * x.t * x.k * x.h * x.i, round(expected_experts(x) * expert) + tokens, "fp8")
+    weights = _chosen_weights(x) + (_expert_bytes(x) if shared else 0)
+    return Work(6 * x.t * (x.k + shared) * x.h * x.i, weights + tokens, "fp8")
+
+
+def expert_products(x: w.Moe) -> Work:
+    """The two products of the block alone: the same weights, each choice's rows in fp8 in, in bf16 out."""
+    rows = x.t * x.k
+    moved = sum(fp8_bytes(rows, n, (1, 128)) for n in (x.h, x.i)) + rows * (2 * x.i + x.h) * BF16
+    return Work(6 * rows * x.h * x.i, _chosen_weights(x) + moved, "fp8")
+
+
+def _chosen_weights(x: w.Moe) -> int:
+    """Bytes of the fp8 weights of the chosen experts."""
+    return round(expected_experts(x) * _expert_bytes(x))
+
+
+def _expert_bytes(x: w.Moe) -> int:
+    return fp8_bytes(2 * x.i, x.h, (128, 128)) + fp8_bytes(x.h, x.i, (128, 128))
 
 
 def fused_experts_training(x: w.Moe, *, fp8: bool) -> Work:

@@ -262,7 +262,8 @@ ROUTES = (
     Route(4096, e=160, k=6, g=8, top_groups=3, score="softmax"),  # DeepSeek-V2
 )
 PERMUTES = (Moe(128), Moe(4096), Moe(8192))
-EXPERT_BLOCKS = (Moe(128), Moe(2048))
+EXPERT_BLOCKS = (Moe(128), Moe(2048), Moe(8192))
+SHARED_EXPERT_BLOCKS = (Moe(128), Moe(8192))
 EXPERT_TRAINING = (Moe(4096, e=32),)  # one of 8 GPUs, its share of the tokens' choices
 
 DECODES = (

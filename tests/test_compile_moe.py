@@ -3,46 +3,92 @@
 import itertools
 
 from compiling import Compile, assert_clean, compile_all
-from dskernels.moe.config import SCAN_BLOCKS, SCAN_EXPERTS, SORT_BLOCK, choose_width
+from dskernels.moe.config import (
+    COMPARE_BLOCK,
+    COMPARE_CHUNK,
+    COMPARE_COUNTED,
+    SCALE_ROWS,
+    SCALE_TILES,
+    SCAN_BLOCKS,
+    SCAN_EXPERTS,
+    SORT_BLOCK,
+    choose_copy,
+    choose_row,
+)
 
-ROWS, EXPERTS = "dskernels.moe.triton", "dskernels.moe.triton_experts"
+ROWS, SWIGLU = "dskernels.moe.triton", "dskernels.moe.triton_swiglu"
 
 
 def integers(*names):
     return dict.fromkeys(names, "i32")
 
 
-def test_choose_width():
-    assert [choose_width(columns) for columns in (1, 128, 129, 600, 7168)] == [128, 128, 256, 1024, 1024]
+def test_choose_row():
+    assert [choose_row(columns).width for columns in (1, 128, 129, 600, 7168)] == [128, 128, 256, 1024, 1024]
+    configs = [choose_copy(7168, itemsize) for itemsize in (1, 2, 4)]
+    assert [(c.width, c.num_warps) for c in configs] == [(1024, 2), (1024, 4), (1024, 4)]
+    assert choose_copy(8, 1).num_warps == 1
 
 
 def test_sort_compiles_without_spills():
     kernels = []
     for bins in (16, 512, 2048):  # as for 8, 256 and 1024 experts
         counts = {"BLOCK": SORT_BLOCK, "BINS": bins}
+        compare = {"BLOCK": COMPARE_BLOCK, "CHUNK": COMPARE_CHUNK, "BINS": bins, "COUNTED": COMPARE_COUNTED}
         scan = {"BINS": bins, "BLOCKS": SCAN_BLOCKS, "EXPERTS": SCAN_EXPERTS}
         ids = {"p_experts": "*i64", **integers("size", "E")}
-        places = dict.fromkeys(("p_offsets", "p_before", "p_index", "p_source"), "*i32")
+        results = dict.fromkeys(("p_offsets", "p_index", "p_source"), "*i32")
+        sums = dict.fromkeys(("p_totals", "p_before"), "*i32")
         kernels += [
+            Compile(f"{ROWS}:compare_kernel", {**ids, **results}, compare),
             Compile(f"{ROWS}:count_kernel", {**ids, "p_counts": "*i32"}, counts),
             Compile(f"{ROWS}:scan_kernel", {"p_counts": "*i32", "p_totals": "*i32", "blocks": "i32"}, scan),
-            Compile(f"{ROWS}:offsets_kernel", {"p_totals": "*i32", "p_offsets": "*i32", "E": "i32"}, {"BINS": bins}),
-            Compile(f"{ROWS}:place_kernel", {**ids, **places}, counts),
+            Compile(f"{ROWS}:place_kernel", {**ids, **sums, **results}, counts, num_warps=8),
         ]
     assert_clean(compile_all(kernels))
+
+
+def test_copies_compile_without_spills():
+    """Of rows in bf16 and fp32, with a tail of zeros, and of quantised ones, with scales."""
+    kernels = []
+    sizes = ("rows", "scales", "E", "H", "tiles", "top_k", "stride_x", "stride_s", "stride_out", "stride_os")
+    for dtype, itemsize in (("*u8", 1), ("*bf16", 2), ("*fp32", 4)):
+        config = choose_copy(7168, itemsize)
+        tensors = {"p_x": dtype, "p_index": "*i32", "p_source": "*i32", "p_out": dtype}
+        constants = {
+            "WIDTH": config.width,
+            "ROWS": SCALE_ROWS,
+            "TILES": SCALE_TILES,
+            "ZERO_TAIL": itemsize > 1,
+            "HAS_SCALE": itemsize == 1,
+        }
+        if itemsize == 1:
+            tensors |= {"p_s": "*fp32", "p_os": "*fp32"}
+            constants |= {"p_offsets": None}
+        else:
+            tensors |= {"p_offsets": "*i32"}
+            constants |= {"p_s": None, "p_os": None}
+        aligned = ("H", "stride_x", "stride_out")
+        signature = {**tensors, **integers(*sizes)}
+        kernels.append(
+            Compile(f"{ROWS}:permute_kernel", signature, constants, divisible=aligned, num_warps=config.num_warps)
+        )
+    reports = compile_all(kernels)
+    assert_clean(reports)
+    for report in reports:
+        assert report.count("LDG.E.128"), report
+        assert report.count("STG.E.128"), report
 
 
 def test_row_kernels_compile_without_spills():
     kernels = []
     for dtype, width in itertools.product(("*bf16", "*fp32"), (128, 1024)):
-        permute = {"p_x": dtype, "p_offsets": "*i32", "p_index": "*i32", "p_out": dtype}
         combine = {"p_y": dtype, "p_index": "*i32", "p_weights": "*fp32", "p_residual": dtype, "p_out": dtype}
         combine_backward = {"p_dout": dtype, "p_y": dtype, "p_offsets": "*i32", "p_index": "*i32"}
         combine_backward |= {"p_weights": "*fp32", "p_dy": dtype, "p_dweights": "*fp32"}
         swiglu_backward = {"p_x": dtype, "p_dhidden": dtype, "p_source": "*i32", "p_weights": "*fp32"}
         swiglu_backward |= {"p_dx": dtype, "p_hidden": dtype, "p_dweights": "*fp32"}
         for name, pointers, sizes, strides, constants in (
-            (f"{ROWS}:permute_kernel", permute, ("E", "H", "top_k"), ("x", "out"), {}),
             (
                 f"{ROWS}:combine_kernel",
                 combine,
@@ -57,9 +103,9 @@ def test_row_kernels_compile_without_spills():
                 ("dout", "y", "dy"),
                 {},
             ),
-            (f"{EXPERTS}:swiglu_kernel", {"p_x": dtype, "p_out": dtype}, ("width",), ("x", "out"), {}),
+            (f"{SWIGLU}:swiglu_kernel", {"p_x": dtype, "p_out": dtype}, ("width",), ("x", "out"), {}),
             (
-                f"{EXPERTS}:swiglu_backward_kernel",
+                f"{SWIGLU}:swiglu_backward_kernel",
                 swiglu_backward,
                 ("width",),
                 ("x", "dhidden", "dx", "hidden"),

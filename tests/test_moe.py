@@ -46,6 +46,15 @@ def check_permuted(permuted, x, experts, n_experts):
     assert permuted.x.dtype == x.dtype
 
 
+@pytest.fixture(params=["few", "many"])
+def how_many(request, monkeypatch):
+    """Both ways of sorting, whatever the number of choices."""
+    from dskernels.moe import triton
+
+    monkeypatch.setattr(triton, "MOST_COMPARED", 1 << 20 if request.param == "few" else 0)
+
+
+@pytest.mark.usefixtures("how_many")
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("tokens", "top_k", "n_experts", "width"),
@@ -64,6 +73,7 @@ def test_permute(device, impl, tokens, top_k, n_experts, width):
     check_permuted(ds.permute(x, experts.int(), n_experts, impl=impl), x, experts, n_experts)
 
 
+@pytest.mark.usefixtures("how_many")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_expert_takes_all(device, impl):
     x = torch.randn(150, 8, device=device)
@@ -87,6 +97,24 @@ def test_any_ids(device, ids, top_k, n_experts):
     permuted = ds.permute(x, experts, n_experts, impl="triton")
     check_permuted(permuted, x, experts, n_experts)
     assert all(torch.equal(a, b) for a, b in zip(permuted, reference_permute(x, experts, n_experts), strict=True))
+    check_source(experts, n_experts)
+
+
+def check_source(experts, n_experts):
+    """Both ways of sorting agree, and `source` is the inverse of `index`."""
+    from dskernels.moe import triton
+
+    results = []
+    for most in (1 << 20, 0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton, "MOST_COMPARED", most)
+            results.append(triton.sort(experts, n_experts))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    offsets, index, source = results[0]
+    used = offsets[-1].item()
+    rows = torch.arange(used, device=experts.device, dtype=torch.int32)
+    assert torch.equal(index.flatten()[source[:used].long()], rows)
+    assert (source[used:] == -1).all()
 
 
 def test_sort_of_more_blocks_than_are_scanned_at_a_time(device):
@@ -101,6 +129,33 @@ def test_sort_of_more_blocks_than_are_scanned_at_a_time(device):
     used = offsets[-1].item()
     assert torch.equal(index[source[:used].long(), 0], torch.arange(used, device=device, dtype=torch.int32))
     assert (source[used:] == -1).all()
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(5, 136), (150, 1500)])  # rows and scales in one piece and in several
+def test_quantised_rows(device, monkeypatch, tokens, width):
+    """Data and scales of each token at the rows of its choices; rows after the last expert's are left alone."""
+    from dskernels.moe import triton
+
+    def sevens(like, shape, dtype, strides=None):
+        strides = strides or torch.empty(shape, device="meta").stride()
+        return like.new_empty_strided(shape, strides, dtype=torch.float32).fill_(7).to(dtype)
+
+    x = ds.quantize(torch.randn(tokens, width, device=device))
+    experts = torch.randint(-1, 5, (tokens, 3), device=device)
+    offsets, index, source = triton.sort(experts, 5)
+    monkeypatch.setattr(triton, "empty", sevens)
+    monkeypatch.setattr("dskernels.fp8.layout.empty", sevens)
+    rows = triton.permute_rows(x, index, source)
+    used = offsets[-1].item()
+    token = (source[:used] // 3).long()
+    assert torch.equal(rows.data[:used].float(), x.data.float()[token])
+    assert torch.equal(rows.scale[:used], x.scale[token])
+    assert (rows.data[used:].float() == 7).all()
+    assert (rows.scale[used:] == 7).all()
+    assert rows.scale.stride() == (1, -(-3 * tokens // 4) * 4)
+    plain = triton.permute_rows(x.scale.contiguous(), index, source)
+    assert torch.equal(plain[:used], x.scale[token])
+    assert (plain[used:] == 7).all()
 
 
 def test_experts_may_be_part_of_a_wider_tensor(device):

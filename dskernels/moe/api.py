@@ -116,7 +116,7 @@ def fused_experts(
 
     Returns:
         ``[T, H]`` in x's dtype. Products are summed in fp32, and so are the experts' outputs, in the order of j; the
-        Triton kernels round what passes between products to x's dtype.
+        kernels round what passes between products to x's dtype.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -322,6 +322,7 @@ _fused_experts = Operation(
     f"fused_experts({BLOCK}, bool fp8, bool keep) -> (Tensor, Tensor, Tensor)",
     reference=_fused_experts_reference,
     triton="dskernels.moe.triton_experts:fused_experts",
+    hopper="dskernels.moe.hopper:fused_experts",
     fake=lambda *args: (args[0].new_empty(args[0].shape), *_kept(args[0], args[1], args[6], args[7], args[12])),
 )
 _fused_experts_backward = Operation(
@@ -329,6 +330,7 @@ _fused_experts_backward = Operation(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_fused_experts_backward_reference,
     triton="dskernels.moe.triton_experts:fused_experts_backward",
+    hopper="dskernels.moe.hopper:fused_experts_backward",
     fake=_fused_experts_backward_fake,
 )
 

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+# Choices up to which each is ranked among all by comparing it with every other one: 4M comparisons, in one launch.
+MOST_COMPARED = 2048
+COMPARE_BLOCK, COMPARE_CHUNK = 16, 128
+# Ids that the program which counts them takes at a time.
+COMPARE_COUNTED = 1024
 # Ids that one program of the counting sort ranks among each other, by comparing all pairs: 16K comparisons.
 SORT_BLOCK = 128
 # What one program scans of the counts [blocks, experts] at a time.
 SCAN_BLOCKS = 128
 SCAN_EXPERTS = 16
 MAX_EXPERTS = 1024
+# Rows whose scales one program copies, and how many of each: read one after the other, they took 10 of the copy's 15 us
+# at 128 tokens.
+SCALE_ROWS, SCALE_TILES = 128, 8
 
 
-def choose_width(columns: int) -> int:
-    """Columns of a row that a program takes at a time: all of a narrow row, 8 elements a thread of a wide one."""
+@dataclass(frozen=True)
+class RowConfig:
+    """Columns of a row that a program takes at a time, and its warps."""
+
+    width: int
+    num_warps: int
+
+
+def choose_row(columns: int) -> RowConfig:
+    """All of a narrow row, 1024 columns of a wide one."""
     width = 128
     while width < min(columns, 1024):
         width *= 2
-    return width
+    return RowConfig(width, num_warps=4)
+
+
+def choose_copy(columns: int, itemsize: int) -> RowConfig:
+    """For a copy: threads that move 16 bytes at once. 1024 columns at most, as 7168 have whole sevenths of those."""
+    width = choose_row(columns).width
+    return RowConfig(width, num_warps=min(4, max(1, width * itemsize // 512)))

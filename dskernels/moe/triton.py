@@ -1,7 +1,8 @@
 """Portable Triton kernels that permute tokens to experts and back.
 
-`sort` is a stable counting sort on the device: count the ids of each block of 128, sum the counts of each expert over
-the blocks before, then place every id at (first row of its expert) + (such ids in blocks before) + (rank in its block).
+`sort` ranks the choices by expert, stably, on the device. Few of them are each compared with all others, in a single
+launch. Many go through a counting sort: count the ids of each block of 128, sum the counts of each expert over the
+blocks before, then place every id at (first row of its expert) + (such ids in blocks before) + (rank in its block).
 Dropped ids sort as one more expert after the last.
 
 Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask.
@@ -14,10 +15,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.moe.config import SCAN_BLOCKS, SCAN_EXPERTS, SORT_BLOCK, choose_width
-from dskernels.portable import cast
+from dskernels.dispatch import empty
+from dskernels.fp8.layout import empty_scale
+from dskernels.moe.config import (
+    COMPARE_BLOCK,
+    COMPARE_CHUNK,
+    COMPARE_COUNTED,
+    MOST_COMPARED,
+    SCALE_ROWS,
+    SCALE_TILES,
+    SCAN_BLOCKS,
+    SCAN_EXPERTS,
+    SORT_BLOCK,
+    choose_copy,
+    choose_row,
+)
+from dskernels.portable import cast, launch
+from dskernels.types import Fp8Tensor
+from dskernels.validate import ceil_div
 
-# ---- counting sort --------------------------------------------------------------------------------------------------
+# ---- sort -----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -26,6 +43,54 @@ def load_group(p_experts, o_i, size, E):
     expert = tl.load(p_experts + o_i, mask=o_i < size, other=0)
     group = tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
     return tl.where(o_i < size, group, E + 1)
+
+
+@triton.jit
+def first_rows(total, p_offsets, E, STORE, BINS: tl.constexpr):
+    """First row of each expert, given how many choices fell on each; also stored as offsets if STORE."""
+    o_e = tl.arange(0, BINS)
+    start = tl.cumsum(total, 0) - total
+    tl.store(p_offsets + o_e, start, mask=(o_e <= E) & STORE)
+    return start
+
+
+@triton.jit
+def store_places(row, group, o_i, m_i, p_index, p_source, E):
+    """index[i] = row of choice i, -1 where dropped; source[row] = i, -1 for the rows after the last expert's."""
+    tl.store(p_index + o_i, tl.where(group < E, row, -1), mask=m_i)
+    tl.store(p_source + row, tl.where(group < E, o_i, -1), mask=m_i)
+
+
+@triton.jit(do_not_specialize=["size"])
+def compare_kernel(
+    p_experts,
+    p_offsets,
+    p_index,
+    p_source,
+    size,
+    E,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
+    """Place BLOCK choices by counting those before them; the first program counts the choices of each expert."""
+    i_b = tl.program_id(0) - 1
+    if i_b < 0:
+        total = tl.zeros([BINS], tl.int32)
+        for first in range(0, size, COUNTED):
+            total += tl.histogram(load_group(p_experts, first + tl.arange(0, COUNTED), size, E), BINS)
+        first_rows(total, p_offsets, E, True, BINS)
+    else:
+        o_i = i_b * BLOCK + tl.arange(0, BLOCK)
+        group = load_group(p_experts, o_i, size, E)
+        before = tl.zeros([BLOCK, CHUNK], tl.int32)
+        for first in range(0, size, CHUNK):
+            o_j = first + tl.arange(0, CHUNK)
+            other = load_group(p_experts, o_j, size, E)
+            earlier = (other[None, :] == group[:, None]) & (o_j[None, :] < o_i[:, None])
+            before += ((other[None, :] < group[:, None]) | earlier).to(tl.int32)
+        store_places(tl.sum(before, 1), group, o_i, o_i < size, p_index, p_source, E)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -51,49 +116,87 @@ def scan_kernel(p_counts, p_totals, blocks, BINS: tl.constexpr, BLOCKS: tl.const
     tl.store(p_totals + o_e, total)
 
 
-@triton.jit
-def offsets_kernel(p_totals, p_offsets, E, BINS: tl.constexpr):
-    """offsets[e] = choices that fell on experts before e."""
-    o_e = tl.arange(0, BINS)
-    total = tl.load(p_totals + o_e)
-    tl.store(p_offsets + o_e, tl.cumsum(total, 0) - total, mask=o_e <= E)
-
-
 @triton.jit(do_not_specialize=["size"])
-def place_kernel(p_experts, p_offsets, p_before, p_index, p_source, size, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
-    """index[i] = row of choice i, -1 where dropped; source[row] = i, -1 for the rows after the last expert's."""
+def place_kernel(
+    p_experts,
+    p_totals,
+    p_before,
+    p_offsets,
+    p_index,
+    p_source,
+    size,
+    E,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Place the choices of a block; the first program also stores the offsets."""
     i_b = tl.program_id(0)
     o_i = i_b * BLOCK + tl.arange(0, BLOCK)
     m_i = o_i < size
     group = load_group(p_experts, o_i, size, E)
+    before = tl.load(p_before + i_b.to(tl.int64) * BINS + group, mask=m_i, other=0)
+    start = first_rows(tl.load(p_totals + tl.arange(0, BINS)), p_offsets, E, i_b == 0, BINS)
     earlier_equals = (o_i[None, :] < o_i[:, None]) & (group[None, :] == group[:, None])
     rank = tl.sum(earlier_equals.to(tl.int32), 1)
-    start = tl.load(p_offsets + group, mask=m_i, other=0)
-    before = tl.load(p_before + i_b.to(tl.int64) * BINS + group, mask=m_i, other=0)
-    row = start + before + rank
-    tl.store(p_index + o_i, tl.where(group < E, row, -1), mask=m_i)
-    tl.store(p_source + row, tl.where(group < E, o_i, -1), mask=m_i)
+    store_places(tl.gather(start, group, 0) + before + rank, group, o_i, m_i, p_index, p_source, E)
 
 
 def sort(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets int32 [E + 1], index int32 [T, k], and source int32 [T * k], the choice of each row."""
     experts = experts.contiguous()
     size = experts.numel()
-    blocks, bins = triton.cdiv(size, SORT_BLOCK), max(triton.next_power_of_2(n_experts + 2), SCAN_EXPERTS)
-    offsets = experts.new_zeros(n_experts + 1, dtype=torch.int32)
-    index = experts.new_empty(experts.shape, dtype=torch.int32)
-    source = experts.new_empty(size, dtype=torch.int32)
-    if size:
-        counts = experts.new_empty((blocks, bins), dtype=torch.int32)
-        totals = experts.new_empty(bins, dtype=torch.int32)
-        count_kernel[(blocks,)](experts, counts, size, n_experts, BLOCK=SORT_BLOCK, BINS=bins, num_warps=4)
-        scan_kernel[(bins // SCAN_EXPERTS,)](
-            counts, totals, blocks, BINS=bins, BLOCKS=SCAN_BLOCKS, EXPERTS=SCAN_EXPERTS, num_warps=4
+    offsets = empty(experts, (n_experts + 1,), torch.int32, (1,))
+    index = empty(experts, (experts.shape[0], experts.shape[1]), torch.int32)
+    source = empty(experts, (size,), torch.int32, (1,))
+    if size == 0:
+        return offsets.zero_(), index, source
+    bins = max(1 << (n_experts + 1).bit_length(), SCAN_EXPERTS)  # a power of two that holds E + 2
+    if size <= MOST_COMPARED:
+        launch(
+            compare_kernel,
+            (ceil_div(size, COMPARE_BLOCK) + 1,),
+            experts,
+            offsets,
+            index,
+            source,
+            size,
+            n_experts,
+            BLOCK=COMPARE_BLOCK,
+            CHUNK=COMPARE_CHUNK,
+            BINS=bins,
+            COUNTED=COMPARE_COUNTED,
+            num_warps=4,
         )
-        offsets_kernel[(1,)](totals, offsets, n_experts, BINS=bins, num_warps=4)
-        place_kernel[(blocks,)](
-            experts, offsets, counts, index, source, size, n_experts, BLOCK=SORT_BLOCK, BINS=bins, num_warps=4
-        )
+        return offsets, index, source
+    blocks = ceil_div(size, SORT_BLOCK)
+    counts, totals = empty(experts, (blocks, bins), torch.int32), empty(experts, (bins,), torch.int32, (1,))
+    launch(count_kernel, (blocks,), experts, counts, size, n_experts, BLOCK=SORT_BLOCK, BINS=bins, num_warps=4)
+    launch(
+        scan_kernel,
+        (bins // SCAN_EXPERTS,),
+        counts,
+        totals,
+        blocks,
+        BINS=bins,
+        BLOCKS=SCAN_BLOCKS,
+        EXPERTS=SCAN_EXPERTS,
+        num_warps=4,
+    )
+    launch(
+        place_kernel,
+        (blocks,),
+        experts,
+        totals,
+        counts,
+        offsets,
+        index,
+        source,
+        size,
+        n_experts,
+        BLOCK=SORT_BLOCK,
+        BINS=bins,
+        num_warps=8,
+    )
     return offsets, index, source
 
 
@@ -109,17 +212,63 @@ def zero_tail(p_rows, first, last, start, stride, o_h, m_h):
 
 
 @triton.jit
-def permute_kernel(p_x, p_offsets, p_index, p_out, E, H, top_k, stride_x, stride_out, WIDTH: tl.constexpr):
-    """Copy WIDTH columns of one token to the rows of its choices; zero its share of rows after the last expert's."""
+def copy_scales(
+    p_s, p_source, p_out, i_p, rows, tiles, top_k, stride_s, stride_out, ROWS: tl.constexpr, TILES: tl.constexpr
+):
+    """Copy TILES scales of each of ROWS rows from their tokens': it is reads, from the L2, that are scattered."""
+    blocks = tl.cdiv(tiles, TILES)
+    o_r = i_p // blocks * ROWS + tl.arange(0, ROWS)
+    o_c = (i_p % blocks * TILES + tl.arange(0, TILES)).to(tl.int64)
+    choice = tl.load(p_source + o_r, mask=o_r < rows, other=-1)
+    mask = (o_c < tiles)[:, None] & (choice >= 0)[None, :]
+    scale = tl.load(p_s + o_c[:, None] * stride_s + (choice // top_k)[None, :], mask=mask, other=0.0)
+    tl.store(p_out + o_c[:, None] * stride_out + o_r[None, :], scale, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "scales", "stride_s", "stride_os"])
+def permute_kernel(
+    p_x,
+    p_s,
+    p_offsets,
+    p_index,
+    p_source,
+    p_out,
+    p_os,
+    rows,
+    scales,
+    E,
+    H,
+    tiles,
+    top_k,
+    stride_x,
+    stride_s,
+    stride_out,
+    stride_os,
+    ZERO_TAIL: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Copy WIDTH columns of one token to the rows of its choices; the first `scales` programs copy scales.
+
+    With ZERO_TAIL a token's share of the rows after the last expert's becomes zero; else those stay as they are.
+    """
+    i_p = tl.program_id(0) - scales
+    if HAS_SCALE:  # noqa: SIM102 - decided when compiled: without scales there is no pointer to them
+        if i_p < 0:
+            copy_scales(p_s, p_source, p_os, i_p + scales, rows, tiles, top_k, stride_s, stride_os, ROWS, TILES)
+            return
     columns = tl.cdiv(H, WIDTH)
-    i_t = tl.program_id(0) // columns
-    o_h = tl.program_id(0) % columns * WIDTH + tl.arange(0, WIDTH)
+    i_t = i_p // columns
+    o_h = i_p % columns * WIDTH + tl.arange(0, WIDTH)
     m_h = o_h < H
     x = tl.load(p_x + i_t.to(tl.int64) * stride_x + o_h, mask=m_h)
     for j in range(top_k):
         row = tl.load(p_index + i_t * top_k + j)
         tl.store(p_out + row.to(tl.int64) * stride_out + o_h, x, mask=m_h & (row >= 0))
-    zero_tail(p_out, i_t * top_k, (i_t + 1) * top_k, tl.load(p_offsets + E), stride_out, o_h, m_h)
+    if ZERO_TAIL:
+        zero_tail(p_out, i_t * top_k, (i_t + 1) * top_k, tl.load(p_offsets + E), stride_out, o_h, m_h)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -205,34 +354,80 @@ def combine_backward_kernel(
 
 def permute(x: Tensor, experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows by expert [T * k, H], offsets and index."""
-    (tokens, width), top_k = x.shape, experts.shape[1]
-    offsets, index, _ = sort(experts, n_experts)
-    out = x.new_empty(tokens * top_k, width)
-    if out.numel():
-        block = choose_width(width)
-        permute_kernel[(tokens * triton.cdiv(width, block),)](
-            x,
-            offsets,
-            index,
-            out,
-            n_experts,
-            width,
-            top_k,
-            x.stride(0),
-            out.stride(0),
-            WIDTH=block,
-            num_warps=4,
-        )
+    offsets, index, source = sort(experts, n_experts)
+    out = empty(x, (source.shape[0], x.shape[1]), x.dtype)
+    _copy(x, None, offsets, index, source, out, None)
     return out, offsets, index
+
+
+def permute_rows(x: Tensor | Fp8Tensor, index: Tensor, source: Tensor) -> Tensor | Fp8Tensor:
+    """Rows by expert [T * k, H] of tokens, plain or in 1x128 tiles; rows after the last expert's stay as they are."""
+    rows = source.shape[0]
+    if not isinstance(x, Fp8Tensor):
+        out = empty(x, (rows, x.shape[1]), x.dtype)
+        _copy(x, None, None, index, source, out, None)
+        return out
+    out = empty(x.data, (rows, x.shape[1]), x.data.dtype)
+    scale = empty_scale(x.scale, (rows, x.scale.shape[1]), x.block)
+    # A copy is the same for any dtype of a byte, and Triton takes e4m3 only where the GPU has it.
+    _copy(x.data.view(torch.uint8), x.scale, None, index, source, out.view(torch.uint8), scale)
+    return Fp8Tensor(out, scale, x.block)
+
+
+def _copy(
+    x: Tensor,
+    scale: Tensor | None,
+    offsets: Tensor | None,
+    index: Tensor,
+    source: Tensor,
+    out: Tensor,
+    out_scale: Tensor | None,
+) -> None:
+    """Fill `out` and `out_scale`; with `offsets`, zero the rows after the last expert's."""
+    (tokens, top_k), (rows, width) = index.shape, out.shape
+    if rows == 0 or width == 0:
+        return
+    config = choose_copy(width, x.element_size())
+    tiles = ceil_div(width, 128)
+    scales = 0 if scale is None else ceil_div(rows, SCALE_ROWS) * ceil_div(tiles, SCALE_TILES)
+    launch(
+        permute_kernel,
+        (scales + tokens * ceil_div(width, config.width),),
+        x,
+        scale,
+        offsets,
+        index,
+        source,
+        out,
+        out_scale,
+        rows,
+        scales,
+        0 if offsets is None else offsets.shape[0] - 1,
+        width,
+        tiles,
+        top_k,
+        x.stride(0),
+        0 if scale is None else scale.stride(1),
+        out.stride(0),
+        0 if out_scale is None else out_scale.stride(1),
+        ZERO_TAIL=offsets is not None,
+        HAS_SCALE=scale is not None,
+        WIDTH=config.width,
+        ROWS=SCALE_ROWS,
+        TILES=SCALE_TILES,
+        num_warps=config.num_warps,
+    )
 
 
 def weighted_sum(y: Tensor, index: Tensor, weights: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """Sum of each token's rows of `y`, weighted if there are weights, and of `residual`; in fp32, rounded once."""
     (tokens, top_k), width = index.shape, y.shape[1]
-    out = y.new_empty(tokens, width)
-    if out.numel():
-        block = choose_width(width)
-        combine_kernel[(tokens * triton.cdiv(width, block),)](
+    out = empty(y, (tokens, width), y.dtype)
+    if tokens and width:
+        config = choose_row(width)
+        launch(
+            combine_kernel,
+            (tokens * ceil_div(width, config.width),),
             y,
             index.contiguous(),
             weights,
@@ -247,8 +442,8 @@ def weighted_sum(y: Tensor, index: Tensor, weights: Tensor | None, residual: Ten
             out.stride(0),
             HAS_WEIGHTS=weights is not None,
             HAS_RESIDUAL=residual is not None,
-            WIDTH=block,
-            num_warps=4,
+            WIDTH=config.width,
+            num_warps=config.num_warps,
         )
     return out
 
@@ -266,9 +461,12 @@ def combine(y: Tensor, offsets: Tensor, index: Tensor, weights: Tensor) -> Tenso
 def combine_backward(dout: Tensor, y: Tensor, offsets: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `y` and of the weights."""
     (tokens, top_k), width = index.shape, y.shape[1]
-    dy, dweights = y.new_empty(y.shape), weights.new_empty(weights.shape)
+    dy, dweights = empty(y, (y.shape[0], width), y.dtype), empty(weights, (tokens, top_k), weights.dtype)
     if tokens and top_k:
-        combine_backward_kernel[(tokens,)](
+        config = choose_row(width)
+        launch(
+            combine_backward_kernel,
+            (tokens,),
             dout,
             y,
             offsets,
@@ -284,7 +482,7 @@ def combine_backward(dout: Tensor, y: Tensor, offsets: Tensor, index: Tensor, we
             y.stride(0),
             weights.stride(0),
             dy.stride(0),
-            WIDTH=choose_width(width),
-            num_warps=4,
+            WIDTH=config.width,
+            num_warps=config.num_warps,
         )
     return dy, dweights

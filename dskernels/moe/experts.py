@@ -1,0 +1,271 @@
+"""The expert block, forward and backward, out of the steps that an implementation brings.
+
+A network is the routed experts, or the shared one, which takes every token. With X the rows of its batch (row r is
+token ``source[r] // top_k``), w their routing weights, and dO the rows of the output's gradient in the same order:
+
+    G, U = X W13^T            A = silu(G) * U                out = sum over a token's rows of w * (A W2^T)
+    dA' = dO W2               dw = <dA', A>                  not yet weighted
+    dG, dU = gradient of the SwiGLU at w * dA'               dX = [dG dU] W13, summed over a token's rows
+    dW13 = [dG dU]^T X        dW2 = dO^T (w * A)
+
+So the outputs of the experts, A W2^T, are not needed again (SonicMoE, arXiv 2512.14080): all that is kept is G and U,
+or nothing, and they are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dskernels.gemm.weights import quantized_weight, transposed
+from dskernels.moe.triton import weighted_sum
+from dskernels.types import Fp8Tensor
+
+Operand = Tensor | Fp8Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of a network, sorted by expert; of the shared one, whose rows are the tokens, only their number.
+
+    Attributes:
+        rows: how many there are.
+        top_k: choices of a token.
+        offsets: int32 ``[E + 1]``, where the rows of each expert begin, and the end.
+        index: int32 ``[T, k]``, the row of each choice, -1 where it was dropped.
+        source: int32 ``[rows]``, the choice of each row; -1 after the last expert's, and those rows are never read.
+    """
+
+    rows: int
+    top_k: int = 1
+    offsets: Tensor | None = None
+    index: Tensor | None = None
+    source: Tensor | None = None
+
+
+class Rows(NamedTuple):
+    """Rows of a batch: those of `data`; with a source, row r is ``data[source[r] // top_k]``."""
+
+    data: Operand
+    source: Tensor | None = None
+
+
+class Network(NamedTuple):
+    """Weights of the routed experts, stacked, or of the shared one: data and, where quantised, scale."""
+
+    w13: Tensor
+    w13_scale: Tensor | None
+    w2: Tensor
+    w2_scale: Tensor | None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What an implementation of the block does, for operands of one kind.
+
+    Attributes:
+        sort: offsets, index and source, given the experts' ids and their number.
+        operand: activations as the products take them.
+        rows: tokens as rows of a batch, copied to their experts or to be gathered by the product.
+        weight: a weight and its scale, or (True) its transpose, as the products take it.
+        product: each row times its expert's weight, in a dtype.
+        hidden: silu(gate) * up of ``[rows, 2I]`` as an operand.
+        swiglu_backward: its gradient, w * A, and dw, given gate and up, dA', source and w (both None for w = 1).
+        wgrad: the gradient of a weight, given the rows of both operands and the weight.
+        wgrad_requantizes: whether that takes tokens as they are, since it quantises along an expert's rows.
+        weighted_sum: of each token's rows, given w (None for 1) and what is added (None for 0).
+    """
+
+    sort: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    operand: Callable[[Tensor], Operand]
+    rows: Callable[[Operand, Batch], Rows]
+    weight: Callable[[Tensor, Tensor | None, bool], Operand]
+    product: Callable[[Rows, Operand, Batch, torch.dtype], Tensor]
+    hidden: Callable[[Tensor], Operand]
+    swiglu_backward: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+    wgrad: Callable[[Rows, Rows, Batch, Tensor], Tensor]
+    wgrad_requantizes: bool
+    weighted_sum: Callable[[Tensor, Batch, Tensor | None, Tensor | None], Tensor]
+
+
+def forward(
+    steps: Steps, x: Tensor, routed: Network, weights: Tensor, experts: Tensor, shared: Network | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [T, H], and, if asked to keep them for the backward, gate and up of both networks."""
+    a = steps.operand(x)
+
+    def run(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
+        gate_up = _up(steps, a, network, batch, x.dtype)
+        hidden = Rows(steps.hidden(gate_up))
+        if not keep:
+            gate_up = gate_up.new_empty(0, gate_up.shape[1])
+        return gate_up, steps.product(hidden, steps.weight(network.w2, network.w2_scale, False), batch, x.dtype)
+
+    shared_gate_up, residual = x.new_empty(0, 0), None
+    if shared is not None:
+        shared_gate_up, residual = run(shared, Batch(x.shape[0]))
+    batch = _routed(steps, experts, routed)
+    gate_up, y = run(routed, batch)
+    return steps.weighted_sum(y, batch, weights, residual), gate_up, shared_gate_up
+
+
+def backward(
+    steps: Steps,
+    dout: Tensor,
+    x: Tensor,
+    routed: Network,
+    weights: Tensor,
+    experts: Tensor,
+    shared: Network | None,
+    gate_up: Tensor,
+    shared_gate_up: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, w13, w2, the weights, and both shared weights; empty where one is not needed."""
+    needs_dx, needs_dw13, needs_dw2, needs_dweights, needs_shared_dw13, needs_shared_dw2 = needs
+    kept = gate_up.shape[0] > 0
+    da = steps.operand(dout)
+    a = None if kept else steps.operand(x)
+
+    def run(network, batch, gate_up, weights, needs_dw13, needs_dw2, residual):
+        # Rows of the batch are most of the memory: each is let go as soon as it is done with.
+        if a is not None:
+            gate_up = _up(steps, a, network, batch, x.dtype)
+        dy = steps.rows(da, batch)
+        dhidden = steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, x.dtype)
+        dgate_up, hidden, dweights = steps.swiglu_backward(gate_up, dhidden, batch.source, weights)
+        del gate_up, dhidden
+        dx = dw13 = dw2 = None
+        if needs_dw2:
+            dy = Rows(dout, batch.source) if steps.wgrad_requantizes else dy
+            dw2 = steps.wgrad(dy, Rows(hidden), batch, network.w2)
+        del dy, hidden
+        if needs_dx:
+            w13 = steps.weight(network.w13, network.w13_scale, True)
+            dx = steps.product(Rows(steps.operand(dgate_up)), w13, batch, x.dtype)
+            if batch.index is not None:
+                dx = steps.weighted_sum(dx, batch, None, residual)
+        if needs_dw13:
+            rows = Rows(x, batch.source) if steps.wgrad_requantizes else steps.rows(x, batch)
+            dw13 = steps.wgrad(Rows(dgate_up), rows, batch, network.w13)
+        return dx, dw13, dw2, dweights
+
+    dx = dw13 = dw2 = dweights = shared_dw13 = shared_dw2 = None
+    if shared is not None and (needs_dx or needs_shared_dw13 or needs_shared_dw2):
+        dx, shared_dw13, shared_dw2, _ = run(
+            shared, Batch(x.shape[0]), shared_gate_up, None, needs_shared_dw13, needs_shared_dw2, None
+        )
+    if needs_dx or needs_dw13 or needs_dw2 or needs_dweights:
+        batch = _routed(steps, experts, routed)
+        dx, dw13, dw2, dweights = run(routed, batch, gate_up, weights.contiguous(), needs_dw13, needs_dw2, dx)
+    gradients = (dx, dw13, dw2, dweights if needs_dweights else None, shared_dw13, shared_dw2)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _routed(steps: Steps, experts: Tensor, network: Network) -> Batch:
+    offsets, index, source = steps.sort(experts, network.w13.shape[0])
+    return Batch(source.shape[0], experts.shape[1], offsets, index, source)
+
+
+def _up(steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Gate and up, [rows, 2I]."""
+    return steps.product(steps.rows(a, batch), steps.weight(network.w13, network.w13_scale, False), batch, dtype)
+
+
+# ---- the registered operations --------------------------------------------------------------------------------------
+
+
+def operations(plain: Steps, quantized: Steps) -> tuple[Callable, Callable]:
+    """`fused_experts` and its backward on the operations' flat arguments, of steps for plain and for e4m3 operands."""
+
+    def fused_experts(
+        x: Tensor,
+        w13: Tensor,
+        w13_scale: Tensor | None,
+        w2: Tensor,
+        w2_scale: Tensor | None,
+        weights: Tensor,
+        experts: Tensor,
+        shared_w13: Tensor | None,
+        shared_w13_scale: Tensor | None,
+        shared_w2: Tensor | None,
+        shared_w2_scale: Tensor | None,
+        fp8: bool,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        routed = Network(w13, w13_scale, w2, w2_scale)
+        shared = _network(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
+        return forward(quantized if fp8 else plain, x, routed, weights, experts, shared, keep)
+
+    def fused_experts_backward(
+        dout: Tensor,
+        x: Tensor,
+        w13: Tensor,
+        w13_scale: Tensor | None,
+        w2: Tensor,
+        w2_scale: Tensor | None,
+        weights: Tensor,
+        experts: Tensor,
+        shared_w13: Tensor | None,
+        shared_w13_scale: Tensor | None,
+        shared_w2: Tensor | None,
+        shared_w2_scale: Tensor | None,
+        gate_up: Tensor,
+        shared_gate_up: Tensor,
+        fp8: bool,
+        needs: list[bool],
+    ) -> tuple[Tensor, ...]:
+        routed = Network(w13, w13_scale, w2, w2_scale)
+        shared = _network(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
+        steps = quantized if fp8 else plain
+        return backward(steps, dout, x, routed, weights, experts, shared, gate_up, shared_gate_up, needs)
+
+    return fused_experts, fused_experts_backward
+
+
+def _network(
+    w13: Tensor | None, w13_scale: Tensor | None, w2: Tensor | None, w2_scale: Tensor | None
+) -> Network | None:
+    return None if w13 is None or w2 is None else Network(w13, w13_scale, w2, w2_scale)
+
+
+# ---- what implementations share -------------------------------------------------------------------------------------
+
+
+def plain_weight(weight: Tensor, scale: Tensor | None, transpose: bool) -> Tensor:
+    """A weight, or its transpose, as it is."""
+    return weight.mT if transpose else weight
+
+
+def fp8_weight(weight: Tensor, scale: Tensor | None, transpose: bool, impl: str | None) -> Fp8Tensor:
+    """A weight, or its transpose, in 128x128 blocks: kept until it changes, if it was not quantised already."""
+    if scale is None:
+        return quantized_weight(weight, transpose=transpose, impl=impl)
+    quantized = Fp8Tensor(weight, scale, (128, 128))
+    return transposed(quantized) if transpose else quantized
+
+
+def weighted_rows(y: Tensor, batch: Batch, weights: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The weighted sum of a batch that has an index."""
+    return weighted_sum(y, batch.index, weights, residual)  # type: ignore[arg-type]
+
+
+def stacked(weight: Operand) -> Operand:
+    """A weight as a stack of one; a stack as it is."""
+    if isinstance(weight, Fp8Tensor):
+        return Fp8Tensor(stack(weight.data), stack(weight.scale), weight.block)
+    return stack(weight)
+
+
+def stack(matrix: Tensor) -> Tensor:
+    """A matrix as a stack of one; a stack as it is."""
+    return matrix if matrix.dim() == 3 else matrix[None]
+
+
+def parts(x: Operand) -> tuple[Tensor, Tensor | None]:
+    """Data and scale."""
+    return (x.data, x.scale) if isinstance(x, Fp8Tensor) else (x, None)

@@ -1,0 +1,139 @@
+"""The expert block on Hopper, around the grouped products of CUDA C++.
+
+Those take whole tiles through the tensor memory accelerator, which cannot gather: tokens are copied to their experts
+first, in e4m3 where the products run in that, which is half the bytes. The shared expert is a plain product: by
+`fp8_gemm`, or by torch's (cuBLAS). What moves rows and little else (sort, copy, SwiGLU, weighted sum) is left to the
+Triton kernels, which reach memory speed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dskernels.cuda.compiler import reason_against_cuda
+from dskernels.dispatch import empty
+from dskernels.fp8.api import _quantize, _swiglu_quantize
+from dskernels.gemm.api import _fp8_gemm
+from dskernels.grouped_gemm import hopper as grouped
+from dskernels.grouped_gemm.hopper_quantize import quantize_grouped
+from dskernels.moe import experts
+from dskernels.moe.experts import Batch, Operand, Rows, Steps, parts
+from dskernels.moe.triton import permute_rows, sort
+from dskernels.moe.triton_swiglu import swiglu, swiglu_backward
+from dskernels.types import Fp8Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+MOST_ROWS = 2**30  # of a batch, which a map of ragged rows can count
+
+
+def _rows(tokens: Operand, batch: Batch) -> Rows:
+    if batch.index is None or batch.source is None:
+        return Rows(tokens)
+    return Rows(permute_rows(tokens, batch.index, batch.source))
+
+
+def _product(rows: Rows, weight: Operand, batch: Batch, dtype: torch.dtype) -> Tensor:
+    (a, a_scale), (b, b_scale) = parts(rows.data), parts(weight)
+    out = empty(a, (batch.rows, b.shape[-2]), dtype)
+    if batch.offsets is not None:
+        grouped.grouped_gemm_out(a, a_scale, b, b_scale, batch.offsets, out)
+    elif a_scale is not None and b_scale is not None:
+        _fp8_gemm(a, a_scale, b, b_scale, 128, None, out, False)
+    else:
+        torch.mm(a, b.mT, out=out)
+    return out
+
+
+def _wgrad(dy: Rows, x: Rows, batch: Batch, weight: Tensor) -> Tensor:
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    (dy_rows, _), (x_rows, _) = parts(dy.data), parts(x.data)
+    if batch.offsets is not None:
+        grouped.grouped_wgrad(dy_rows, None, x_rows, None, batch.offsets, dw, False)
+    else:
+        torch.mm(dy_rows.mT, x_rows, out=dw)
+    return dw
+
+
+def _fp8_wgrad(dy: Rows, x: Rows, batch: Batch, weight: Tensor) -> Tensor:
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    (dy_rows, _), (x_rows, _) = parts(dy.data), parts(x.data)
+    if batch.offsets is not None:
+        dy_t = quantize_grouped(dy_rows, batch.offsets, False, dy.source, batch.top_k)
+        x_t = quantize_grouped(x_rows, batch.offsets, False, x.source, batch.top_k)
+        grouped.grouped_wgrad(*dy_t, *x_t, batch.offsets, dw, False)
+    else:
+        dy_t, x_t = (_quantize(rows, 128, 1, False, True) for rows in (dy_rows, x_rows))
+        _fp8_gemm(*dy_t, *x_t, 1, None, dw, False)
+    return dw
+
+
+PLAIN = Steps(
+    sort=sort,
+    operand=lambda x: x,
+    rows=_rows,
+    weight=experts.plain_weight,
+    product=_product,
+    hidden=swiglu,
+    swiglu_backward=swiglu_backward,
+    wgrad=_wgrad,
+    wgrad_requantizes=False,
+    weighted_sum=experts.weighted_rows,
+)
+FP8 = replace(
+    PLAIN,
+    operand=lambda x: Fp8Tensor(*_quantize(x, 1, 128, False, False)),
+    weight=functools.partial(experts.fp8_weight, impl=None),
+    hidden=lambda gate_up: Fp8Tensor(*_swiglu_quantize(gate_up, False, False)),
+    wgrad=_fp8_wgrad,
+    wgrad_requantizes=True,
+)
+
+fused_experts, fused_experts_backward = experts.operations(PLAIN, FP8)
+
+
+def fused_experts_supports(x: Tensor, *args: object) -> str | None:
+    """Why these kernels do not take the block, or None."""
+    *block, fp8, _ = args
+    return _reason_against(x, block, bool(fp8))
+
+
+def fused_experts_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why these kernels do not take its backward, or None."""
+    *block, _, _, fp8, _ = args
+    return _reason_against(x, block, bool(fp8)) or (_reason_against_rows("dout", dout) if fp8 else None)
+
+
+def _reason_against(x: Tensor, block: Sequence[object], fp8: bool) -> str | None:
+    """Given x and the other tensors of the block, of which weights and their scales follow each other."""
+    w13, w13_scale, w2, w2_scale, _, ids, *_ = block
+    if not (isinstance(w13, Tensor) and isinstance(w2, Tensor) and isinstance(ids, Tensor)):
+        raise TypeError("w13, w2, experts: expected tensors")
+    hidden, inner, rows = x.shape[1], w2.shape[2], ids.numel()
+    if rows == 0 or hidden == 0 or inner == 0:
+        return "there is nothing to multiply"
+    if rows >= MOST_ROWS:
+        return f"it takes less than 2^30 rows, and there are {rows}"
+    if not fp8 and x.dtype not in HALF:
+        return f"the products take e4m3, bf16 and fp16, x is {str(x.dtype).removeprefix('torch.')}"
+    whole = 16 if fp8 else 8
+    if hidden % whole or inner % whole:
+        return f"rows must be of whole 16 bytes, there are H = {hidden} and I = {inner} columns"
+    for name, weight, scale in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
+        # What is quantised inside is laid out as the products want it.
+        if fp8 and scale is None:
+            continue
+        if weight.data_ptr() % 16 or not weight.is_contiguous():
+            return f"{name} must be contiguous and aligned to 16 bytes, its strides are {list(weight.stride())}"
+    return (_reason_against_rows("x", x) if fp8 else None) or reason_against_cuda()
+
+
+def _reason_against_rows(name: str, tokens: Tensor) -> str | None:
+    """Why tokens cannot be quantised along the rows of an expert, or None; plain ones are copied first."""
+    if tokens.data_ptr() % 16 or tokens.stride(0) * tokens.element_size() % 16:
+        return f"rows of {name} must be aligned to 16 bytes, its strides are {list(tokens.stride())}"
+    return None

@@ -1,0 +1,132 @@
+"""Portable Triton kernels of the SwiGLU between the products of an expert, and of its gradient.
+
+Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dskernels.moe.config import choose_row
+from dskernels.portable import cast, launch
+from dskernels.validate import ceil_div
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def swiglu_kernel(p_x, p_out, width, stride_x, stride_out, WIDTH: tl.constexpr):
+    """WIDTH columns of silu(gate) * up of one row, gate and up being the halves of a row of 2 * width."""
+    columns = tl.cdiv(width, WIDTH)
+    i_r = (tl.program_id(0) // columns).to(tl.int64)
+    o_c = tl.program_id(0) % columns * WIDTH + tl.arange(0, WIDTH)
+    m_c = o_c < width
+    gate = tl.load(p_x + i_r * stride_x + o_c, mask=m_c, other=0.0).to(tl.float32)
+    up = tl.load(p_x + i_r * stride_x + width + o_c, mask=m_c, other=0.0).to(tl.float32)
+    tl.store(p_out + i_r * stride_out + o_c, cast(gate * tl.sigmoid(gate) * up, p_out.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    p_x,
+    p_dhidden,
+    p_source,
+    p_weights,
+    p_dx,
+    p_hidden,
+    p_dweights,
+    width,
+    stride_x,
+    stride_dhidden,
+    stride_dx,
+    stride_hidden,
+    HAS_WEIGHTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Of one row: dx [2 * width], weight * hidden [width], and dweight = <dhidden, hidden>; dhidden is unweighted."""
+    i_r = tl.program_id(0).to(tl.int64)
+    weight = 1.0
+    if HAS_WEIGHTS:
+        choice = tl.load(p_source + i_r)
+        if choice < 0:  # a row after the last expert's: nobody reads it
+            return
+        weight = tl.load(p_weights + choice)
+    products = tl.zeros([WIDTH], tl.float32)
+    for first in range(0, width, WIDTH):
+        o_c = first + tl.arange(0, WIDTH)
+        m_c = o_c < width
+        gate = tl.load(p_x + i_r * stride_x + o_c, mask=m_c, other=0.0).to(tl.float32)
+        up = tl.load(p_x + i_r * stride_x + width + o_c, mask=m_c, other=0.0).to(tl.float32)
+        dhidden = tl.load(p_dhidden + i_r * stride_dhidden + o_c, mask=m_c, other=0.0).to(tl.float32)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        products += dhidden * silu * up
+        # silu' = sigmoid * (1 + gate * (1 - sigmoid))
+        dgate = dhidden * weight * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        dup = dhidden * weight * silu
+        dtype = p_dx.dtype.element_ty
+        tl.store(p_dx + i_r * stride_dx + o_c, cast(dgate, dtype), mask=m_c)
+        tl.store(p_dx + i_r * stride_dx + width + o_c, cast(dup, dtype), mask=m_c)
+        tl.store(p_hidden + i_r * stride_hidden + o_c, cast(silu * up * weight, dtype), mask=m_c)
+    if HAS_WEIGHTS:
+        tl.store(p_dweights + choice, tl.sum(products, 0))
+
+
+# ---- launchers ------------------------------------------------------------------------------------------------------
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up [R, I] of `gate_up` [R, 2I]."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    hidden = gate_up.new_empty(rows, width)
+    if hidden.numel():
+        config = choose_row(width)
+        launch(
+            swiglu_kernel,
+            (rows * ceil_div(width, config.width),),
+            gate_up,
+            hidden,
+            width,
+            gate_up.stride(0),
+            hidden.stride(0),
+            WIDTH=config.width,
+            num_warps=config.num_warps,
+        )
+    return hidden
+
+
+def swiglu_backward(
+    gate_up: Tensor, dhidden: Tensor, source: Tensor | None, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradient of `gate_up`, the weighted activation, and the gradient of the weights (0 for dropped choices).
+
+    Rows that have no choice (source -1) are left as they are, as no product reads them.
+    """
+    rows, width = dhidden.shape
+    dgate_up, hidden = torch.empty_like(gate_up), torch.empty_like(dhidden)
+    dweights = None if weights is None else torch.zeros_like(weights)
+    if rows:
+        config = choose_row(width)
+        launch(
+            swiglu_backward_kernel,
+            (rows,),
+            gate_up,
+            dhidden,
+            source,
+            weights,
+            dgate_up,
+            hidden,
+            dweights,
+            width,
+            gate_up.stride(0),
+            dhidden.stride(0),
+            dgate_up.stride(0),
+            hidden.stride(0),
+            HAS_WEIGHTS=weights is not None,
+            WIDTH=config.width,
+            num_warps=config.num_warps,
+        )
+    return dgate_up, hidden, dweights
