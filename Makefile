@@ -37,7 +37,7 @@ test-gpu: ## kernel tests on this machine's GPU; fails where there is none
 
 sanitize: ## compute-sanitizer over one config of every CUDA C++ kernel, on this machine's GPU
 	PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
-	PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
+	PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/sanitize.py --racecheck
 
 bench: ## time the operations on this machine's GPU, beside their peers
 	$(PYTHON) -m benchmarks $(ARGS)

@@ -52,6 +52,7 @@ def main(
         bool, typer.Option("--quick", help="The first workload of each operation, and fewer runs.")
     ] = False,
     host: Annotated[bool, typer.Option("--host", help="Also measure what a call costs on the host, in µs.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.01, help="About how long to time each rival for.")] = 0.3,
     commit: Annotated[
         str | None, typer.Option(help="The commit to record, where only the files are and git cannot tell.")
     ] = None,
@@ -91,7 +92,10 @@ def main(
     if not torch.cuda.is_available():
         console.print("No GPU here: nothing to time. `python -m benchmarks --list` shows what there is.")
         return
-    failed = measure(console, chosen, save=save, impls=tuple(impl or (None,)), quick=quick, host=host, commit=commit)
+    seconds = min(seconds, 0.05) if quick else seconds
+    failed = measure(
+        console, chosen, save=save, impls=tuple(impl or (None,)), seconds=seconds, host=host, commit=commit
+    )
     if failed:
         raise typer.Exit(1)
 
@@ -109,7 +113,14 @@ def select(families, filters, *, quick: bool = False) -> dict[str, list]:
 
 
 def measure(
-    console: Console, chosen: dict[str, list], *, save: bool, impls, quick: bool, host: bool, commit: str | None = None
+    console: Console,
+    chosen: dict[str, list],
+    *,
+    save: bool,
+    impls,
+    seconds: float,
+    host: bool,
+    commit: str | None = None,
 ) -> bool:
     """Run the cases, print a table a family, and say whether anything failed."""
     import torch
@@ -121,7 +132,7 @@ def measure(
     if commit:
         machine = dataclasses.replace(machine, commit=commit)
     with console.status("measuring the roofs"):
-        stopwatch = timing.Stopwatch(seconds=0.05 if quick else 0.3)
+        stopwatch = timing.Stopwatch(seconds)
         roofs = roofline.measure(stopwatch.time)
         torch.cuda.empty_cache()
     console.print(

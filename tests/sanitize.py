@@ -1,11 +1,14 @@
 """One config of every CUDA C++ kernel on small shapes, for compute-sanitizer (see `make sanitize`).
 
 `python tests/sanitize.py "few rows"` runs only kernels whose name contains the text, to find the one a report is of.
+With `--racecheck` kernels for many rows run as that tool can follow them: without clusters, as it knows nothing of
+arrivals from another CTA, and with one reader of what is written by ordinary stores (ONE_READER in cuda/fp8_gemm.cuh).
 """
 
+import argparse
 import functools
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -14,20 +17,38 @@ from dskernels import parity
 from dskernels.cuda.driver import Planned
 from dskernels.gemm import hopper
 from dskernels.gemm.config import HOPPER_CONFIGS, HopperConfig
-from dskernels.parity.inputs import quantized
+from dskernels.grouped_gemm import config as grouped_config
+from dskernels.grouped_gemm import hopper as grouped_hopper
+from dskernels.parity.inputs import quantized, spread
 
 
-def kernels() -> Iterator[tuple[str, Callable[[], bool]]]:
+def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
     """Name each kernel, with what runs it and says whether the result was right."""
-    for b_rows, configs in HOPPER_CONFIGS.items():
+
+    def each(configs: tuple[HopperConfig, ...]) -> Iterator[tuple[str, HopperConfig]]:
         for config in configs:
-            yield f"fp8_gemm {config.tile}, B in {b_rows}x128", functools.partial(many_rows, config, b_rows)
+            if racecheck:
+                config = replace(config, cluster=1, one_reader=True)
+            yield f"{config.tile}, clusters of {config.cluster}", config
+
+    for b_rows, configs in HOPPER_CONFIGS.items():
+        for name, config in each(configs):
+            yield f"fp8_gemm {name}, B in {b_rows}x128", functools.partial(many_rows, config, b_rows)
     yield "fp8_gemm, few rows", few_rows
     yield "quantize_both", quantize_both
+    yield "quantize_grouped", quantize_grouped
+    for name, config in each(grouped_config.HOPPER_CONFIGS):
+        yield f"grouped_gemm {name}", functools.partial(ragged_rows, config)
+        yield f"grouped_gemm_masked {name}", functools.partial(masked_rows, config)
+    for name, config in each(grouped_config.HOPPER_WGRAD_CONFIGS):
+        yield f"grouped_wgrad {name}", functools.partial(ragged_tokens, config)
+    yield "grouped_gemm, few rows", few_ragged_rows
+    yield "grouped_gemm and its gradients, bf16", half_precision
 
 
 def many_rows(config: HopperConfig, b_rows: int) -> bool:
-    a, b = quantized(0, 300, 400, (1, 128), "cuda"), quantized(1, 392, 400, (b_rows, 128), "cuda")
+    # K is long enough that every stage of shared memory is used again.
+    a, b = quantized(0, 300, 1424, (1, 128), "cuda"), quantized(1, 392, 1424, (b_rows, 128), "cuda")
     out = torch.full((300, 392), torch.nan, device="cuda")
     Planned(functools.partial(hopper.plan, config))(a.data, a.scale, b.data, b.scale, b_rows, None, out, False)
     return parity.difference(out, ds.reference.fp8_gemm(a, b, out_dtype=torch.float32)) < parity.E4M3_SUMS
@@ -45,13 +66,75 @@ def quantize_both() -> bool:
     return all(torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8)) for got, want in pairs)
 
 
+def quantize_grouped() -> bool:
+    x = torch.randn(300, 264, device="cuda").bfloat16()
+    offsets = torch.tensor([0, 150, 150, 290], dtype=torch.int32, device="cuda")
+    got, want = ds.quantize_grouped(x, offsets, impl="hopper"), ds.reference.quantize_grouped(x, offsets)
+    return torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8))
+
+
+SIZES = [150, 0, 321, 5]
+
+
+def ragged_rows(config: HopperConfig) -> bool:
+    a, b = quantized(0, 500, 1424, (1, 128), "cuda"), ds.quantize(torch.randn(4, 392, 1424, device="cuda"), (128, 128))
+    offsets = torch.tensor([0, *SIZES], device="cuda").cumsum(0, dtype=torch.int32)
+    out = torch.full((500, 392), torch.nan, device="cuda")
+    launch = Planned(functools.partial(grouped_hopper.plan, config))
+    launch(a.data, a.scale, b.data, b.scale, offsets, out)
+    return parity.difference(out, ds.reference.grouped_gemm(a, b, offsets, out_dtype=out.dtype)) < parity.E4M3_SUMS
+
+
+def masked_rows(config: HopperConfig) -> bool:
+    flat, b = quantized(0, 1200, 1424, (1, 128), "cuda"), ds.quantize(torch.randn(4, 392, 1424).cuda(), (128, 128))
+    a = ds.Fp8Tensor(flat.data.unflatten(0, (4, 300)), flat.scale.unflatten(0, (4, 300)))
+    counts = torch.tensor(SIZES, dtype=torch.int32, device="cuda")
+    out = torch.zeros(4, 300, 392, device="cuda")
+    launch = Planned(functools.partial(grouped_hopper.plan_masked, config))
+    launch(a.data, a.scale, b.data, b.scale, counts, out)
+    want = ds.reference.grouped_gemm_masked(a, b, counts, out_dtype=out.dtype)
+    return parity.difference(out, want) < parity.E4M3_SUMS
+
+
+def ragged_tokens(config: HopperConfig) -> bool:
+    offsets = torch.tensor([0, 150, 150, 900], dtype=torch.int32, device="cuda")
+    dy, x = (ds.quantize_grouped(spread(i, 900, width).cuda(), offsets) for i, width in enumerate((392, 400)))
+    out = torch.full((3, 392, 400), torch.nan, device="cuda")
+    launch = Planned(functools.partial(grouped_hopper.plan_wgrad, config))
+    launch(dy.data, dy.scale, x.data, x.scale, offsets, out, False)
+    return parity.difference(out, ds.reference.grouped_wgrad(dy, x, offsets)) < parity.E4M3_SUMS
+
+
+def few_ragged_rows() -> bool:
+    a, b = quantized(0, 90, 1424, (1, 128), "cuda"), ds.quantize(torch.randn(4, 392, 1424, device="cuda"), (128, 128))
+    offsets = torch.tensor([0, 3, 3, 70, 85], dtype=torch.int32, device="cuda")
+    out = ds.grouped_gemm(a, b, offsets, out_dtype=torch.float32, impl="hopper")
+    return parity.difference(out, ds.reference.grouped_gemm(a, b, offsets, out_dtype=out.dtype)) < parity.E4M3_SUMS
+
+
+def half_precision() -> bool:
+    a = torch.randn(500, 712, device="cuda").bfloat16().requires_grad_()
+    b = torch.randn(4, 392, 712, device="cuda").bfloat16().requires_grad_()
+    offsets = torch.tensor([0, *SIZES], device="cuda").cumsum(0, dtype=torch.int32)
+    dy = torch.randn(500, 392, device="cuda").bfloat16()
+    got, want = (
+        (out.detach(), *torch.autograd.grad(out, (a, b), dy))
+        for out in (ds.grouped_gemm(a, b, offsets, impl=impl) for impl in ("hopper", "triton"))
+    )
+    return all(parity.difference(x, y) < 1e-5 for x, y in zip(got, want, strict=True))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", nargs="?", default="", help="run kernels whose name contains it")
+    parser.add_argument("--racecheck", action="store_true", help="as compute-sanitizer's racecheck can follow them")
+    asked = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("these kernels run on a GPU, and torch sees none")
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    chosen = [(name, run) for name, run in kernels() if wanted in name]
+    named = list(kernels(asked.racecheck))
+    chosen = [(name, run) for name, run in named if asked.text in name]
     if not chosen:
-        raise SystemExit(f"no kernel's name contains {wanted!r}; there are: {'; '.join(name for name, _ in kernels())}")
+        raise SystemExit(f"no kernel's name contains {asked.text!r}; there are: {'; '.join(name for name, _ in named)}")
     for name, run in chosen:
         if not run():
             raise SystemExit(f"{name}: wrong")

@@ -61,5 +61,6 @@ def kernel(path: Path, name: str, options: Mapping[str, int], shared: int, devic
 
     with cupy.cuda.Device(device):  # which also gives a thread its context
         function = _module(path, tuple(sorted(options.items())), device).get_function(name)
-        function.max_dynamic_shared_size_bytes = shared
+        # Never less than before: launches of other shapes, which need more, are kept.
+        function.max_dynamic_shared_size_bytes = max(shared, function.max_dynamic_shared_size_bytes)
         return function.kernel.ptr

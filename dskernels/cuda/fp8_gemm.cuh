@@ -36,6 +36,8 @@
 //   OUT         0 bf16, 1 fp16, 2 fp32
 //   BIAS        0 none, 1 bf16, 2 fp16, 3 fp32
 //   ACCUMULATE  1: add to C instead of overwriting it
+//   REGISTERS   of a thread that multiplies; the others have 504 - 2 * REGISTERS
+//   AHEAD       with B_ROWS 1: of a thread's pairs of columns, how many scales it reads ahead, all or as many as it has registers for
 //   ONE_READER  1: of a warp, only the lanes that release a stage read B's scales from it, and hand them on. compute-sanitizer's racecheck
 //               takes an arrival for the reads of the arriving lane alone; this costs 1.3%. 0 if not defined.
 //   DIRECT      1: C is written by ordinary stores: rows that the accelerator cannot address, and adding to bf16 or fp16
@@ -284,17 +286,19 @@ template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, 
 // ---- products ----------------------------------------------------------------------------------------------------
 
 // Scales of the tile's columns that a thread holds: x and y of pair j belong to accumulators 4j to 4j + 3, or both to strip j.
-constexpr int COLUMN_SCALES = B_ROWS == 1 ? BLOCK_N / 8 : STRIPS;
-// Where there are registers for them, scales of 1x128 tiles of B are read before the product starts. Read when they are used, they wait for
-// the other warpgroup's product, which has shared memory to itself.
-constexpr bool SCALES_AHEAD = B_ROWS != 1 || WAVES == 1;
+constexpr int PAIRS = B_ROWS == 1 ? BLOCK_N / 8 : STRIPS;
+// So many of them are read before a block's first product and kept for both; the others are read when they are used, for each product anew.
+// Each thread's copy of a scale takes its 4 bytes of what shared memory can deliver, so this is what counts: of 256x128 tiles and a block of K,
+// 512 clocks with none kept, 384 with half of them, beside 1,152 for the products.
+constexpr int KEPT = B_ROWS == 1 && AHEAD < PAIRS ? AHEAD : PAIRS;
+constexpr bool ALL_KEPT = KEPT == PAIRS;
 
 // total += part times both scales.
 __device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float (&part)[BLOCK_N / 2], float scale_0, float scale_1,
-                                        const float2 (&ahead)[COLUMN_SCALES], u32 scales) {
+                                        const float2 (&kept)[KEPT], u32 scales) {
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 8; ++j) {
-        const float2 s = !SCALES_AHEAD ? smem_load2(scales + j * 32) : ahead[B_ROWS == 1 ? j : j * 8 / STRIP_N];
+        const float2 s = B_ROWS != 1 ? kept[j * 8 / STRIP_N] : j < KEPT ? kept[min(j, KEPT - 1)] : smem_load2(scales + j * 32);
         total[4 * j] = fma(part[4 * j], mul(scale_0, s.x), total[4 * j]);
         total[4 * j + 1] = fma(part[4 * j + 1], mul(scale_0, s.y), total[4 * j + 1]);
         total[4 * j + 2] = fma(part[4 * j + 2], mul(scale_1, s.x), total[4 * j + 2]);
@@ -314,22 +318,22 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
     const u32 first_b = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_B), 0);
     Stage stage;
     float part[BLOCK_N / 2], scale_0[WAVES], scale_1[WAVES];
-    float2 columns[COLUMN_SCALES];
+    float2 columns[KEPT];
     u32 at = (row + (ANY_ROW ? tiles.row() % 4 : 0)) * 4;  // where this thread's first scale of A is
     auto start = [&](int w) {
         const u32 i = stage.index, scales_a = base + OFFSET_SA + i * SA_BYTES + at, scales_b = base + OFFSET_SB + i * SB_BYTES;
         const u32 a = first_a + i * (A_BYTES / 16) + w * (128 * BLOCK_K / 16), b = first_b + i * (B_BYTES / 16);
         // The block's scales before its products: behind them, reads wait until the tensor cores have read their operands.
-        if (w == 0 && SCALES_AHEAD) {
+        if (w == 0) {
 #pragma unroll
-            for (int j = 0; j < COLUMN_SCALES; ++j) {
+            for (int j = 0; j < KEPT; ++j) {
                 if (B_ROWS == 1) columns[j] = smem_load2(scales_b + column * 4 + j * 32);
                 else columns[j].x = columns[j].y = !ONE_READER || lane < CLUSTER ? smem_load(scales_b + j * 4) : 0.f;
             }
         }
 #pragma unroll
         for (int j = 0; j < WAVES; ++j)
-            if (SCALES_AHEAD ? w == 0 : j == w) scale_0[j] = smem_load(scales_a + j * SA_PITCH), scale_1[j] = smem_load(scales_a + j * SA_PITCH + 32);
+            if (ALL_KEPT ? w == 0 : j == w) scale_0[j] = smem_load(scales_a + j * SA_PITCH), scale_1[j] = smem_load(scales_a + j * SA_PITCH + 32);
         registers_fence(part);
         wgmma_begin();
 #pragma unroll
@@ -367,9 +371,9 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
                     const bool last = w == used - 1;
                     wgmma_wait<0>();
                     registers_fence(part);
-                    if (SCALES_AHEAD && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
+                    if (ALL_KEPT && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
                     promote(total[w], part, scale_0[w], scale_1[w], columns, base + OFFSET_SB + stage.index * SB_BYTES + column * 4);
-                    if (!SCALES_AHEAD && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
+                    if (!ALL_KEPT && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
                     if (last) {
                         stage.advance();
                         barrier_wait(full(base, stage.index), stage.phase);
@@ -409,13 +413,13 @@ __device__ __forceinline__ void block_scaled_gemm(Tiles tiles, u32 base, const T
     if (CLUSTER > 1) cluster_sync();
     else __syncthreads();
     if (group == 2) {
-        registers_shrink<40>();
+        registers_shrink<504 - 2 * REGISTERS>();
         if (!DIRECT && warp < 2) store_tiles(tiles, base + OFFSET_C + warp * HALVES * BOXES * BOX_BYTES, warp, out.map);
         if (warp == 3) tiles.spare_warp(out, lane);
         if (warp == 2 && elect_one())
             load_tiles(tiles, base, CLUSTER > 1 ? cluster_rank() : 0, map_a, map_b, map_sa, map_sb, sb);
     } else {
-        registers_grow<232>();
+        registers_grow<REGISTERS>();
         multiply_tiles(tiles, base, group, warp, lane, out);
     }
     if (CLUSTER > 1) cluster_sync();  // a CTA must not end while the other may still arrive at its barriers

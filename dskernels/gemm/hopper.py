@@ -126,6 +126,8 @@ def options_of(config: HopperConfig, b_rows: int, out: int, bias: int, accumulat
         "GROUP": config.group,
         "UNROLL": config.unroll,
         "PREFETCH": config.prefetch,
+        "REGISTERS": config.registers,
+        "AHEAD": config.ahead,
         "ONE_READER": int(config.one_reader),
         "B_ROWS": b_rows,
         "OUT": out,

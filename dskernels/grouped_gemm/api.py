@@ -284,28 +284,33 @@ _grouped_gemm = Operation(
     f"grouped_gemm({OPERANDS}, Tensor offsets, ScalarType out_dtype) -> Tensor",
     reference=_grouped_gemm_reference,
     triton="dskernels.grouped_gemm.triton:grouped_gemm",
+    hopper="dskernels.grouped_gemm.hopper:grouped_gemm",
     fake=lambda a, a_scale, b, b_scale, offsets, out_dtype: a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype),
 )
 _grouped_gemm_out = Operation(
     f"grouped_gemm_out({OPERANDS}, Tensor offsets, Tensor(a!) out) -> ()",
     reference=_grouped_gemm_out_reference,
     triton="dskernels.grouped_gemm.triton:grouped_gemm_out",
+    hopper="dskernels.grouped_gemm.hopper:grouped_gemm_out",
 )
 _grouped_gemm_masked = Operation(
     f"grouped_gemm_masked({OPERANDS}, Tensor counts, Tensor(a!) out) -> ()",
     reference=_grouped_gemm_masked_reference,
     triton="dskernels.grouped_gemm.triton:grouped_gemm_masked",
+    hopper="dskernels.grouped_gemm.hopper:grouped_gemm_masked",
 )
 _grouped_wgrad = Operation(
     "grouped_wgrad(Tensor dy, Tensor? dy_scale, Tensor x, Tensor? x_scale, Tensor offsets, Tensor(a!) out, "
     "bool accumulate) -> ()",
     reference=_grouped_wgrad_reference,
     triton="dskernels.grouped_gemm.triton_wgrad:grouped_wgrad",
+    hopper="dskernels.grouped_gemm.hopper:grouped_wgrad",
 )
 _quantize_grouped = Operation(
     "quantize_grouped(Tensor x, Tensor offsets, bool ue8m0) -> (Tensor, Tensor)",
     reference=_quantize_grouped_reference,
     triton="dskernels.grouped_gemm.triton_wgrad:quantize_grouped",
+    hopper="dskernels.grouped_gemm.hopper_quantize:quantize_grouped",
     fake=_empty_grouped,
 )
 

@@ -1,0 +1,189 @@
+// Grouped e4m3 products on sm_90a. With B_ROWS 128: rows of A [T, K] times the matrix of their group, B [E, N, K], in 1x128 tiles and 128x128
+// blocks. With B_ROWS 1: for each group, A [N, P] times B [K, P] along the group's columns, both in 1x128 tiles. The core, with its options,
+// is in cuda/fp8_gemm.cuh; here are the groups, whose sizes only the device knows, and the order of the tiles.
+//
+// One more option (-D):
+//   MASKED    0: group e is rows offsets[e] to offsets[e + 1], and rows of C after the last group become zero
+//             1: group e is the first offsets[e] of `rows` rows from e * rows on
+
+constexpr bool ANY_ROW = B_ROWS == 128;
+#include "fp8_gemm.cuh"
+#include "groups.cuh"
+
+constexpr int THREADS = 384, OFFSET_TABLE = OFFSET_BARRIERS + 2 * STAGES * 8;
+// Rows and columns of a cluster's tiles.
+constexpr int CLUSTER_M = SHARED_A ? BLOCK_M : BLOCK_M * CLUSTER, CLUSTER_N = SHARED_A ? BLOCK_N * CLUSTER : BLOCK_N;
+
+// Where a cluster's tile number `inside` of a matrix is, `tall` by `wide` of them: in the order of gemm/hopper.cu.
+struct Place {
+    int m, n;
+    __device__ __forceinline__ Place(int inside, int tall, int wide, u32 rank) {
+        const int along = SHARED_A ? wide : tall, across = SHARED_A ? tall : wide;
+        const int group = inside / (GROUP * across), first = group * GROUP, size = min(along - first, GROUP);
+        const int rest = inside - group * GROUP * across;
+        const int i = (first + rest % size) * CLUSTER + rank, j = rest / size;
+        m = SHARED_A ? j : i;
+        n = SHARED_A ? i : j;
+    }
+};
+
+#if B_ROWS == 128
+// ---- rows in groups ----------------------------------------------------------------------------------------------
+
+struct Shape {
+    int rows, N, K, b_step, stride_sbe, stride_sbn;  // b_step: rows of B from one matrix to the next
+    __device__ __forceinline__ int wide() const { return (N + CLUSTER_N - 1) / CLUSTER_N; }
+    __device__ __forceinline__ static int tall(int rows) { return (rows + CLUSTER_M - 1) / CLUSTER_M; }
+};
+
+struct Tiles {
+    Shape shape;
+    GroupTable table;
+    int index, step, count, group = 0, first, left, n;  // of the tile: its group, its first row, how many the group has from there on
+    u32 rank;
+
+    __device__ __forceinline__ Tiles(Shape shape, GroupTable table, u32 rank) : shape(shape), table(table), rank(rank) {
+        index = blockIdx.x / CLUSTER;
+        step = gridDim.x / CLUSTER;
+        count = table.tiles();
+        locate();
+    }
+    __device__ __forceinline__ void locate() {
+        if (!valid()) return;
+        if (table.at(group + 1).y <= index) {
+            int high = table.groups - 1;
+            ++group;
+            while (group < high) {
+                const int middle = (group + high) / 2;
+                if (table.at(middle + 1).y > index) high = middle;
+                else group = middle + 1;
+            }
+        }
+        const int2 from = table.at(group), to = table.at(group + 1);
+        const int size = MASKED ? to.x : to.x - from.x;
+        const Place place(index - from.y, Shape::tall(size), shape.wide(), rank);
+        first = (MASKED ? group * shape.rows : from.x) + place.m * BLOCK_M;
+        left = size - place.m * BLOCK_M;
+        n = place.n;
+    }
+    __device__ __forceinline__ bool valid() const { return index < count; }
+    __device__ __forceinline__ void advance() { index += step; }
+    __device__ __forceinline__ void next() {
+        advance();
+        locate();
+    }
+    __device__ __forceinline__ int row() const { return first; }
+    __device__ __forceinline__ int rows() const { return left; }
+    __device__ __forceinline__ int column() const { return n * BLOCK_N; }
+    __device__ __forceinline__ int b_row() const { return group * shape.b_step + column(); }
+    __device__ __forceinline__ const float* b_scales(const float* scales, int strip) const {
+        const int n_128 = min((column() + strip * STRIP_N) / 128, (shape.N - 1) / 128);
+        return scales + (long long)group * shape.stride_sbe + (long long)n_128 * shape.stride_sbn;
+    }
+    __device__ __forceinline__ int block() const { return 0; }
+    __device__ __forceinline__ int blocks() const { return (shape.K + BLOCK_K - 1) / BLOCK_K; }
+    template <bool ADD> __device__ __forceinline__ void store(const TensorMap* map, u32 buffer, int column, int row) const {
+        if (row < left) tma_store_ragged_evict_first(map, buffer, column, first + row, first + left);
+    }
+    // Rows of no group become zero.
+    __device__ __forceinline__ void spare_warp(const Output& out, int lane) const {
+        if (MASKED) return;
+        const int bytes = shape.N * (int)sizeof(Element);
+        for (int r = table.at(table.groups).x + blockIdx.x; r < shape.rows; r += gridDim.x) {
+            u8* c = (u8*)(out.c + (long long)r * out.stride);
+            for (int i = lane * 16; i + 16 <= bytes; i += 32 * 16) *(int4*)(c + i) = make_int4(0, 0, 0, 0);
+            for (int i = bytes / 16 * 16 + lane * 2; i < bytes; i += 32 * 2) *(u16*)(c + i) = 0;
+        }
+    }
+};
+
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
+__launch_bounds__(THREADS, 1)
+grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
+             const __grid_constant__ TensorMap map_c, const float* __restrict__ sb, const int* __restrict__ offsets, Element* c, int groups, int rows, int N,
+             int K, int b_step, int stride_sbe, int stride_sbn, int stride_c) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 base = smem_addr(smem);
+    const GroupTable table{base + OFFSET_TABLE, groups};
+    const Shape shape{rows, N, K, b_step, stride_sbe, stride_sbn};
+    plan_groups<THREADS, !MASKED>(table, base + OFFSET_C, MASKED ? offsets : offsets + 1, rows, [&](int size) { return Shape::tall(size) * shape.wide(); });
+    const Output out{&map_c, c, nullptr, N, stride_c};
+    block_scaled_gemm(Tiles(shape, table, CLUSTER > 1 ? cluster_rank() : 0), base, &map_a, &map_b, &map_sa, &map_sa, sb, out);
+}
+
+#else
+// ---- sums over the columns of groups -----------------------------------------------------------------------------
+
+// What follows from the kernel's arguments is computed where it is used: whoever multiplies has no registers to keep it.
+struct Tiles {
+    GroupTable table;  // its tiles are blocks of 128 columns
+    int columns, N, K, index, group, m, n;
+    u32 rank;
+
+    __device__ __forceinline__ Tiles(GroupTable table, int columns, int N, int K, u32 rank) : table(table), columns(columns), N(N), K(K), rank(rank) {
+        index = blockIdx.x / CLUSTER;
+        locate();
+    }
+    __device__ __forceinline__ int tall() const { return (N + CLUSTER_M - 1) / CLUSTER_M; }
+    __device__ __forceinline__ int wide() const { return (K + CLUSTER_N - 1) / CLUSTER_N; }
+    __device__ __forceinline__ int step() const { return gridDim.x / CLUSTER; }
+    // Blocks before a group; offsets that the columns were not made for may say more than there are.
+    __device__ __forceinline__ int blocks_before(int group) const { return min(table.at(group).y, columns / BLOCK_K); }
+    __device__ __forceinline__ void locate() {
+        if (!valid()) return;
+        const int size = tall() * wide();
+        group = index / size;
+        while (ACCUMULATE && blocks() == 0) {  // nothing to add: on to the first group that ends behind this one
+            const int here = block();
+            for (int high = table.groups; group < high;) {
+                const int middle = (group + high) / 2;
+                if (blocks_before(middle + 1) > here) high = middle;
+                else group = middle + 1;
+            }
+            index += (group * size - index + step() - 1) / step() * step();
+            if (!valid()) return;
+            group = index / size;
+        }
+        const Place place(index - group * size, tall(), wide(), rank);
+        m = place.m;
+        n = place.n;
+    }
+    __device__ __forceinline__ bool valid() const { return index < table.groups * tall() * wide(); }
+    __device__ __forceinline__ void advance() { index += step(); }
+    __device__ __forceinline__ void next() {
+        advance();
+        locate();
+    }
+    __device__ __forceinline__ int row() const { return m * BLOCK_M; }
+    __device__ __forceinline__ int rows() const { return N - row(); }
+    __device__ __forceinline__ int column() const { return n * BLOCK_N; }
+    __device__ __forceinline__ int b_row() const { return column(); }
+    __device__ __forceinline__ const float* b_scales(const float*, int) const { return nullptr; }
+    __device__ __forceinline__ int block() const { return blocks_before(group); }
+    __device__ __forceinline__ int blocks() const { return blocks_before(group + 1) - block(); }
+    template <bool ADD> __device__ __forceinline__ void store(const TensorMap* map, u32 buffer, int column, int row) const {
+        if (ADD) tma_add(map, buffer, column, this->row() + row, group);
+        else tma_store_evict_first(map, buffer, column, this->row() + row, group);
+    }
+    __device__ __forceinline__ void spare_warp(const Output&, int) const {}
+};
+
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
+__launch_bounds__(THREADS, 1)
+grouped_wgrad(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
+              const __grid_constant__ TensorMap map_sb, const __grid_constant__ TensorMap map_c, const int* __restrict__ offsets, int groups, int columns, int N,
+              int K) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 base = smem_addr(smem);
+    const GroupTable table{base + OFFSET_TABLE, groups};
+    plan_groups<THREADS, true>(table, base + OFFSET_C, offsets + 1, columns, [](int size) { return (size + BLOCK_K - 1) / BLOCK_K; });
+    const Output out{&map_c, nullptr, nullptr, K, 0};
+    block_scaled_gemm(Tiles(table, columns, N, K, CLUSTER > 1 ? cluster_rank() : 0), base, &map_a, &map_b, &map_sa, &map_sb, nullptr, out);
+}
+#endif

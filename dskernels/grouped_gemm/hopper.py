@@ -1,0 +1,290 @@
+"""The grouped products on Hopper: which kernel takes what; and the launcher of hopper.cu, e4m3 and many rows a group.
+
+What each group's size is, only the device knows. So the choice between kernels goes by the rows of an average group,
+and a launch depends on the shapes alone. Rows need no padding: the accelerator ends a copy of C where a group ends, and
+a warpgroup leaves out those 64 rows of a tile that lie behind it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dskernels.cuda.compiler import kernel, reason_against_cuda
+from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, ragged_map
+from dskernels.dispatch import empty, multiprocessors
+from dskernels.gemm.config import HopperConfig
+from dskernels.gemm.hopper import OUT, THREADS, options_of, shared_bytes
+from dskernels.grouped_gemm import hopper_half, hopper_small
+from dskernels.grouped_gemm.config import (
+    choose_hopper_config,
+    choose_hopper_wgrad_config,
+    hopper_clusters,
+    use_hopper_small,
+    use_hopper_small_masked,
+)
+from dskernels.validate import ceil_div
+
+SOURCE = Path(__file__).with_name("hopper.cu")
+MOST_GROUPS = 1024
+MOST_ROWS = 2**30  # as many as a map of ragged rows can count
+TABLE_BYTES = 8 * (MOST_GROUPS + 1)  # of shared memory: where the groups begin
+SCALE_ROWS = 132  # of A's scales in a copy: 128, as of any row, from a multiple of 4 on
+
+# ---- what the operations name ---------------------------------------------------------------------------------------
+
+
+def grouped_gemm(
+    a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, offsets: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """Product of each row of `a` [T, K] and its group's matrix of `b` [E, N, K]."""
+    out = empty(a, (a.shape[0], b.shape[1]), out_dtype)
+    grouped_gemm_out(a, a_scale, b, b_scale, offsets, out)
+    return out
+
+
+@Planned
+def grouped_gemm_out(
+    a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, offsets: Tensor, out: Tensor
+) -> Plan:
+    """The same, into `out`."""
+    if a_scale is None or b_scale is None:
+        return hopper_half.grouped_gemm.prepare(a, b, offsets, out)
+    (rows, k), (groups, n, _) = a.shape, b.shape
+    if use_hopper_small(rows, groups) and _in_one_piece(b):
+        return hopper_small.grouped_gemm.prepare(a, a_scale, b, b_scale, offsets, out)
+    config = choose_hopper_config(rows, groups, n, k, multiprocessors(a.device))
+    return plan(config, a, a_scale, b, b_scale, offsets, out)
+
+
+@Planned
+def grouped_gemm_masked(
+    a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, counts: Tensor, out: Tensor
+) -> Plan:
+    """Fill the first counts[e] rows of `out` [E, M, N] for each e."""
+    if a_scale is None or b_scale is None:
+        return hopper_half.grouped_gemm_masked.prepare(a, b, counts, out)
+    (groups, rows, k), n = a.shape, b.shape[1]
+    if use_hopper_small_masked(rows) and _in_one_piece(b):
+        return hopper_small.grouped_gemm_masked.prepare(a, a_scale, b, b_scale, counts, out)
+    config = choose_hopper_config(groups * rows, groups, n, k, multiprocessors(a.device))
+    return plan_masked(config, a, a_scale, b, b_scale, counts, out)
+
+
+@Planned
+def grouped_wgrad(
+    dy: Tensor,
+    dy_scale: Tensor | None,
+    x: Tensor,
+    x_scale: Tensor | None,
+    offsets: Tensor,
+    out: Tensor,
+    accumulate: bool,
+) -> Plan:
+    """Fill `out` [E, N, K] with, or add to it, the products of the tokens of each group: columns of e4m3 operands."""
+    if dy_scale is None or x_scale is None:
+        return hopper_half.grouped_wgrad.prepare(dy, x, offsets, out, accumulate)
+    groups, n, k = out.shape
+    config = choose_hopper_wgrad_config(dy.shape[1], groups, n, k, multiprocessors(dy.device))
+    return plan_wgrad(config, dy, dy_scale, x, x_scale, offsets, out, accumulate)
+
+
+def _in_one_piece(b: Tensor) -> bool:
+    """Whether the matrices of `b` lie one after the other, as the kernel for few rows wants them."""
+    return b.shape[0] == 1 or b.stride(0) == b.shape[1] * b.stride(1)
+
+
+# ---- what the kernels take ------------------------------------------------------------------------------------------
+
+
+def grouped_gemm_supports(
+    a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, offsets: Tensor, out_dtype: torch.dtype
+) -> str | None:
+    """Why these kernels do not take such arguments, or None."""
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=out_dtype, device="meta")
+    return grouped_gemm_out_supports(a, a_scale, b, b_scale, offsets, out)
+
+
+def grouped_gemm_out_supports(
+    a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, offsets: Tensor, out: Tensor
+) -> str | None:
+    """Why these kernels do not take such arguments, or None."""
+    if a_scale is None or b_scale is None:
+        return hopper_half.grouped_gemm_supports(a, b, offsets, out)
+    return _reason_against(a, a_scale, b, out)
+
+
+def grouped_gemm_masked_supports(
+    a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, counts: Tensor, out: Tensor
+) -> str | None:
+    """Why these kernels do not take such arguments, or None."""
+    if a_scale is None or b_scale is None:
+        return hopper_half.grouped_gemm_masked_supports(a, b, counts, out)
+    for name, x in (("a", a), ("a.scale", a_scale), ("out", out)):
+        if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+            return f"the groups of {name} must follow each other without gaps, its strides are {list(x.stride())}"
+    return _reason_against(a, a_scale, b, out)
+
+
+def grouped_wgrad_supports(
+    dy: Tensor,
+    dy_scale: Tensor | None,
+    x: Tensor,
+    x_scale: Tensor | None,
+    offsets: Tensor,
+    out: Tensor,
+    accumulate: bool,
+) -> str | None:
+    """Why these kernels do not take such arguments, or None."""
+    if dy_scale is None or x_scale is None:
+        return hopper_half.grouped_wgrad_supports(dy, x, offsets, out, accumulate)
+    groups, n, k = out.shape
+    if n == 0 or k == 0:
+        return "there is nothing to multiply"
+    if groups > MOST_GROUPS:
+        return f"the kernel takes at most {MOST_GROUPS} groups, and there are {groups}"
+    if accumulate and out.dtype != torch.float32:
+        return f"the kernel adds to fp32 only, and out is {out.dtype}"
+    return _reason_against_rows(dy=dy, x=x, out=out) or _reason_against_scales(dy_scale, x_scale)
+
+
+def _reason_against(a: Tensor, a_scale: Tensor, b: Tensor, out: Tensor) -> str | None:
+    groups, n, k = b.shape
+    rows = a.shape[:-1].numel()
+    if rows == 0 or n == 0 or k == 0:
+        return "there is nothing to multiply"
+    if groups > MOST_GROUPS or rows >= MOST_ROWS:
+        return f"the kernel takes at most {MOST_GROUPS} groups and less than 2^30 rows, got {groups} and {rows}"
+    step = b.stride(0) // b.stride(1) if b.stride(1) else 0
+    if groups > 1 and (step < n or step * b.stride(1) != b.stride(0) or groups * step >= 2**31):
+        return f"the matrices of b must be whole rows apart, and 2^31 at most, its strides are {list(b.stride())}"
+    return _reason_against_rows(a=a, b=b, out=out) or _reason_against_scales(a_scale)
+
+
+def _reason_against_rows(**tensors: Tensor) -> str | None:
+    for name, x in tensors.items():
+        if x.stride(-1) != 1 or x.data_ptr() % 16 or any(s * x.element_size() % 16 for s in x.stride()[:-1]):
+            return f"the rows of {name} must be aligned to 16 bytes, its strides are {list(x.stride())}"
+    return None
+
+
+def _reason_against_scales(*scales: Tensor) -> str | None:
+    if any(scale.data_ptr() % 16 for scale in scales):
+        return "the scales must be aligned to 16 bytes"
+    return reason_against_cuda()
+
+
+# ---- launches -------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    config: HopperConfig, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor
+) -> Plan:
+    """The launch of a given config for rows in one piece."""
+    clusters = hopper_clusters(config, a.shape[0], b.shape[0], b.shape[1])
+    return _plan(config, a, a_scale, b, b_scale, a.shape[0], Pointer("offsets"), out, clusters)
+
+
+def plan_masked(
+    config: HopperConfig, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor
+) -> Plan:
+    """The launch of a given config for a buffer of rows for each group."""
+    clusters = b.shape[0] * config.clusters(a.shape[1], b.shape[1])
+    rows = a.shape[1]
+    a, a_scale, out = (x.flatten(0, 1) for x in (a, a_scale, out))
+    return _plan(config, a, a_scale, b, b_scale, rows, Pointer("counts"), out, clusters)
+
+
+def _plan(
+    config: HopperConfig,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    rows: int,
+    sizes: Pointer,
+    out: Tensor,
+    clusters: int,
+) -> Plan:
+    """The launch for operands whose groups, of at most `rows` rows, lie one after another."""
+    groups, n, k = b.shape
+    step = b.stride(0) // b.stride(1) if groups > 1 else n
+    b_rows = b.as_strided(((groups - 1) * step + n, k), (b.stride(1), 1))
+    options = options_for(config, 128, OUT[out.dtype], masked=sizes.name == "counts")
+    shared = rows_shared_bytes(config)
+    return Plan(
+        kernel(SOURCE, "grouped_gemm", options, shared, a.device.index),
+        arguments=(
+            TensorMap("a", a, (config.block_m, 128), swizzle=True),
+            TensorMap("b", b_rows, (config.block_n, 128), swizzle=True),
+            _scale_map("a_scale", a_scale, SCALE_ROWS),
+            ragged_map("out", out, (64, 128 // out.element_size())),
+            Pointer("b_scale"),
+            sizes,
+            Pointer("out"),
+            *map(ctypes.c_int, (groups, rows, n, k, step, b_scale.stride(0), b_scale.stride(1), out.stride(0))),
+        ),
+        grid=min(clusters, multiprocessors(a.device) // config.cluster) * config.cluster,
+        threads=THREADS,
+        shared=shared,
+        device=a.device,
+    )
+
+
+def plan_wgrad(
+    config: HopperConfig,
+    dy: Tensor,
+    dy_scale: Tensor,
+    x: Tensor,
+    x_scale: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+    accumulate: bool,
+) -> Plan:
+    """The launch of a given config for sums along the columns of groups."""
+    groups, n, k = out.shape
+    shared = wgrad_shared_bytes(config)
+    options = options_for(config, 1, OUT[out.dtype], accumulate=accumulate)
+    return Plan(
+        kernel(SOURCE, "grouped_wgrad", options, shared, dy.device.index),
+        arguments=(
+            TensorMap("dy", dy, (config.block_m, 128), swizzle=True),
+            TensorMap("x", x, (config.block_n, 128), swizzle=True),
+            _scale_map("dy_scale", dy_scale, config.block_m),
+            _scale_map("x_scale", x_scale, config.block_n),
+            TensorMap("out", out, (1, 64, 128 // out.element_size()), swizzle=True),
+            Pointer("offsets"),
+            *map(ctypes.c_int, (groups, dy.shape[1], n, k)),
+        ),
+        grid=min(groups * config.clusters(n, k), multiprocessors(dy.device) // config.cluster) * config.cluster,
+        threads=THREADS,
+        shared=shared,
+        device=dy.device,
+    )
+
+
+def _scale_map(name: str, scale: Tensor, rows: int) -> TensorMap:
+    """Map of scales, `rows` of one column at once; a single column may have any stride, and gets one that fits."""
+    height, columns = scale.shape
+    strides = (scale.stride(1) if columns > 1 else 4 * ceil_div(height, 4), 1)
+    return TensorMap(name, scale.t(), (1, rows), swizzle=False, strides=strides)
+
+
+def rows_shared_bytes(config: HopperConfig) -> int:
+    """Shared memory of a block of `plan`: a dense product's, where copies of scales take 640 bytes, and the groups."""
+    return shared_bytes(config, 128, False) + config.stages * config.waves * (640 - 512) + TABLE_BYTES
+
+
+def wgrad_shared_bytes(config: HopperConfig) -> int:
+    """Shared memory of a block of `plan_wgrad`."""
+    return shared_bytes(config, 1, False) + TABLE_BYTES
+
+
+def options_for(
+    config: HopperConfig, b_rows: int, out: int, *, accumulate: bool = False, masked: bool = False
+) -> dict[str, int]:
+    """The -D options that cuda/fp8_gemm.cuh and hopper.cu describe."""
+    return options_of(config, b_rows, out, bias=0, accumulate=int(accumulate), direct=0) | {"MASKED": int(masked)}
