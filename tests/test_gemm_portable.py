@@ -14,11 +14,11 @@ from dskernels.gemm.config import (
     MANY_DEEP,
     MAX_PARTS,
     MEDIUM,
+    PAIRED,
     PERSISTENT,
     SOME,
     SOME_DEEP,
     SOME_WIDE,
-    SPECIALIZED,
     TALL,
     GemmConfig,
     choose_config,
@@ -56,7 +56,7 @@ def with_rows_apart(q):
 def test_descriptors_and_pointers_agree(device, monkeypatch, m, n, k, b_rows):
     a, b = quantized(0, m, k, (1, 128), device), quantized(1, n, k, (b_rows, 128), device)
     want = ds.fp8_gemm(a, b, out_dtype=torch.float32, impl="reference")
-    for config in (PERSISTENT, MEDIUM, *((TALL,) if b_rows == 1 else (SPECIALIZED, LARGE))):
+    for config in (PAIRED, PERSISTENT, MEDIUM, TALL if b_rows == 1 else LARGE):
         monkeypatch.setattr(kernels, "choose_config", lambda *args, config=config: config)
         assert parity.difference(product(a, b), want) < parity.E4M3_SUMS, config
     monkeypatch.undo()
@@ -136,8 +136,8 @@ def test_captured(device, m):
 
 
 def test_choose_config():
-    def choose(m, n, arch=HOPPER, b_rows=128, out_bytes=2, aligned=True):
-        return choose_config(m, n, b_rows, out_bytes, 132, arch, aligned)
+    def choose(m, n, arch=HOPPER, b_rows=128, aligned=True):
+        return choose_config(m, n, b_rows, 132, arch, aligned)
 
     assert choose(1, 4096) == FEW_DEEP
     assert choose(16, 24576) == FEW
@@ -147,13 +147,13 @@ def test_choose_config():
     assert choose(64, 4096, ADA) == choose(64, 4096, aligned=False) == MEDIUM
     assert choose(128, 7168) == MANY_DEEP
     assert choose(128, 24576) == choose(128, 7168, BLACKWELL) == SOME_WIDE
-    assert choose(512, 2112) == MANY_DEEP
-    assert choose(512, 4096) == choose(4096, 7168) == SPECIALIZED
+    assert choose(512, 2112) == choose(512, 7168) == choose(512, 2112, b_rows=1) == MANY_DEEP
+    assert choose(512, 24576) == choose(4096, 2112) == choose(4096, 7168) == PAIRED
     assert choose(4096, 7168, BLACKWELL) == choose(4096, 7168, BLACKWELL, b_rows=1) == PERSISTENT
     assert choose(4096, 7168, b_rows=1) == choose(4096, 7168, ADA, b_rows=1) == TALL
     assert choose(4096, 7168, BLACKWELL, b_rows=1, aligned=False) == MEDIUM
     assert choose(4096, 7168, ADA) == choose(4096, 7168, OTHER) == LARGE
-    assert choose(4096, 7168, aligned=False) == choose(4096, 7168, out_bytes=4) == LARGE
+    assert choose(4096, 7168, aligned=False) == LARGE
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 8, 56, 128])
@@ -170,9 +170,9 @@ STRIDES = ("stride_am", "stride_sak", "stride_bn", "stride_sbn", "stride_sbk", "
 
 
 def to_compile(config: GemmConfig, b_rows: int, *targets: str, epilogue: bool = False, split: bool = False) -> Compile:
-    """The kernel of `config`, for a bf16 output; `epilogue`: with bias, to add to (fp32, where it takes that)."""
+    """The kernel of `config`, for a bf16 output; `epilogue`: with bias, to add to an fp32 one."""
     pointers = {"p_a": "*fp8e4nv", "p_sa": "*fp32", "p_b": "*fp8e4nv", "p_sb": "*fp32"}
-    pointers["p_c"] = "*bf16" if config.specialized or not epilogue else "*fp32"
+    pointers["p_c"] = "*fp32" if epilogue else "*bf16"
     if epilogue:
         pointers["p_bias"] = "*bf16"
     if split:
@@ -186,8 +186,7 @@ def to_compile(config: GemmConfig, b_rows: int, *targets: str, epilogue: bool = 
         constants |= {"SPLIT": split, "EVEN_K": True, "STAGES": config.num_stages}
         constants |= {} if split else {"p_parts": None}
     else:
-        constants |= {"GROUP_M": config.group_m, "SPECIALIZED": config.specialized}
-        constants |= {"TMA": config.tma, "TMA_STORE": config.tma and not epilogue}
+        constants |= {"GROUP_M": config.group_m, "TMA": config.tma, "TMA_STORE": config.tma and not epilogue}
     return Compile(
         "dskernels.gemm.triton_narrow:narrow_kernel" if config.narrow else "dskernels.gemm.triton:fp8_gemm_kernel",
         signature={**pointers, **dict.fromkeys(("M", "N", "K", *STRIDES, *(("blocks",) * config.narrow)), "i32")},
@@ -202,7 +201,7 @@ def to_compile(config: GemmConfig, b_rows: int, *targets: str, epilogue: bool = 
 def test_kernels_compile_without_spills():
     everywhere, from_hopper = ("sm_89", "sm_90", "sm_100"), ("sm_90", "sm_100")
     kernels = [
-        *[to_compile(SPECIALIZED, 128, "sm_90", epilogue=e) for e in (False, True)],
+        *[to_compile(PAIRED, 128, "sm_90", epilogue=e) for e in (False, True)],
         *[to_compile(PERSISTENT, b_rows, "sm_100", epilogue=e) for b_rows in (128, 1) for e in (False, True)],
         to_compile(LARGE, 128, *everywhere),
         to_compile(TALL, 1, "sm_89", "sm_90"),

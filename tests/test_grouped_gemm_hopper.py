@@ -13,7 +13,7 @@ from dskernels.cuda.driver import Planned
 from dskernels.grouped_gemm import hopper
 from dskernels.grouped_gemm.config import (
     HOPPER_CONFIGS,
-    HOPPER_SINGLE,
+    HOPPER_TALL,
     HOPPER_WGRAD_CONFIGS,
     choose_hopper_config,
     choose_hopper_wgrad_config,
@@ -62,7 +62,7 @@ def test_wgrad_compiles_without_spills(config):
 
 def test_choice():
     assert choose_hopper_config(32768, 8, 4096, 7168, 132).tile == "256x128"
-    assert choose_hopper_config(32 * 190, 32, 4096, 7168, 132) == HOPPER_SINGLE
+    assert choose_hopper_config(32 * 190, 32, 4096, 7168, 132) == HOPPER_TALL
     assert choose_hopper_config(300, 1, 4096, 7168, 132).tile == "128x128"  # 96 tiles, and only 64 of the other
     assert choose_hopper_wgrad_config(32768, 8, 4096, 7168, 132).tile == "256x128"
 

@@ -110,6 +110,8 @@ class Case:
         self.scale = empty_scale(data, (total, ceil_div(k, 128)), (1, 128)).uniform_(0.5, 2)
         self.b = weight.view(torch.float8_e4m3fn)
         self.b_scale = torch.rand(self.groups, ceil_div(n, 128), ceil_div(k, 128), device=device) + 0.5
+        if dtype == torch.float16:
+            self.b_scale /= 256  # so that the sums, up to some millions, fit
         self.whole = torch.full((total + 4, n + 2 * band), torch.nan, dtype=dtype, device=device)
         self.out = self.whole[2:-2, band:-band]
         if fill:
@@ -149,9 +151,7 @@ class Case:
             want = (
                 part.dequantize().double() @ Fp8Tensor(self.b[e], self.b_scale[e], (128, 128)).dequantize().double().T
             )
-            got = self.out[rows]
-            finite = want.abs() < (6e4 if got.dtype == torch.float16 else torch.inf)
-            assert parity.difference(got[finite].float(), want[finite].float()) < tolerance, (e, rows)
+            assert parity.difference(self.out[rows], want) < tolerance, (e, rows)
         if not self.masked:
             assert (self.out[end:] == 0).all()
         around = self.whole.clone()

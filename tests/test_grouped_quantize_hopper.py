@@ -113,7 +113,7 @@ def test_quotients_next_to_a_tie(device, dtype):
         amax = (torch.rand(8192, device=device) + 1) * 448 * 2.0 ** torch.randint(-110, 110, (8192,), device=device)
         scale = amax / torch.full_like(amax, 448.0)
         x = ties[:, None] * scale
-        x = (x.view(torch.int32) + torch.randint(-2, 3, x.shape, device=device)).view(torch.float32)
+        x = (x.view(torch.int32) + torch.randint(-2, 3, x.shape, device=device, dtype=torch.int32)).view(torch.float32)
         x = torch.cat([amax[None], x * torch.randint(0, 2, x.shape, device=device).mul(2).sub(1)])
         offsets = offsets_of([0, x.shape[0]], device)
         same_bytes(hopper_quantize.quantize_grouped(x, offsets, False), reference(x, offsets))

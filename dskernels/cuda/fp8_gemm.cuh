@@ -31,7 +31,6 @@
 //   STAGES      blocks of K in flight
 //   CLUSTER     CTAs that share a tile, 1 or 2: one of A with SHARED_A 1, else one of B
 //   UNROLL      of the loop over K
-//   PREFETCH    how many blocks of K ahead B is asked to come to the L2, where it is read but once; 0: not at all
 //   B_ROWS      height of a tile of B with one scale: 128, or 1
 //   OUT         0 bf16, 1 fp16, 2 fp32
 //   BIAS        0 none, 1 bf16, 2 fp16, 3 fp32
@@ -160,11 +159,6 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
             } else if (rank == 0) {
                 tma_load_multicast(b, map_b, full(base, i), k * BLOCK_K, b_row, EVERYONE);
                 if (B_ROWS == 1) tma_load_multicast(sb, map_sb, full(base, i), b_row, k, EVERYONE);
-            }
-            if (PREFETCH) {
-                const int ahead = block + PREFETCH, beyond = ahead - blocks;
-                if (beyond < 0) tma_prefetch(map_b, (first + ahead) * BLOCK_K, b_row);
-                else if (beyond < blocks && tiles.valid()) tma_prefetch(map_b, beyond * BLOCK_K, tiles.b_row());
             }
             if (ANY_ROW) smem_store(sb + 12, word);
             if (B_ROWS != 1) {

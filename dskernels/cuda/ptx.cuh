@@ -107,10 +107,6 @@ __device__ __forceinline__ void tma_load_ragged_multicast(u32 dst, const TensorM
         "l"(map), "r"(barrier), "r"(x), "r"(RAGGED + row - end), "r"(RAGGED), "r"(end), "h"(mask)
         : "memory");
 }
-// A tile comes to the L2, so that a later load has less far to go.
-__device__ __forceinline__ void tma_prefetch(const TensorMap* map, int x, int y) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
 // A tile that nobody reads again soon: it leaves the L2 first.
 __device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y) {
     asm volatile(

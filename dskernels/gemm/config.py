@@ -13,8 +13,7 @@ class GemmConfig:
     """Tile of C that a program computes. K is walked 128 at a time, the length of a scale, whatever the config.
 
     `narrow` configs are of the kernel that streams the weights, the others of the one that computes large tiles. Of
-    these, `tma` loads through tensor descriptors and walks the tiles with as many programs as there are
-    multiprocessors; `specialized` has one warpgroup load, and two multiply 64 rows each.
+    these, `tma` loads through tensor descriptors and walks the tiles with `resident` programs on each multiprocessor.
     """
 
     block_m: int
@@ -23,7 +22,7 @@ class GemmConfig:
     num_stages: int
     narrow: bool = False
     tma: bool = False
-    specialized: bool = False
+    resident: int = 1
     group_m: int = 8
 
     def tiles(self, m: int, n: int) -> int:
@@ -31,10 +30,17 @@ class GemmConfig:
         return ceil_div(m, self.block_m) * ceil_div(n, self.block_n)
 
 
-# At 4096 rows on an H100, 0.77 to 0.89 of cuBLASLt; the same tile without specialisation, 0.47 to 0.84. More stages or
-# larger tiles would fit in shared memory, but with all of those that were tried (five stages, 256x128, 128x256, two
-# steps of K at a time in three stages) Triton 3.6 computes NaN. All of them take 180 kB or more, this one 164.
-SPECIALIZED = GemmConfig(block_m=128, block_n=128, num_warps=4, num_stages=4, tma=True, specialized=True)
+# sm_90. At 4096 rows on an H100 a prototype of PAIRED took 0.60 to 0.73 of cuBLASLt: one program adds its sums up while
+# the other one multiplies. A single program of 128x128 (PERSISTENT) took 0.52 to 0.63, being in step with itself.
+#
+# Triton's `warp_specialize` took 0.77 to 0.89, and must not be used. For each operand it makes barriers that nothing
+# waits for, since TMA brings its own, and puts them where the first stage of B begins, as they are never used again: in
+# 3.6.0 and 3.7.1 alike, the kernel initialises mbarriers at bytes 0 to 31 of shared memory, where TMA writes row 0 of B,
+# with neither an mbarrier.inval nor a proxy fence between. What PTX says of memory that still holds a valid mbarrier is
+# that its use is undefined. The words are fe ff 1f 00 00 f8 ff 7f, of which ff and 7f are NaN in e4m3: once in many runs
+# column 0 of 4095x4096x3888 was NaN, and with deeper or larger tiles (180 kB and more) all runs had NaN. Loops that are
+# not specialised invalidate each barrier after its last use, and no other memory overlaps with them.
+PAIRED = GemmConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, tma=True, resident=2)
 PERSISTENT = GemmConfig(block_m=128, block_n=128, num_warps=8, num_stages=4, tma=True)
 LARGE = GemmConfig(block_m=128, block_n=128, num_warps=8, num_stages=3)
 TALL = GemmConfig(block_m=128, block_n=64, num_warps=4, num_stages=3)
@@ -52,13 +58,12 @@ MAX_PARTS = 8
 
 
 def choose_config(
-    m: int, n: int, b_rows: int, out_bytes: int, multiprocessors: int, arch: tuple[int, int], aligned: bool
+    m: int, n: int, b_rows: int, multiprocessors: int, arch: tuple[int, int], aligned: bool
 ) -> GemmConfig:
     """Tile for `m` rows and `n` columns.
 
-    `b_rows` is the height of a tile of B: with a scale for each row of B, 128x128 spills on sm_90. `out_bytes` is the
-    size of an element of C: an fp32 tile on its way out would take the specialised kernel to 197 kB. `arch` is (0, 0)
-    off NVIDIA; `aligned` says that the operands' rows are aligned to 16 bytes.
+    `b_rows` is the height of a tile of B: with a scale for each row of B, 128x128 spills on sm_90. `arch` is (0, 0) off
+    NVIDIA; `aligned` says that the operands' rows are aligned to 16 bytes.
     """
     if m <= 16:
         crowded = arch < (9, 0) or FEW.tiles(m, n) >= 2 * multiprocessors
@@ -73,12 +78,13 @@ def choose_config(
         return SOME_WIDE if crowded or arch > (9, 0) else MANY_DEEP
     if arch > (9, 0):
         return PERSISTENT if PERSISTENT.tiles(m, n) >= multiprocessors else MEDIUM
-    # 512x2112x7168, 68 tiles of 128x128: 29 µs narrow, 37 specialised; 512x4096x7168, 128 tiles: 38.4 and 41.3.
-    if 3 * SPECIALIZED.tiles(m, n) <= 2 * multiprocessors:
-        return MANY_DEEP
     if b_rows == 1:
+        if 3 * MANY_DEEP.tiles(m, n) <= 4 * multiprocessors:
+            return MANY_DEEP
         return TALL if TALL.tiles(m, n) >= multiprocessors else MEDIUM
-    return SPECIALIZED if out_bytes == 2 else LARGE
+    # With 512 rows, microseconds of the narrow kernel and of one like PAIRED: 2112x7168 29.2 and 41.2, 4096x7168 38.4 and
+    # 47.4, 7168x2048 (448 tiles) 27.2 and 29.8, 7168x16384 149 and 165; 24576x1536 (1536 tiles) 60.5 and 58.1.
+    return MANY_DEEP if MANY_DEEP.tiles(m, n) <= 4 * multiprocessors else PAIRED
 
 
 def choose_parts(tiles: int, blocks: int, multiprocessors: int) -> int:
@@ -98,9 +104,9 @@ class HopperConfig:
 
     `stages` blocks of K are in flight; `cluster` CTAs share their tile of A (`shared_a`, side by side along N) or of B
     (along M), and walk `group` steps in that direction before one in the other; the loop over K is unrolled `unroll`
-    times. B is asked to come to the L2 `prefetch` blocks of K before it is loaded, or not at all. `clocks` is what a
-    block of K takes, `tile_clocks` what a tile takes beside them: fitted, so that the choice follows the times measured
-    on an H100. `registers`, `ahead` and, for compute-sanitizer, `one_reader` are options of cuda/fp8_gemm.cuh.
+    times. `clocks` is what a block of K takes, `tile_clocks` what a tile takes beside them: fitted, so that the choice
+    follows the times measured on an H100. `registers`, `ahead` and, for compute-sanitizer, `one_reader` are options of
+    cuda/fp8_gemm.cuh.
     """
 
     waves: int
@@ -112,7 +118,6 @@ class HopperConfig:
     clocks: int
     tile_clocks: int
     unroll: int = 4
-    prefetch: int = 0
     registers: int = 232
     ahead: int = 16
     one_reader: bool = False
@@ -149,8 +154,9 @@ HOPPER_NARROW_SHORT = replace(HOPPER_NARROW, group=16)
 HOPPER_LOW = HopperConfig(
     waves=1, block_n=128, stages=5, cluster=1, shared_a=True, group=8, clocks=740, tile_clocks=1000
 )
-# With a scale for each row of B. Eleven of 16 pairs of columns' scales are what a thread has registers for.
-WGRAD_TALL = replace(HOPPER_TALL, unroll=2, registers=240, ahead=11, clocks=1530)
+# With a scale for each row of B. Kept for both products of a block are 8 of 16 pairs of columns' scales: 1,015 TFLOP/s
+# at 4096x7168 and 4096 tokens, where 11, which leave registers to unroll by 2 only, gave 973. Out of clusters: 997.
+WGRAD_TALL = replace(HOPPER_TALL, cluster=1, registers=240, ahead=8, clocks=1550)
 WGRAD_LOW = replace(HOPPER_LOW, group=16, clocks=815)
 HOPPER_CONFIGS = {
     128: (HOPPER_TALL, HOPPER_NARROW, HOPPER_NARROW_SHORT, HOPPER_LOW),

@@ -125,7 +125,6 @@ def options_of(config: HopperConfig, b_rows: int, out: int, bias: int, accumulat
         "SHARED_A": int(config.shared_a),
         "GROUP": config.group,
         "UNROLL": config.unroll,
-        "PREFETCH": config.prefetch,
         "REGISTERS": config.registers,
         "AHEAD": config.ahead,
         "ONE_READER": int(config.one_reader),

@@ -4,9 +4,8 @@ A program computes tiles of C. It walks K in steps of 128, the length of a scale
 from a fresh accumulator (Hopper keeps only about 14 bits while it accumulates in e4m3), and the result, times both
 scales, is added in fp32.
 
-On Hopper, tiles are loaded through tensor descriptors by a warpgroup of its own and multiplied by two others, each of
-which adds its sums up while the other one multiplies: `warp_specialize` has Triton make that of the same loop. Few rows
-of A are for `triton_narrow`.
+From Hopper on, tiles are loaded through tensor descriptors, and there are as many programs as run at once, each of which
+walks its tiles. Few rows of A are for `triton_narrow`.
 
 Names: `p_` pointer, `d_` tensor descriptor, `i_` index of a program or tile, `o_` offsets, `m_` mask, `s_` scale.
 """
@@ -63,12 +62,10 @@ def fp8_gemm_kernel(
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
     TMA_STORE: tl.constexpr,
-    SPECIALIZED: tl.constexpr,
 ):
     """BLOCK_M x BLOCK_N tiles of C; B_ROWS is the height of a tile of B that has one scale, 128 or 1.
 
-    TMA loads through tensor descriptors, which fill with zeros; TMA_STORE stores through one. SPECIALIZED is for
-    Hopper, with TMA and B_ROWS = 128.
+    TMA loads through tensor descriptors, which fill with zeros; TMA_STORE stores through one.
     """
     if TMA:
         d_a = tl.make_tensor_descriptor(p_a, [M, K], [stride_am, 1], [BLOCK_M, 128])
@@ -78,8 +75,7 @@ def fp8_gemm_kernel(
     blocks = tl.cdiv(K, 128)
     for i in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         i_m, i_n = tile_of(i, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        # Offsets in int64, the coordinates of descriptors in int32. They must not be one value: for the second of two
-        # warpgroups Triton moves the coordinate down 64 rows, and offsets that come of it as well.
+        # Offsets in int64, the coordinates of descriptors in int32.
         o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         o_k = tl.arange(0, 128)
@@ -93,13 +89,8 @@ def fp8_gemm_kernel(
             o_sb = i_n.to(tl.int64) * BLOCK_N // B_ROWS * stride_sbn
 
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if SPECIALIZED:
-            s = tl.load(p_sa + o_a) * tl.load(p_sb + o_sb)
-        for k in tl.range(0, blocks, warp_specialize=SPECIALIZED):
-            if SPECIALIZED:  # the scales of the next step, or else each step waits for its own
-                k_s = tl.cast(tl.minimum(k + 1, blocks - 1), tl.int64)
-            else:
-                k_s = tl.cast(k, tl.int64)
+        for k in tl.range(0, blocks):
+            k_s = tl.cast(k, tl.int64)
             s_a = tl.load(p_sa + k_s * stride_sak + o_a)
             s_b = tl.load(p_sb + k_s * stride_sbk + o_sb)
             # [BLOCK_M, 128], [128, BLOCK_N]
@@ -110,10 +101,7 @@ def fp8_gemm_kernel(
                 m_k = o_k < K - k * 128
                 a = tl.load(p_a + o_a[:, None] * stride_am + (k * 128 + o_k)[None, :], mask=m_k[None, :], other=0.0)
                 b = tl.load(p_b + o_b[None, :] * stride_bn + (k * 128 + o_k)[:, None], mask=m_k[:, None], other=0.0)
-            if SPECIALIZED:
-                total += dot(a, b) * s[:, None]
-                s = s_a * s_b
-            elif B_ROWS == 1:
+            if B_ROWS == 1:
                 total += dot(a, b) * s_a[:, None] * s_b[None, :]
             else:
                 total += dot(a, b) * (s_a * s_b)[:, None]
@@ -146,14 +134,14 @@ def fp8_gemm(
         return
     processors = multiprocessors(a.device, interpreted=4)
     arch, tma = architecture(a.device), k > 0 and aligned(a) and aligned(b)
-    config = choose_config(m, n, b_rows, out.element_size(), processors, arch, tma)
+    config = choose_config(m, n, b_rows, processors, arch, tma)
     tiles = config.tiles(m, n)
     if config.narrow:
         parts = choose_parts(tiles, triton.cdiv(k, 128), processors)
         narrow(a, a_scale, b, b_scale, b_rows, bias, out, accumulate, config, parts)
         return
     launch = functools.partial(
-        fp8_gemm_kernel[(min(tiles, processors) if config.tma else tiles,)],
+        fp8_gemm_kernel[(min(tiles, config.resident * processors) if config.tma else tiles,)],
         a,
         a_scale,
         b,
@@ -177,7 +165,6 @@ def fp8_gemm(
         GROUP_M=config.group_m,
         TMA=config.tma,
         TMA_STORE=config.tma and not accumulate and aligned(out),
-        SPECIALIZED=config.specialized,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

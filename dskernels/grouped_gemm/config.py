@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -79,13 +79,11 @@ def padded_width(rows: int, groups: int) -> int:
 # Tiles of the kernel for many rows: those of the dense product whose clusters, if any, share rows of A. Clusters one
 # below the other would round each group up to twice the rows.
 #
-# Where groups are one tile high, all of B comes from memory, under load in about 3,800 clocks. Three stages cannot hide
-# them behind 1,280 of work: 32 groups of 190 rows, 4096x7168, took 418 us without clusters (424 with), 1,680 clocks for
-# a block of K. So B comes to the L2 ahead of the stages.
-HOPPER_SINGLE = replace(HOPPER_TALL, cluster=1, prefetch=8)
-HOPPER_CONFIGS = (HOPPER_TALL, HOPPER_SINGLE, HOPPER_LOW)
-# In clusters the loading warps need more registers than are left to them.
-HOPPER_WGRAD_CONFIGS = (replace(WGRAD_TALL, cluster=1), WGRAD_LOW)
+# Where groups are one tile high, all of B comes from memory, under load in about 3,800 clocks, which three stages
+# cannot hide behind 1,280 of work: 32 groups of 190 rows, 4096x7168, take 418 us (415 without clusters), 1,680 clocks
+# for a block of K. Asking for B to come to the L2 4 or 8 blocks ahead of its load made it 431 and 522.
+HOPPER_CONFIGS = (HOPPER_TALL, HOPPER_LOW)
+HOPPER_WGRAD_CONFIGS = (WGRAD_TALL, WGRAD_LOW)
 
 
 def choose_hopper_config(rows: int, groups: int, n: int, k: int, multiprocessors: int) -> HopperConfig:
@@ -96,8 +94,7 @@ def choose_hopper_config(rows: int, groups: int, n: int, k: int, multiprocessors
         rounds = ceil_div(groups * config.clusters(average, n), multiprocessors // config.cluster)
         return rounds * (ceil_div(k, 128) * config.clocks + config.tile_clocks)
 
-    config = min((HOPPER_TALL, HOPPER_LOW), key=estimate)
-    return HOPPER_SINGLE if config == HOPPER_TALL and average <= config.block_m else config
+    return min(HOPPER_CONFIGS, key=estimate)
 
 
 def choose_hopper_wgrad_config(columns: int, groups: int, n: int, k: int, multiprocessors: int) -> HopperConfig:
@@ -113,14 +110,14 @@ def choose_hopper_wgrad_config(columns: int, groups: int, n: int, k: int, multip
 def use_hopper_small(rows: int, groups: int) -> bool:
     """Whether the kernel for few rows takes `rows` rows in `groups` groups.
 
-    With 32 groups of 64 rows 4096x7168 took 342 us in tiles of 128x128, and there 385, later 351.
+    With 32 groups of 64 rows 4096x7168 took 342 us in tiles of 128x128, and there 372.
     """
     return ceil_div(rows, groups) <= 32
 
 
 def use_hopper_small_masked(rows: int) -> bool:
     """The same where each group has a buffer of `rows` rows, which most of them do not fill."""
-    return rows <= 128
+    return rows <= 64
 
 
 def hopper_clusters(config: HopperConfig, rows: int, groups: int, n: int) -> int:
