@@ -201,7 +201,7 @@ def to_compile(config: GemmConfig, b_rows: int, *targets: str, epilogue: bool = 
 def test_kernels_compile_without_spills():
     everywhere, from_hopper = ("sm_89", "sm_90", "sm_100"), ("sm_90", "sm_100")
     kernels = [
-        *[to_compile(PAIRED, 128, "sm_90", epilogue=e) for e in (False, True)],
+        *[to_compile(PAIRED, b_rows, "sm_90", epilogue=e) for b_rows in (128, 1) for e in (False, True)],
         *[to_compile(PERSISTENT, b_rows, "sm_100", epilogue=e) for b_rows in (128, 1) for e in (False, True)],
         to_compile(LARGE, 128, *everywhere),
         to_compile(TALL, 1, "sm_89", "sm_90"),
@@ -222,6 +222,8 @@ def test_kernels_compile_without_spills():
     ]
     reports = compile_all(kernels)
     assert_clean(reports)
+    # An mbarrier whose memory may be put to another use must be invalidated (SYNCS.CCTL.IV): see PAIRED.
+    assert all(r.count("SYNCS.EXCH") == r.count("SYNCS.CCTL.IV") for r in reports)
     # On Hopper the product must be an e4m3 one of the tensor cores, not of upcast operands.
     products = [r for r in reports if r.target == "sm_90" and "BLOCK_M" in r.source.constants]
     assert all(r.count("QGMMA") for r in products)

@@ -33,13 +33,14 @@ class GemmConfig:
 # sm_90. At 4096 rows on an H100 a prototype of PAIRED took 0.60 to 0.73 of cuBLASLt: one program adds its sums up while
 # the other one multiplies. A single program of 128x128 (PERSISTENT) took 0.52 to 0.63, being in step with itself.
 #
-# Triton's `warp_specialize` took 0.77 to 0.89, and must not be used. For each operand it makes barriers that nothing
-# waits for, since TMA brings its own, and puts them where the first stage of B begins, as they are never used again: in
-# 3.6.0 and 3.7.1 alike, the kernel initialises mbarriers at bytes 0 to 31 of shared memory, where TMA writes row 0 of B,
-# with neither an mbarrier.inval nor a proxy fence between. What PTX says of memory that still holds a valid mbarrier is
-# that its use is undefined. The words are fe ff 1f 00 00 f8 ff 7f, of which ff and 7f are NaN in e4m3: once in many runs
-# column 0 of 4095x4096x3888 was NaN, and with deeper or larger tiles (180 kB and more) all runs had NaN. Loops that are
-# not specialised invalidate each barrier after its last use, and no other memory overlaps with them.
+# Triton's `warp_specialize` took 0.77 to 0.89, but the code that it makes for Hopper may compute NaN. For each operand
+# it also makes barriers that nothing waits for, as TMA gets others, and since they are never used again they may lie
+# where B's stages begin: in 3.6.0 and 3.7.1 the kernel initialises mbarriers at bytes 0 to 31 of shared memory, and TMA
+# then writes row 0 of B there, with neither an mbarrier.inval nor a proxy fence between. PTX leaves undefined what
+# memory does that is put to another use while it holds an mbarrier. Its bytes are fe ff 1f 00 00 f8 ff 7f, of which ff
+# and 7f are NaN in e4m3: one run of many had NaN in column 0 of 4095x4096x3888, and with five stages, tiles of 256x128
+# or 128x256, or two steps of K at a time in three stages every run had some. Where it does not specialise, Triton
+# invalidates its barriers after their last use, and they share their bytes with nothing.
 PAIRED = GemmConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, tma=True, resident=2)
 PERSISTENT = GemmConfig(block_m=128, block_n=128, num_warps=8, num_stages=4, tma=True)
 LARGE = GemmConfig(block_m=128, block_n=128, num_warps=8, num_stages=3)
@@ -82,8 +83,8 @@ def choose_config(
         if 3 * MANY_DEEP.tiles(m, n) <= 4 * multiprocessors:
             return MANY_DEEP
         return TALL if TALL.tiles(m, n) >= multiprocessors else MEDIUM
-    # With 512 rows, microseconds of the narrow kernel and of one like PAIRED: 2112x7168 29.2 and 41.2, 4096x7168 38.4 and
-    # 47.4, 7168x2048 (448 tiles) 27.2 and 29.8, 7168x16384 149 and 165; 24576x1536 (1536 tiles) 60.5 and 58.1.
+    # With 512 rows, microseconds of the narrow kernel and of one with tiles like PAIRED's: 2112x7168 29.2 and 41.2,
+    # 4096x7168 38.4 and 47.4, 7168x2048 (448 tiles) 27.2 and 29.8, 24576x1536 (1536 tiles) 60.5 and 58.1.
     return MANY_DEEP if MANY_DEEP.tiles(m, n) <= 4 * multiprocessors else PAIRED
 
 

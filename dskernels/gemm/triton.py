@@ -4,8 +4,8 @@ A program computes tiles of C. It walks K in steps of 128, the length of a scale
 from a fresh accumulator (Hopper keeps only about 14 bits while it accumulates in e4m3), and the result, times both
 scales, is added in fp32.
 
-From Hopper on, tiles are loaded through tensor descriptors, and there are as many programs as run at once, each of which
-walks its tiles. Few rows of A are for `triton_narrow`.
+From Hopper on, tiles are loaded through tensor descriptors, and there are as many programs as run at once, each of
+which walks its tiles. Few rows of A are for `triton_narrow`.
 
 Names: `p_` pointer, `d_` tensor descriptor, `i_` index of a program or tile, `o_` offsets, `m_` mask, `s_` scale.
 """
