@@ -15,7 +15,6 @@ from dskernels.gemm import hopper_small
 from dskernels.gemm.config import (
     SHARED_OF_MULTIPROCESSOR,
     SHARED_RESERVED,
-    Depth,
     SmallConfig,
     choose_small_config,
     use_small,
@@ -55,36 +54,11 @@ def test_compiles_without_spills(config):
 @pytest.mark.parametrize(("shape", "config"), CHOSEN.items(), ids=str)
 def test_memory(shape, config):
     m, n, k = shape
-    depth = config.depth(m, n, k, MULTIPROCESSORS)
+    stages = config.stages(m, n, k, MULTIPROCESSORS)
     tiles = config.tiles(m, n, MULTIPROCESSORS)
-    assert config.resident * (config.shared_bytes(depth, tiles) + SHARED_RESERVED) <= SHARED_OF_MULTIPROCESSOR
-    assert min(depth) >= min(3, ceil_div(ceil_div(k, 128), config.split))
-    # The only tile leaves through the memory of the stages.
-    assert tiles > 1 or config.c <= depth.rows * config.row_bytes + depth.tokens * config.token_bytes
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=repr)
-@pytest.mark.parametrize("most", [1, 2, 4, 9, 1000])
-def test_room_is_parted(config, most):
-    room = SHARED_OF_MULTIPROCESSOR // config.resident - SHARED_RESERVED - config.shared_bytes(Depth(0, 0), 2)
-    depth = config.parted(room, most, config.token_bytes)
-    assert config.ring_bytes(depth, config.token_bytes) <= room
-    assert 1 <= min(depth) <= max(depth) <= most
-    # Nothing is left that a stage would fit into, and no less of B is in flight than if both rings were equally long.
-    for longer in (Depth(depth.rows + 1, depth.tokens), Depth(depth.rows, depth.tokens + 1)):
-        assert most in depth or config.ring_bytes(longer, config.token_bytes) > room
-    assert depth.rows >= min(most, room // config.ring_bytes(Depth(1, 1), config.token_bytes))
-
-
-def test_depth():
-    def depth(m, n, k):
-        return choose_small_config(m, n, k, MULTIPROCESSORS).depth(m, n, k, MULTIPROCESSORS)
-
-    assert depth(64, 24576, 1536) == (20, 6)  # 12 where both rings were as long
-    assert depth(64, 4096, 7168) == (8, 4)  # 6
-    assert depth(128, 4096, 7168) == (13, 6)  # 8
-    assert depth(1, 32768, 512) == (4, 4)  # all there are
-    assert depth(64, 64, 16) == (2, 2)  # one block of K, but C takes two stages
+    assert config.resident * (config.shared_bytes(stages, tiles) + SHARED_RESERVED) <= SHARED_OF_MULTIPROCESSOR
+    assert stages >= min(3, ceil_div(ceil_div(k, 128), config.split))
+    assert tiles > 1 or config.c <= stages * config.stage  # the only tile leaves through the memory of the stages
 
 
 @pytest.mark.parametrize(("shape", "config"), CHOSEN.items(), ids=str)

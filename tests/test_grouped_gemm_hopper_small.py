@@ -10,14 +10,14 @@ from compiling_cuda import compile_cuda
 from dskernels import parity
 from dskernels.cuda.driver import Plan, Planned
 from dskernels.fp8.layout import empty_scale
-from dskernels.gemm.config import SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED, Depth, SmallConfig
+from dskernels.gemm.config import SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED, SmallConfig
 from dskernels.grouped_gemm import hopper_small
 from dskernels.grouped_gemm.config_small import (
     choose_contiguous_config,
     choose_masked_config,
-    depth,
     grid,
     shared_bytes,
+    stages,
 )
 from dskernels.types import Fp8Tensor
 from dskernels.validate import ceil_div
@@ -42,19 +42,11 @@ def test_compiles_without_spills(config):
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("groups", [1, 32, 1024])
 def test_memory(config, groups):
-    rows, tokens = depth(config, groups)
-    taken, more_rows, more_tokens = (
-        config.resident * (shared_bytes(config, Depth(*stages), groups) + SHARED_RESERVED)
-        for stages in ((rows, tokens), (rows + 1, tokens), (rows, tokens + 1))
-    )
-    assert taken <= SHARED_OF_MULTIPROCESSOR < min(more_rows, more_tokens)
-    assert min(rows, tokens) >= 3
-
-
-def test_depth():
-    assert depth(choose_masked_config(16), 32) == (26, 6)
-    assert depth(choose_masked_config(64), 32) == (19, 6)
-    assert depth(choose_masked_config(128), 32) == (13, 6)
+    depth = stages(config, groups)
+    taken = config.resident * (shared_bytes(config, depth, groups) + SHARED_RESERVED)
+    one_more = config.resident * (shared_bytes(config, depth + 1, groups) + SHARED_RESERVED)
+    assert taken <= SHARED_OF_MULTIPROCESSOR < one_more
+    assert depth >= 3
 
 
 def test_choice():

@@ -2,9 +2,8 @@
 // streamed once, and bytes in flight are all that counts. A kernel includes this file and brings its own order of tiles, see below.
 //
 // The operands are swapped: a CTA takes TILE rows of B as the 64-row operand of the tensor cores, and TOKENS rows of A as the narrow
-// one. One warp loads, by the tensor memory accelerator: for each 128 of K a tile of B goes to one ring of stages in shared memory, and one
-// of A with its scales to another, which may be shorter, as A comes from the L2. Loads into all stages are asked for before anything else
-// happens. TILE / 64 warpgroups multiply.
+// one. One warp loads: for each 128 of K the tiles of B and A and the scales of A's rows go to one of `stages` buffers in shared memory,
+// by the tensor memory accelerator; the first `stages` of them are asked for before anything else happens. TILE / 64 warpgroups multiply.
 // A product of 128 along K starts from a fresh accumulator (the tensor cores keep about 14 bits in e4m3) and is promoted, times both
 // scales, into fp32 registers.
 // A CTA takes one tile after another, and the loads run ahead into the next one. Or it takes one, and SPLIT CTAs of a cluster share the K
@@ -71,114 +70,65 @@ struct Output {
     int columns, stride;
 };
 
-// Stages of the two rings: how many blocks of K are in flight, of B's rows and of A's tokens with their scales.
-struct Depth {
-    int rows, tokens;
-};
-
 // What lies where in shared memory. A CTA's `only` tile leaves in place of the stages, which by then are free.
 struct Memory {
-    Depth depth;
     u32 rows, tokens, scales, received, c, all_received, barriers, end;
 
-    __device__ __forceinline__ Memory(u32 base, Depth depth, bool only) : depth(depth) {
+    __device__ __forceinline__ Memory(u32 base, int stages, bool only) {
         rows = base;
-        tokens = rows + depth.rows * B_BYTES;
-        scales = tokens + depth.tokens * A_BYTES;
-        received = scales + depth.tokens * SA_PITCH;
+        tokens = rows + stages * B_BYTES;
+        scales = tokens + stages * A_BYTES;
+        received = scales + stages * SA_PITCH;
         c = only ? base : received;
         all_received = received + (only ? RECEIVED : C_BYTES);
         barriers = all_received + 8;
-        end = barriers + (depth.rows + 2 * depth.tokens) * 8;
+        end = barriers + stages * 16;
     }
-    __device__ __forceinline__ u32 full_rows(int stage) const { return barriers + stage * 8; }
-    __device__ __forceinline__ u32 full_tokens(int stage) const { return barriers + (depth.rows + stage) * 8; }
-    // One for both rings: a block that has been multiplied leaves a stage of either.
-    __device__ __forceinline__ u32 empty(int stage) const { return barriers + (depth.rows + depth.tokens + stage) * 8; }
+    __device__ __forceinline__ u32 full(int stage) const { return barriers + stage * 16; }
+    __device__ __forceinline__ u32 empty(int stage) const { return barriers + stage * 16 + 8; }
 };
 
-// A place in a ring of `depth` stages, and the phase of the barrier there.
-struct Place {
-    int depth, stage = 0;
-    u32 phase = 0;
-
-    __device__ __forceinline__ void next() {
-        if (++stage == depth) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-// The blocks of K of all tiles, one after another, into the stages of a ring.
-template <class Tiles> struct Walk {
+// One thread's work: fill the stages, block of K by block of K, tile by tile.
+template <class Tiles> struct Loader {
     Tiles tiles;
-    int blocks;  // of a tile
-    Place into;
-    int at = 0;  // this block of the tile
+    const Memory& memory;
+    const int stages, blocks;
+    const TensorMap *map_a, *map_b, *map_sa;
+    int at = 0, into = 0;  // the next load: this block of the tile, into this stage
 
     __device__ __forceinline__ bool done() const { return !tiles.valid() || blocks == 0; }
-    __device__ __forceinline__ int block() const { return tiles.block() + at; }
-    __device__ __forceinline__ void next() {
-        into.next();
+    __device__ __forceinline__ void load() {
+        const int k = tiles.block() + at;
+        const u32 full = memory.full(into);
+        barrier_expect(full, B_BYTES + A_BYTES + SA_BYTES);
+        tma_load_evict_first(memory.rows + into * B_BYTES, map_b, full, k * BLOCK_K, tiles.b_row());
+        tma_load(memory.tokens + into * A_BYTES, map_a, full, k * BLOCK_K, tiles.row());
+        tma_load(memory.scales + into * SA_PITCH, map_sa, full, ANY_ROW ? tiles.row() & ~3 : tiles.row(), k);
+        if (++into == stages) into = 0;
         if (++at == blocks) {
             at = 0;
             tiles.next();
         }
     }
-};
-
-// One thread's work: fill the stages.
-template <class Tiles> struct Loader {
-    const Memory& memory;
-    const TensorMap *map_a, *map_b, *map_sa;
-    Walk<Tiles> rows, tokens;
-
-    __device__ __forceinline__ void load_rows() {
-        if (rows.done()) return;
-        const int stage = rows.into.stage;
-        const u32 full = memory.full_rows(stage);
-        barrier_expect(full, B_BYTES);
-        tma_load_evict_first(memory.rows + stage * B_BYTES, map_b, full, rows.block() * BLOCK_K, rows.tiles.b_row());
-        rows.next();
-    }
-    __device__ __forceinline__ void load_tokens() {
-        if (tokens.done()) return;
-        const int stage = tokens.into.stage, row = tokens.tiles.row(), k = tokens.block();
-        const u32 full = memory.full_tokens(stage);
-        barrier_expect(full, A_BYTES + SA_BYTES);
-        tma_load(memory.tokens + stage * A_BYTES, map_a, full, k * BLOCK_K, row);
-        tma_load(memory.scales + stage * SA_PITCH, map_sa, full, ANY_ROW ? row & ~3 : row, k);
-        tokens.next();
-    }
     // Each barrier and at once the load that it counts: the first bytes are asked for as early as can be.
     __device__ __forceinline__ void begin() {
 #pragma unroll 1
-        for (int i = 0; i < max(memory.depth.rows, memory.depth.tokens); ++i) {
-            if (i < memory.depth.rows) {
-                barrier_init(memory.full_rows(i), 1);
-                barrier_init_fence();
-                load_rows();
-            }
-            if (i < memory.depth.tokens) {
-                barrier_init(memory.full_tokens(i), 1);
-                barrier_init(memory.empty(i), WARPS);
-                barrier_init_fence();
-                load_tokens();
-            }
+        for (int i = 0; i < stages; ++i) {
+            barrier_init(memory.full(i), 1);
+            barrier_init(memory.empty(i), WARPS);
+            barrier_init_fence();
+            if (!done()) load();
         }
     }
-    // Block by block, as they have been multiplied: the next one that its ring has had no stage for, of B and of A.
     __device__ __forceinline__ void go_on() {
-        for (Place freed{memory.depth.tokens}; !rows.done() || !tokens.done(); freed.next()) {
-            barrier_wait(memory.empty(freed.stage), freed.phase);
-            load_rows();
-            load_tokens();
+        for (u32 phase = 0; !done(); phase ^= into == 0) {
+            barrier_wait(memory.empty(into), phase);
+            load();
         }
     }
 };
 
-// total += the product of the stages at `rows` and `tokens`, times `scale` and the scales of this thread's columns, from `columns` on.
+// total += the product of the stage at `rows`, `tokens` and `columns` (the scales of this thread's first columns), times `scale` and those.
 __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 rows, u32 tokens, u32 columns, float scale, u32 empty, int lane) {
     const u64 b = operand_k_major(rows), a = operand_k_major(tokens);
     float part[PARTS][PART / 2];
@@ -295,13 +245,12 @@ __device__ __forceinline__ void write(const float* sum, const Output& out, u32 b
 
 // The whole kernel, for CONSUMERS + 32 threads.
 template <class Tiles>
-__device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memory& memory, const TensorMap* map_a, const TensorMap* map_b,
-                                                        const TensorMap* map_sa, const float* sb, const Output& out) {
+__device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memory& memory, int stages, const TensorMap* map_a,
+                                                        const TensorMap* map_b, const TensorMap* map_sa, const float* sb, const Output& out) {
     // Through a shuffle, so that the compiler knows it to be the same in all lanes.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, rank = SPLIT > 1 ? cluster_rank() : 0;
     const int blocks = tiles.blocks();
-    Place rows{memory.depth.rows}, tokens{memory.depth.tokens};
-    Loader<Tiles> loader{memory, map_a, map_b, map_sa, {tiles, blocks, rows}, {tiles, blocks, tokens}};
+    Loader<Tiles> loader{tiles, memory, stages, blocks, map_a, map_b, map_sa};
     if (warp == WARPS && elect_one()) {
         loader.begin();
         if (SPLIT > 1) {
@@ -327,6 +276,8 @@ __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memor
         return __ldg(of.b_scales(sb, group * 64) + of.block() + max(min(block + lane, blocks - 1), 0));
     };
     float scales_next = scales_from(tiles, 0);
+    int stage = 0;
+    u32 phase = 0;
     do {
         Tiles following = tiles;
         following.next();
@@ -340,12 +291,13 @@ __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memor
             scales_next = last ? scales_from(following, 0) : scales_from(tiles, first + 32);
             const int count = min(blocks - first, 32);
             for (int i = 0; i < count; ++i) {
-                barrier_wait(memory.full_rows(rows.stage), rows.phase);
-                barrier_wait(memory.full_tokens(tokens.stage), tokens.phase);
-                multiply_block(total, memory.rows + rows.stage * B_BYTES + group * 64 * BLOCK_K, memory.tokens + tokens.stage * A_BYTES,
-                               columns + tokens.stage * SA_PITCH, __shfl_sync(0xffffffffu, scales_now, i), memory.empty(tokens.stage), lane);
-                rows.next();
-                tokens.next();
+                barrier_wait(memory.full(stage), phase);
+                multiply_block(total, memory.rows + stage * B_BYTES + group * 64 * BLOCK_K, memory.tokens + stage * A_BYTES,
+                               columns + stage * SA_PITCH, __shfl_sync(0xffffffffu, scales_now, i), memory.empty(stage), lane);
+                if (++stage == stages) {
+                    stage = 0;
+                    phase ^= 1;
+                }
             }
         }
         if (SPLIT == 1) {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from dskernels.validate import ceil_div
 
@@ -173,14 +172,6 @@ def choose_hopper_config(m: int, n: int, k: int, b_rows: int, multiprocessors: i
 
 # Shared memory of an H100's multiprocessor; every CTA takes 1 KiB of it for itself.
 SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED = 228 * 1024, 1024
-BARRIER = 8  # bytes of one
-
-
-class Depth(NamedTuple):
-    """How many blocks of K a CTA has in flight: of `rows` of B, and of `tokens` of A with their scales."""
-
-    rows: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -202,50 +193,27 @@ class SmallConfig:
             return min(tiles_n, self.resident * multiprocessors)
         return tiles_m * tiles_n * self.split
 
-    def depth(self, m: int, n: int, k: int, multiprocessors: int) -> Depth:
-        """Stages of the rings: as many as fit, or as many blocks of K as a CTA has; enough for C of an only tile."""
+    def stages(self, m: int, n: int, k: int, multiprocessors: int) -> int:
+        """How many blocks of K are in flight: as many as fit, or all that a CTA has."""
         tiles = self.tiles(m, n, multiprocessors)
-        room = SHARED_OF_MULTIPROCESSOR // self.resident - SHARED_RESERVED - self.shared_bytes(Depth(0, 0), tiles)
-        least = ceil_div(self.c, self.row_bytes + self.token_bytes) if tiles == 1 else 1
-        return self.parted(room, max(tiles * ceil_div(ceil_div(k, 128), self.split), least), self.token_bytes)
-
-    def parted(self, room: int, blocks: int, token_bytes: int) -> Depth:
-        """At most `blocks` stages of each ring, in `room` bytes; `token_bytes` is what a stage of A takes.
-
-        The time follows how many blocks of B are in flight: 32 groups of 64 rows of 4096x7168 took 351 us, 2,765 GB/s,
-        with 12 blocks of B and as many of A, which took half of the memory. A comes from the L2. At 2,850 GB/s a
-        multiprocessor is through with 64 rows of B every 0.38 us, so 4 blocks of A, parted among its CTAs, are 1.5 us
-        ahead; each CTA has 2 more, of which one is multiplied and one is on its way. That leaves room for 19 of B.
-        What is less than a stage of B goes to A again.
-        """
-        row_stage, token_stage = self.row_bytes + BARRIER, token_bytes + 2 * BARRIER
-        tokens = min(blocks, 2 + ceil_div(4, self.resident), room // (row_stage + token_stage))
-        rows = min(blocks, (room - tokens * token_stage) // row_stage)
-        return Depth(rows, min(blocks, (room - rows * row_stage) // token_stage))
+        room = SHARED_OF_MULTIPROCESSOR // self.resident - SHARED_RESERVED - self.shared_bytes(0, tiles)
+        least = ceil_div(self.c, self.stage) if tiles == 1 else 1
+        return min(room // (self.stage + 16), max(tiles * ceil_div(ceil_div(k, 128), self.split), least))
 
     def tiles(self, m: int, n: int, multiprocessors: int) -> int:
         """How many tiles a CTA takes, at most."""
         tiles = ceil_div(m, self.tokens) * ceil_div(n, self.tile)
         return ceil_div(tiles * self.split, self.grid(m, n, multiprocessors))
 
-    def shared_bytes(self, depth: Depth, tiles: int) -> int:
+    def shared_bytes(self, stages: int, tiles: int) -> int:
         """Shared memory of a CTA with so many stages and tiles, as cuda/fp8_gemm_small.cuh lays it out."""
         received = (self.split - 1) * self.share * 2 * self.tile * 16
-        return self.ring_bytes(depth, self.token_bytes) + received + (0 if tiles == 1 else self.c) + BARRIER
-
-    def ring_bytes(self, depth: Depth, token_bytes: int) -> int:
-        """Both rings with their barriers: one for a stage of B, two for one of A."""
-        return depth.rows * (self.row_bytes + BARRIER) + depth.tokens * (token_bytes + 2 * BARRIER)
+        return stages * (self.stage + 16) + received + (0 if tiles == 1 else self.c) + 8
 
     @property
-    def row_bytes(self) -> int:
-        """A stage of B."""
-        return self.tile * 128
-
-    @property
-    def token_bytes(self) -> int:
-        """A stage of A and its scales, which the accelerator writes to multiples of 128."""
-        return self.tokens * 128 + max(self.tokens * 4, 128)
+    def stage(self) -> int:
+        """Bytes of a stage: tiles of B and A, and the scales of A, which the accelerator writes to multiples of 128."""
+        return (self.tile + self.tokens) * 128 + max(self.tokens * 4, 128)
 
     @property
     def share(self) -> int:

@@ -38,10 +38,10 @@ __cluster_dims__(SPLIT, 1, 1)
 __launch_bounds__(CONSUMERS + 32)
 fp8_gemm_small(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
                const float* __restrict__ sb, const void* __restrict__ bias, Element* c, int M, int N, int K, int stride_sb, int stride_c,
-               int row_stages, int token_stages) {
+               int stages) {
     extern __shared__ __align__(1024) u8 smem[];
     const bool only = SPLIT > 1 || (N + TILE - 1) / TILE * ((M + TOKENS - 1) / TOKENS) <= gridDim.x;
     const Tiles tiles(M, N, K, stride_sb);
     const Output out{c, bias, N, stride_c};
-    block_scaled_gemm_small(tiles, Memory(smem_addr(smem), {row_stages, token_stages}, only), &map_a, &map_b, &map_sa, sb, out);
+    block_scaled_gemm_small(tiles, Memory(smem_addr(smem), stages, only), stages, &map_a, &map_b, &map_sa, sb, out);
 }

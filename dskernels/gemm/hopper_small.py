@@ -39,7 +39,7 @@ def plan(
     """The launch of a given config, for B in blocks of 128x128; the names are those of `fp8_gemm`."""
     (m, k), n = a.shape, b.shape[0]
     processors = multiprocessors(a.device)
-    depth = config.depth(m, n, k, processors)
+    stages = config.stages(m, n, k, processors)
     options = options_of(config, OUT[out.dtype], BIAS[None if bias is None else bias.dtype], int(accumulate))
     return Plan(
         kernel(SOURCE, "fp8_gemm_small", options, SHARED_OF_MULTIPROCESSOR - SHARED_RESERVED, a.device.index),
@@ -50,11 +50,11 @@ def plan(
             Pointer("b_scale"),
             Pointer("bias"),
             Pointer("out"),
-            *map(ctypes.c_int, (m, n, k, b_scale.stride(0), out.stride(0), *depth)),
+            *map(ctypes.c_int, (m, n, k, b_scale.stride(0), out.stride(0), stages)),
         ),
         grid=config.grid(m, n, processors),
         threads=2 * config.tile + 32,
-        shared=config.shared_bytes(depth, config.tiles(m, n, processors)),
+        shared=config.shared_bytes(stages, config.tiles(m, n, processors)),
         device=a.device,
     )
 

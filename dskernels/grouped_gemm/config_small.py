@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dskernels.gemm.config import BARRIER, SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED, Depth, SmallConfig
+from dskernels.gemm.config import SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED, SmallConfig
 from dskernels.validate import ceil_div
 
 
@@ -27,21 +27,21 @@ def _config(rows: int) -> SmallConfig:
     return SmallConfig(64, tokens, split=1, resident=1)
 
 
-def depth(config: SmallConfig, groups: int) -> Depth:
-    """Stages of the rings: as many as fit, as the device alone knows how many tiles a CTA takes."""
-    room = SHARED_OF_MULTIPROCESSOR // config.resident - SHARED_RESERVED - shared_bytes(config, Depth(0, 0), groups)
-    return config.parted(room, room, _token_bytes(config))  # no stage takes less than a byte
+def stages(config: SmallConfig, groups: int) -> int:
+    """How many blocks of K are in flight: as many as fit."""
+    room = SHARED_OF_MULTIPROCESSOR // config.resident - SHARED_RESERVED - shared_bytes(config, 0, groups)
+    return room // _stage(config)
 
 
-def shared_bytes(config: SmallConfig, depth: Depth, groups: int) -> int:
-    """Shared memory of a CTA, as hopper_small.cu lays it out: the rings, C, and where the groups begin."""
+def shared_bytes(config: SmallConfig, stages: int, groups: int) -> int:
+    """Shared memory of a CTA, as hopper_small.cu lays it out: the stages, C, and where the groups begin."""
     warps = config.tile // 16 + 1
-    return config.ring_bytes(depth, _token_bytes(config)) + config.c + BARRIER + (groups + 1) * 8 + warps * 8
+    return stages * _stage(config) + config.c + 8 + (groups + 1) * 8 + warps * 8
 
 
-def _token_bytes(config: SmallConfig) -> int:
-    """A stage of A and its scales, which are 4 more than in the dense kernel: they begin at a multiple of 4 rows."""
-    return config.tokens * 128 + ceil_div(config.tokens + 4, 32) * 128
+def _stage(config: SmallConfig) -> int:
+    """Tiles of B and A, scales of A from a multiple of 4 rows to one of 128 bytes, two barriers."""
+    return (config.tile + config.tokens) * 128 + ceil_div(config.tokens + 4, 32) * 128 + 16
 
 
 def grid(config: SmallConfig, rows: int, groups: int, n: int, multiprocessors: int) -> int:

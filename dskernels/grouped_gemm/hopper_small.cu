@@ -62,15 +62,15 @@ __device__ __forceinline__ void clear(const Output& out, int first, int end) {
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32)
 grouped_gemm_small(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
                    const float* __restrict__ sb, const int* __restrict__ sizes, Element* c, int groups, int M, int N, int K,
-                   long long stride_sb_group, int stride_sb, int stride_c, int row_stages, int token_stages) {
+                   long long stride_sb_group, int stride_sb, int stride_c, int stages) {
     extern __shared__ __align__(1024) u8 smem[];
-    const Memory memory(smem_addr(smem), {row_stages, token_stages}, false);
+    const Memory memory(smem_addr(smem), stages, false);
     const GroupTable table{memory.end, groups};
     const int tiles_n = (N + TILE - 1) / TILE;
     plan_groups<CONSUMERS + 32, !MASKED>(table, memory.end + GroupTable::bytes(groups), MASKED ? sizes : sizes + 1, M,
                                          [&](int rows) { return (rows + TOKENS - 1) / TOKENS * tiles_n; });
     const Tiles tiles(table, M, N, K, stride_sb_group, stride_sb);
     const Output out{c, nullptr, N, stride_c};
-    block_scaled_gemm_small(tiles, memory, &map_a, &map_b, &map_sa, sb, out);
+    block_scaled_gemm_small(tiles, memory, stages, &map_a, &map_b, &map_sa, sb, out);
     if (!MASKED) clear(out, table.at(groups).x, M);
 }

@@ -60,7 +60,7 @@ def _plan(
     """The launch for operands whose groups, of at most `rows` rows, lie one after another."""
     groups, n, k = b.shape
     processors = multiprocessors(a.device)
-    depth = config_small.depth(config, groups)
+    stages = config_small.stages(config, groups)
     options = options_of(config, OUT[out.dtype], masked=sizes.name == "counts")
     return Plan(
         kernel(SOURCE, "grouped_gemm_small", options, SHARED_OF_MULTIPROCESSOR - SHARED_RESERVED, a.device.index),
@@ -73,11 +73,11 @@ def _plan(
             Pointer("out"),
             *map(ctypes.c_int, (groups, rows, n, k)),
             ctypes.c_longlong(b_scale.stride(0)),
-            *map(ctypes.c_int, (b_scale.stride(1), out.stride(0), *depth)),
+            *map(ctypes.c_int, (b_scale.stride(1), out.stride(0), stages)),
         ),
         grid=config_small.grid(config, a.shape[0], groups, n, processors),
         threads=2 * config.tile + 32,
-        shared=config_small.shared_bytes(config, depth, groups),
+        shared=config_small.shared_bytes(config, stages, groups),
         device=a.device,
     )
 
