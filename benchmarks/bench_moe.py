@@ -89,9 +89,8 @@ class FusedExperts(Case):
 
     workload: workloads.Moe
     shared: bool = False
-    tolerance = (
-        1e-3  # the product between the two GEMMs is quantised again: a rounding before it moves it by an e4m3 step
-    )
+    # What is between the two products is quantised again: a rounding before that may move it by an e4m3 step.
+    tolerance = 1e-3
     peer_tolerance = 5e-3  # bf16 peers do not quantise it at all
 
     @property
@@ -201,7 +200,7 @@ class FusedExpertsTraining(Case):
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
-        """In fp8 operands are quantised after roundings that differ; in bf16 a few roundings follow each other."""
+        """In fp8, operands are quantised after roundings that differ; in bf16 a few roundings follow each other."""
         # The kernels round to e4m3 before the routing weights are applied, the reference after: 1.2e-3 on an H100.
         return 2e-3 if self.fp8 else 3e-5
 

@@ -14,7 +14,7 @@ from benchmarks import bench_moe, workloads
 from benchmarks.cases import Call
 from benchmarks.peers import moe as moe_peers
 
-# One of 8 GPUs and one of 64, each with its share of the tokens' choices.
+# One of 8 GPUs, and one of 32, each with its share of the tokens' choices.
 WORKLOADS = (workloads.Moe(4096, e=32), workloads.Moe(16384, e=32), workloads.Moe(4096, e=8))
 AUTOGRAD = "autograd on grouped_mm"
 

@@ -60,9 +60,8 @@ class Runner:
         finally:
             gc.collect()
             if self.device.type == "cuda":
-                with contextlib.suppress(
-                    RuntimeError
-                ):  # after an illegal access every call raises; the next case says so
+                # After an illegal access every call raises; the next case says so.
+                with contextlib.suppress(RuntimeError):
                     torch.cuda.empty_cache()
         return outcome
 

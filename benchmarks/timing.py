@@ -15,9 +15,8 @@ import torch
 
 Call = Callable[[], object]
 
-SPIN_CYCLES_PER_US = (
-    2000  # an upper bound of the SM clock (1.98 GHz on an H100), so the device is busy at least that long
-)
+# An upper bound of the multiprocessors' clock (1.98 GHz on an H100), so that the device is busy at least that long.
+SPIN_CYCLES_PER_US = 2000
 # With 1.5 times the host's share and no more, calls from Python took 1 to 5 us longer than their launches alone.
 SPIN_US = 20
 SLOW_US = 20_000  # from here on neither the host's share nor many runs are worth their time

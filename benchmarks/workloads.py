@@ -225,13 +225,9 @@ EXPERT_LINEARS = (EXPERT_GATE_UP, EXPERT_DOWN)
 
 # A training or prefill batch, and the small ones of decoding.
 GEMMS = tuple(Gemm(m, n, k) for m, (n, k) in product((4096, 128, 64, 1), LINEARS))
-# What an fp8 GEMM must get right beside those: every remainder of M, K that is no multiple of 16, and V2's widths.
-GEMM_CASES = tuple(
-    Gemm(m, n, k) for m, (n, k) in product((1, 7, 8, 64, 83, 128, 4096), (*LINEARS, (512, 3884), (13824, 4096)))
-)
 LINEAR_LAYERS = tuple(Gemm(4096, n, k) for n, k in EXPERT_LINEARS)
 
-# Expert parallelism over 64, 32 and 8 GPUs: 4, 8 and 32 local experts.
+# Experts spread over 64, 32 and 8 GPUs: 4, 8 and 32 on each.
 GROUPED = tuple(
     GroupedGemm(g, m, n, k) for (g, m), (n, k) in product(((4, 8192), (8, 4096), (32, 192)), EXPERT_LINEARS)
 )
@@ -241,15 +237,6 @@ MASKED = tuple(
     for (g, m), (n, k) in product(((1, 1024), (4, 256), (16, 64), (32, 64), (32, 16)), EXPERT_LINEARS)
 )
 GROUPED_WGRAD = tuple(GroupedGemm(g, m, n, k) for (g, m), (n, k) in product(((4, 8192), (8, 4096)), EXPERT_LINEARS))
-# What grouped GEMMs must get right beside those (wider experts, and masked groups with few rows).
-GROUPED_CASES = tuple(
-    GroupedGemm(g, m, n, k)
-    for (g, m), (n, k) in product(
-        ((4, 8192), (8, 4096), (32, 192), (6, 1024), (32, 20), (6, 20)),
-        ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048)),
-    )
-)
-
 GROUPED_ROWS = (GroupedRows(8, 4096, HIDDEN),)
 
 ACTIVATIONS = (Rows(4096, HIDDEN), Rows(128, HIDDEN))

@@ -16,7 +16,7 @@ from dskernels.moe.config import (
     choose_row,
 )
 
-ROWS, SWIGLU = "dskernels.moe.triton", "dskernels.moe.triton_swiglu"
+ROWS, SORT, SWIGLU = (f"dskernels.moe.triton{part}" for part in ("", "_sort", "_swiglu"))
 
 
 def integers(*names):
@@ -40,10 +40,10 @@ def test_sort_compiles_without_spills():
         results = dict.fromkeys(("p_offsets", "p_index", "p_source"), "*i32")
         sums = dict.fromkeys(("p_totals", "p_before"), "*i32")
         kernels += [
-            Compile(f"{ROWS}:compare_kernel", {**ids, **results}, compare),
-            Compile(f"{ROWS}:count_kernel", {**ids, "p_counts": "*i32"}, counts),
-            Compile(f"{ROWS}:scan_kernel", {"p_counts": "*i32", "p_totals": "*i32", "blocks": "i32"}, scan),
-            Compile(f"{ROWS}:place_kernel", {**ids, **sums, **results}, counts, num_warps=8),
+            Compile(f"{SORT}:compare_kernel", {**ids, **results}, compare),
+            Compile(f"{SORT}:count_kernel", {**ids, "p_counts": "*i32"}, counts),
+            Compile(f"{SORT}:scan_kernel", {"p_counts": "*i32", "p_totals": "*i32", "blocks": "i32"}, scan),
+            Compile(f"{SORT}:place_kernel", {**ids, **sums, **results}, counts, num_warps=8),
         ]
     assert_clean(compile_all(kernels))
 

@@ -13,7 +13,7 @@ import torch
 import dskernels as ds
 from dskernels import dispatch
 from dskernels.cuda import driver
-from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
+from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, scale_map
 from dskernels.gemm import hopper
 from dskernels.metadata import ByMetadata
 
@@ -163,6 +163,17 @@ def test_maps(fake):
         {"dtype": 9, "sizes": [48, 40], "strides": [128], "box": [32, 16], "swizzle": 3},
         {"dtype": 7, "sizes": [8, 3], "strides": [32], "box": [4, 1], "swizzle": 0},
     ]
+
+
+def test_scales_of_one_column(fake):
+    """Its stride may be anything, and 4 bytes are none that the accelerator takes."""
+    for scale in (torch.ones(33, 1), torch.ones(1, 33).T):
+        driver._encoded(scale_map("a_scale", scale, 128))
+        assert fake.encoded[-1]["sizes"] == [33, 1]
+        assert fake.encoded[-1]["strides"] == [144]
+        assert fake.encoded[-1]["box"] == [128, 1]
+    driver._encoded(scale_map("a_scale", torch.ones(3, 40).T, 128))
+    assert fake.encoded[-1]["strides"] == [160]
 
 
 @pytest.mark.parametrize("checked", [False, True])

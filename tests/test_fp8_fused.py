@@ -282,7 +282,7 @@ def test_kernels_compile_without_spills():
         ]
     for cols in (128, 2048, 7168, 16384, 20000):
         norm, backward = choose_norm(cols), choose_norm_backward(cols)
-        pointers = {"p_x": "*bf16", "p_weight": "*bf16", **sizes, "eps": "fp32"}
+        pointers = {"p_x": "*bf16", "p_weight": "*bf16", "cols": "i32", "eps": "fp32"}
         name = "rmsnorm_backward_kernel" if backward.whole else "rmsnorm_backward_wide_kernel"
         kernels += [
             Compile(
@@ -299,7 +299,7 @@ def test_kernels_compile_without_spills():
                 f"dskernels.fp8.triton_norm:{name}",
                 signature={
                     **{"p_dy": "*bf16", "p_dresidual": "*bf16", "p_dx": "*bf16", "p_partial": "*fp32"},
-                    **{**pointers, "programs": "i32", **strides("dyr", "xr", "rr", "dxr")},
+                    **{**pointers, "rows": "i32", "programs": "i32", **strides("dyr", "xr", "rr", "dxr")},
                 },
                 constants={"HAS_RESIDUAL": True, "BLOCK": backward.block},
                 divisible=("cols", "stride_dyr", "stride_xr", "stride_rr", "stride_dxr"),

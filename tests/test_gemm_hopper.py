@@ -104,6 +104,15 @@ def test_every_epilogue(device, b_rows, config, m, n, k):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("m", [5, 300])
+def test_scales_of_one_column_of_any_stride(device, m):
+    a, b = quantized(0, m, 128, (1, 128), device), quantized(1, 576, 128, (128, 128), device)
+    want = ds.fp8_gemm(a, b, impl="hopper")
+    plain = a._replace(scale=a.scale.clone(memory_format=torch.contiguous_format))
+    assert torch.equal(ds.fp8_gemm(plain, b, impl="hopper"), want)
+
+
+@pytest.mark.gpu
 def test_bits_repeat_and_nothing_else_is_written(device):
     a, b = quantized(0, 700, 1024, (1, 128), device), quantized(1, 576, 1024, (128, 128), device)
     whole = torch.full((704, 640), 3.0, device=device, dtype=torch.bfloat16)

@@ -86,6 +86,13 @@ def test_what_it_does_not_take():
     assert "the rows of out must be aligned to 16 bytes, its strides are [131, 1]" in reason(n=131)
     apart = torch.empty(3 * 400 * 576 + 99).to(torch.float8_e4m3fn).as_strided((3, 576, 400), (400 * 576 + 16, 400, 1))
     assert "the matrices of b must be whole rows apart" in reason(b=apart)
+    stack = torch.zeros(2, 8, 400).to(torch.float8_e4m3fn)
+    masked = {"a": stack, "a_scale": torch.ones(4, 16).T.unflatten(0, (2, 8)), "b": torch.empty(2, 576, 400)}
+    masked |= {"b_scale": torch.ones(2, 5, 4), "counts": torch.zeros(2), "out": torch.empty(2, 8, 576)}
+    # One row of each group, and their scales apart: each is a column of one element, of any stride.
+    single = {name: masked[name][:, ::8] for name in ("a", "a_scale", "out")}
+    message = "the groups of a.scale must follow each other without gaps, its strides are [8, 8, 16]"
+    assert message in hopper.grouped_gemm_masked_supports(**(masked | single))
     x = ds.quantize_grouped(torch.ones(4, 64), torch.tensor([0, 4], dtype=torch.int32), impl="reference")
     wgrad = (x.data, x.scale, x.data, x.scale, torch.tensor([0, 4], dtype=torch.int32))
     assert "adds to fp32 only" in hopper.grouped_wgrad_supports(*wgrad, torch.empty(1, 64, 64, dtype=BRAIN), True)

@@ -59,7 +59,7 @@ def test_choice():
     assert columns(1, 8, 7168) == 128  # 28 tiles of 256 would leave most multiprocessors idle
     for config in CONFIGS:
         assert config.stages(256) >= 4
-        assert config.stages(hopper_half.MAX_GROUPS) >= 3
+        assert config.stages(hopper_half.MOST_GROUPS) >= 3
 
 
 def test_what_it_does_not_take():

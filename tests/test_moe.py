@@ -49,9 +49,9 @@ def check_permuted(permuted, x, experts, n_experts):
 @pytest.fixture(params=["few", "many"])
 def how_many(request, monkeypatch):
     """Both ways of sorting, whatever the number of choices."""
-    from dskernels.moe import triton
+    from dskernels.moe import triton_sort
 
-    monkeypatch.setattr(triton, "MOST_COMPARED", 1 << 20 if request.param == "few" else 0)
+    monkeypatch.setattr(triton_sort, "MOST_COMPARED", 1 << 20 if request.param == "few" else 0)
 
 
 @pytest.mark.usefixtures("how_many")
@@ -102,13 +102,13 @@ def test_any_ids(device, ids, top_k, n_experts):
 
 def check_source(experts, n_experts):
     """Both ways of sorting agree, and `source` is the inverse of `index`."""
-    from dskernels.moe import triton
+    from dskernels.moe import triton_sort
 
     results = []
     for most in (1 << 20, 0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton, "MOST_COMPARED", most)
-            results.append(triton.sort(experts, n_experts))
+            patch.setattr(triton_sort, "MOST_COMPARED", most)
+            results.append(triton_sort.sort(experts, n_experts))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     offsets, index, source = results[0]
     used = offsets[-1].item()
@@ -118,7 +118,7 @@ def check_source(experts, n_experts):
 
 
 def test_sort_of_more_blocks_than_are_scanned_at_a_time(device):
-    from dskernels.moe.triton import sort
+    from dskernels.moe.triton_sort import sort
 
     size = SORT_BLOCK * SCAN_BLOCKS + 3 * SORT_BLOCK + 5
     experts = torch.randint(-1, 20, (size, 1), device=device)

@@ -257,14 +257,14 @@ def test_a_token_that_nobody_takes_is_not_read(device, fp8):
 
 def test_rows_without_a_choice_are_neither_read_nor_written(device, monkeypatch):
     """The backward of the SwiGLU leaves rows of dropped choices alone: they have no weight to read or to write."""
-    from dskernels.moe import triton_experts
+    from dskernels.moe import triton_swiglu
 
-    monkeypatch.setattr(triton_experts.torch, "empty_like", lambda t: torch.full_like(t, 7.0))
+    monkeypatch.setattr(triton_swiglu.torch, "empty_like", lambda t: torch.full_like(t, 7.0))
     gate_up, dhidden = torch.randn(4, 80, device=device), torch.randn(4, 40, device=device)
     gate_up[2:], dhidden[2:] = NAN, NAN
     source = torch.tensor([3, 0, -1, -1], dtype=torch.int32, device=device)
     weights = torch.rand(2, 2, device=device)
-    dgate_up, hidden, dweights = triton_experts.swiglu_backward(gate_up, dhidden, source, weights)
+    dgate_up, hidden, dweights = triton_swiglu.swiglu_backward(gate_up, dhidden, source, weights)
     assert (dgate_up[2:] == 7).all()
     assert (hidden[2:] == 7).all()
     assert (dgate_up[:2] != 7).all()

@@ -5,7 +5,7 @@ import torch
 
 import dskernels as ds
 from dskernels import parity
-from dskernels.moe import hopper, triton
+from dskernels.moe import hopper, triton, triton_sort
 from dskernels.parity import moe as cases
 from dskernels.reference import fused_experts as reference
 from dskernels.reference import grouped_gemm, grouped_wgrad, quantize_grouped
@@ -35,8 +35,8 @@ def run(device, monkeypatch):
     else:
         monkeypatch.setattr(hopper, "grouped", _References)
         monkeypatch.setattr(hopper, "quantize_grouped", _quantize_grouped)
-    monkeypatch.setattr(hopper, "empty", poisoned)
-    monkeypatch.setattr(triton, "empty", poisoned)
+    for module in (hopper, triton, triton_sort):
+        monkeypatch.setattr(module, "empty", poisoned)
 
     def run(tensors, experts, dout=None, *, fp8=False, recompute=False):
         x, w13, w2, weights, *shared = tensors

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from dskernels.metadata import ByMetadata
+from dskernels.validate import ceil_div
 
 _MAP_BYTES = 128
 _ELEMENT = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}
@@ -44,6 +45,8 @@ _NO_SWIZZLE, _SWIZZLE_128B = 0, 3
 _PROMOTE = {128: 2, 256: 3}
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _INVALID_CONTEXT = 201
+
+RAGGED_ROWS = 2**30  # a `ragged_map` is of fewer rows
 
 _Replace = Callable[[int], int]
 _Launch = Callable[[Sequence[int], tuple], None]
@@ -111,7 +114,7 @@ def ragged_map(name: str, x: Tensor, box: tuple[int, int]) -> TensorMap:
     Row r of a group that ends before row `end` is, from the innermost coordinate on, (column, 2^30 + r - end, 2^30,
     end), see `tma_load_ragged` in ptx.cuh: the second and the third add up to the distance from the group's end, as
     2^30 steps of 2^34 bytes wrap around the 64 bits of an address, and the second is out of bounds from the end on.
-    Triton's ragged descriptors do the same (triton/tools/ragged_tma.py). Rows must be fewer than 2^30.
+    Triton's ragged descriptors do the same (triton/tools/ragged_tma.py). Rows must be fewer than `RAGGED_ROWS`.
     """
     stride = x.stride(0)
     around = 2**34 // x.element_size() - stride
@@ -120,9 +123,19 @@ def ragged_map(name: str, x: Tensor, box: tuple[int, int]) -> TensorMap:
         x,
         (1, 1, *box),
         swizzle=True,
-        sizes=(x.shape[0] + 1, 2**30 + 1, 2**30, x.shape[1]),
+        sizes=(x.shape[0] + 1, RAGGED_ROWS + 1, RAGGED_ROWS, x.shape[1]),
         strides=(stride, around, stride, 1),
     )
+
+
+def scale_map(name: str, scale: Tensor, rows: int) -> TensorMap:
+    """Map of the scales ``[rows, K / 128]`` of 1x128 tiles, `rows` of one column in a copy.
+
+    The stride of a single column may be anything, as nothing is read by it; the map gets one that the driver takes.
+    """
+    height, columns = scale.shape
+    strides = (scale.stride(1) if columns > 1 else 4 * ceil_div(height, 4), 1)
+    return TensorMap(name, scale.t(), (1, rows), swizzle=False, strides=strides)
 
 
 class Plan:

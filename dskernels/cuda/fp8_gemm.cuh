@@ -16,7 +16,7 @@
 //   b_row()         of B, and of the scales of 1x128 tiles of B, where it begins
 //   b_scales(s, i)  where in the matrix `s` of 128x128 blocks' scales those of strip i of the tile are
 //   column()        of C, where it begins
-//   block()         of K, 128 wide, where its sum begins; blocks(): how many there are, none for a tile of zeros
+//   block()         of K, 128 wide, where its sum begins, 0 with B_ROWS 128; blocks(): how many there are, none for a tile of zeros
 //   rows()          rows of C from row() on that it may write
 //   store<ADD>(map, buffer, column, row): have a box of 64 rows stored, or added; `row` counts from the tile's first
 //   advance()       next() for who only counts tiles, with ANY_ROW
@@ -36,12 +36,13 @@
 //   BIAS        0 none, 1 bf16, 2 fp16, 3 fp32
 //   ACCUMULATE  1: add to C instead of overwriting it
 //   REGISTERS   of a thread that multiplies; the others have 504 - 2 * REGISTERS
-//   AHEAD       with B_ROWS 1: of a thread's pairs of columns, how many scales it reads ahead, all or as many as it has registers for
+//   AHEAD       with B_ROWS 1: for how many pairs of its columns a thread reads the scales before a block's products, see KEPT
 //   ONE_READER  1: of a warp, only the lanes that release a stage read B's scales from it, and hand them on. compute-sanitizer's racecheck
 //               takes an arrival for the reads of the arriving lane alone; this costs 1.3%. 0 if not defined.
 //   DIRECT      1: C is written by ordinary stores: rows that the accelerator cannot address, and adding to bf16 or fp16
 #pragma once
 
+#include "element.cuh"
 #include "wgmma.cuh"
 
 #ifndef ONE_READER
@@ -52,27 +53,24 @@ constexpr int BLOCK_M = 128 * WAVES, BLOCK_K = 128;
 constexpr int A_BYTES = BLOCK_M * BLOCK_K, B_BYTES = BLOCK_N * BLOCK_K;
 // With B_ROWS 128 a strip of columns has one scale.
 constexpr int STRIP_N = B_ROWS == 1 ? BLOCK_N : BLOCK_N % 128 == 0 ? 128 : 64, STRIPS = BLOCK_N / STRIP_N;
-// The accelerator copies scales of A from a multiple of 4 rows on. Where a tile begins at another, it takes 4 more of each 128, to a multiple of
-// 128 bytes; and who loads leaves word, beside B's scales, of how many rows the tile has, and of how far its first one is from such a multiple in
-// the tile that follows.
+// The accelerator copies scales of A from a multiple of 4 rows on. With ANY_ROW, where a tile may begin between two of these, it takes 132 in
+// place of 128, to a multiple of 128 bytes. Beside B's scales the loading thread then writes a word for those that multiply: how many rows
+// the tile has, times 4, and how many rows after a multiple of 4 the next tile begins.
 constexpr int SA_COPIES = ANY_ROW ? WAVES : 1, SA_COPIED = ANY_ROW ? 132 * 4 : BLOCK_M * 4, SA_PITCH = ANY_ROW ? 640 : 512;
 constexpr int SA_BYTES = SA_PITCH * WAVES, SB_BYTES = B_ROWS == 1 ? BLOCK_N * 4 : 16;
 constexpr int LOADED_BYTES = A_BYTES + B_BYTES + SA_COPIES * SA_COPIED + (B_ROWS == 1 ? SB_BYTES : 0);  // of a stage, by the accelerator
-static_assert(!ANY_ROW || STRIPS <= 3, "the fourth of B's scales has another use");
-constexpr u16 EVERYONE = (1 << CLUSTER) - 1;                                                // of a cluster
-
-#if OUT == 2
-typedef float Element;
-#else
-typedef u16 Element;
-#endif
+static_assert(!ANY_ROW || STRIPS <= 3, "the word that ANY_ROW needs is the fourth of B's scales");
+static_assert(!ANY_ROW || !(DIRECT || BIAS), "who multiplies with ANY_ROW does not know where its tile is");
+constexpr u16 EVERYONE = (1 << CLUSTER) - 1;  // of a cluster
 // C is handed over in boxes of 64 rows and 128 bytes, BOXES of them at once, from the first or the second half of a warpgroup's buffers.
 constexpr int BOX_N = 128 / (int)sizeof(Element), BOXES = BLOCK_N / 64, HANDOVERS = WAVES * BLOCK_N / (BOX_N * BOXES), HALVES = WAVES;
 constexpr int BOX_BYTES = DIRECT ? 0 : 64 * 128;
 
 constexpr int OFFSET_A = 0, OFFSET_B = STAGES * A_BYTES, OFFSET_C = OFFSET_B + STAGES * B_BYTES;
 constexpr int OFFSET_SA = OFFSET_C + 2 * HALVES * BOXES * BOX_BYTES, OFFSET_SB = OFFSET_SA + STAGES * SA_BYTES;
-constexpr int OFFSET_BARRIERS = OFFSET_SB + STAGES * SB_BYTES;
+constexpr int OFFSET_BARRIERS = OFFSET_SB + STAGES * SB_BYTES, OFFSET_TABLE = OFFSET_BARRIERS + STAGES * 16;  // the kernel's from there on
+
+#include "ring.cuh"
 
 // Where C is, and what is added to it. A tile's columns end at `columns`.
 struct Output {
@@ -81,13 +79,6 @@ struct Output {
     const void* bias;
     int columns, stride;
 };
-
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 both;
-    if (OUT == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
 
 // Volatile, so that the loads stay where they are used: gathered in front of the sums they spill registers.
 __device__ __forceinline__ float bias_at(const Output& out, int col) {
@@ -102,21 +93,7 @@ __device__ __forceinline__ float bias_at(const Output& out, int col) {
     return widen(x, BIAS == 1 ? 0 : 1);
 }
 
-// ---- the ring of stages ------------------------------------------------------------------------------------------
-
-struct Stage {
-    int index = 0;
-    u32 phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++index == STAGES) {
-            index = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-__device__ __forceinline__ u32 full(u32 base, int stage) { return base + OFFSET_BARRIERS + stage * 8; }
-__device__ __forceinline__ u32 empty(u32 base, int stage) { return base + OFFSET_BARRIERS + (STAGES + stage) * 8; }
+// ---- loading ------------------------------------------------------------------------------------------------------
 
 // One thread's work: fill the ring, block of K by block of K, tile by tile. Scales of 128x128 blocks of B, too few for the accelerator, it
 // reads itself, a block ahead.
@@ -206,10 +183,7 @@ __device__ __forceinline__ void write_directly(const float (&total)[WAVES][BLOCK
 }
 
 // C goes from registers to shared memory, in the accelerator's 128-byte swizzle, and from there a warp of its own has it stored: a
-// warpgroup that hands it to the accelerator itself waits about 800 clocks for that. For each half of a warpgroup's buffers a pair of
-// barriers, of the 128 threads that write and the 32 that have it stored, says that it is written, and that the accelerator has read it.
-__device__ __forceinline__ constexpr int written(int group, int half) { return 1 + group * HALVES + half; }
-__device__ __forceinline__ constexpr int free_again(int group, int half) { return 1 + (2 + group) * HALVES + half; }
+// warpgroup that hands it to the accelerator itself waits about 800 clocks for that.
 
 __device__ __forceinline__ void write_to_shared(const float (&total)[WAVES][BLOCK_N / 2], const Output& out, u32 buffers, int group, int warp, int lane,
                                                 int col) {
@@ -307,7 +281,7 @@ template <class Tiles>
 __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group, int warp, int lane, const Output& out) {
     if (!tiles.valid()) return;
     const int row = group * 64 + warp * 16 + lane / 4, column = lane % 4 * 2;  // of this thread's first accumulator, in the tile
-    // The lower halves of descriptors, through a shuffle as below.
+    // The lower halves of descriptors, through a shuffle, so that the compiler knows them to be the same in all lanes.
     const u32 first_a = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_A + group * 64 * BLOCK_K), 0);
     const u32 first_b = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_B), 0);
     Stage stage;
@@ -365,9 +339,9 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
                     const bool last = w == used - 1;
                     wgmma_wait<0>();
                     registers_fence(part);
-                    if (ALL_KEPT && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
+                    if (ALL_KEPT && last) release(base, stage.index, lane);
                     promote(total[w], part, scale_0[w], scale_1[w], columns, base + OFFSET_SB + stage.index * SB_BYTES + column * 4);
-                    if (!ALL_KEPT && last && lane < CLUSTER) barrier_arrive_at(empty(base, stage.index), lane);
+                    if (!ALL_KEPT && last) release(base, stage.index, lane);
                     if (last) {
                         stage.advance();
                         barrier_wait(full(base, stage.index), stage.phase);
@@ -397,13 +371,7 @@ __device__ __forceinline__ void block_scaled_gemm(Tiles tiles, u32 base, const T
     // Through a shuffle, so that the compiler knows them to be the same in all lanes.
     const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4;
     const int lane = threadIdx.x % 32;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; ++i) {
-            barrier_init(full(base, i), 1);
-            barrier_init(empty(base, i), 8 * CLUSTER);  // one lane of each multiplying warp of each CTA that shares the stage
-        }
-        barrier_init_fence();
-    }
+    if (threadIdx.x == 0) make_barriers(base);
     if (CLUSTER > 1) cluster_sync();
     else __syncthreads();
     if (group == 2) {

@@ -24,6 +24,7 @@
 // 2 (fp16), 3 (fp32), ACCUMULATE 0 or 1.
 #pragma once
 
+#include "element.cuh"
 #include "wgmma.cuh"
 
 constexpr int BLOCK_K = 128, CONSUMERS = 2 * TILE, WARPS = CONSUMERS / 32;
@@ -37,11 +38,6 @@ constexpr int RECEIVED = (SPLIT - 1) * SHARE * CONSUMERS * 16;
 constexpr int PITCH = TILE + 4;  // of a row of C in shared memory, so that writes and reads meet no bank conflicts
 constexpr int C_BYTES = C_ROWS * PITCH * 4;
 
-#if OUT == 2
-typedef float Element;
-#else
-typedef u16 Element;
-#endif
 constexpr int VECTOR = 16 / sizeof(Element);
 
 __device__ __forceinline__ float read(float x) { return x; }
@@ -70,7 +66,7 @@ struct Output {
     int columns, stride;
 };
 
-// What lies where in shared memory. A CTA's `only` tile leaves in place of the stages, which by then are free.
+// What lies where in shared memory. C of a CTA's `only` tile is written over the stages, which by then are free.
 struct Memory {
     u32 rows, tokens, scales, received, c, all_received, barriers, end;
 
@@ -205,8 +201,8 @@ __device__ __forceinline__ void add_up(float (&sum)[SHARE * 4], const float (&to
     }
 }
 
-// Rows of the tile from `first_row` on, to C, of which `rows` more may be written: transposed through shared memory, so that they are written in
-// 16 bytes a thread.
+// Rows of the tile from its row `of_tile` on, SHARE * 8 of them, to C, where the tile begins at row `first_row` and has `rows` rows: transposed
+// through shared memory, so that a thread writes 16 bytes.
 __device__ __forceinline__ void write(const float* sum, const Output& out, u32 buffer, int first_row, int of_tile, int rows, int column) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 to = buffer + ((lane % 4) * 2 * PITCH + warp * 16 + lane / 4) * 4;

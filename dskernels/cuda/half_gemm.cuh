@@ -31,52 +31,23 @@
 //   ACCUMULATE  1: add to C instead of overwriting it, with OUT 2
 #pragma once
 
+#include "element.cuh"
 #include "wgmma.cuh"
 
-constexpr int BLOCK_M = 128, BLOCK_K = 64, CLUSTER = 2, THREADS = 384;
+constexpr int BLOCK_M = 128, BLOCK_K = 64, CLUSTER = 2;
 constexpr u16 EVERYONE = 3;  // of a cluster
 // Operands come in boxes: rows of 64 of K, half a tile's; or 64 of K, rows of 64 of M or N.
 constexpr int A_BOXES = 2, B_BOXES = B_MN ? BLOCK_N / 64 : 2;
 constexpr int A_BYTES = BLOCK_M * BLOCK_K * 2, B_BYTES = BLOCK_N * BLOCK_K * 2;
-
-#if OUT == 2
-typedef float Element;
-#else
-typedef u16 Element;
-#endif
 // C is handed over in boxes of 64 rows and 128 bytes, through two buffers for each warpgroup.
 constexpr int BOX_N = 128 / (int)sizeof(Element), BOXES = BLOCK_N / BOX_N, BOX_BYTES = 64 * 128, HALVES = 2;
 
 constexpr int OFFSET_A = 0, OFFSET_B = STAGES * A_BYTES, OFFSET_C = OFFSET_B + STAGES * B_BYTES;
 constexpr int OFFSET_BARRIERS = OFFSET_C + 2 * HALVES * BOX_BYTES, OFFSET_TABLE = OFFSET_BARRIERS + STAGES * 16;  // the kernel's from there on
 
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 both;
-    if (OUT == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
+#include "ring.cuh"
 
-// ---- the ring of stages ------------------------------------------------------------------------------------------
-
-struct Stage {
-    int index = 0;
-    u32 phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++index == STAGES) {
-            index = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-__device__ __forceinline__ u32 full(u32 base, int stage) { return base + OFFSET_BARRIERS + stage * 8; }
-__device__ __forceinline__ u32 empty(u32 base, int stage) { return base + OFFSET_BARRIERS + (STAGES + stage) * 8; }
-
-// A warp is done with a stage: says so to both CTAs, as each loads for both.
-__device__ __forceinline__ void release(u32 base, int stage, int lane) {
-    if (lane < CLUSTER) barrier_arrive_at(empty(base, stage), lane);
-}
+// ---- loading ------------------------------------------------------------------------------------------------------
 
 // One thread's work: fill the ring, block of K by block of K, tile by tile.
 template <class Tiles>
@@ -107,11 +78,7 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
 
 // ---- C -----------------------------------------------------------------------------------------------------------
 
-// C goes from registers to shared memory, in the accelerator's 128-byte swizzle, and from there a warp of its own has it stored. For each
-// buffer a pair of barriers, of the 128 threads that write and the 32 that have it stored, says that it is written, and that the accelerator
-// has read it.
-__device__ __forceinline__ constexpr int written(int group, int half) { return 1 + group * HALVES + half; }
-__device__ __forceinline__ constexpr int free_again(int group, int half) { return 1 + (2 + group) * HALVES + half; }
+// C goes from registers to shared memory, in the accelerator's 128-byte swizzle, and from there a warp of its own has it stored.
 
 __device__ __forceinline__ void write_to_shared(const float (&sums)[BLOCK_N / 2], u32 buffers, int group, int warp, int lane) {
 #pragma unroll
@@ -212,16 +179,8 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
     }
 }
 
-// The barriers, which one thread makes; before they are used, both CTAs of the cluster are to meet.
-__device__ __forceinline__ void make_barriers(u32 base) {
-    for (int i = 0; i < STAGES; ++i) {
-        barrier_init(full(base, i), 1);
-        barrier_init(empty(base, i), 8 * CLUSTER);  // one lane of each multiplying warp of both CTAs
-    }
-    barrier_init_fence();
-}
-
-// The whole kernel but for what the last warp does, `rest`, for a grid of as many clusters as the GPU holds.
+// The whole kernel but for the barriers, see `make_barriers`, and what the last warp does, `rest`; for a grid of as many clusters as the GPU
+// holds.
 template <class Tiles, class Rest>
 __device__ __forceinline__ void half_gemm(Tiles tiles, u32 base, const TensorMap* map_a, const TensorMap* map_b, const TensorMap* map_c, Rest rest) {
     // Through a shuffle, so that the compiler knows them to be the same in all lanes.

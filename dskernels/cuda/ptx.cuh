@@ -83,12 +83,34 @@ __device__ __forceinline__ void tma_load(u32 dst, const TensorMap* map, u32 barr
         "l"(map), "r"(barrier), "r"(x), "r"(y)
         : "memory");
 }
+__device__ __forceinline__ void tma_load(u32 dst, const TensorMap* map, u32 barrier, int x, int y, int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+// A load that leaves the L2 first: it takes the place of its own kind, not of what others put there and may still have to be written back.
+__device__ __forceinline__ void tma_load_evict_first(u32 dst, const TensorMap* map, u32 barrier, int x, int y) {
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], policy;}" ::"r"(
+            dst),
+        "l"(map), "r"(barrier), "r"(x), "r"(y)
+        : "memory");
+}
 // The same tile to every CTA of the cluster that `mask` names, at the same place, counted by each CTA's own barrier.
 __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map, u32 barrier, int x, int y, u16 mask) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
         "[%2], %5;" ::"r"(dst),
         "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(mask)
+        : "memory");
+}
+__device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map, u32 barrier, int x, int y, int z, u16 mask) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], "
+        "[%2], %6;" ::"r"(dst),
+        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(mask)
         : "memory");
 }
 // Rows of a group that ends at row `end`, by a map of `ragged_map` in driver.py: those from `end` on are read as zero. The second coordinate
@@ -114,10 +136,31 @@ __device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 
         "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3}], [%1], policy;}" ::"l"(map), "r"(src), "r"(x), "r"(y)
         : "memory");
 }
+__device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y, int z) {
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], policy;}" ::"l"(map), "r"(src), "r"(x),
+        "r"(y), "r"(z)
+        : "memory");
+}
+// Rows of a group, as `tma_load_ragged` reads them: those from `end` on are not written.
+__device__ __forceinline__ void tma_store_ragged_evict_first(const TensorMap* map, u32 src, int x, int row, int end) {
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], policy;}" ::"l"(map), "r"(src), "r"(x),
+        "r"(RAGGED + row - end), "r"(RAGGED), "r"(end)
+        : "memory");
+}
 // Add to what is there, in the L2.
 __device__ __forceinline__ void tma_add(const TensorMap* map, u32 src, int x, int y) {
     asm volatile(
         "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src), "r"(x), "r"(y)
+        : "memory");
+}
+__device__ __forceinline__ void tma_add(const TensorMap* map, u32 src, int x, int y, int z) {
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(src), "r"(x), "r"(y),
+        "r"(z)
         : "memory");
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -138,6 +181,11 @@ __device__ __forceinline__ float smem_load(u32 addr) {
 __device__ __forceinline__ float2 smem_load2(u32 addr) {
     float2 x;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(addr));
+    return x;
+}
+__device__ __forceinline__ float4 smem_load4(u32 addr) {
+    float4 x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(addr));
     return x;
 }
 __device__ __forceinline__ void smem_store2(u32 addr, float x, float y) {
@@ -169,24 +217,6 @@ __device__ __forceinline__ void cluster_store(u32 addr, u32 barrier, float4 x) {
                  : "memory");
 }
 
-// ---- what is read once ---------------------------------------------------------------------------------------------
-
-// A load that leaves the L2 first: it takes the place of its own kind, not of what others put there and may still have to be written back.
-__device__ __forceinline__ void tma_load_evict_first(u32 dst, const TensorMap* map, u32 barrier, int x, int y) {
-    asm volatile(
-        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], policy;}" ::"r"(
-            dst),
-        "l"(map), "r"(barrier), "r"(x), "r"(y)
-        : "memory");
-}
-
-__device__ __forceinline__ float4 smem_load4(u32 addr) {
-    float4 x;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(addr));
-    return x;
-}
-
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
 // Spelt out, so that denormals count whatever the compiler is told (CuPy tells it to flush them).
@@ -211,42 +241,4 @@ __device__ __forceinline__ float widen(u16 x, int kind) {
     if (kind == 0) return __uint_as_float((u32)x << 16);
     asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x));
     return wide;
-}
-
-// ---- the accelerator on stacks of matrices ---------------------------------------------------------------------------
-
-__device__ __forceinline__ void tma_load(u32 dst, const TensorMap* map, u32 barrier, int x, int y, int z) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(dst),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
-        : "memory");
-}
-__device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map, u32 barrier, int x, int y, int z, u16 mask) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4, %5}], "
-        "[%2], %6;" ::"r"(dst),
-        "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(mask)
-        : "memory");
-}
-__device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y, int z) {
-    asm volatile(
-        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], policy;}" ::"l"(map), "r"(src), "r"(x),
-        "r"(y), "r"(z)
-        : "memory");
-}
-__device__ __forceinline__ void tma_add(const TensorMap* map, u32 src, int x, int y, int z) {
-    asm volatile(
-        "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(src), "r"(x), "r"(y),
-        "r"(z)
-        : "memory");
-}
-
-// Rows of a group, as `tma_load_ragged` reads them: those from `end` on are not written.
-__device__ __forceinline__ void tma_store_ragged_evict_first(const TensorMap* map, u32 src, int x, int row, int end) {
-    asm volatile(
-        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], policy;}" ::"l"(map), "r"(src), "r"(x),
-        "r"(RAGGED + row - end), "r"(RAGGED), "r"(end)
-        : "memory");
 }

@@ -15,7 +15,7 @@ from dskernels.portable import cast, launch
 from dskernels.validate import ceil_div
 
 
-@triton.jit(do_not_specialize=["rows", "stride_sc"])
+@triton.jit(do_not_specialize=["stride_sc"])
 def rmsnorm_quantize_kernel(
     p_x,
     p_residual,
@@ -23,7 +23,6 @@ def rmsnorm_quantize_kernel(
     p_total,
     p_q,
     p_s,
-    rows,
     cols,
     eps,
     stride_xr,
@@ -225,7 +224,6 @@ def rmsnorm_quantize(
             total,
             data,
             scale,
-            rows,
             cols,
             eps,
             x.stride(0),

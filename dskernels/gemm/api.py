@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation, empty
 from dskernels.fp8 import quantize, quantize_both
-from dskernels.gemm.weights import quantized_weight, transposed
+from dskernels.gemm.weights import weight_operand
 from dskernels.reference import gemm as reference
 from dskernels.types import Block, Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_choice, check_fp8, check_tensor
@@ -147,17 +147,10 @@ _fp8_gemm = Operation(
 )
 
 
-def _quantized(weight: Tensor, scale: Tensor | None, transpose: bool, impl: str | None) -> Fp8Tensor:
-    if scale is None:
-        return quantized_weight(weight, transpose=transpose, impl=impl)
-    quantized = Fp8Tensor(weight, scale, (128, 128))
-    return transposed(quantized) if transpose else quantized
-
-
 def _fp8_linear_forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, impl: str | None
 ) -> Tensor:
-    b = _quantized(weight, scale, False, impl)
+    b = weight_operand(weight, scale, False, impl)
     return fp8_gemm(quantize(x, impl=impl), b, out_dtype=x.dtype, bias=bias, impl=impl)
 
 
@@ -173,7 +166,7 @@ def _fp8_linear_gradients(
     elif needs_dw:
         columns = quantize(dy, (128, 1), transpose=True, impl=impl)
     if rows is not None:
-        dx = fp8_gemm(rows, _quantized(weight, scale, True, impl), out_dtype=x.dtype, impl=impl)
+        dx = fp8_gemm(rows, weight_operand(weight, scale, True, impl), out_dtype=x.dtype, impl=impl)
     if columns is not None:
         x_t = quantize(x, (128, 1), transpose=True, impl=impl)
         dw = fp8_gemm(columns, x_t, out_dtype=weight.dtype, impl=impl)

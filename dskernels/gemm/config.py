@@ -29,10 +29,11 @@ class GemmConfig:
         return ceil_div(m, self.block_m) * ceil_div(n, self.block_n)
 
 
-# sm_90. At 4096 rows on an H100 a prototype of PAIRED took 0.60 to 0.73 of cuBLASLt: one program adds its sums up while
-# the other one multiplies. A single program of 128x128 (PERSISTENT) took 0.52 to 0.63, being in step with itself.
+# sm_90. At 4096 rows on an H100 a prototype of PAIRED had 0.60 to 0.73 of cuBLASLt's speed (0.53 to 0.67 as it stands):
+# one program adds its sums up while the other one multiplies. A single program of 128x128 (PERSISTENT) had 0.52 to
+# 0.63, being in step with itself.
 #
-# Triton's `warp_specialize` took 0.77 to 0.89, but the code that it makes for Hopper may compute NaN. For each operand
+# Triton's `warp_specialize` had 0.76 to 0.90, but the code that it makes for Hopper may compute NaN. For each operand
 # it also makes barriers that nothing waits for, as TMA gets others, and since they are never used again they may lie
 # where B's stages begin: in 3.6.0 and 3.7.1 the kernel initialises mbarriers at bytes 0 to 31 of shared memory, and TMA
 # then writes row 0 of B there, with neither an mbarrier.inval nor a proxy fence between. PTX leaves undefined what
@@ -137,9 +138,9 @@ class HopperConfig:
         along_m, along_n = (1, self.cluster) if self.shared_a else (self.cluster, 1)
         return ceil_div(m, self.block_m * along_m) * ceil_div(n, self.block_n * along_n)
 
-    def estimate(self, m: int, n: int, k: int, multiprocessors: int) -> int:
-        """Clocks for the product: as many rounds of tiles as the clusters need."""
-        rounds = ceil_div(self.clusters(m, n), max(multiprocessors // self.cluster, 1))
+    def estimate(self, m: int, n: int, k: int, multiprocessors: int, groups: int = 1) -> int:
+        """Clocks for `groups` products of that size: as many rounds of tiles as the clusters need."""
+        rounds = ceil_div(groups * self.clusters(m, n), max(multiprocessors // self.cluster, 1))
         return rounds * (ceil_div(k, 128) * self.clocks + self.tile_clocks)
 
 
@@ -155,7 +156,7 @@ HOPPER_LOW = HopperConfig(
     waves=1, block_n=128, stages=5, cluster=1, shared_a=True, group=8, clocks=740, tile_clocks=1000
 )
 # With a scale for each row of B. Kept for both products of a block are 8 of 16 pairs of columns' scales: 1,015 TFLOP/s
-# at 4096x7168 and 4096 tokens, where 11, which leave registers to unroll by 2 only, gave 973. Out of clusters: 997.
+# at 4096x7168 and 4096 tokens, where 11, which leave registers to unroll by 2 only, gave 973.
 WGRAD_TALL = replace(HOPPER_TALL, cluster=1, registers=240, ahead=8, clocks=1550)
 WGRAD_LOW = replace(HOPPER_LOW, group=16, clocks=815)
 HOPPER_CONFIGS = {
@@ -172,6 +173,7 @@ def choose_hopper_config(m: int, n: int, k: int, b_rows: int, multiprocessors: i
 
 # Shared memory of an H100's multiprocessor; every CTA takes 1 KiB of it for itself.
 SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED = 228 * 1024, 1024
+SHARED_LIMIT = SHARED_OF_MULTIPROCESSOR - SHARED_RESERVED  # of a CTA
 
 
 @dataclass(frozen=True)

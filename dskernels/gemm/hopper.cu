@@ -53,7 +53,7 @@ extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
-__launch_bounds__(384, 1)
+__launch_bounds__(THREADS, 1)
 fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
          const __grid_constant__ TensorMap map_sb, const __grid_constant__ TensorMap map_c, const float* __restrict__ sb, const void* __restrict__ bias,
          Element* c, int M, int N, int K, int stride_sb, int stride_c) {

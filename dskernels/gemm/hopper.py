@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
-from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
+from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, scale_map
 from dskernels.dispatch import multiprocessors
 from dskernels.gemm import hopper_small
 from dskernels.gemm.config import HopperConfig, choose_hopper_config, choose_small_config, use_small
+from dskernels.gemm.hopper_small import BIAS, OUT
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 THREADS = 384
-OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-BIAS = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 @Planned
@@ -94,14 +93,14 @@ def plan(
     )
     shared = shared_bytes(config, b_rows, direct)
     clusters = min(config.clusters(m, n), multiprocessors(a.device) // config.cluster)
-    a_scale_map = TensorMap("a_scale", a_scale.t(), (1, config.block_m), swizzle=False)
+    a_scale_map = scale_map("a_scale", a_scale, config.block_m)
     return Plan(
         kernel(SOURCE, "fp8_gemm", options, shared, a.device.index),
         arguments=(
             TensorMap("a", a, (config.block_m, 128), swizzle=True),
             TensorMap("b", b, (config.block_n, 128), swizzle=True),
             a_scale_map,
-            TensorMap("b_scale", b_scale.t(), (1, config.block_n), swizzle=False) if b_rows == 1 else a_scale_map,
+            scale_map("b_scale", b_scale, config.block_n) if b_rows == 1 else a_scale_map,
             a_scale_map if direct else TensorMap("out", out, (64, 128 // out.element_size()), swizzle=True),
             Pointer("b_scale"),
             Pointer("bias"),

@@ -1,7 +1,7 @@
 """Launcher of hopper_small.cu, the block-scaled e4m3 GEMM for few rows on sm_90a.
 
 Reading the weights is all that counts there: with one row the kernel takes 1.03 to 1.17 times as long as one that does
-nothing else, and 0.75 to 0.93 of cuBLASLt's time. CUDA C++, as Triton 3.6's Gluon has neither clusters nor L2 policies:
+nothing else, and 0.73 to 0.86 of cuBLASLt's time. CUDA C++, as Triton 3.6's Gluon has neither clusters nor L2 policies:
 without evict-first, loads of B write back what others left in the L2, and 4096x7168 takes 21.0 us at 64 rows, not 18.6.
 """
 
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel
-from dskernels.cuda.driver import Plan, Pointer, TensorMap
+from dskernels.cuda.driver import Plan, Pointer, TensorMap, scale_map
 from dskernels.dispatch import multiprocessors
-from dskernels.gemm.config import SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED, SmallConfig
+from dskernels.gemm.config import SHARED_LIMIT, SmallConfig
 
 SOURCE = Path(__file__).with_name("hopper_small.cu")
 OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+BIAS = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # Up to here a CTA asks for whole rows of B at once, and the L2 fetches in pieces as large as it is asked for: 32768x512
 # took 12.7 us with a row and 13.5 with 64; in pieces of 256 bytes 13.7 and 14.7. At K = 1536 and more it is the same.
 SHORT_K = 512
-BIAS = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
 def plan(
@@ -42,11 +42,11 @@ def plan(
     stages = config.stages(m, n, k, processors)
     options = options_of(config, OUT[out.dtype], BIAS[None if bias is None else bias.dtype], int(accumulate))
     return Plan(
-        kernel(SOURCE, "fp8_gemm_small", options, SHARED_OF_MULTIPROCESSOR - SHARED_RESERVED, a.device.index),
+        kernel(SOURCE, "fp8_gemm_small", options, SHARED_LIMIT, a.device.index),
         arguments=(
             TensorMap("a", a, (config.tokens, 128), swizzle=True),
             TensorMap("b", b, (config.tile, 128), swizzle=True, fetch=128 if k <= SHORT_K else 256),
-            TensorMap("a_scale", a_scale.t(), (1, config.tokens), swizzle=False),
+            scale_map("a_scale", a_scale, config.tokens),
             Pointer("b_scale"),
             Pointer("bias"),
             Pointer("out"),

@@ -21,6 +21,14 @@ class _Kept(NamedTuple):
 _kept = WeakTensorKeyDictionary()
 
 
+def weight_operand(weight: Tensor, scale: Tensor | None, transpose: bool, impl: str | None) -> Fp8Tensor:
+    """`weight` [E?, N, K] in 128x128 blocks, or its transpose; one without a scale is quantised first."""
+    if scale is None:
+        return quantized_weight(weight, transpose=transpose, impl=impl)
+    quantized = Fp8Tensor(weight, scale, (128, 128))
+    return transposed(quantized) if transpose else quantized
+
+
 def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp8Tensor:
     """`weight` [E?, N, K] in 128x128 blocks, or its transpose, quantised anew only after the weight was written to.
 

@@ -31,11 +31,11 @@ def grouped_gemm(
     """Multiply each row of a ragged batch with the matrix of its group: ``out[r] = b[e] @ a[r]``.
 
     Row r belongs to group e where ``offsets[e] <= r < offsets[e + 1]``. Products are summed in fp32; those of e4m3 as
-    in :func:`dskernels.fp8_gemm`, promoted every 128 along K.
+    in :func:`dskernels.fp8_gemm`, promoted every 128 along K. The last dimension of every tensor is contiguous.
 
     Args:
         a: ``[T, K]``, rows sorted by group, T >= 0; bf16, fp16 or fp32, or an `Fp8Tensor` in 1x128 tiles.
-        b: ``[E, N, K]``, in the dtype of `a`; or a stacked `Fp8Tensor` in 128x128 blocks, its scale
+        b: ``[E, N, K]``, E >= 1, in the dtype of `a`; or a stacked `Fp8Tensor` in 128x128 blocks, its scale
             ``[E, ceil(N / 128), ceil(K / 128)]``.
         offsets: int32 ``[E + 1]`` on the device: 0, then the end of each group. Groups may be empty. It is never read
             on the host. Values are clamped into [0, T], and one that is less than an earlier one counts as that one, so
@@ -80,13 +80,13 @@ def grouped_gemm_masked(
     """Multiply the first ``counts[e]`` rows of each group's buffer with its matrix: ``out[e, m] = b[e] @ a[e, m]``.
 
     The layout of expert-parallel decoding: every expert has a buffer of M rows, and only the device knows how many of
-    them have arrived.
+    them have arrived. The last dimension of every tensor is contiguous.
 
     Args:
         a: ``[E, M, K]``, M >= 0; bf16, fp16 or fp32, or an `Fp8Tensor` in 1x128 tiles, its scale
             ``[E, M, ceil(K / 128)]`` with the row index contiguous: quantised as ``[E * M, K]``, then both parts viewed
             as stacks.
-        b: ``[E, N, K]``, in the dtype of `a`; or a stacked `Fp8Tensor` in 128x128 blocks.
+        b: ``[E, N, K]``, E >= 1, in the dtype of `a`; or a stacked `Fp8Tensor` in 128x128 blocks.
         counts: int32 ``[E]`` on the device, clamped into [0, M].
         out_dtype: bf16, fp16 or fp32; by default that of `a`, bf16 for e4m3; ignored where `out` is given.
         out: ``[E, M, N]`` bf16, fp16 or fp32 to write to, last dimension contiguous.
@@ -99,6 +99,7 @@ def grouped_gemm_masked(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, tiles, strides or devices do not fit, or a gradient is needed: there is none.
 
+    M = 0 gives an empty result, K = 0 gives zeros in the rows that count.
     Source: DeepSeek-V3 report (arXiv 2412.19437), section 3.4.2.
     """
     _check_operands(a, b, stacked_a=True)
@@ -126,7 +127,8 @@ def grouped_wgrad(
 ) -> Tensor:
     """Sum the outer products of each group's tokens, in fp32: ``dw[e] = dy[rows of e].T @ x[rows of e]``.
 
-    The weight gradient of :func:`grouped_gemm`. Rows that belong to no group are not read.
+    The weight gradient of :func:`grouped_gemm`. Rows that belong to no group are not read. The last dimension
+    of every tensor is contiguous.
 
     Args:
         dy: ``[T, N]`` bf16, fp16 or fp32; or an `Fp8Tensor` ``[N, P]`` from :func:`quantize_grouped`.

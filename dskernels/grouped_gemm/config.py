@@ -80,8 +80,8 @@ def padded_width(rows: int, groups: int) -> int:
 # below the other would round each group up to twice the rows.
 #
 # Where groups are one tile high, all of B comes from memory, under load in about 3,800 clocks, which three stages
-# cannot hide behind 1,280 of work: 32 groups of 190 rows, 4096x7168, take 418 us (415 without clusters), 1,680 clocks
-# for a block of K. Asking for B to come to the L2 4 or 8 blocks ahead of its load made it 431 and 522.
+# cannot hide behind 1,280 of work: 32 groups of 190 rows, 4096x7168, take 415 us, 1,680 clocks for a block of K. Asking
+# for B to come to the L2 4 or 8 blocks ahead of its load made it 431 and 522.
 HOPPER_CONFIGS = (HOPPER_TALL, HOPPER_LOW)
 HOPPER_WGRAD_CONFIGS = (WGRAD_TALL, WGRAD_LOW)
 
@@ -89,22 +89,13 @@ HOPPER_WGRAD_CONFIGS = (WGRAD_TALL, WGRAD_LOW)
 def choose_hopper_config(rows: int, groups: int, n: int, k: int, multiprocessors: int) -> HopperConfig:
     """Config of the Hopper kernel for many rows that is estimated to be done first, all groups being average."""
     average = ceil_div(rows, groups)
-
-    def estimate(config: HopperConfig) -> int:
-        rounds = ceil_div(groups * config.clusters(average, n), multiprocessors // config.cluster)
-        return rounds * (ceil_div(k, 128) * config.clocks + config.tile_clocks)
-
-    return min(HOPPER_CONFIGS, key=estimate)
+    return min(HOPPER_CONFIGS, key=lambda config: config.estimate(average, n, k, multiprocessors, groups))
 
 
 def choose_hopper_wgrad_config(columns: int, groups: int, n: int, k: int, multiprocessors: int) -> HopperConfig:
     """The same for the weight gradient [E, N, K], along `columns` padded tokens."""
-
-    def estimate(config: HopperConfig) -> int:
-        rounds = ceil_div(groups * config.clusters(n, k), multiprocessors // config.cluster)
-        return rounds * (ceil_div(columns, 128 * groups) * config.clocks + config.tile_clocks)
-
-    return min(HOPPER_WGRAD_CONFIGS, key=estimate)
+    average = ceil_div(columns, groups)
+    return min(HOPPER_WGRAD_CONFIGS, key=lambda config: config.estimate(n, k, average, multiprocessors, groups))
 
 
 def use_hopper_small(rows: int, groups: int) -> bool:

@@ -7,8 +7,8 @@ from dskernels.validate import ceil_div
 
 
 def choose_masked_config(rows: int) -> SmallConfig:
-    """Config for buffers of `rows` rows. Of higher ones than a tile can be, most are hardly filled."""
-    return _config(rows if rows <= 128 else 64)
+    """Config for buffers of `rows` rows."""
+    return _config(rows)
 
 
 def choose_contiguous_config(rows: int, groups: int) -> SmallConfig:
@@ -17,13 +17,12 @@ def choose_contiguous_config(rows: int, groups: int) -> SmallConfig:
 
 
 def _config(rows: int) -> SmallConfig:
-    """Lowest tile that takes so many rows, by 64 rows of B, and one CTA on a multiprocessor.
+    """Lowest tile that takes so many rows, or 64 of them, by 64 rows of B, and one CTA on a multiprocessor.
 
     32 groups of 64 rows of 4096x7168 took 351 us on an H100; with two CTAs on a multiprocessor 361, with three 383; in
-    tiles of 128 rows of B 356. 16 groups of 128 rows took 196 us, and 243 in two tiles of 64 tokens each. With 4 rows
-    in an average group of 256, tiles of 8, 16 and 32 tokens were within 0.5%.
+    tiles of 128 rows of B 356. With 4 rows in an average group of 256, tiles of 8, 16 and 32 tokens were within 0.5%.
     """
-    tokens = next((size for size in (8, 16, 32, 64) if rows <= size), 128)
+    tokens = next((size for size in (8, 16, 32) if rows <= size), 64)
     return SmallConfig(64, tokens, split=1, resident=1)
 
 

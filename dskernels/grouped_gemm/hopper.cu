@@ -10,7 +10,6 @@ constexpr bool ANY_ROW = B_ROWS == 128;
 #include "fp8_gemm.cuh"
 #include "groups.cuh"
 
-constexpr int THREADS = 384, OFFSET_TABLE = OFFSET_BARRIERS + 2 * STAGES * 8;
 // Rows and columns of a cluster's tiles.
 constexpr int CLUSTER_M = SHARED_A ? BLOCK_M : BLOCK_M * CLUSTER, CLUSTER_N = SHARED_A ? BLOCK_N * CLUSTER : BLOCK_N;
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
-from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, ragged_map
+from dskernels.cuda.driver import RAGGED_ROWS, Plan, Planned, Pointer, TensorMap, ragged_map, scale_map
 from dskernels.dispatch import empty, multiprocessors
 from dskernels.gemm.config import HopperConfig
-from dskernels.gemm.hopper import OUT, THREADS, options_of, shared_bytes
+from dskernels.gemm.hopper import THREADS, options_of, shared_bytes
+from dskernels.gemm.hopper_small import OUT
 from dskernels.grouped_gemm import hopper_half, hopper_small
 from dskernels.grouped_gemm.config import (
     choose_hopper_config,
@@ -26,11 +27,9 @@ from dskernels.grouped_gemm.config import (
     use_hopper_small,
     use_hopper_small_masked,
 )
-from dskernels.validate import ceil_div
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 MOST_GROUPS = 1024
-MOST_ROWS = 2**30  # as many as a map of ragged rows can count
 TABLE_BYTES = 8 * (MOST_GROUPS + 1)  # of shared memory: where the groups begin
 SCALE_ROWS = 132  # of A's scales in a copy: 128, as of any row, from a multiple of 4 on
 
@@ -123,8 +122,9 @@ def grouped_gemm_masked_supports(
     """Why these kernels do not take such arguments, or None."""
     if a_scale is None or b_scale is None:
         return hopper_half.grouped_gemm_masked_supports(a, b, counts, out)
-    for name, x in (("a", a), ("a.scale", a_scale), ("out", out)):
-        if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
+    # Rows of scales lie side by side; a single row of each group may have any stride, as nothing is read by it.
+    for name, x, row in (("a", a, a.stride(1)), ("a.scale", a_scale, 1), ("out", out, out.stride(1))):
+        if x.shape[0] > 1 and x.stride(0) != x.shape[1] * row:
             return f"the groups of {name} must follow each other without gaps, its strides are {list(x.stride())}"
     return _reason_against(a, a_scale, b, out)
 
@@ -156,8 +156,8 @@ def _reason_against(a: Tensor, a_scale: Tensor, b: Tensor, out: Tensor) -> str |
     rows = a.shape[:-1].numel()
     if rows == 0 or n == 0 or k == 0:
         return "there is nothing to multiply"
-    if groups > MOST_GROUPS or rows >= MOST_ROWS:
-        return f"the kernel takes at most {MOST_GROUPS} groups and less than 2^30 rows, got {groups} and {rows}"
+    if groups > MOST_GROUPS or rows >= RAGGED_ROWS:
+        return f"the kernel takes at most {MOST_GROUPS} groups and fewer than 2^30 rows, got {groups} and {rows}"
     step = b.stride(0) // b.stride(1) if b.stride(1) else 0
     if groups > 1 and (step < n or step * b.stride(1) != b.stride(0) or groups * step >= 2**31):
         return f"the matrices of b must be whole rows apart, and 2^31 at most, its strides are {list(b.stride())}"
@@ -220,7 +220,7 @@ def _plan(
         arguments=(
             TensorMap("a", a, (config.block_m, 128), swizzle=True),
             TensorMap("b", b_rows, (config.block_n, 128), swizzle=True),
-            _scale_map("a_scale", a_scale, SCALE_ROWS),
+            scale_map("a_scale", a_scale, SCALE_ROWS),
             ragged_map("out", out, (64, 128 // out.element_size())),
             Pointer("b_scale"),
             sizes,
@@ -253,8 +253,8 @@ def plan_wgrad(
         arguments=(
             TensorMap("dy", dy, (config.block_m, 128), swizzle=True),
             TensorMap("x", x, (config.block_n, 128), swizzle=True),
-            _scale_map("dy_scale", dy_scale, config.block_m),
-            _scale_map("x_scale", x_scale, config.block_n),
+            scale_map("dy_scale", dy_scale, config.block_m),
+            scale_map("x_scale", x_scale, config.block_n),
             TensorMap("out", out, (1, 64, 128 // out.element_size()), swizzle=True),
             Pointer("offsets"),
             *map(ctypes.c_int, (groups, dy.shape[1], n, k)),
@@ -264,13 +264,6 @@ def plan_wgrad(
         shared=shared,
         device=dy.device,
     )
-
-
-def _scale_map(name: str, scale: Tensor, rows: int) -> TensorMap:
-    """Map of scales, `rows` of one column at once; a single column may have any stride, and gets one that fits."""
-    height, columns = scale.shape
-    strides = (scale.stride(1) if columns > 1 else 4 * ceil_div(height, 4), 1)
-    return TensorMap(name, scale.t(), (1, rows), swizzle=False, strides=strides)
 
 
 def rows_shared_bytes(config: HopperConfig) -> int:

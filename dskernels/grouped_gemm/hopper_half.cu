@@ -101,7 +101,7 @@ struct Tiles {
     }
 };
 
-// A warp's work: zeros to every so-manyth row of a matrix, whose rows begin at multiples of 16 bytes.
+// A warp's work, one of as many as there are CTAs: zeros to rows `first` to `end` of a matrix, whose rows begin at multiples of 16 bytes.
 __device__ __forceinline__ void clear(u8* c, long long stride, int columns, int first, int end, int lane) {
     const int bytes = columns * (int)sizeof(Element);
     for (int r = first + blockIdx.x; r < end; r += gridDim.x) {

@@ -51,7 +51,7 @@ def combine(y: Tensor, permuted: Permuted, weights: Tensor, *, impl: str | None 
     """Sum the outputs of each token's experts: ``out[t] = sum over j of weights[t, j] * y[index[t, j]]``.
 
     Args:
-        y: bf16, fp16 or fp32 ``[T * k, H]``, the outputs in the order of `permuted`.
+        y: bf16, fp16 or fp32 ``[T * k, H]``, the outputs in the order of `permuted`, last dimension contiguous.
         permuted: what :func:`permute` returned; only its offsets and index are used.
         weights: fp32 ``[T, k]``, see :class:`dskernels.Routing`.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
@@ -103,7 +103,7 @@ def fused_experts(
     Args:
         x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
         w13: ``[E, 2 * I, H]``, the gate's I rows first, then up's, E from 1 to 1024; in the dtype of `x`, with `fp8`
-            any of bf16, fp16 and fp32; or an `Fp8Tensor` in 128x128 blocks.
+            any of bf16, fp16 and fp32; last dimension contiguous. Or an `Fp8Tensor` in 128x128 blocks.
         w2: ``[E, H, I]``, likewise.
         routing: what :func:`dskernels.route` returned; its weights, fp32 ``[T, k]``, and its experts, int32 or int64
             ``[T, k]``, are used. Ids outside ``[0, E)`` are dropped.

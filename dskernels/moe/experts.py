@@ -10,19 +10,22 @@ token ``source[r] // top_k``), w their routing weights, and dO the rows of the o
 
 So the outputs of the experts, A W2^T, are not needed again (SonicMoE, arXiv 2512.14080): all that is kept is G and U,
 or nothing, and they are computed again.
+
+Sorting, the weighted sum and the gradient of the SwiGLU are the portable kernels of this folder, whatever multiplies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dskernels.gemm.weights import quantized_weight, transposed
 from dskernels.moe.triton import weighted_sum
+from dskernels.moe.triton_sort import sort
+from dskernels.moe.triton_swiglu import swiglu_backward
 from dskernels.types import Fp8Tensor
 
 Operand = Tensor | Fp8Tensor
@@ -68,28 +71,22 @@ class Steps:
     """What an implementation of the block does, for operands of one kind.
 
     Attributes:
-        sort: offsets, index and source, given the experts' ids and their number.
         operand: activations as the products take them.
         rows: tokens as rows of a batch, copied to their experts or to be gathered by the product.
         weight: a weight and its scale, or (True) its transpose, as the products take it.
         product: each row times its expert's weight, in a dtype.
         hidden: silu(gate) * up of ``[rows, 2I]`` as an operand.
-        swiglu_backward: its gradient, w * A, and dw, given gate and up, dA', source and w (both None for w = 1).
         wgrad: the gradient of a weight, given the rows of both operands and the weight.
         wgrad_requantizes: whether that takes tokens as they are, since it quantises along an expert's rows.
-        weighted_sum: of each token's rows, given w (None for 1) and what is added (None for 0).
     """
 
-    sort: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
     operand: Callable[[Tensor], Operand]
     rows: Callable[[Operand, Batch], Rows]
     weight: Callable[[Tensor, Tensor | None, bool], Operand]
     product: Callable[[Rows, Operand, Batch, torch.dtype], Tensor]
     hidden: Callable[[Tensor], Operand]
-    swiglu_backward: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
     wgrad: Callable[[Rows, Rows, Batch, Tensor], Tensor]
     wgrad_requantizes: bool
-    weighted_sum: Callable[[Tensor, Batch, Tensor | None, Tensor | None], Tensor]
 
 
 def forward(
@@ -108,9 +105,9 @@ def forward(
     shared_gate_up, residual = x.new_empty(0, 0), None
     if shared is not None:
         shared_gate_up, residual = run(shared, Batch(x.shape[0]))
-    batch = _routed(steps, experts, routed)
+    batch, index = _routed(experts, routed)
     gate_up, y = run(routed, batch)
-    return steps.weighted_sum(y, batch, weights, residual), gate_up, shared_gate_up
+    return weighted_sum(y, index, weights, residual), gate_up, shared_gate_up
 
 
 def backward(
@@ -137,7 +134,7 @@ def backward(
             gate_up = _up(steps, a, network, batch, x.dtype)
         dy = steps.rows(da, batch)
         dhidden = steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, x.dtype)
-        dgate_up, hidden, dweights = steps.swiglu_backward(gate_up, dhidden, batch.source, weights)
+        dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, weights)
         del gate_up, dhidden
         dx = dw13 = dw2 = None
         if needs_dw2:
@@ -148,7 +145,7 @@ def backward(
             w13 = steps.weight(network.w13, network.w13_scale, True)
             dx = steps.product(Rows(steps.operand(dgate_up)), w13, batch, x.dtype)
             if batch.index is not None:
-                dx = steps.weighted_sum(dx, batch, None, residual)
+                dx = weighted_sum(dx, batch.index, None, residual)
         if needs_dw13:
             rows = Rows(x, batch.source) if steps.wgrad_requantizes else steps.rows(x, batch)
             dw13 = steps.wgrad(Rows(dgate_up), rows, batch, network.w13)
@@ -160,15 +157,16 @@ def backward(
             shared, Batch(x.shape[0]), shared_gate_up, None, needs_shared_dw13, needs_shared_dw2, None
         )
     if needs_dx or needs_dw13 or needs_dw2 or needs_dweights:
-        batch = _routed(steps, experts, routed)
+        batch, _ = _routed(experts, routed)
         dx, dw13, dw2, dweights = run(routed, batch, gate_up, weights.contiguous(), needs_dw13, needs_dw2, dx)
     gradients = (dx, dw13, dw2, dweights if needs_dweights else None, shared_dw13, shared_dw2)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _routed(steps: Steps, experts: Tensor, network: Network) -> Batch:
-    offsets, index, source = steps.sort(experts, network.w13.shape[0])
-    return Batch(source.shape[0], experts.shape[1], offsets, index, source)
+def _routed(experts: Tensor, network: Network) -> tuple[Batch, Tensor]:
+    """The batch of the routed experts, and its index."""
+    offsets, index, source = sort(experts, network.w13.shape[0])
+    return Batch(source.shape[0], experts.shape[1], offsets, index, source), index
 
 
 def _up(steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -182,55 +180,35 @@ def _up(steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.d
 def operations(plain: Steps, quantized: Steps) -> tuple[Callable, Callable]:
     """`fused_experts` and its backward on the operations' flat arguments, of steps for plain and for e4m3 operands."""
 
-    def fused_experts(
-        x: Tensor,
-        w13: Tensor,
-        w13_scale: Tensor | None,
-        w2: Tensor,
-        w2_scale: Tensor | None,
-        weights: Tensor,
-        experts: Tensor,
-        shared_w13: Tensor | None,
-        shared_w13_scale: Tensor | None,
-        shared_w2: Tensor | None,
-        shared_w2_scale: Tensor | None,
-        fp8: bool,
-        keep: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        routed = Network(w13, w13_scale, w2, w2_scale)
-        shared = _network(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
-        return forward(quantized if fp8 else plain, x, routed, weights, experts, shared, keep)
+    def fused_experts(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *block, fp8, keep = args
+        return forward(quantized if fp8 else plain, *_block(*block), keep)
 
-    def fused_experts_backward(
-        dout: Tensor,
-        x: Tensor,
-        w13: Tensor,
-        w13_scale: Tensor | None,
-        w2: Tensor,
-        w2_scale: Tensor | None,
-        weights: Tensor,
-        experts: Tensor,
-        shared_w13: Tensor | None,
-        shared_w13_scale: Tensor | None,
-        shared_w2: Tensor | None,
-        shared_w2_scale: Tensor | None,
-        gate_up: Tensor,
-        shared_gate_up: Tensor,
-        fp8: bool,
-        needs: list[bool],
-    ) -> tuple[Tensor, ...]:
-        routed = Network(w13, w13_scale, w2, w2_scale)
-        shared = _network(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
-        steps = quantized if fp8 else plain
-        return backward(steps, dout, x, routed, weights, experts, shared, gate_up, shared_gate_up, needs)
+    def fused_experts_backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *block, gate_up, shared_gate_up, fp8, needs = args
+        return backward(quantized if fp8 else plain, dout, *_block(*block), gate_up, shared_gate_up, needs)
 
     return fused_experts, fused_experts_backward
 
 
-def _network(
-    w13: Tensor | None, w13_scale: Tensor | None, w2: Tensor | None, w2_scale: Tensor | None
-) -> Network | None:
-    return None if w13 is None or w2 is None else Network(w13, w13_scale, w2, w2_scale)
+def _block(
+    x: Tensor,
+    w13: Tensor,
+    w13_scale: Tensor | None,
+    w2: Tensor,
+    w2_scale: Tensor | None,
+    weights: Tensor,
+    experts: Tensor,
+    shared_w13: Tensor | None,
+    shared_w13_scale: Tensor | None,
+    shared_w2: Tensor | None,
+    shared_w2_scale: Tensor | None,
+) -> tuple[Tensor, Network, Tensor, Tensor, Network | None]:
+    """What forward and backward take of the arguments that both operations have."""
+    shared = None
+    if shared_w13 is not None and shared_w2 is not None:
+        shared = Network(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
+    return x, Network(w13, w13_scale, w2, w2_scale), weights, experts, shared
 
 
 # ---- what implementations share -------------------------------------------------------------------------------------
@@ -239,19 +217,6 @@ def _network(
 def plain_weight(weight: Tensor, scale: Tensor | None, transpose: bool) -> Tensor:
     """A weight, or its transpose, as it is."""
     return weight.mT if transpose else weight
-
-
-def fp8_weight(weight: Tensor, scale: Tensor | None, transpose: bool, impl: str | None) -> Fp8Tensor:
-    """A weight, or its transpose, in 128x128 blocks: kept until it changes, if it was not quantised already."""
-    if scale is None:
-        return quantized_weight(weight, transpose=transpose, impl=impl)
-    quantized = Fp8Tensor(weight, scale, (128, 128))
-    return transposed(quantized) if transpose else quantized
-
-
-def weighted_rows(y: Tensor, batch: Batch, weights: Tensor | None, residual: Tensor | None) -> Tensor:
-    """The weighted sum of a batch that has an index."""
-    return weighted_sum(y, batch.index, weights, residual)  # type: ignore[arg-type]
 
 
 def stacked(weight: Operand) -> Operand:

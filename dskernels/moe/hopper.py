@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import reason_against_cuda
+from dskernels.cuda.driver import RAGGED_ROWS
 from dskernels.dispatch import empty
 from dskernels.fp8.api import _quantize, _swiglu_quantize
 from dskernels.gemm.api import _fp8_gemm
+from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm import hopper as grouped
 from dskernels.grouped_gemm.hopper_quantize import quantize_grouped
 from dskernels.moe import experts
 from dskernels.moe.experts import Batch, Operand, Rows, Steps, parts
-from dskernels.moe.triton import permute_rows, sort
-from dskernels.moe.triton_swiglu import swiglu, swiglu_backward
+from dskernels.moe.triton import permute_rows
+from dskernels.moe.triton_swiglu import swiglu
 from dskernels.types import Fp8Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-MOST_ROWS = 2**30  # of a batch, which a map of ragged rows can count
 
 
 def _rows(tokens: Operand, batch: Batch) -> Rows:
@@ -73,21 +74,18 @@ def _fp8_wgrad(dy: Rows, x: Rows, batch: Batch, weight: Tensor) -> Tensor:
 
 
 PLAIN = Steps(
-    sort=sort,
     operand=lambda x: x,
     rows=_rows,
     weight=experts.plain_weight,
     product=_product,
     hidden=swiglu,
-    swiglu_backward=swiglu_backward,
     wgrad=_wgrad,
     wgrad_requantizes=False,
-    weighted_sum=experts.weighted_rows,
 )
 FP8 = replace(
     PLAIN,
     operand=lambda x: Fp8Tensor(*_quantize(x, 1, 128, False, False)),
-    weight=functools.partial(experts.fp8_weight, impl=None),
+    weight=functools.partial(weight_operand, impl=None),
     hidden=lambda gate_up: Fp8Tensor(*_swiglu_quantize(gate_up, False, False)),
     wgrad=_fp8_wgrad,
     wgrad_requantizes=True,
@@ -116,8 +114,8 @@ def _reason_against(x: Tensor, block: Sequence[object], fp8: bool) -> str | None
     hidden, inner, rows = x.shape[1], w2.shape[2], ids.numel()
     if rows == 0 or hidden == 0 or inner == 0:
         return "there is nothing to multiply"
-    if rows >= MOST_ROWS:
-        return f"it takes less than 2^30 rows, and there are {rows}"
+    if rows >= RAGGED_ROWS:
+        return f"it takes fewer than 2^30 rows, and there are {rows}"
     if not fp8 and x.dtype not in HALF:
         return f"the products take e4m3, bf16 and fp16, x is {str(x.dtype).removeprefix('torch.')}"
     whole = 16 if fp8 else 8

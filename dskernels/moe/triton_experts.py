@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dskernels.fp8.triton import quantize
 from dskernels.fp8.triton_swiglu import swiglu_quantize
+from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm.triton import product
 from dskernels.grouped_gemm.triton_wgrad import grouped_wgrad, quantize_grouped
 from dskernels.moe import experts
 from dskernels.moe.experts import Batch, Operand, Rows, Steps, parts, stack, stacked
-from dskernels.moe.triton import sort
-from dskernels.moe.triton_swiglu import swiglu, swiglu_backward
+from dskernels.moe.triton_swiglu import swiglu
 from dskernels.portable import reason_against_e4m3
 from dskernels.types import Fp8Tensor
 
@@ -60,21 +60,18 @@ def _offsets(batch: Batch, like: Tensor) -> Tensor:
 
 
 PLAIN = Steps(
-    sort=sort,
     operand=lambda x: x,
     rows=_rows,
     weight=experts.plain_weight,
     product=_product,
     hidden=swiglu,
-    swiglu_backward=swiglu_backward,
     wgrad=_wgrad,
     wgrad_requantizes=False,
-    weighted_sum=experts.weighted_rows,
 )
 FP8 = replace(
     PLAIN,
     operand=lambda x: Fp8Tensor(*quantize(x, 1, 128, False, False)),
-    weight=functools.partial(experts.fp8_weight, impl="triton"),
+    weight=functools.partial(weight_operand, impl="triton"),
     hidden=lambda gate_up: Fp8Tensor(*swiglu_quantize(gate_up, False)),
     wgrad=_fp8_wgrad,
     wgrad_requantizes=True,

@@ -1,0 +1,18 @@
+// Elements of C, of the dtype that the option OUT says: 0 bf16, 1 fp16, 2 fp32.
+#pragma once
+
+#include "ptx.cuh"
+
+#if OUT == 2
+typedef float Element;
+#else
+typedef u16 Element;
+#endif
+
+// Two elements of 16 bits, `low` at the lower address.
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 both;
+    if (OUT == 0) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}

@@ -1,0 +1,196 @@
+"""Portable Triton kernels that sort the choices of experts, stably, on the device.
+
+Few choices are each compared with all others, in a single launch. Many go through a counting sort: count the ids of
+each block of 128, sum the counts of each expert over the blocks before, then place every id at (first row of its
+expert) + (such ids in blocks before) + (rank in its block). Dropped ids sort as one more expert after the last.
+
+Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dskernels.dispatch import empty
+from dskernels.moe.config import (
+    COMPARE_BLOCK,
+    COMPARE_CHUNK,
+    COMPARE_COUNTED,
+    MOST_COMPARED,
+    SCAN_BLOCKS,
+    SCAN_EXPERTS,
+    SORT_BLOCK,
+)
+from dskernels.portable import launch
+from dskernels.validate import ceil_div
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_group(p_experts, o_i, size, E):
+    """Expert of each choice, E for dropped ids, E + 1 after the end."""
+    expert = tl.load(p_experts + o_i, mask=o_i < size, other=0)
+    group = tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
+    return tl.where(o_i < size, group, E + 1)
+
+
+@triton.jit
+def first_rows(total, p_offsets, E, STORE, BINS: tl.constexpr):
+    """First row of each expert, given how many choices fell on each; also stored as offsets if STORE."""
+    o_e = tl.arange(0, BINS)
+    start = tl.cumsum(total, 0) - total
+    tl.store(p_offsets + o_e, start, mask=(o_e <= E) & STORE)
+    return start
+
+
+@triton.jit
+def store_places(row, group, o_i, m_i, p_index, p_source, E):
+    """index[i] = row of choice i, -1 where dropped; source[row] = i, -1 for the rows after the last expert's."""
+    tl.store(p_index + o_i, tl.where(group < E, row, -1), mask=m_i)
+    tl.store(p_source + row, tl.where(group < E, o_i, -1), mask=m_i)
+
+
+@triton.jit(do_not_specialize=["size"])
+def compare_kernel(
+    p_experts,
+    p_offsets,
+    p_index,
+    p_source,
+    size,
+    E,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+    COUNTED: tl.constexpr,
+):
+    """Place BLOCK choices by counting those before them; the first program counts the choices of each expert."""
+    i_b = tl.program_id(0) - 1
+    if i_b < 0:
+        total = tl.zeros([BINS], tl.int32)
+        for first in range(0, size, COUNTED):
+            total += tl.histogram(load_group(p_experts, first + tl.arange(0, COUNTED), size, E), BINS)
+        first_rows(total, p_offsets, E, True, BINS)
+    else:
+        o_i = i_b * BLOCK + tl.arange(0, BLOCK)
+        group = load_group(p_experts, o_i, size, E)
+        before = tl.zeros([BLOCK, CHUNK], tl.int32)
+        for first in range(0, size, CHUNK):
+            o_j = first + tl.arange(0, CHUNK)
+            other = load_group(p_experts, o_j, size, E)
+            earlier = (other[None, :] == group[:, None]) & (o_j[None, :] < o_i[:, None])
+            before += ((other[None, :] < group[:, None]) | earlier).to(tl.int32)
+        store_places(tl.sum(before, 1), group, o_i, o_i < size, p_index, p_source, E)
+
+
+@triton.jit(do_not_specialize=["size"])
+def count_kernel(p_experts, p_counts, size, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    """counts[block, g] = how many ids of this block are g."""
+    i_b = tl.program_id(0)
+    group = load_group(p_experts, i_b * BLOCK + tl.arange(0, BLOCK), size, E)
+    tl.store(p_counts + i_b.to(tl.int64) * BINS + tl.arange(0, BINS), tl.histogram(group, BINS))
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def scan_kernel(p_counts, p_totals, blocks, BINS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Turn the counts of EXPERTS experts into sums over the blocks before, in place, and store the sums over all."""
+    o_e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    total = tl.zeros([EXPERTS], tl.int32)
+    for first in range(0, blocks, BLOCKS):
+        o_b = first + tl.arange(0, BLOCKS)
+        p_tile = p_counts + o_b.to(tl.int64)[:, None] * BINS + o_e[None, :]
+        counts = tl.load(p_tile, mask=(o_b < blocks)[:, None], other=0)
+        before = tl.cumsum(counts, 0) - counts + total[None, :]
+        tl.store(p_tile, before, mask=(o_b < blocks)[:, None])
+        total += tl.sum(counts, 0)
+    tl.store(p_totals + o_e, total)
+
+
+@triton.jit(do_not_specialize=["size"])
+def place_kernel(
+    p_experts,
+    p_totals,
+    p_before,
+    p_offsets,
+    p_index,
+    p_source,
+    size,
+    E,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """Place the choices of a block; the first program also stores the offsets."""
+    i_b = tl.program_id(0)
+    o_i = i_b * BLOCK + tl.arange(0, BLOCK)
+    m_i = o_i < size
+    group = load_group(p_experts, o_i, size, E)
+    before = tl.load(p_before + i_b.to(tl.int64) * BINS + group, mask=m_i, other=0)
+    start = first_rows(tl.load(p_totals + tl.arange(0, BINS)), p_offsets, E, i_b == 0, BINS)
+    earlier_equals = (o_i[None, :] < o_i[:, None]) & (group[None, :] == group[:, None])
+    rank = tl.sum(earlier_equals.to(tl.int32), 1)
+    store_places(tl.gather(start, group, 0) + before + rank, group, o_i, m_i, p_index, p_source, E)
+
+
+# ---- launcher -------------------------------------------------------------------------------------------------------
+
+
+def sort(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets int32 [E + 1], index int32 [T, k], and source int32 [T * k], the choice of each row."""
+    experts = experts.contiguous()
+    size = experts.numel()
+    offsets = empty(experts, (n_experts + 1,), torch.int32, (1,))
+    index = empty(experts, (experts.shape[0], experts.shape[1]), torch.int32)
+    source = empty(experts, (size,), torch.int32, (1,))
+    if size == 0:
+        return offsets.zero_(), index, source
+    bins = max(1 << (n_experts + 1).bit_length(), SCAN_EXPERTS)  # a power of two that holds E + 2
+    if size <= MOST_COMPARED:
+        launch(
+            compare_kernel,
+            (ceil_div(size, COMPARE_BLOCK) + 1,),
+            experts,
+            offsets,
+            index,
+            source,
+            size,
+            n_experts,
+            BLOCK=COMPARE_BLOCK,
+            CHUNK=COMPARE_CHUNK,
+            BINS=bins,
+            COUNTED=COMPARE_COUNTED,
+            num_warps=4,
+        )
+        return offsets, index, source
+    blocks = ceil_div(size, SORT_BLOCK)
+    counts, totals = empty(experts, (blocks, bins), torch.int32), empty(experts, (bins,), torch.int32, (1,))
+    launch(count_kernel, (blocks,), experts, counts, size, n_experts, BLOCK=SORT_BLOCK, BINS=bins, num_warps=4)
+    launch(
+        scan_kernel,
+        (bins // SCAN_EXPERTS,),
+        counts,
+        totals,
+        blocks,
+        BINS=bins,
+        BLOCKS=SCAN_BLOCKS,
+        EXPERTS=SCAN_EXPERTS,
+        num_warps=4,
+    )
+    launch(
+        place_kernel,
+        (blocks,),
+        experts,
+        totals,
+        counts,
+        offsets,
+        index,
+        source,
+        size,
+        n_experts,
+        BLOCK=SORT_BLOCK,
+        BINS=bins,
+        num_warps=8,
+    )
+    return offsets, index, source
