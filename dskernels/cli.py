@@ -84,7 +84,7 @@ def parity(
     """
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported, which is after this
-    from dskernels.dispatch import default_device
+    from dskernels.device import default_device
     from dskernels.parity import FAMILIES, all_cases, check
 
     if impl not in ("triton", "hopper"):
@@ -204,7 +204,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
 ) -> None:
     """Continue a text with a checkpoint, as it comes, and show the speed."""
-    from dskernels.dispatch import default_device
+    from dskernels.device import default_device
     from dskernels.model import generate as run
     from dskernels.model import load
     from dskernels.model.tokens import tokenizer_of

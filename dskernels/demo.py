@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.panel import Panel
 
 from dskernels import cli
-from dskernels.dispatch import default_device
+from dskernels.device import default_device
 from dskernels.model import Config, DeepseekV3, Generation, generate, load
 from dskernels.model.data import Corpus, decode, encode, read_corpus, standard_library
 from dskernels.model.plot import (

@@ -13,7 +13,6 @@ import functools
 import importlib
 import importlib.util
 import operator
-import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -22,13 +21,12 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
+from dskernels.device import PLAIN, capability, default_device, dispatch_modes, has_triton, interpreting, several_gpus
 from dskernels.metadata import ByMetadata
 
 IMPLEMENTATIONS = ("hopper", "triton", "reference")
 OPERATIONS: dict[str, Operation] = {}
 
-_modes = torch._C._len_torch_dispatch_stack
-_PLAIN = (Tensor, torch.nn.Parameter)
 _STRAIGHT_DEVICES = ("cuda",)  # where the host's share of a call matters
 
 _library = torch.library.Library("dskernels", "FRAGMENT")
@@ -107,7 +105,12 @@ class Operation:
         dispatcher, which would end there too, and `choose` take 14 us more (of fp8_gemm 29 and 15, on a host where
         ``x.add_(1)`` takes 12).
         """
-        if torch.compiler.is_dynamo_compiling() or self._straight is None or _modes() or profiler._is_profiler_enabled:
+        if (
+            torch.compiler.is_dynamo_compiling()
+            or self._straight is None
+            or dispatch_modes()
+            or profiler._is_profiler_enabled
+        ):
             return self.overload(*args, impl)
         tensors, also = self._seen(args, impl)
         if also is None:
@@ -129,7 +132,12 @@ class Operation:
         False, with nothing done, says that they are new, and are to be looked at. It spares a public function the
         validation of what it has validated.
         """
-        if torch.compiler.is_dynamo_compiling() or self._straight is None or _modes() or profiler._is_profiler_enabled:
+        if (
+            torch.compiler.is_dynamo_compiling()
+            or self._straight is None
+            or dispatch_modes()
+            or profiler._is_profiler_enabled
+        ):
             return False
         tensors, also = self._seen(args, impl)
         found = None if also is None else self._straight.find(tensors, also)
@@ -149,12 +157,12 @@ class Operation:
                 tensors = tuple([x for x in given if x is not None])
                 absent = tuple([x is None for x in given])
                 break
-        if type(tensors[0]) not in _PLAIN or _recording.get() is not None:
+        if type(tensors[0]) not in PLAIN or _recording.get() is not None:
             return tensors, None
         for i in self._floats:
             if type(args[i]) is not float:  # the dispatcher makes it one
                 return tensors, None
-        device = torch._C._cuda_getDevice() if _several_gpus() else 0
+        device = torch._C._cuda_getDevice() if several_gpus() else 0
         return tensors, (impl, _forced.get(), device, torch.is_grad_enabled(), absent, self._values(args))
 
     def _bound(self, args: tuple, impl: str | None) -> Callable[[Sequence[int], tuple], Any]:
@@ -316,27 +324,6 @@ def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list
     return choices
 
 
-def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
-    """An uninitialised tensor beside `like`, contiguous unless `strides` are given.
-
-    The same as `Tensor.new_empty` and `new_empty_strided`; on a GPU at half their cost, by the call that the code of
-    `torch.compile` makes.
-    """
-    if (
-        torch.compiler.is_dynamo_compiling()
-        or type(like) not in _PLAIN
-        or not like.is_cuda
-        or _modes()
-        or (_several_gpus() and like.get_device() != torch._C._cuda_getDevice())
-    ):
-        if strides is None:
-            return like.new_empty(shape, dtype=dtype)
-        return like.new_empty_strided(shape, strides, dtype=dtype)
-    if strides is None:
-        strides = (shape[1] or 1, 1) if len(shape) == 2 else torch.empty(shape, device="meta").stride()
-    return torch._C._dynamo.guards._empty_strided_cuda(shape, strides, dtype)  # type: ignore[attr-defined]
-
-
 @contextlib.contextmanager
 def differentiating() -> Iterator[None]:
     """Let autograd record inside an implementation: for a reference backward, which differentiates the reference.
@@ -351,11 +338,6 @@ def differentiating() -> Iterator[None]:
         yield
 
 
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
     """Whether torch's dispatcher would do no more with these than to call the implementation.
 
@@ -364,7 +346,7 @@ def _meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
     """
     below_autograd = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
     return (
-        all(type(x) in _PLAIN and x.device.type in _STRAIGHT_DEVICES for x in tensors)
+        all(type(x) in PLAIN and x.device.type in _STRAIGHT_DEVICES for x in tensors)
         and tensors[0].device.index in (None, torch._C._cuda_getDevice())
         and (below_autograd or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors))
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -377,11 +359,6 @@ def _picker(positions: Sequence[int]) -> Callable[[tuple], tuple]:
     if len(positions) > 1:
         return operator.itemgetter(*positions)
     return lambda args: tuple([args[i] for i in positions])
-
-
-@functools.cache
-def _several_gpus() -> bool:
-    return torch.cuda.device_count() > 1
 
 
 def _choose_by_device(op: Operation, device: torch.device) -> Choice:
@@ -417,29 +394,6 @@ def _reason_of_device(impl: str, device: torch.device, asked_for: bool) -> str |
             if not asked_for:
                 return "the tensors are on the CPU, and the interpreter runs only when asked for by impl='triton'"
     return None
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device, (major, minor)."""
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def multiprocessors(device: torch.device, interpreted: int = 1) -> int:
-    """Number of multiprocessors of a GPU; `interpreted` on the CPU, whose interpreter is to split work too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else interpreted
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter on the CPU (it must be set before a kernel is imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

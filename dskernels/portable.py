@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dskernels.dispatch import capability
+from dskernels.device import capability
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dskernels as ds
 from dskernels import dispatch
+from dskernels.device import empty
 from dskernels.metadata import ByMetadata
 
 
@@ -233,14 +234,14 @@ def test_one_tensor_for_two_arguments(straight, device):
 @pytest.mark.parametrize("shape", [(5, 7), (0, 7), (5, 0), (2, 3, 4), (6,), ()])
 def test_empty_is_new_empty(device, shape):
     like = torch.empty(3, device=device)
-    got, want = dispatch.empty(like, shape, torch.float16), like.new_empty(shape, dtype=torch.float16)
+    got, want = empty(like, shape, torch.float16), like.new_empty(shape, dtype=torch.float16)
     assert (got.shape, got.stride(), got.dtype, got.device) == (want.shape, want.stride(), want.dtype, want.device)
     with torch.inference_mode():
-        assert dispatch.empty(like, shape, torch.float16).is_inference()
+        assert empty(like, shape, torch.float16).is_inference()
 
 
 def test_empty_with_strides_and_in_a_mode(device):
     like = torch.empty(3, device=device)
-    assert dispatch.empty(like, (5, 2), torch.float32, (1, 8)).stride() == (1, 8)
+    assert empty(like, (5, 2), torch.float32, (1, 8)).stride() == (1, 8)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert isinstance(dispatch.empty(like, (5, 2), torch.float32), FakeTensor)
+        assert isinstance(empty(like, (5, 2), torch.float32), FakeTensor)

@@ -72,6 +72,24 @@ constexpr int OFFSET_BARRIERS = OFFSET_SB + STAGES * SB_BYTES, OFFSET_TABLE = OF
 
 #include "ring.cuh"
 
+// Rows and columns of a cluster's tiles.
+constexpr int CLUSTER_M = SHARED_A ? BLOCK_M : BLOCK_M * CLUSTER, CLUSTER_N = SHARED_A ? BLOCK_N * CLUSTER : BLOCK_N;
+
+// Which tile of a matrix of `tall` by `wide` clusters' tiles is a CTA's part of number `index`: clusters walk GROUP of them in the direction in
+// which their tiles lie side by side, then one step in the other. So the tiles that are computed at one time cover about as many rows as
+// columns, which is the least to read.
+struct Place {
+    int m, n;
+    __device__ __forceinline__ Place(int index, int tall, int wide, u32 rank) {
+        const int along = SHARED_A ? wide : tall, across = SHARED_A ? tall : wide;
+        const int group = index / (GROUP * across), first = group * GROUP, size = min(along - first, GROUP);
+        const int inside = index - group * GROUP * across;
+        const int i = (first + inside % size) * CLUSTER + rank, j = inside / size;
+        m = SHARED_A ? j : i;
+        n = SHARED_A ? i : j;
+    }
+};
+
 // Where C is, and what is added to it. A tile's columns end at `columns`.
 struct Output {
     const TensorMap* map;
@@ -184,7 +202,6 @@ __device__ __forceinline__ void write_directly(const float (&total)[WAVES][BLOCK
 
 // C goes from registers to shared memory, in the accelerator's 128-byte swizzle, and from there a warp of its own has it stored: a
 // warpgroup that hands it to the accelerator itself waits about 800 clocks for that.
-
 __device__ __forceinline__ void write_to_shared(const float (&total)[WAVES][BLOCK_N / 2], const Output& out, u32 buffers, int group, int warp, int lane,
                                                 int col) {
 #pragma unroll
@@ -358,7 +375,7 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
             write_to_shared(total, out, base + OFFSET_C + group * HALVES * BOXES * BOX_BYTES, group, warp, lane, tiles.column());
         }
         if (BIAS) start(0);
-        if (ANY_ROW) tiles.advance();
+        if constexpr (ANY_ROW) tiles.advance();
         else tiles.next();
     }
     wgmma_wait<0>();

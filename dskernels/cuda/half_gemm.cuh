@@ -79,7 +79,6 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
 // ---- C -----------------------------------------------------------------------------------------------------------
 
 // C goes from registers to shared memory, in the accelerator's 128-byte swizzle, and from there a warp of its own has it stored.
-
 __device__ __forceinline__ void write_to_shared(const float (&sums)[BLOCK_N / 2], u32 buffers, int group, int warp, int lane) {
 #pragma unroll
     for (int box = 0; box < BOXES; ++box) {

@@ -1,5 +1,5 @@
-// Warpgroup products of e4m3 tiles into fp32 registers: m64nNk32, A and B (64 and N rows of 128 bytes) from shared
-// memory, named by descriptors. `keep` 0 starts from zero, 1 adds to what `d` holds.
+// Warpgroup products into fp32 registers, of e4m3 tiles, m64nNk32, or bf16 or fp16 ones, m64nNk16: A and B (64 and N rows
+// of 128 bytes) from shared memory, named by descriptors. `keep` 0 starts from zero, 1 adds to what `d` holds.
 //
 // d[4j + 2i + e] of a thread is row 16 * warp + lane / 4 + 8i, column 8j + 2 * (lane % 4) + e of the 64 x N product.
 #pragma once

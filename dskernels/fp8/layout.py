@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import empty
+from dskernels.device import empty
 from dskernels.types import Block
 from dskernels.validate import ceil_div
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.dispatch import multiprocessors
+from dskernels.device import multiprocessors
 from dskernels.fp8.config import choose_norm, choose_norm_backward
 from dskernels.fp8.layout import empty_quantized
 from dskernels.fp8.triton import magnitude, quantize_supports, tile_scale, to_e4m3

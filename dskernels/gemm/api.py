@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import Operation, empty
+from dskernels.device import empty
+from dskernels.dispatch import Operation
 from dskernels.fp8 import quantize, quantize_both
 from dskernels.gemm.weights import weight_operand
 from dskernels.reference import gemm as reference

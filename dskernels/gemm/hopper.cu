@@ -4,35 +4,29 @@
 constexpr bool ANY_ROW = false;
 #include "fp8_gemm.cuh"
 
-// The tiles of this CTA. Clusters walk GROUP of them in the direction in which they lie side by side, then one step in the other: the tiles
-// that are computed at one time cover about as many rows as columns, which is the least to read.
+// The tiles of this CTA.
 struct Tiles {
     int M, N, K, stride_sb, index, step, count, tall, wide, m, n;
     u32 rank;
 
     __device__ __forceinline__ Tiles(int M, int N, int K, int stride_sb, u32 rank) : M(M), N(N), K(K), stride_sb(stride_sb), rank(rank) {
-        constexpr int ALONG_M = SHARED_A ? 1 : CLUSTER, ALONG_N = SHARED_A ? CLUSTER : 1;
-        tall = (M + BLOCK_M * ALONG_M - 1) / (BLOCK_M * ALONG_M);
-        wide = (N + BLOCK_N * ALONG_N - 1) / (BLOCK_N * ALONG_N);
+        tall = (M + CLUSTER_M - 1) / CLUSTER_M;
+        wide = (N + CLUSTER_N - 1) / CLUSTER_N;
         count = tall * wide;
         index = blockIdx.x / CLUSTER;
         step = gridDim.x / CLUSTER;
         locate();
     }
     __device__ __forceinline__ void locate() {
-        const int along = SHARED_A ? wide : tall, across = SHARED_A ? tall : wide;
-        const int group = index / (GROUP * across), first = group * GROUP, size = min(along - first, GROUP);
-        const int inside = index - group * GROUP * across;
-        const int i = (first + inside % size) * CLUSTER + rank, j = inside / size;
-        m = SHARED_A ? j : i;
-        n = SHARED_A ? i : j;
+        const Place place(index, tall, wide, rank);
+        m = place.m;
+        n = place.n;
     }
     __device__ __forceinline__ bool valid() const { return index < count; }
     __device__ __forceinline__ void next() {
         index += step;
         locate();
     }
-    __device__ __forceinline__ void advance() { index += step; }
     __device__ __forceinline__ int row() const { return m * BLOCK_M; }
     __device__ __forceinline__ int column() const { return n * BLOCK_N; }
     __device__ __forceinline__ int b_row() const { return column(); }

@@ -1,8 +1,8 @@
 """Launcher of hopper_small.cu, the block-scaled e4m3 GEMM for few rows on sm_90a.
 
-Reading the weights is all that counts there: with one row the kernel takes 1.03 to 1.17 times as long as one that does
-nothing else, and 0.73 to 0.86 of cuBLASLt's time. CUDA C++, as Triton 3.6's Gluon has neither clusters nor L2 policies:
-without evict-first, loads of B write back what others left in the L2, and 4096x7168 takes 21.0 us at 64 rows, not 18.6.
+Reading the weights is all that counts there: with one row the kernel takes 0.74 to 0.86 of cuBLASLt's time. CUDA C++,
+as Triton 3.6's Gluon has neither clusters nor L2 policies: without evict-first, loads of B write back what others left
+in the L2, and 4096x7168 takes 21.0 us at 64 rows, not 18.6.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dskernels.cuda.compiler import kernel
 from dskernels.cuda.driver import Plan, Pointer, TensorMap, scale_map
-from dskernels.dispatch import multiprocessors
+from dskernels.device import multiprocessors
 from dskernels.gemm.config import SHARED_LIMIT, SmallConfig
 
 SOURCE = Path(__file__).with_name("hopper_small.cu")

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.dispatch import capability, multiprocessors
+from dskernels.device import capability, multiprocessors
 from dskernels.gemm.config import choose_config, choose_parts
 from dskernels.gemm.triton_narrow import narrow
 from dskernels.portable import cast, dot, reason_against_e4m3

@@ -10,22 +10,6 @@ constexpr bool ANY_ROW = B_ROWS == 128;
 #include "fp8_gemm.cuh"
 #include "groups.cuh"
 
-// Rows and columns of a cluster's tiles.
-constexpr int CLUSTER_M = SHARED_A ? BLOCK_M : BLOCK_M * CLUSTER, CLUSTER_N = SHARED_A ? BLOCK_N * CLUSTER : BLOCK_N;
-
-// Where a cluster's tile number `inside` of a matrix is, `tall` by `wide` of them: in the order of gemm/hopper.cu.
-struct Place {
-    int m, n;
-    __device__ __forceinline__ Place(int inside, int tall, int wide, u32 rank) {
-        const int along = SHARED_A ? wide : tall, across = SHARED_A ? tall : wide;
-        const int group = inside / (GROUP * across), first = group * GROUP, size = min(along - first, GROUP);
-        const int rest = inside - group * GROUP * across;
-        const int i = (first + rest % size) * CLUSTER + rank, j = rest / size;
-        m = SHARED_A ? j : i;
-        n = SHARED_A ? i : j;
-    }
-};
-
 #if B_ROWS == 128
 // ---- rows in groups ----------------------------------------------------------------------------------------------
 
@@ -151,9 +135,8 @@ struct Tiles {
         n = place.n;
     }
     __device__ __forceinline__ bool valid() const { return index < table.groups * tall() * wide(); }
-    __device__ __forceinline__ void advance() { index += step(); }
     __device__ __forceinline__ void next() {
-        advance();
+        index += step();
         locate();
     }
     __device__ __forceinline__ int row() const { return m * BLOCK_M; }

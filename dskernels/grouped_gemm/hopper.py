@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
 from dskernels.cuda.driver import RAGGED_ROWS, Plan, Planned, Pointer, TensorMap, ragged_map, scale_map
-from dskernels.dispatch import empty, multiprocessors
+from dskernels.device import empty, multiprocessors
 from dskernels.gemm.config import HopperConfig
 from dskernels.gemm.hopper import THREADS, options_of, shared_bytes
 from dskernels.gemm.hopper_small import OUT

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
 from dskernels.cuda.driver import Plan, Planned, Pointer
-from dskernels.dispatch import empty, multiprocessors
+from dskernels.device import empty, multiprocessors
 from dskernels.fp8.layout import empty_scale
 from dskernels.grouped_gemm.config import padded_width
 from dskernels.validate import ceil_div

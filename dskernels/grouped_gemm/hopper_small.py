@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dskernels.cuda.compiler import kernel
 from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, scale_map
-from dskernels.dispatch import multiprocessors
+from dskernels.device import multiprocessors
 from dskernels.gemm.config import SHARED_LIMIT, SmallConfig
 from dskernels.gemm.hopper_small import OUT
 from dskernels.grouped_gemm import config_small

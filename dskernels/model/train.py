@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.dispatch import default_device
+from dskernels.device import default_device
 from dskernels.model.checkpoint import save
 from dskernels.model.config import Config
 from dskernels.model.data import Corpus, Packed, batches

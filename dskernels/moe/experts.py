@@ -33,12 +33,13 @@ Operand = Tensor | Fp8Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of a network, sorted by expert; of the shared one, whose rows are the tokens, only their number.
+    """The rows of a network, sorted by expert; of the shared one, whose rows are the tokens, there is no index.
 
     Attributes:
         rows: how many there are.
         top_k: choices of a token.
-        offsets: int32 ``[E + 1]``, where the rows of each expert begin, and the end.
+        offsets: int32 ``[E + 1]``, where the rows of each expert begin, and the end; for the shared one, if the
+            products of the implementation want it.
         index: int32 ``[T, k]``, the row of each choice, -1 where it was dropped.
         source: int32 ``[rows]``, the choice of each row; -1 after the last expert's, and those rows are never read.
     """
@@ -72,6 +73,7 @@ class Steps:
 
     Attributes:
         operand: activations as the products take them.
+        every_token: the batch of the shared expert, given the tokens.
         rows: tokens as rows of a batch, copied to their experts or to be gathered by the product.
         weight: a weight and its scale, or (True) its transpose, as the products take it.
         product: each row times its expert's weight, in a dtype.
@@ -81,6 +83,7 @@ class Steps:
     """
 
     operand: Callable[[Tensor], Operand]
+    every_token: Callable[[Tensor], Batch]
     rows: Callable[[Operand, Batch], Rows]
     weight: Callable[[Tensor, Tensor | None, bool], Operand]
     product: Callable[[Rows, Operand, Batch, torch.dtype], Tensor]
@@ -104,7 +107,7 @@ def forward(
 
     shared_gate_up, residual = x.new_empty(0, 0), None
     if shared is not None:
-        shared_gate_up, residual = run(shared, Batch(x.shape[0]))
+        shared_gate_up, residual = run(shared, steps.every_token(x))
     batch, index = _routed(experts, routed)
     gate_up, y = run(routed, batch)
     return weighted_sum(y, index, weights, residual), gate_up, shared_gate_up
@@ -154,7 +157,7 @@ def backward(
     dx = dw13 = dw2 = dweights = shared_dw13 = shared_dw2 = None
     if shared is not None and (needs_dx or needs_shared_dw13 or needs_shared_dw2):
         dx, shared_dw13, shared_dw2, _ = run(
-            shared, Batch(x.shape[0]), shared_gate_up, None, needs_shared_dw13, needs_shared_dw2, None
+            shared, steps.every_token(x), shared_gate_up, None, needs_shared_dw13, needs_shared_dw2, None
         )
     if needs_dx or needs_dw13 or needs_dw2 or needs_dweights:
         batch, _ = _routed(experts, routed)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dskernels.cuda.compiler import reason_against_cuda
 from dskernels.cuda.driver import RAGGED_ROWS
-from dskernels.dispatch import empty
+from dskernels.device import empty
 from dskernels.fp8.api import _quantize, _swiglu_quantize
 from dskernels.gemm.api import _fp8_gemm
 from dskernels.gemm.weights import weight_operand
@@ -75,6 +75,7 @@ def _fp8_wgrad(dy: Rows, x: Rows, batch: Batch, weight: Tensor) -> Tensor:
 
 PLAIN = Steps(
     operand=lambda x: x,
+    every_token=lambda x: Batch(x.shape[0]),
     rows=_rows,
     weight=experts.plain_weight,
     product=_product,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.dispatch import empty
+from dskernels.device import empty
 from dskernels.fp8.layout import empty_scale
 from dskernels.moe.config import SCALE_ROWS, SCALE_TILES, choose_copy, choose_row
 from dskernels.moe.triton_sort import sort

@@ -23,6 +23,17 @@ from dskernels.portable import reason_against_e4m3
 from dskernels.types import Fp8Tensor
 
 
+def _every_token(x: Tensor) -> Batch:
+    # Made on the device: a tensor of the host's numbers could not be captured in a CUDA graph.
+    return Batch(x.shape[0], offsets=torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0])
+
+
+def _offsets(batch: Batch) -> Tensor:
+    if batch.offsets is None:
+        raise ValueError("batch.offsets: expected a tensor, as `_every_token` and the sort make it, got None")
+    return batch.offsets
+
+
 def _rows(tokens: Operand, batch: Batch) -> Rows:
     return Rows(tokens, batch.source)
 
@@ -30,37 +41,28 @@ def _rows(tokens: Operand, batch: Batch) -> Rows:
 def _product(rows: Rows, weight: Operand, batch: Batch, dtype: torch.dtype) -> Tensor:
     (a, a_scale), (b, b_scale) = parts(rows.data), parts(stacked(weight))
     out = a.new_empty((batch.rows, b.shape[1]), dtype=dtype)
-    product(a, a_scale, b, b_scale, _offsets(batch, a), out, rows.source, batch.top_k)
+    product(a, a_scale, b, b_scale, _offsets(batch), out, rows.source, batch.top_k)
     return out
 
 
 def _wgrad(dy: Rows, x: Rows, batch: Batch, weight: Tensor) -> Tensor:
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
     gather = "dy" if dy.source is not None else "x" if x.source is not None else None
-    out, offsets = stack(dw), _offsets(batch, dw)
-    grouped_wgrad(
-        parts(dy.data)[0], None, parts(x.data)[0], None, offsets, out, False, batch.source, batch.top_k, gather
-    )
+    operands = parts(dy.data)[0], None, parts(x.data)[0], None
+    grouped_wgrad(*operands, _offsets(batch), stack(dw), False, batch.source, batch.top_k, gather)
     return dw
 
 
 def _fp8_wgrad(dy: Rows, x: Rows, batch: Batch, weight: Tensor) -> Tensor:
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    out, offsets = stack(dw), _offsets(batch, dw)
-    dy_t, x_t = (quantize_grouped(parts(r.data)[0], offsets, False, r.source, batch.top_k) for r in (dy, x))
-    grouped_wgrad(*dy_t, *x_t, offsets, out, False)
+    dy_t, x_t = (quantize_grouped(parts(r.data)[0], _offsets(batch), False, r.source, batch.top_k) for r in (dy, x))
+    grouped_wgrad(*dy_t, *x_t, _offsets(batch), stack(dw), False)
     return dw
-
-
-def _offsets(batch: Batch, like: Tensor) -> Tensor:
-    if batch.offsets is not None:
-        return batch.offsets
-    # Made on the device: a tensor of the host's numbers could not be captured in a CUDA graph.
-    return torch.arange(2, dtype=torch.int32, device=like.device) * batch.rows
 
 
 PLAIN = Steps(
     operand=lambda x: x,
+    every_token=_every_token,
     rows=_rows,
     weight=experts.plain_weight,
     product=_product,

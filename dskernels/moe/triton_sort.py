@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.dispatch import empty
+from dskernels.device import empty
 from dskernels.moe.config import (
     COMPARE_BLOCK,
     COMPARE_CHUNK,

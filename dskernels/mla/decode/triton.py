@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.dispatch import capability, multiprocessors
+from dskernels.device import capability, multiprocessors
 from dskernels.mla.cache.layout import fp8_parts
 from dskernels.mla.decode.config import MAX_SPLITS, choose_config, choose_splits
 from dskernels.portable import cast, dot, reason_against_e4m3

@@ -1,0 +1,69 @@
+"""What this machine has, and memory on it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PLAIN = (Tensor, torch.nn.Parameter)  # types that torch's own dispatch alone has a say in; a subclass may have another
+dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, (major, minor)."""
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device, interpreted: int = 1) -> int:
+    """Number of multiprocessors of a GPU; `interpreted` on the CPU, whose interpreter is to split work too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else interpreted
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter on the CPU (it must be set before a kernel is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def several_gpus() -> bool:
+    """Whether a call has to look which GPU is the current one."""
+    return torch.cuda.device_count() > 1
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:
+    """An uninitialised tensor beside `like`, contiguous unless `strides` are given.
+
+    The same as `Tensor.new_empty` and `new_empty_strided`; on a GPU at half their cost, by the call that the code of
+    `torch.compile` makes.
+    """
+    if (
+        torch.compiler.is_dynamo_compiling()
+        or type(like) not in PLAIN
+        or not like.is_cuda
+        or dispatch_modes()
+        or (several_gpus() and like.get_device() != torch._C._cuda_getDevice())
+    ):
+        if strides is None:
+            return like.new_empty(shape, dtype=dtype)
+        return like.new_empty_strided(shape, strides, dtype=dtype)
+    if strides is None:
+        strides = (shape[1] or 1, 1) if len(shape) == 2 else torch.empty(shape, device="meta").stride()
+    return torch._C._dynamo.guards._empty_strided_cuda(shape, strides, dtype)  # type: ignore[attr-defined]
