@@ -325,7 +325,7 @@ def _gradients(
     if needs_da:
         da = _grouped_gemm(dy, None, b.mT, None, offsets, a.dtype, impl=impl)
     if needs_db:
-        db = grouped_wgrad(dy, a, offsets, impl=impl).to(b.dtype)
+        _grouped_wgrad(dy, None, a, None, offsets, db, False, impl=impl)  # rounded once, on its way out
     return da, db
 
 
