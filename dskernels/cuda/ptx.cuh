@@ -129,6 +129,13 @@ __device__ __forceinline__ void tma_load_ragged_multicast(u32 dst, const TensorM
         "l"(map), "r"(barrier), "r"(x), "r"(RAGGED + row - end), "r"(RAGGED), "r"(end), "h"(mask)
         : "memory");
 }
+// The same of one of several matrices, the fifth coordinate, by `ragged_map` of a tensor [rows, matrices, columns].
+__device__ __forceinline__ void tma_load_ragged(u32 dst, const TensorMap* map, u32 barrier, int x, int row, int end, int matrix) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
+        "l"(map), "r"(barrier), "r"(x), "r"(RAGGED + row - end), "r"(RAGGED), "r"(end), "r"(matrix)
+        : "memory");
+}
 // A tile that nobody reads again soon: it leaves the L2 first.
 __device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y) {
     asm volatile(
@@ -168,8 +175,31 @@ __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk
 template <int PENDING> __device__ __forceinline__ void tma_store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
+// Wait until all but PENDING of them have been written.
+template <int PENDING> __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory"); }
+// Contiguous bytes, without a map: multiples of 16, at such addresses.
+__device__ __forceinline__ void bulk_load(u32 dst, const void* src, u32 barrier, u32 bytes) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];" ::"r"(dst), "l"(src), "r"(barrier),
+                 "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void bulk_store(void* dst, u32 src, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+}
+// Add fp32 to what is there, in the L2.
+__device__ __forceinline__ void bulk_add(float* dst, u32 src, u32 bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+}
+// Orders what a thread has copied by the accelerator, and what it does otherwise, in all memory.
+__device__ __forceinline__ void proxy_fence_everywhere() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // Makes ordinary writes to shared memory visible to the accelerator and to the tensor cores.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- dependent launches ------------------------------------------------------------------------------------------
+
+// Let the kernel behind this one begin, if its launch is programmatic; and wait until the kernel in front has ended and its results are there.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_dependency() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
@@ -192,6 +222,9 @@ __device__ __forceinline__ void smem_store2(u32 addr, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(addr), "f"(x), "f"(y) : "memory");
 }
 __device__ __forceinline__ void smem_store(u32 addr, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(addr), "f"(x) : "memory"); }
+__device__ __forceinline__ void smem_store4(u32 addr, float x, float y, float z, float w) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void smem_store_matrix(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d)
