@@ -41,7 +41,7 @@ from dskernels.validate import ceil_div
 _MAP_BYTES = 128
 _ELEMENT = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}
 _UINT8 = 0
-_NO_SWIZZLE, _SWIZZLE_128B = 0, 3
+_SWIZZLE = {False: 0, 64: 2, True: 3}  # True is 1, and stands for 128
 _PROMOTE = {128: 2, 256: 3}
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _INVALID_CONTEXT = 201
@@ -93,7 +93,7 @@ class TensorMap(NamedTuple):
         x: the matrix ``[outer, inner]`` there, or a tensor of up to five dimensions, its inner index contiguous: sizes,
             strides and dtype count. Elements beyond them are read as zero and not written.
         box: what one copy takes, (outer, inner) elements, or of so many dimensions as `x` has.
-        swizzle: whether shared memory is swizzled by 128 bytes, else not at all.
+        swizzle: whether shared memory is swizzled, by 128 bytes, else not at all; 64 if by so many.
         sizes: in place of those of `x`.
         strides: in elements, in place of those of `x`.
         fetch: bytes that the L2 fetches at a time, 128 or 256.
@@ -102,7 +102,7 @@ class TensorMap(NamedTuple):
     name: str
     x: Tensor
     box: tuple[int, ...]
-    swizzle: bool
+    swizzle: bool | int
     sizes: tuple[int, ...] | None = None
     strides: tuple[int, ...] | None = None
     fetch: int = 256
@@ -330,7 +330,7 @@ def _encoded(description: TensorMap) -> Any:
         (ctypes.c_uint32 * rank)(*box[::-1]),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         0,
-        _SWIZZLE_128B if description.swizzle else _NO_SWIZZLE,
+        _SWIZZLE[description.swizzle],
         _PROMOTE[description.fetch],
         0,
     )

@@ -129,7 +129,7 @@ __device__ __forceinline__ void tma_load_ragged_multicast(u32 dst, const TensorM
         "l"(map), "r"(barrier), "r"(x), "r"(RAGGED + row - end), "r"(RAGGED), "r"(end), "h"(mask)
         : "memory");
 }
-// The same of one of several matrices, the fifth coordinate, by `ragged_map` of a tensor [rows, matrices, columns].
+// The same of one of several matrices, the fifth coordinate of a map that is otherwise a `ragged_map`.
 __device__ __forceinline__ void tma_load_ragged(u32 dst, const TensorMap* map, u32 barrier, int x, int row, int end, int matrix) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),

@@ -80,6 +80,13 @@ __device__ __forceinline__ u64 operand_k_major(u32 addr) {
 __device__ __forceinline__ u64 operand_mn_major(u32 addr, u32 stride) {
     return operand(((addr & 0x3FFFF) >> 4) | (stride / 16 << 16));
 }
+// With the 64-byte swizzle: rows of 64 bytes, 32 elements, 8 of them every 512 bytes. Along K the next 16 lie at + 2, and after 32 in the next
+// tile; along M or N, `stride` bytes from one 32 elements to the next, the next 16 of K lie at + 64.
+__device__ __forceinline__ u64 operand_narrow(u32 low) { return (u64)low | ((u64)32 << 32) | ((u64)2 << 62); }
+__device__ __forceinline__ u64 operand_narrow_k_major(u32 addr) { return operand_narrow(((addr & 0x3FFFF) >> 4) | (1 << 16)); }
+__device__ __forceinline__ u64 operand_narrow_mn_major(u32 addr, u32 stride) {
+    return operand_narrow(((addr & 0x3FFFF) >> 4) | (stride / 16 << 16));
+}
 __device__ __forceinline__ void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
