@@ -1,0 +1,579 @@
+// Gradient of attention of packed sequences on sm_90a, key 192 and value 128 wide. With p = exp(scale * q.k - lse), ds = p * (dout.v - delta):
+//
+//     dv = p^T dout,   dk = scale * ds^T q,   dq = scale * ds k,   delta = dout.out - dlse
+//
+// Three kernels. `prepare` computes delta. `differentiate` takes work by a counter: a tile of 128 keys of a head, for which it walks the
+// queries, 64 at a time, the last ones first. Of its three warpgroups two multiply, 64 keys each, and hold dk and dv, 160 registers a thread; a
+// warp of the third loads, two add a block's dq to a workspace in fp32. `finish` scales and rounds that.
+//
+// Sums are made in a fixed order. For dq that takes turns: the tiles of a sequence's keys add theirs to a block of queries one after another,
+// the first keys first, told by a counter for each block. As all tiles walk the queries in the same order, and begin one after another, the turn
+// has mostly come when a tile asks for it. Work is taken in the order of these turns, so that nobody waits for what has not begun.
+//
+// Clocks for a block, 64 queries by 128 keys: products 3,328 (scores and dout.v 640 each warpgroup, dv 256, dk 384, dq 384). Shared memory at
+// 128 bytes a clock: 2,560 for the products, as p and ds go from registers into dv and dk; 320 for what is loaded, 128 for ds, 768 for dq, which
+// is written there and read by the accelerator. In registers 64 x 64 scores and as many of dout.v take 64 a thread, dq 48.
+//
+// Options (-D):
+//   KIND   of the inputs: 0 bf16, 1 fp16
+
+#include "attention.cuh"
+
+constexpr bool FP16 = KIND == 1;
+constexpr int QK_DIM = 192, V_DIM = 128, ROPE_DIM = 64, ROWS = 64, KEYS = 128, THREADS = 384, STAGES = 2;
+constexpr int Q_BYTES = ROWS * QK_DIM * 2, DOUT_BYTES = ROWS * V_DIM * 2, K_BYTES = KEYS * QK_DIM * 2, V_BYTES = KEYS * V_DIM * 2;
+// Columns of 128 bytes, those of k of 64 bytes: a warpgroup multiplies with 96 of its 192 columns, three of these.
+constexpr int Q_BOX = ROWS * 128, K_BOX = KEYS * 64, V_BOX = KEYS * 128;
+constexpr int DS_BYTES = KEYS * ROWS * 2, DQ_BYTES = ROWS * QK_DIM * 4, STATS_BYTES = 2 * ROWS * 4;
+constexpr int OFFSET_K = 0, OFFSET_V = OFFSET_K + K_BYTES, OFFSET_Q = OFFSET_V + V_BYTES, OFFSET_DOUT = OFFSET_Q + STAGES * Q_BYTES;
+constexpr int OFFSET_DS = OFFSET_DOUT + STAGES * DOUT_BYTES, OFFSET_DQ = OFFSET_DS + DS_BYTES, OFFSET_STATS = OFFSET_DQ + DQ_BYTES;
+constexpr int OFFSET_JOB = OFFSET_STATS + STAGES * STATS_BYTES, OFFSET_BARRIERS = OFFSET_JOB + 64;
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// ---- where things are --------------------------------------------------------------------------------------------
+
+struct Sizes {
+    int tokens_q, tokens_k, sequences, heads, heads_k, causal;
+    // A head has this many blocks of queries and tiles of keys, some of them empty.
+    __device__ __forceinline__ int blocks_q() const { return tokens_q / ROWS + sequences + 2; }
+    __device__ __forceinline__ int tiles_k() const { return tokens_k / KEYS + sequences + 2; }
+};
+
+// Which tile of keys is to add to a block of queries of a head, for each half of its columns; behind these, how many tiles have been taken.
+__device__ __forceinline__ int* counter_of(int2* turns, const Sizes& sizes) { return (int*)(turns + (long long)sizes.heads * sizes.blocks_q()); }
+
+// Edge i of the spans that part [0, tokens): 0, then the sequences + 1 values of cu_seqlens, then tokens. Whatever those values are, an edge lies
+// within [0, tokens].
+__device__ __forceinline__ int edge(const int* cu, int i, int sequences, int tokens) {
+    if (i <= 0) return 0;
+    if (i > sequences + 1) return tokens;
+    return min(max(__ldg(cu + i - 1), 0), tokens);
+}
+
+// Tile i, of SIZE tokens: of which span, where that begins and how long it is, and where in it the tile begins. The first tile of a span is number
+// edge / SIZE + span; that leaves every span as many as it needs, and some that begin at its end or later.
+template <int SIZE> struct Tile {
+    int span, start, length, first;
+    __device__ __forceinline__ Tile(const int* cu, int i, int sequences, int tokens) {
+        int low = 0, high = sequences + 2;
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            if (edge(cu, middle, sequences, tokens) / SIZE + middle <= i) low = middle;
+            else high = middle;
+        }
+        span = low;
+        start = edge(cu, low, sequences, tokens);
+        length = edge(cu, low + 1, sequences, tokens) - start;
+        first = (i - start / SIZE - low) * SIZE;
+    }
+};
+// How many tokens the sequence of a span has; the first and the last span are none.
+__device__ __forceinline__ int length_of(const int* cu, int span, int sequences, int tokens) {
+    if (span < 1 || span > sequences) return 0;
+    return max(edge(cu, span + 1, sequences, tokens) - edge(cu, span, sequences, tokens), 0);
+}
+// Query i of a sequence sees the keys up to i + ahead.
+__device__ __forceinline__ int keys_ahead(int queries, int keys, int causal) { return causal ? keys - queries : 1 << 29; }
+
+// ---- 16-bit rows from registers ----------------------------------------------------------------------------------
+
+// Of one of a thread's rows four pairs of columns, 8 apart: the four lanes of a quad transpose them, and each writes 16 bytes, columns
+// 8 * (lane % 4) on.
+__device__ __forceinline__ void store_quad(u16* row, u32 (&x)[4], int quarter, bool inside) {
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2)
+#pragma unroll
+        for (int t = 0; t < 4; ++t)
+            if (!(t & d)) {
+                const bool upper = quarter & d;
+                const u32 other = __shfl_xor_sync(0xffffffffu, upper ? x[t] : x[t + d], d);
+                if (upper) x[t] = other;
+                else x[t + d] = other;
+            }
+    if (inside) *(uint4*)(row + 8 * quarter) = make_uint4(x[0], x[1], x[2], x[3]);
+}
+
+// Columns FROM to TO of a thread's two rows of a product, times `scale`, to the rows `row` and `row` + 8 of `rows`.
+template <int FROM, int TO, int N>
+__device__ __forceinline__ void store_columns(u16* to, long long stride, const float (&x)[N], float scale, int row, int rows, int quarter) {
+#pragma unroll
+    for (int j = FROM; j < TO; j += 32)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            u32 y[4];
+#pragma unroll
+            for (int t = 0; t < 4; ++t) y[t] = pack_half<FP16>(scale * x[j / 2 + 4 * t + 2 * i], scale * x[j / 2 + 4 * t + 2 * i + 1]);
+            store_quad(to + (row + 8 * i) * stride + j, y, quarter, row + 8 * i < rows);
+        }
+}
+
+// ---- before: delta -----------------------------------------------------------------------------------------------
+
+constexpr int PREPARE_THREADS = 128;
+
+// Of a block of queries (x) and a head (y): lse in units of log 2, and delta; also the counter of its turns is set to 0. A query that sees nothing
+// gets lse inf instead of -inf, so that its p are 0, and so do the rows behind the sequence's end.
+extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
+prepare(const u16* dout, const float* dlse, const u16* out, const float* lse, const int* cu_q, float* stats, int2* turns,
+        long long stride_dt, long long stride_dh, long long stride_ot, long long stride_oh, Sizes sizes) {
+    const int block = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % 16;
+    const long long at = (long long)head * sizes.blocks_q() + block;
+    if (threadIdx.x == 0) {
+        turns[at] = make_int2(0, 0);
+        if (block == 0 && head == 0) *counter_of(turns, sizes) = 0;
+    }
+    const Tile<ROWS> tile(cu_q, block, sizes.sequences, sizes.tokens_q);
+    if (tile.first >= tile.length) return;
+    constexpr int AT_ONCE = PREPARE_THREADS / 16, STEPS = ROWS / AT_ONCE;
+    uint4 x[STEPS], y[STEPS];
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+        const int r = i * AT_ONCE + threadIdx.x / 16;
+        const long long row = tile.start + tile.first + min(r, tile.length - tile.first - 1);
+        x[i] = __ldg((const uint4*)(dout + row * stride_dt + head * stride_dh) + lane);
+        y[i] = __ldg((const uint4*)(out + row * stride_ot + head * stride_oh) + lane);
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+        const u32 a[4] = {x[i].x, x[i].y, x[i].z, x[i].w}, b[4] = {y[i].x, y[i].y, y[i].z, y[i].w};
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            sum = fmaf(widen((u16)a[j], KIND), widen((u16)b[j], KIND), sum);
+            sum = fmaf(widen((u16)(a[j] >> 16), KIND), widen((u16)(b[j] >> 16), KIND), sum);
+        }
+#pragma unroll
+        for (int d = 8; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+        const int r = i * AT_ONCE + threadIdx.x / 16;
+        if (lane == 0) {
+            float from = -MINUS_INFINITY, delta = 0;
+            if (tile.first + r < tile.length) {
+                const long long row = (long long)head * sizes.tokens_q + tile.start + tile.first + r;
+                const float given = lse[row];
+                if (given != MINUS_INFINITY) from = given * LOG2_E, delta = sum - dlse[row];
+            }
+            stats[at * (2 * ROWS) + r] = from;
+            stats[at * (2 * ROWS) + ROWS + r] = delta;
+        }
+    }
+}
+
+// ---- work --------------------------------------------------------------------------------------------------------
+
+// What the warp that loads tells the others of a tile of keys; through shared memory.
+struct Job {
+    int key, keys;         // its first key, and how many there are up to the sequence's end: 0 where there is no more work
+    int place;             // how many tiles of the sequence come before it
+    int head;              // of k and v
+    int query, block;      // the sequence's first query, and the number of its first block
+    int first, blocks;     // of the queries that see any of these keys, and that many: they are walked from the last to the first
+    int shift;             // query i of the sequence sees key j of the tile if j <= i + shift
+
+    template <class Each> __device__ __forceinline__ void each(Each each) {
+        each(0, key), each(1, keys), each(2, place), each(3, head), each(4, query), each(5, block), each(6, first), each(7, blocks), each(8, shift);
+    }
+    __device__ __forceinline__ void write(u32 at) {
+        each([&](int i, int x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + 4 * i), "r"(x) : "memory"); });
+    }
+    // The same in all lanes of a warp, which the compiler is to know.
+    __device__ __forceinline__ void read(u32 at) {
+        each([&](int i, int& x) {
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at + 4 * i));
+            x = __shfl_sync(0xffffffffu, x, 0);
+        });
+    }
+};
+
+struct Stage {
+    int index = 0;
+    u32 phase = 0;
+    __device__ __forceinline__ void advance() {
+        if (++index == STAGES) index = 0, phase ^= 1;
+    }
+};
+
+struct Barriers {
+    u32 base;
+    __device__ __forceinline__ u32 k_full() const { return base; }
+    __device__ __forceinline__ u32 k_empty() const { return base + 8; }
+    __device__ __forceinline__ u32 q_full(int i) const { return base + 16 + i * 8; }
+    __device__ __forceinline__ u32 q_empty(int i) const { return base + 32 + i * 8; }
+    __device__ __forceinline__ u32 dout_full(int i) const { return base + 48 + i * 8; }
+    __device__ __forceinline__ u32 dout_empty(int i) const { return base + 64 + i * 8; }
+    __device__ __forceinline__ void make() const {
+        barrier_init(k_full(), 1);
+        barrier_init(k_empty(), 8 + 2);  // one lane of each multiplying warp, and of those that add dq
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(q_full(i), 1);
+            barrier_init(q_empty(i), 8);
+            barrier_init(dout_full(i), 1);
+            barrier_init(dout_empty(i), 8);
+        }
+        barrier_init_fence();
+    }
+};
+// Named barriers. Of both multiplying warpgroups: ds is written; the other one has read ds. Of one and the warp that adds its part of dq: that is
+// written; it may be written again.
+constexpr int DS_WRITTEN = 1;
+__device__ __forceinline__ constexpr int ds_read_by(int group) { return 2 + group; }
+__device__ __forceinline__ constexpr int dq_written(int group) { return 4 + group; }
+__device__ __forceinline__ constexpr int dq_free(int group) { return 6 + group; }
+
+// ---- loading -----------------------------------------------------------------------------------------------------
+
+struct Maps {
+    const TensorMap *q, *k, *rope, *v, *dout;
+};
+
+// One thread's work: take tiles, tell the other warps which, and load. `together` heads are computed at one time.
+__device__ __forceinline__ void load(u32 base, Barriers barriers, Maps maps, const int* cu_q, const int* cu_k, const float* stats, int* next,
+                                     const Sizes& sizes, int together, bool shared_rope) {
+    Stage stage;
+    u32 k_phase = 0;
+    const int tiles = sizes.tiles_k();
+    while (true) {
+        const int item = atomicAdd(next, 1);
+        if (item >= tiles * sizes.heads_k) break;
+        const int round = item / (tiles * together), inside = item - round * tiles * together, size = min(together, sizes.heads_k - round * together);
+        const Tile<KEYS> tile(cu_k, inside / size, sizes.sequences, sizes.tokens_k);
+        if (tile.first >= tile.length) continue;
+        Job job;
+        const int queries = length_of(cu_q, tile.span, sizes.sequences, sizes.tokens_q);
+        job.key = tile.start + tile.first;
+        job.keys = tile.length - tile.first;
+        job.place = tile.first / KEYS;
+        job.head = round * together + inside % size;
+        job.query = edge(cu_q, tile.span, sizes.sequences, sizes.tokens_q);
+        job.block = job.query / ROWS + tile.span;
+        job.shift = keys_ahead(queries, tile.length, sizes.causal) - tile.first;
+        job.first = min(max(-job.shift, 0), queries) / ROWS;
+        job.blocks = (queries + ROWS - 1) / ROWS - job.first;
+
+        barrier_wait(barriers.k_empty(), k_phase ^ 1);
+        k_phase ^= 1;
+        job.write(base + OFFSET_JOB);
+        barrier_expect(barriers.k_full(), K_BYTES + V_BYTES);
+        const int end = job.key + job.keys;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) tma_load_ragged(base + OFFSET_K + i * K_BOX, maps.k, barriers.k_full(), i * 32, job.key, end, job.head);
+#pragma unroll
+        for (int i = 4; i < 6; ++i) {
+            if (shared_rope) tma_load_ragged(base + OFFSET_K + i * K_BOX, maps.rope, barriers.k_full(), i * 32 - V_DIM, job.key, end, 0);
+            else tma_load_ragged(base + OFFSET_K + i * K_BOX, maps.k, barriers.k_full(), i * 32, job.key, end, job.head);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) tma_load_ragged(base + OFFSET_V + i * V_BOX, maps.v, barriers.k_full(), i * 64, job.key, end, job.head);
+
+        const int group = sizes.heads / sizes.heads_k, query_end = job.query + queries;
+#pragma unroll 1
+        for (int head = job.head * group; head < (job.head + 1) * group; ++head) {
+#pragma unroll 1
+            for (int block = job.first + job.blocks - 1; block >= job.first; --block, stage.advance()) {
+                const int row = job.query + block * ROWS;
+                const u32 q = base + OFFSET_Q + stage.index * Q_BYTES, dout = base + OFFSET_DOUT + stage.index * DOUT_BYTES;
+                barrier_wait(barriers.q_empty(stage.index), stage.phase ^ 1);
+                barrier_expect(barriers.q_full(stage.index), Q_BYTES + STATS_BYTES);
+#pragma unroll
+                for (int i = 0; i < 3; ++i) tma_load_ragged(q + i * Q_BOX, maps.q, barriers.q_full(stage.index), i * 64, row, query_end, head);
+                bulk_load(base + OFFSET_STATS + stage.index * STATS_BYTES, stats + ((long long)head * sizes.blocks_q() + job.block + block) * (2 * ROWS),
+                          barriers.q_full(stage.index), STATS_BYTES);
+                barrier_wait(barriers.dout_empty(stage.index), stage.phase ^ 1);
+                barrier_expect(barriers.dout_full(stage.index), DOUT_BYTES);
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    tma_load_ragged(dout + i * Q_BOX, maps.dout, barriers.dout_full(stage.index), i * 64, row, query_end, head);
+            }
+        }
+    }
+    barrier_wait(barriers.k_empty(), k_phase ^ 1);
+    Job nothing{};
+    nothing.write(base + OFFSET_JOB);
+    barrier_arrive(barriers.k_full());
+}
+
+// ---- dq ----------------------------------------------------------------------------------------------------------
+
+// The first tile of keys stores, the others add.
+__device__ __forceinline__ void add_in_turn(float* dq, u32 from, int* turn, int place) {
+    int now;
+    do asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+    while (now < place);
+    proxy_fence_everywhere();
+    if (place == 0) bulk_store(dq, from, DQ_BYTES / 2);
+    else bulk_add(dq, from, DQ_BYTES / 2);
+    tma_store_commit();
+    tma_store_wait_read<0>();
+}
+__device__ __forceinline__ void end_turn(int* turn) {
+    tma_store_wait<0>();
+    proxy_fence_everywhere();
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+}
+
+// A warp's work: what a warpgroup computes of dq, half of its columns, goes to the workspace, in the order of its registers.
+__device__ __forceinline__ void add_dq(u32 base, Barriers barriers, float* dq, int2* turns, const Sizes& sizes, int half, int lane) {
+    const bool elected = elect_one();
+    u32 k_phase = 0;
+    named_arrive<160>(dq_free(half));
+    while (true) {
+        Job job;
+        barrier_wait(barriers.k_full(), k_phase);
+        k_phase ^= 1;
+        job.read(base + OFFSET_JOB);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(barriers.k_empty());
+        if (job.keys == 0) return;
+        const int group = sizes.heads / sizes.heads_k;
+#pragma unroll 1
+        for (int head = job.head * group; head < (job.head + 1) * group; ++head) {
+#pragma unroll 1
+            for (int block = job.first + job.blocks - 1; block >= job.first; --block) {
+                const long long at = (long long)head * sizes.blocks_q() + job.block + block;
+                int* turn = (int*)(turns + at) + half;
+                named_sync<160>(dq_written(half));
+                if (elected) add_in_turn(dq + (at * 2 + half) * (DQ_BYTES / 8), base + OFFSET_DQ + half * (DQ_BYTES / 2), turn, job.place);
+                __syncwarp();
+                named_arrive<160>(dq_free(half));
+                if (elected) end_turn(turn);
+                __syncwarp();
+            }
+        }
+    }
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------
+
+struct Gradients {
+    u16 *dk, *dv;
+    float* rope;  // of each head: where the rope part is shared
+    long long stride_kt, stride_kh, stride_vt, stride_vh;
+};
+
+// p from scores: what key j may not be seen by, and keys behind the end, become 0. `from` is a thread's first column; row i is seen from column
+// first[i] on.
+template <bool MASKED> __device__ __forceinline__ void weigh(u32 (&p)[16], const float (&s)[32], u32 lse, float factor, const int (&first)[2]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const float2 from = smem_load2(lse + j * 32);
+        float x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            x[e] = exp2_fast(fmaf(s[4 * j + e], factor, e % 2 ? -from.y : -from.x));
+            if (MASKED && 8 * j + e % 2 < first[e / 2]) x[e] = 0;
+        }
+        p[2 * j] = pack_half<FP16>(x[0], x[1]);
+        p[2 * j + 1] = pack_half<FP16>(x[2], x[3]);
+    }
+}
+
+// A warpgroup's work: 64 keys of each tile.
+__device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients out, const Sizes& sizes, float scale, bool shared_rope, int group,
+                                         int warp, int lane) {
+    // The lower halves of descriptors, through a shuffle, so that the compiler knows them to be the same in all lanes.
+    auto uniform = [](u64 descriptor) { return __shfl_sync(0xffffffffu, (u32)descriptor, 0); };
+    const u32 k_rows = uniform(operand_narrow_k_major(base + OFFSET_K + group * 64 * 64));
+    const u32 k_columns = uniform(operand_narrow_mn_major(base + OFFSET_K + group * 3 * K_BOX, K_BOX));
+    const u32 v_rows = uniform(operand_k_major(base + OFFSET_V + group * 64 * 128));
+    const u32 q_rows = uniform(operand_k_major(base + OFFSET_Q)), q_columns = uniform(operand_mn_major(base + OFFSET_Q, Q_BOX));
+    const u32 dout_rows = uniform(operand_k_major(base + OFFSET_DOUT)), dout_columns = uniform(operand_mn_major(base + OFFSET_DOUT, Q_BOX));
+    const u32 ds_columns = uniform(operand_mn_major(base + OFFSET_DS, Q_BOX));
+    const u32 ds_rows = uniform(operand_k_major(base + OFFSET_DS + group * 8192));
+    const int thread = warp * 32 + lane, row = warp * 16 + lane / 4, column = lane % 4 * 2;
+    // Where a lane writes 8 of the columns of ds that its warp has: the row's place, and what the swizzle turns in it.
+    const u32 ds_row = base + OFFSET_DS + (group * 64 + warp * 16 + lane % 16) * 128;
+    Stage stage;
+    u32 k_phase = 0;
+    float dk[96], dv[64], s[32], dp[32];
+    u32 p[16], ds[16];
+
+    auto arrive = [&](u32 barrier) {
+        if (lane == 0) barrier_arrive(barrier);
+    };
+    auto start_scores = [&] {
+        barrier_wait(barriers.q_full(stage.index), stage.phase);
+        registers_fence(s);
+        wgmma_begin();
+#pragma unroll
+        for (int i = 0; i < QK_DIM / 16; ++i)
+            multiply_half<FP16, 0, 0>(s, operand_narrow(k_rows + i / 2 * (K_BOX / 16) + i % 2 * 2),
+                                      operand(q_rows + stage.index * (Q_BYTES / 16) + i / 4 * (Q_BOX / 16) + i % 4 * 2), i > 0);
+        wgmma_commit();
+        registers_fence(s);
+    };
+
+    named_arrive<256>(ds_read_by(group));
+    while (true) {
+        Job job;
+        barrier_wait(barriers.k_full(), k_phase);
+        k_phase ^= 1;
+        job.read(base + OFFSET_JOB);
+        if (job.keys == 0) return;
+        const int heads = sizes.heads / sizes.heads_k;
+        const int steps = heads * job.blocks;
+        int block = job.first + job.blocks;
+#pragma unroll
+        for (int i = 0; i < 96; ++i) dk[i] = 0;
+#pragma unroll
+        for (int i = 0; i < 64; ++i) dv[i] = 0;
+
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            if (--block < job.first) block = job.first + job.blocks - 1;
+            const u32 stats = base + OFFSET_STATS + stage.index * STATS_BYTES + column * 4;
+            start_scores();
+            wgmma_wait<1>();
+            registers_fence(dk);
+            if (step > 0) arrive(barriers.q_empty(stage.index ^ 1));
+            wgmma_wait<0>();
+            registers_fence(s);
+            if (block * ROWS + job.shift < KEYS - 1 || job.keys < KEYS) {
+                int first[2];
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int key = group * 64 + row + 8 * i;
+                    first[i] = key < job.keys ? key - job.shift - block * ROWS - column : ROWS;
+                }
+                weigh<true>(p, s, stats, scale * LOG2_E, first);
+            } else {
+                const int first[2] = {0, 0};
+                weigh<false>(p, s, stats, scale * LOG2_E, first);
+            }
+            // dp = v dout^T. By then the product before, dk, is done with its q.
+            barrier_wait(barriers.dout_full(stage.index), stage.phase);
+            registers_fence(dp);
+            wgmma_begin();
+#pragma unroll
+            for (int i = 0; i < V_DIM / 16; ++i)
+                multiply_half<FP16, 0, 0>(dp, operand(v_rows + i / 4 * (V_BOX / 16) + i % 4 * 2),
+                                          operand(dout_rows + stage.index * (DOUT_BYTES / 16) + i / 4 * (Q_BOX / 16) + i % 4 * 2), i > 0);
+            wgmma_commit();
+            registers_fence(dp);
+
+            registers_fence(dv);
+            wgmma_begin();
+#pragma unroll
+            for (int i = 0; i < ROWS / 16; ++i)
+                multiply_registers<FP16, 1>(dv, p + 4 * i, operand(dout_columns + stage.index * (DOUT_BYTES / 16) + i * 128), 1);
+            wgmma_commit();
+            registers_fence(dv);
+
+            // ds, from p as it was rounded: the sum of p and dp in fp32 would need all registers there are.
+            wgmma_wait<1>();
+            registers_fence(dp);
+            named_sync<256>(ds_read_by(group ^ 1));
+#pragma unroll
+            for (int i = 0; i < ROWS / 16; ++i) {
+#pragma unroll
+                for (int j = 2 * i; j < 2 * i + 2; ++j) {
+                    const float2 delta = smem_load2(stats + ROWS * 4 + j * 32);
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const float low = widen((u16)p[2 * j + e], KIND) * (dp[4 * j + 2 * e] - delta.x);
+                        const float high = widen((u16)(p[2 * j + e] >> 16), KIND) * (dp[4 * j + 2 * e + 1] - delta.y);
+                        ds[2 * j + e] = pack_half<FP16>(low, high);
+                    }
+                }
+                smem_store_matrix(ds_row + ((2 * i + lane / 16) ^ lane % 8) * 16, ds[4 * i], ds[4 * i + 1], ds[4 * i + 2], ds[4 * i + 3]);
+            }
+            proxy_fence();
+            named_sync<256>(DS_WRITTEN);
+
+            wgmma_wait<0>();
+            registers_fence(dv);
+            float dq[48];
+            registers_fence(dq);
+            wgmma_begin();
+#pragma unroll
+            for (int i = 0; i < KEYS / 16; ++i)
+                multiply_half<FP16, 1, 1>(dq, operand(ds_columns + i * 128), operand_narrow(k_columns + i * 64), i > 0);
+            wgmma_commit();
+            registers_fence(dq);
+            registers_fence(dk);
+            wgmma_begin();
+#pragma unroll
+            for (int i = 0; i < ROWS / 16; ++i)
+                multiply_half<FP16, 0, 1>(dk, operand(ds_rows + i * 2), operand(q_columns + stage.index * (Q_BYTES / 16) + i * 128), 1);
+            wgmma_commit();
+            registers_fence(dk);
+
+            wgmma_wait<1>();
+            registers_fence(dq);
+            registers_fence(dv);
+            named_arrive<256>(ds_read_by(group));
+            arrive(barriers.dout_empty(stage.index));
+            named_sync<160>(dq_free(group));
+#pragma unroll
+            for (int i = 0; i < 12; ++i)
+                smem_store4(base + OFFSET_DQ + group * (DQ_BYTES / 2) + i * 2048 + thread * 16, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+            proxy_fence();
+            named_arrive<160>(dq_written(group));
+            stage.advance();
+        }
+        wgmma_wait<0>();
+        registers_fence(dk);
+        if (steps > 0) arrive(barriers.q_empty(stage.index ^ 1));
+        arrive(barriers.k_empty());
+
+        const int first = group * 64 + row;
+        store_columns<0, V_DIM>(out.dv + job.key * out.stride_vt + job.head * out.stride_vh, out.stride_vt, dv, 1, first, job.keys, lane % 4);
+        u16* to = out.dk + job.key * out.stride_kt + job.head * out.stride_kh;
+        store_columns<0, V_DIM>(to, out.stride_kt, dk, scale, first, job.keys, lane % 4);
+        if (!shared_rope) {
+            store_columns<V_DIM, QK_DIM>(to, out.stride_kt, dk, scale, first, job.keys, lane % 4);
+        } else {
+            float* sums = out.rope + ((long long)(job.key + first) * sizes.heads_k + job.head) * ROPE_DIM + column;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+                for (int j = 0; j < ROPE_DIM / 8; ++j)
+                    if (first + 8 * i < job.keys)
+                        *(float2*)(sums + 8ll * i * sizes.heads_k * ROPE_DIM + 8 * j) =
+                            make_float2(scale * dk[64 + 4 * j + 2 * i], scale * dk[64 + 4 * j + 2 * i + 1]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+differentiate(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_rope,
+              const __grid_constant__ TensorMap map_v, const __grid_constant__ TensorMap map_dout, const int* cu_q, const int* cu_k,
+              const float* stats, float* dq, int2* turns, u16* dk, u16* dv, float* rope, long long stride_kt, long long stride_kh,
+              long long stride_vt, long long stride_vh, Sizes sizes, float scale, int together, int shared_rope) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 base = smem_addr(smem);
+    const Barriers barriers{base + OFFSET_BARRIERS};
+    const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4, lane = threadIdx.x % 32;
+    if (threadIdx.x == 0) barriers.make();
+    __syncthreads();
+    if (group == 2) {
+        registers_shrink<24>();
+        if (warp < 2) add_dq(base, barriers, dq, turns, sizes, warp, lane);
+        if (warp == 2 && elect_one())
+            load(base, barriers, {&map_q, &map_k, &map_rope, &map_v, &map_dout}, cu_q, cu_k, stats, counter_of(turns, sizes), sizes,
+                 together, shared_rope);
+    } else {
+        registers_grow<240>();
+        multiply(base, barriers, {dk, dv, rope, stride_kt, stride_kh, stride_vt, stride_vh}, sizes, scale, shared_rope, group, warp, lane);
+    }
+}
+
+// ---- after: dq ---------------------------------------------------------------------------------------------------
+
+// Of a block of queries (x) and a head (y): scale what was summed, and round it. Queries that see nothing, or of no sequence, get 0.
+extern "C" __global__ void __launch_bounds__(256)
+finish(const float* sums, const int* cu_q, const int* cu_k, u16* dq, long long stride_t, long long stride_h, Sizes sizes, float scale) {
+    const int block = blockIdx.x, head = blockIdx.y, half = threadIdx.x / 128, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+    const Tile<ROWS> tile(cu_q, block, sizes.sequences, sizes.tokens_q);
+    if (tile.first >= tile.length) return;
+    const int keys = length_of(cu_k, tile.span, sizes.sequences, sizes.tokens_k);
+    const bool seen = min(min(tile.first + ROWS, tile.length) - 1 + keys_ahead(tile.length, keys, sizes.causal), keys - 1) >= 0;
+    const float4* from = (const float4*)(sums + (((long long)head * sizes.blocks_q() + block) * 2 + half) * (DQ_BYTES / 8)) + thread;
+    float x[48];
+#pragma unroll
+    for (int i = 0; i < 12; ++i) {
+        const float4 y = seen ? __ldcs(from + i * 128) : make_float4(0, 0, 0, 0);
+        x[4 * i] = y.x, x[4 * i + 1] = y.y, x[4 * i + 2] = y.z, x[4 * i + 3] = y.w;
+    }
+    store_columns<0, 96>(dq + (tile.start + tile.first) * stride_t + head * stride_h + half * 96, stride_t, x, scale, thread / 32 * 16 + lane / 4,
+                         tile.length - tile.first, lane % 4);
+}
