@@ -10,6 +10,7 @@ import torch
 import dskernels as ds
 from benchmarks import inputs, peers, roofline, workloads
 from benchmarks.cases import Call, Case
+from benchmarks.peers import Peer
 from benchmarks.peers import attention as attention_peers
 from benchmarks.workloads import FP8_ROW_BYTES, LATENT_DIM, NOPE_DIM, QK_DIM, ROPE_DIM, ROW_DIM, VALUE_DIM
 
@@ -138,6 +139,30 @@ class Prefill(_Attention):
 
 
 @dataclass(frozen=True)
+class PackedPrefill(Prefill):
+    """`mla_prefill`, causal, of packed sequences of mixed lengths."""
+
+    workload: workloads.PackedPrefill  # type: ignore[assignment]
+
+    def inputs(self, device):
+        w = self.workload
+        return SimpleNamespace(
+            q=inputs.bf16(w.t, w.h, QK_DIM, device=device),
+            k=inputs.bf16(w.t, w.h, QK_DIM, device=device),
+            v=inputs.bf16(w.t, w.h, VALUE_DIM, device=device),
+            cu_seqlens=inputs.offsets(w.lengths, device),
+        )
+
+    def part(self, x):
+        few = spread(self.workload.h)
+        heads = {name: getattr(x, name)[:, few].contiguous() for name in ("q", "k", "v")}
+        return SimpleNamespace(**heads, cu_seqlens=x.cu_seqlens)
+
+    def peers(self, x):
+        return {"flashinfer": lambda: attention_peers.flashinfer_prefill(x.q, x.k, x.v, x.cu_seqlens, SCALE)}
+
+
+@dataclass(frozen=True)
 class PrefillBackward(Prefill):
     """The gradient of `mla_prefill` in q, k and v."""
 
@@ -206,6 +231,17 @@ class PrefillCached(_Attention):
     def part_of_output(self, out, x):
         few = spread(self.workload.h)
         return out[0][:, few], out[1][few]
+
+    def peers(self, x):
+        return {"uncached": lambda: self.uncached(x)}
+
+    def uncached(self, x) -> Peer:
+        """`mla_prefill` over keys and values that are all there: without gathering, projecting and merging."""
+        w = self.workload
+        row = x.cache[x.block_table.long()].flatten(1, 2)[:, : w.s].flatten(0, 1)
+        k, v = (row[:, :LATENT_DIM] @ x.kv_b.t()).unflatten(1, (w.h, -1)).tensor_split([NOPE_DIM], -1)
+        job = (x.q, k, v, x.cu_seqlens, inputs.offsets([w.s] * w.b, x.q.device))
+        return Peer(lambda: ds.mla_prefill(*job, scale=SCALE, k_rope=row[:, LATENT_DIM:]))
 
 
 @dataclass(frozen=True)
@@ -297,7 +333,8 @@ class MergeStates(Case):
 CASES: list[Case] = [
     *(Decode(w) for w in workloads.DECODES),
     *(Decode(w, fp8=True) for w in workloads.FP8_DECODES),
-    *(Prefill(w) for w in workloads.PREFILLS),
+    *(Prefill(w) for w in workloads.PREFILLS + workloads.EQUAL_PREFILLS),
+    *(PackedPrefill(w) for w in workloads.PACKED_PREFILLS),
     *(PrefillBackward(w) for w in workloads.PREFILLS),
     *(PrefillCached(w) for w in workloads.CHUNKED_PREFILLS),
     *(WriteLatentCache(w) for w in workloads.CACHE_WRITES),

@@ -206,10 +206,11 @@ def _causal_pairs(lengths: Sequence[int]) -> int:
     return sum(n * (n + 1) // 2 for n in lengths)
 
 
-def prefill(x: w.Prefill) -> Work:
+def prefill(x: w.Prefill | w.PackedPrefill) -> Work:
     """q.k over 192 and p.v over 128 for each head and causal pair."""
-    tokens = x.b * x.s * x.h
-    flops = 2 * x.h * (QK_DIM + VALUE_DIM) * _causal_pairs([x.s] * x.b)
+    lengths = x.lengths if isinstance(x, w.PackedPrefill) else (x.s,) * x.b
+    tokens = sum(lengths) * x.h
+    flops = 2 * x.h * (QK_DIM + VALUE_DIM) * _causal_pairs(lengths)
     return Work(flops, tokens * ((2 * QK_DIM + 2 * VALUE_DIM) * BF16 + FP32), "bf16")
 
 

@@ -180,6 +180,28 @@ class Prefill:
 
 
 @dataclass(frozen=True)
+class PackedPrefill:
+    """`t` tokens in packed sequences of mixed lengths, `mean` on average, and `h` heads, causal."""
+
+    t: int
+    mean: int = 1000
+    h: int = HEADS
+
+    @property
+    def name(self) -> str:
+        return f"t{self.t}_mean{self.mean}_h{self.h}"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence: anything from 1 to twice the mean alike; the last one is what is left."""
+        draw, lengths, left = random.Random(f"t{self.t}_mean{self.mean}"), [], self.t
+        while left:
+            lengths.append(min(left, draw.randint(1, 2 * self.mean - 1)))
+            left -= lengths[-1]
+        return tuple(lengths)
+
+
+@dataclass(frozen=True)
 class ChunkedPrefill:
     """`b` requests, each adding `q` tokens to a cache that then holds `s`, and `h` heads."""
 
@@ -265,6 +287,9 @@ DECODES = (
 )
 FP8_DECODES = (Decode(128, 4096), Decode(128, 4096, h=16))
 PREFILLS = (Prefill(1, 4096), Prefill(1, 8192), Prefill(4, 4096, h=16))
-CHUNKED_PREFILLS = (ChunkedPrefill(4, 8192, 1024, h=16),)
+# Mixed lengths beside equal ones of about the same mean.
+PACKED_PREFILLS = (PackedPrefill(32768), PackedPrefill(32768, h=16))
+EQUAL_PREFILLS = (Prefill(32, 1024), Prefill(32, 1024, h=16))
+CHUNKED_PREFILLS = (ChunkedPrefill(4, 8192, 1024, h=16), ChunkedPrefill(1, 32768, 4096))
 CACHE_WRITES = (Tokens(128), Tokens(4096))
 MERGES = (Tokens(128, HEADS), Tokens(4096, HEADS))

@@ -34,6 +34,7 @@ SMALL = {
     "Moe": {"t": 9, "e": 4, "k": 2, "h": 256, "i": 128},
     "Decode": {"b": 3, "s": 70, "h": 3},
     "Prefill": {"b": 2, "s": 33, "h": 3},
+    "PackedPrefill": {"t": 70, "mean": 20, "h": 3},
     "ChunkedPrefill": {"b": 2, "s": 70, "q": 5, "h": 3},
     "Tokens": {"t": 9, "h": 3},
 }

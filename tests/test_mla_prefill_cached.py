@@ -174,24 +174,28 @@ def test_empty(device, impl, requests, columns, pages, new):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["hopper", "triton"])
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.uint8])
-def test_model_shapes(device, cache_dtype):
+def test_model_shapes(device, monkeypatch, impl, cache_dtype):
+    """In chunks of 1,000, of which one holds the ends of several requests, and one nothing that is cached."""
     dims = (512, 128, 64, 128)
     inputs = make_inputs(device, [3000, 0, 64, 1500], [700, 3, 64, 1], 16, 64, dims, torch.bfloat16, cache_dtype)
     exact = [x.double() if x.is_floating_point() else x for x in inputs]
     want = reference.mla_prefill_cached(*exact, scale=192**-0.5)
-    got = ds.mla_prefill_cached(*inputs, scale=192**-0.5, impl="triton")
+    monkeypatch.setattr(cached, "CHUNK_BYTES", 1000 * inputs[1].shape[0] * 2)
+    got = ds.mla_prefill_cached(*inputs, scale=192**-0.5, impl=impl)
     assert parity.difference(got[0], want[0]) < 2e-5
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
-def test_a_graph_replays_with_other_lengths(device):
+@pytest.mark.parametrize("impl", ["hopper", "triton"])
+def test_a_graph_replays_with_other_lengths(device, impl):
     inputs = make_inputs(device, [300, 80], [20, 12], 4, 64, (512, 128, 64, 128), torch.bfloat16)
     *_, lengths, cu_q = inputs
 
     def step():
-        return ds.mla_prefill_cached(*inputs, scale=0.07, impl="triton")
+        return ds.mla_prefill_cached(*inputs, scale=0.07, impl=impl)
 
     step()  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -282,6 +286,10 @@ def test_registration():
     op = torch.ops.dskernels.mla_prefill_cached.default
     check_registration(op, (Q, KV_B, CACHE.nan_to_num(), TABLE, LENGTHS, CU_Q, 0.1))
     check_registration(op, (Q.bfloat16(), KV_B.bfloat16(), BYTES, TABLE, LENGTHS, CU_Q, 0.1))
+    onto = torch.ops.dskernels.mla_prefill_onto.default
+    cu, out, lse = offsets([4, 3]), torch.randn(7, 2, 40), torch.randn(2, 7)
+    k, v, k_rope = torch.randn(9, 2, 24), torch.randn(9, 2, 40), torch.randn(9, 16)
+    check_registration(onto, (Q, k, k_rope, v, cu, offsets([5, 4]), 0.1, out, lse))
     gather = torch.ops.dskernels.gather_latents.default
     table, first = TABLE.clamp(0, 1), torch.zeros(2, dtype=torch.int32)
     check_registration(gather, (CACHE.nan_to_num(), table, offsets([20, 3]), first, 2, 21, 32, 16, torch.float32))

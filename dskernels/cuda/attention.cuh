@@ -56,7 +56,8 @@ template <bool FP16, int N> __device__ __forceinline__ void pack_operand(u32 (&p
 
 // ---- softmax -----------------------------------------------------------------------------------------------------
 
-constexpr float MINUS_INFINITY = -__builtin_huge_valf(), LN_2 = 0.6931471805599453f;
+constexpr float LN_2 = 0.6931471805599453f;
+#define MINUS_INFINITY __int_as_float(0xFF800000)
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -118,6 +119,13 @@ struct Softmax {
         }
     }
 };
+
+// Have all of `step` done before the wait that follows: the assembler moves what a wait does not depend on behind it, where no product runs
+// beside it. The store to shared memory at `anywhere` never happens, as no sum of weights is -1, but the assembler cannot know.
+__device__ __forceinline__ void finish(const Softmax& softmax, u32 anywhere) {
+    asm volatile("{.reg .pred p; setp.eq.f32 p, %0, 0fBF800000; @p st.shared.f32 [%1], %0;}" ::"f"(softmax.weight[0] + softmax.weight[1]), "r"(anywhere)
+                 : "memory");
+}
 
 template <int N> __device__ __forceinline__ void scale_rows(float (&x)[N], const float (&by)[2]) {
 #pragma unroll

@@ -129,6 +129,11 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     return results
 
 
+def merge_onto(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """Merge the second state into the first, all of them contiguous."""
+    _launch(merge_kernel, (out_a, lse_a, out_b, lse_b), (out_a, lse_a), out_a)
+
+
 def merge_states_backward(
     dout: Tensor, dlse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, ...]:

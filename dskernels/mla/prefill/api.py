@@ -37,11 +37,12 @@ def mla_prefill(
             `v` and `k_rope` it may be strided, with a contiguous last dimension. (fp64 runs on the reference.)
         k: ``[Tk, Hk, D]`` in q's dtype, Hk a divisor of H; where `k_rope` is given, ``[Tk, Hk, D - rope]``, the part of
             the key that is each head's own.
-        v: ``[Tk, Hk, V]`` in q's dtype. The Triton kernels take D and V up to 256.
+        v: ``[Tk, Hk, V]`` in q's dtype. The Triton kernels take D and V up to 256; the Hopper kernel takes D 192 (and a
+            `k_rope` of 64 or none) and V 128, in bf16 and fp16.
         cu_seqlens_q: int32 ``[S + 1]``, ascending from 0: the queries of sequence s are the rows from
             ``cu_seqlens_q[s]`` to ``cu_seqlens_q[s + 1]``.
         cu_seqlens_k: int32 ``[S + 1]``, likewise for its keys and values, of which there may be more or fewer.
-        scale: factor of the scores.
+        scale: factor of the scores; the Hopper kernel wants it above 0.
         causal: whether a query is kept from the keys after its own.
         k_rope: ``[Tk, rope]`` in q's dtype, the last part of the key, which all heads share.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
@@ -146,6 +147,7 @@ mla_prefill_op = Operation(
     "bool causal, ScalarType out_dtype) -> (Tensor, Tensor)",
     reference=_reference,
     triton="dskernels.mla.prefill.triton:mla_prefill",
+    hopper="dskernels.mla.prefill.hopper:mla_prefill",
     fake=_fake,
 )
 _backward_op = Operation(

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dskernels.mla.decode.triton import architecture
+from dskernels.mla.merge.triton import merge_onto
 from dskernels.mla.prefill.config import choose_config, key_parts, padded
 from dskernels.portable import cast, dot
 
@@ -283,3 +284,35 @@ def mla_prefill_supports(q: Tensor, k: Tensor, k_rope: Tensor | None, v: Tensor,
     if sum(blocks) > 512:
         return f"it takes 512 columns of key and value, not {' + '.join(map(str, blocks))}, as they are when padded"
     return None
+
+
+def mla_prefill_onto(
+    q: Tensor,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge attention to these keys, not causal, into contiguous `out` [T, H, V] and `lse` [H, T]."""
+    merge_onto(out, lse, *mla_prefill(q, k, k_rope, v, cu_q, cu_k, scale, False, out.dtype))
+
+
+def mla_prefill_onto_supports(
+    q: Tensor,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> str | None:
+    """Why the kernels do not take these arguments, or None."""
+    if not out.is_contiguous() or not lse.is_contiguous():
+        return f"out and lse must be contiguous, their strides are {out.stride()} and {lse.stride()}"
+    return mla_prefill_supports(q, k, k_rope, v)

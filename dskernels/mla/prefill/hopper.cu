@@ -1,0 +1,362 @@
+// Attention of packed sequences on sm_90a, key 192 and value 128 wide: out = softmax(scale * Q K^T) V and its log-sum-exp.
+//
+// Two kernels. `plan`, one CTA, finds the tiles of 128 queries that the sequences have, and orders them. `attend` takes a tile and a head at a
+// time from that list, by a counter, on as many CTAs as there are multiprocessors. One warp loads; two warpgroups of 64 rows each multiply.
+// Queries stay in shared memory; keys and values come through two rings, 128 of them at a time, the last ones first, so that only the first
+// blocks have to be masked.
+//
+// A warpgroup has the products of a block's weights and values in flight while it turns the next block's scores into weights; and the two
+// take turns at starting products, so that one computes its softmax while the other's products run. At 128 x 128 a block takes 2,560 clocks of
+// the tensor cores, and shared memory 2,304: 1,664 for what the products read, 640 for what the copies write.
+//
+// Options (-D):
+//   KIND   of the inputs: 0 bf16, 1 fp16
+//   OUT    0 bf16, 1 fp16, 2 fp32
+//   MERGE  1: `out` and `lse` hold what attention to other keys gave, and get what attention to those and these gives; with OUT 2
+
+#include "attention.cuh"
+
+constexpr bool FP16 = KIND == 1;
+constexpr int GROUPS = 2, ROWS = 64 * GROUPS, BLOCK_N = 128, THREADS = 128 * (GROUPS + 1), STAGES = 2;
+constexpr int QK_DIM = 192, V_DIM = 128, BOX = 64;  // 64 columns, 128 bytes, are what one copy takes of a row
+constexpr int Q_BYTES = 64 * QK_DIM * 2, K_BYTES = BLOCK_N * QK_DIM * 2, V_BYTES = BLOCK_N * V_DIM * 2;
+
+#include "attention_tiles.cuh"
+
+constexpr int OFFSET_Q = 0, OFFSET_K = GROUPS * Q_BYTES, OFFSET_V = OFFSET_K + STAGES * K_BYTES, OFFSET_JOBS = OFFSET_V + STAGES * V_BYTES;
+constexpr int OFFSET_BARRIERS = OFFSET_JOBS + STAGES * sizeof(Tile);
+
+#if OUT == 2
+typedef float Element;
+#else
+typedef u16 Element;
+#endif
+
+// ---- barriers ----------------------------------------------------------------------------------------------------
+
+struct Stage {
+    int index = 0;
+    u32 phase = 0;
+    __device__ __forceinline__ void advance() {
+        index ^= 1;
+        phase ^= index == 0;
+    }
+};
+
+// A pair of barriers for everything that is handed over: it is there; all readers have read it.
+struct Barriers {
+    u32 base;
+    __device__ __forceinline__ u32 full(int i) const { return base + i * 16; }
+    __device__ __forceinline__ u32 empty(int i) const { return base + i * 16 + 8; }
+    static __device__ __forceinline__ int q(int group) { return group; }
+    static __device__ __forceinline__ int job(Stage stage) { return GROUPS + stage.index; }
+    static __device__ __forceinline__ int k(Stage stage) { return GROUPS + STAGES + stage.index; }
+    static __device__ __forceinline__ int v(Stage stage) { return GROUPS + 2 * STAGES + stage.index; }
+
+    __device__ __forceinline__ void make() const {
+        for (int i = 0; i < GROUPS + 3 * STAGES; ++i) {
+            barrier_init(full(i), 1);
+            barrier_init(empty(i), i < GROUPS ? 4 : 4 * GROUPS);  // one lane of each warp that reads
+        }
+        barrier_init_fence();
+    }
+};
+
+// ---- loading -----------------------------------------------------------------------------------------------------
+
+struct Heads {
+    int count, group, together;  // query heads; how many share a key; how many are computed at one time
+};
+
+// Item `item` of the work: the tiles of the first heads, then those of the next. What there is no more of has no rows.
+__device__ __forceinline__ Tile find_item(const Work* work, int tiles, Heads heads, int item) {
+    Tile tile{};
+    if (item >= tiles * heads.count) return tile;
+    const int first = item / (tiles * heads.together) * heads.together, inside = item - first * tiles;
+    const int together = min(heads.together, heads.count - first);
+    const int4* entry = (const int4*)(work->list + inside / together);
+    const int4 a = __ldcg(entry), b = __ldcg(entry + 1);
+    return {a.x, a.y, a.z, a.w, b.x, b.y, first + inside % together, 0};
+}
+
+// One thread's work: take items, tell the other warps which, and fill the rings.
+__device__ __forceinline__ void load(u32 base, Barriers barriers, const TensorMap* map_q, const TensorMap* map_k, const TensorMap* map_rope,
+                                     const TensorMap* map_v, Work* work, Heads heads, bool shared_rope) {
+    Stage job, k, v;
+    u32 q_phase = 0;
+    const int tiles = __ldcg(&work->tiles);
+    Tile tile = find_item(work, tiles, heads, blockIdx.x);
+    while (true) {
+        const u32 slot = base + OFFSET_JOBS + job.index * sizeof(Tile);
+        barrier_wait(barriers.empty(Barriers::job(job)), job.phase ^ 1);
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(slot), "r"(tile.row), "r"(tile.rows), "r"(tile.key), "r"(tile.key_end) : "memory");
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %3};" ::"r"(slot + 16), "r"(tile.seen), "r"(tile.blocks), "r"(tile.head) : "memory");
+        barrier_arrive(barriers.full(Barriers::job(job)));
+        job.advance();
+        if (tile.rows == 0) return;
+        const int next_item = gridDim.x + atomicAdd(&work->next, 1), key_head = tile.head / heads.group;
+
+        auto load_k = [&](int block) {
+            const u32 to = base + OFFSET_K + k.index * K_BYTES, full = barriers.full(Barriers::k(k));
+            const int row = tile.key + block * BLOCK_N;
+            barrier_wait(barriers.empty(Barriers::k(k)), k.phase ^ 1);
+            barrier_expect(full, K_BYTES);
+            tma_load(to, map_k, full, 0, key_head, row);
+            tma_load(to + K_BYTES / 3, map_k, full, BOX, key_head, row);
+            if (shared_rope) tma_load(to + K_BYTES / 3 * 2, map_rope, full, 0, row);
+            else tma_load(to + K_BYTES / 3 * 2, map_k, full, 2 * BOX, key_head, row);
+            k.advance();
+        };
+        // Values behind the sequence's end are read as zero: a weight of 0 would not help against a NaN there.
+        auto load_v = [&](int block) {
+            const u32 to = base + OFFSET_V + v.index * V_BYTES, full = barriers.full(Barriers::v(v));
+            const int row = tile.key + block * BLOCK_N;
+            barrier_wait(barriers.empty(Barriers::v(v)), v.phase ^ 1);
+            barrier_expect(full, V_BYTES);
+            tma_load_ragged(to, map_v, full, 0, row, tile.key_end, key_head);
+            tma_load_ragged(to + V_BYTES / 2, map_v, full, BOX, row, tile.key_end, key_head);
+            v.advance();
+        };
+        if (tile.blocks > 0) {
+            load_k(tile.blocks - 1);
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g) {
+                barrier_wait(barriers.empty(Barriers::q(g)), q_phase ^ 1);
+                barrier_expect(barriers.full(Barriers::q(g)), Q_BYTES);
+#pragma unroll
+                for (int i = 0; i < 3; ++i)
+                    tma_load(base + OFFSET_Q + g * Q_BYTES + i * (Q_BYTES / 3), map_q, barriers.full(Barriers::q(g)), i * BOX, tile.head, tile.row + g * 64);
+            }
+            q_phase ^= 1;
+#pragma unroll 1
+            for (int block = tile.blocks - 2; block >= 0; --block) {
+                load_k(block);
+                load_v(block + 1);
+            }
+        }
+        const Tile next = find_item(work, tiles, heads, next_item);
+        if (tile.blocks > 0) load_v(0);
+        tile = next;
+    }
+}
+
+// ---- output ------------------------------------------------------------------------------------------------------
+
+// Rows of the output from registers. In fp32 a quad's stores make 32 bytes of a row at a time; in 16 bits they would make 16, so the quad first
+// transposes: each lane gets 8 columns, 16 bytes, and their stores make 64. What stands there counts by `theirs` (MERGE).
+__device__ __forceinline__ void store(Element* out, long long stride, const float (&x)[V_DIM / 2], const float (&theirs)[2], int rows, int warp, int lane) {
+    const int row = warp * 16 + lane / 4, quarter = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        Element* to = out + (row + 8 * i) * stride;
+        const bool inside = row + 8 * i < rows;
+#if OUT == 2
+#pragma unroll
+        for (int j = 0; j < V_DIM / 8; ++j) {
+            float2 y = make_float2(x[4 * j + 2 * i], x[4 * j + 2 * i + 1]), *at = (float2*)(to + 8 * j + 2 * quarter);
+            if (MERGE && inside) y = make_float2(fmaf(at->x, theirs[i], y.x), fmaf(at->y, theirs[i], y.y));
+            if (inside) *at = y;
+        }
+#else
+#pragma unroll
+        for (int j = 0; j < V_DIM / 32; ++j) {
+            u32 y[4];  // columns 32j + 8t + 2 * quarter of y[t]; after both exchanges 32j + 8 * quarter + 2t
+#pragma unroll
+            for (int t = 0; t < 4; ++t) y[t] = pack_half<OUT == 1>(x[16 * j + 4 * t + 2 * i], x[16 * j + 4 * t + 2 * i + 1]);
+#pragma unroll
+            for (int d = 1; d < 4; d *= 2)
+#pragma unroll
+                for (int t = 0; t < 4; ++t)
+                    if (!(t & d)) {
+                        const bool upper = quarter & d;
+                        const u32 other = __shfl_xor_sync(0xffffffffu, upper ? y[t] : y[t + d], d);
+                        if (upper) y[t] = other;
+                        else y[t + d] = other;
+                    }
+            if (inside) *(uint4*)(to + 32 * j + 8 * quarter) = make_uint4(y[0], y[1], y[2], y[3]);
+        }
+#endif
+    }
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------
+
+// A warpgroup's work: its 64 rows of each tile. The products of a block of scores with its values are in flight while the next block's scores
+// are computed and become weights.
+__device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* out, float* lse, long long tokens, Heads heads, float factor,
+                                         int causal, int group, int warp, int lane) {
+    // The lower halves of descriptors, through a shuffle, so that the compiler knows them to be the same in all lanes.
+    const u32 q_first = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_Q + group * Q_BYTES), 0);
+    const u32 k_first = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_K), 0);
+    const u32 v_first = __shfl_sync(0xffffffffu, (u32)operand_mn_major(base + OFFSET_V, V_BYTES / 2), 0);
+    Stage job, k, v;
+    u32 q_phase = 0;
+    float scores[BLOCK_N / 2], sums[V_DIM / 2];
+    u32 weights[BLOCK_N / 4];
+
+    auto arrive = [&](u32 barrier) {
+        if (lane == 0) barrier_arrive(barrier);
+    };
+    auto start_scores = [&] {
+        barrier_wait(barriers.full(Barriers::k(k)), k.phase);
+        registers_fence(scores);
+        wgmma_begin();
+#pragma unroll
+        for (int i = 0; i < QK_DIM / 16; ++i) {
+            const u32 q = q_first + i / 4 * (Q_BYTES / 3 / 16) + i % 4 * 2, at = k_first + k.index * (K_BYTES / 16) + i / 4 * (K_BYTES / 3 / 16) + i % 4 * 2;
+            multiply_half<FP16, 0, 0>(scores, operand(q), operand(at), i > 0);
+        }
+        wgmma_commit();
+        registers_fence(scores);
+    };
+    auto start_sums = [&](bool keep) {
+        barrier_wait(barriers.full(Barriers::v(v)), v.phase);
+        registers_fence(sums);
+        wgmma_begin();
+#pragma unroll
+        for (int i = 0; i < BLOCK_N / 16; ++i)
+            multiply_registers<FP16, 1>(sums, weights + 4 * i, operand(v_first + v.index * (V_BYTES / 16) + i * 128), keep || i > 0);
+        wgmma_commit();
+        registers_fence(sums);
+    };
+    auto end_scores = [&] {
+        registers_fence(scores);
+        arrive(barriers.empty(Barriers::k(k)));
+        k.advance();
+    };
+    auto end_sums = [&] {
+        registers_fence(sums);
+        arrive(barriers.empty(Barriers::v(v)));
+        v.advance();
+    };
+
+    auto wait_turn = [&] { named_sync<256>(1 + group); };
+    auto pass_turn = [&] { named_arrive<256>(2 - group); };
+    if (group == 1) pass_turn();
+    while (true) {
+        const u32 slot = base + OFFSET_JOBS + job.index * sizeof(Tile);
+        barrier_wait(barriers.full(Barriers::job(job)), job.phase);
+        Tile tile;
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(tile.row), "=r"(tile.rows), "=r"(tile.key), "=r"(tile.key_end) : "r"(slot));
+        asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(tile.seen), "=r"(tile.blocks), "=r"(tile.head), "=r"(tile.unused) : "r"(slot + 16));
+        for (int* x : {&tile.row, &tile.rows, &tile.key, &tile.key_end, &tile.seen, &tile.blocks, &tile.head}) *x = __shfl_sync(0xffffffffu, *x, 0);
+        arrive(barriers.empty(Barriers::job(job)));
+        job.advance();
+        if (tile.rows == 0) return;
+        // Of this warpgroup: its rows, what the first of them sees, and how many blocks the last one does.
+        const int rows = tile.rows - group * 64, keys = tile.key_end - tile.key, seen = tile.seen + (causal ? group * 64 : 0);
+        const int most = rows > 0 ? min(causal ? seen + min(rows, 64) - 1 : seen, keys) : 0;
+        const int blocks = (max(most, 0) + BLOCK_N - 1) / BLOCK_N;
+        const int column = lane % 4 * 2;
+        int limit[2];  // what this thread's rows see, counted from its first column of block 0
+#pragma unroll
+        for (int i = 0; i < 2; ++i) limit[i] = min(causal ? seen + warp * 16 + lane / 4 + 8 * i : seen, keys) - column;
+        auto hide_block = [&](int block) {
+            if (block * BLOCK_N + BLOCK_N > min(seen, keys)) {
+                const int left[2] = {limit[0] - block * BLOCK_N, limit[1] - block * BLOCK_N};
+                hide(scores, left);
+            }
+        };
+        Softmax softmax;
+        float shrink[2];
+
+        if (tile.blocks > 0) {
+            barrier_wait(barriers.full(Barriers::q(group)), q_phase);
+            q_phase ^= 1;
+        }
+        // Blocks that only later rows, of other warpgroups, see.
+#pragma unroll 1
+        for (int block = tile.blocks - 1; block >= blocks; --block) {
+            wait_turn();
+            pass_turn();
+            barrier_wait(barriers.full(Barriers::k(k)), k.phase);
+            arrive(barriers.empty(Barriers::k(k)));
+            k.advance();
+            barrier_wait(barriers.full(Barriers::v(v)), v.phase);
+            arrive(barriers.empty(Barriers::v(v)));
+            v.advance();
+        }
+        if (blocks > 0) {
+            wait_turn();
+            start_scores();
+            pass_turn();
+            wgmma_wait<0>();
+            end_scores();
+            hide_block(blocks - 1);
+            softmax.step(scores, factor, shrink);
+            pack_operand<FP16>(weights, scores);
+            bool keep = false;
+#pragma unroll 1
+            for (int block = blocks - 2; block >= 0; --block) {
+                wait_turn();
+                start_scores();
+                start_sums(keep);
+                pass_turn();
+                keep = true;
+                wgmma_wait<1>();
+                end_scores();
+                hide_block(block);
+                softmax.step(scores, factor, shrink);
+                finish(softmax, base + OFFSET_JOBS);
+                wgmma_wait<0>();
+                end_sums();
+                scale_rows(sums, shrink);
+                pack_operand<FP16>(weights, scores);
+            }
+            arrive(barriers.empty(Barriers::q(group)));
+            start_sums(keep);
+            wgmma_wait<0>();
+            end_sums();
+        } else {
+            if (tile.blocks > 0) arrive(barriers.empty(Barriers::q(group)));
+#pragma unroll
+            for (int i = 0; i < V_DIM / 2; ++i) sums[i] = 0;
+        }
+
+        if (MERGE && blocks == 0) continue;
+        float* to = lse + tile.head * tokens + tile.row + group * 64;
+        float ours[2], theirs[2];  // what our sums, and what stands there, are multiplied by
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = warp * 16 + lane / 4 + 8 * i;
+            const float weight = quad_sum(softmax.weight[i]);
+            // Nothing seen: 0 and -inf. A NaN is not 0 and passes through.
+            ours[i] = weight == 0 ? 0.0f : 1.0f / weight;
+            float total = weight == 0 ? MINUS_INFINITY : softmax.largest[i] * factor + log2_fast(weight);
+            if (MERGE) {
+                const float before = row < rows ? to[row] * (1 / LN_2) : MINUS_INFINITY, largest = fmaxf(before, total);
+                const float base = largest == MINUS_INFINITY ? 0.0f : largest, a = exp2_fast(before - base), b = exp2_fast(total - base);
+                const float share = a + b == 0 ? 0.0f : 1.0f / (a + b);
+                theirs[i] = a * share;
+                ours[i] *= b * share;
+                total = base + log2_fast(a + b);
+                __syncwarp();  // all four lanes of a row have read it
+            }
+            if (lane % 4 == 0 && row < rows) to[row] = total * LN_2;
+        }
+        scale_rows(sums, ours);
+        store(out + ((tile.row + group * 64ll) * heads.count + tile.head) * V_DIM, (long long)heads.count * V_DIM, sums, theirs, rows, warp, lane);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+attend(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_rope,
+       const __grid_constant__ TensorMap map_v, Work* work, Element* out, float* lse, int tokens, Heads heads, float factor, int causal,
+       int shared_rope) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 base = smem_addr(smem);
+    const Barriers barriers{base + OFFSET_BARRIERS};
+    const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4;
+    if (threadIdx.x == 0) barriers.make();
+    __syncthreads();
+    if (group == GROUPS) {
+        registers_shrink<40>();
+        if (warp == 0 && elect_one()) {
+            wait_for_dependency();  // the list; what the other warps read of the kernels before, they get from this thread
+            load(base, barriers, &map_q, &map_k, &map_rope, &map_v, work, heads, shared_rope);
+        }
+    } else {
+        registers_grow<232>();
+        multiply(base, barriers, out, lse, tokens, heads, factor, causal, group, warp, threadIdx.x % 32);
+    }
+}
