@@ -156,6 +156,7 @@ _backward_op = Operation(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     triton="dskernels.mla.prefill.triton_backward:mla_prefill_backward",
+    hopper="dskernels.mla.prefill.hopper_backward:mla_prefill_backward",
     fake=_backward_fake,
 )
 

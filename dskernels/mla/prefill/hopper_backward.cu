@@ -40,8 +40,10 @@ struct Sizes {
     __device__ __forceinline__ int tiles_k() const { return tokens_k / KEYS + sequences + 2; }
 };
 
-// Which tile of keys is to add to a block of queries of a head, for each half of its columns; behind these, how many tiles have been taken.
-__device__ __forceinline__ int* counter_of(int2* turns, const Sizes& sizes) { return (int*)(turns + (long long)sizes.heads * sizes.blocks_q()); }
+// `turns` says which tile of keys is to add to a block of queries of a head. Behind these is how many tiles have been taken, and then cu_seqlens_k
+// made to ascend: a tile of keys that nobody found would be waited for without end.
+__device__ __forceinline__ int* counter_of(int* turns, const Sizes& sizes) { return turns + (long long)sizes.heads * sizes.blocks_q(); }
+__device__ __forceinline__ int* ascending_of(int* turns, const Sizes& sizes) { return counter_of(turns, sizes) + 1; }
 
 // Edge i of the spans that part [0, tokens): 0, then the sequences + 1 values of cu_seqlens, then tokens. Whatever those values are, an edge lies
 // within [0, tokens].
@@ -112,17 +114,34 @@ __device__ __forceinline__ void store_columns(u16* to, long long stride, const f
 
 constexpr int PREPARE_THREADS = 128;
 
-// Of a block of queries (x) and a head (y): lse in units of log 2, and delta; also the counter of its turns is set to 0. A query that sees nothing
-// gets lse inf instead of -inf, so that its p are 0, and so do the rows behind the sequence's end.
-extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
-prepare(const u16* dout, const float* dlse, const u16* out, const float* lse, const int* cu_q, float* stats, int2* turns,
-        long long stride_dt, long long stride_dh, long long stride_ot, long long stride_oh, Sizes sizes) {
-    const int block = blockIdx.x, head = blockIdx.y, lane = threadIdx.x % 16;
-    const long long at = (long long)head * sizes.blocks_q() + block;
-    if (threadIdx.x == 0) {
-        turns[at] = make_int2(0, 0);
-        if (block == 0 && head == 0) *counter_of(turns, sizes) = 0;
+// A warp's work: values that are less than an earlier one become that one, and all lie within [0, tokens].
+__device__ __forceinline__ void ascend(const int* cu, int* to, int count, int tokens, int lane) {
+    int before = 0;
+    for (int i = lane; i - lane < count; i += 32) {
+        int x = i < count ? min(max(__ldg(cu + i), before), tokens) : before;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int y = __shfl_up_sync(0xffffffffu, x, d);
+            if (lane >= d) x = max(x, y);
+        }
+        before = __shfl_sync(0xffffffffu, x, 31);
+        if (i < count) to[i] = x;
     }
+}
+
+// Of a block of queries and a head: lse in units of log 2, and delta; also the counter of its turns is set to 0. One more CTA makes cu_seqlens_k
+// ascend. A query that sees nothing gets lse inf instead of -inf, so that its p are 0, and so do the rows behind the sequence's end.
+extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
+prepare(const u16* dout, const float* dlse, const u16* out, const float* lse, const int* cu_q, const int* cu_k, float* stats, int* turns,
+        long long stride_dt, long long stride_dh, long long stride_ot, long long stride_oh, Sizes sizes) {
+    const int block = blockIdx.x / sizes.heads, head = blockIdx.x % sizes.heads, lane = threadIdx.x % 16;
+    const long long at = (long long)head * sizes.blocks_q() + block;
+    if (block == sizes.blocks_q()) {
+        if (threadIdx.x == 0) *counter_of(turns, sizes) = 0;
+        if (threadIdx.x < 32) ascend(cu_k, ascending_of(turns, sizes), sizes.sequences + 1, sizes.tokens_k, threadIdx.x);
+        return;
+    }
+    if (threadIdx.x == 0) turns[at] = 0;
     const Tile<ROWS> tile(cu_q, block, sizes.sequences, sizes.tokens_q);
     if (tile.first >= tile.length) return;
     constexpr int AT_ONCE = PREPARE_THREADS / 16, STEPS = ROWS / AT_ONCE;
@@ -197,12 +216,14 @@ struct Barriers {
     u32 base;
     __device__ __forceinline__ u32 k_full() const { return base; }
     __device__ __forceinline__ u32 k_empty() const { return base + 8; }
+    __device__ __forceinline__ u32 v_full() const { return base + 80; }
     __device__ __forceinline__ u32 q_full(int i) const { return base + 16 + i * 8; }
     __device__ __forceinline__ u32 q_empty(int i) const { return base + 32 + i * 8; }
     __device__ __forceinline__ u32 dout_full(int i) const { return base + 48 + i * 8; }
     __device__ __forceinline__ u32 dout_empty(int i) const { return base + 64 + i * 8; }
     __device__ __forceinline__ void make() const {
         barrier_init(k_full(), 1);
+        barrier_init(v_full(), 1);
         barrier_init(k_empty(), 8 + 2);  // one lane of each multiplying warp, and of those that add dq
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(q_full(i), 1);
@@ -213,12 +234,12 @@ struct Barriers {
         barrier_init_fence();
     }
 };
-// Named barriers. Of both multiplying warpgroups: ds is written; the other one has read ds. Of one and the warp that adds its part of dq: that is
-// written; it may be written again.
+// Named barriers. Of both multiplying warpgroups: ds is written; the other one has read ds. Of both and one of the two warps that take turns at
+// adding dq: that is written; that warp has read it.
 constexpr int DS_WRITTEN = 1;
 __device__ __forceinline__ constexpr int ds_read_by(int group) { return 2 + group; }
-__device__ __forceinline__ constexpr int dq_written(int group) { return 4 + group; }
-__device__ __forceinline__ constexpr int dq_free(int group) { return 6 + group; }
+__device__ __forceinline__ constexpr int dq_written(int parity) { return 4 + parity; }
+__device__ __forceinline__ constexpr int dq_read(int parity) { return 6 + parity; }
 
 // ---- loading -----------------------------------------------------------------------------------------------------
 
@@ -250,11 +271,30 @@ __device__ __forceinline__ void load(u32 base, Barriers barriers, Maps maps, con
         job.first = min(max(-job.shift, 0), queries) / ROWS;
         job.blocks = (queries + ROWS - 1) / ROWS - job.first;
 
+        const int group = sizes.heads / sizes.heads_k, query_end = job.query + queries, end = job.key + job.keys;
+        auto load_block = [&](int head, int block) {
+            const int row = job.query + block * ROWS;
+            const u32 q = base + OFFSET_Q + stage.index * Q_BYTES, dout = base + OFFSET_DOUT + stage.index * DOUT_BYTES;
+            barrier_wait(barriers.q_empty(stage.index), stage.phase ^ 1);
+            barrier_expect(barriers.q_full(stage.index), Q_BYTES + STATS_BYTES);
+#pragma unroll
+            for (int i = 0; i < 3; ++i) tma_load_ragged(q + i * Q_BOX, maps.q, barriers.q_full(stage.index), i * 64, row, query_end, head);
+            bulk_load(base + OFFSET_STATS + stage.index * STATS_BYTES, stats + ((long long)head * sizes.blocks_q() + job.block + block) * (2 * ROWS),
+                      barriers.q_full(stage.index), STATS_BYTES);
+            barrier_wait(barriers.dout_empty(stage.index), stage.phase ^ 1);
+            barrier_expect(barriers.dout_full(stage.index), DOUT_BYTES);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) tma_load_ragged(dout + i * Q_BOX, maps.dout, barriers.dout_full(stage.index), i * 64, row, query_end, head);
+            stage.advance();
+        };
+        // The first queries are loaded while the multiplying warps are still at the tile before.
+        int head = job.head * group, block = job.first + job.blocks - 1;
+        if (job.blocks > 0) load_block(head, block--);
+
         barrier_wait(barriers.k_empty(), k_phase ^ 1);
         k_phase ^= 1;
         job.write(base + OFFSET_JOB);
-        barrier_expect(barriers.k_full(), K_BYTES + V_BYTES);
-        const int end = job.key + job.keys;
+        barrier_expect(barriers.k_full(), K_BYTES);
 #pragma unroll
         for (int i = 0; i < 4; ++i) tma_load_ragged(base + OFFSET_K + i * K_BOX, maps.k, barriers.k_full(), i * 32, job.key, end, job.head);
 #pragma unroll
@@ -262,29 +302,14 @@ __device__ __forceinline__ void load(u32 base, Barriers barriers, Maps maps, con
             if (shared_rope) tma_load_ragged(base + OFFSET_K + i * K_BOX, maps.rope, barriers.k_full(), i * 32 - V_DIM, job.key, end, 0);
             else tma_load_ragged(base + OFFSET_K + i * K_BOX, maps.k, barriers.k_full(), i * 32, job.key, end, job.head);
         }
+        barrier_expect(barriers.v_full(), V_BYTES);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) tma_load_ragged(base + OFFSET_V + i * V_BOX, maps.v, barriers.k_full(), i * 64, job.key, end, job.head);
+        for (int i = 0; i < 2; ++i) tma_load_ragged(base + OFFSET_V + i * V_BOX, maps.v, barriers.v_full(), i * 64, job.key, end, job.head);
 
-        const int group = sizes.heads / sizes.heads_k, query_end = job.query + queries;
 #pragma unroll 1
-        for (int head = job.head * group; head < (job.head + 1) * group; ++head) {
+        for (; head < (job.head + 1) * group; ++head, block = job.first + job.blocks - 1)
 #pragma unroll 1
-            for (int block = job.first + job.blocks - 1; block >= job.first; --block, stage.advance()) {
-                const int row = job.query + block * ROWS;
-                const u32 q = base + OFFSET_Q + stage.index * Q_BYTES, dout = base + OFFSET_DOUT + stage.index * DOUT_BYTES;
-                barrier_wait(barriers.q_empty(stage.index), stage.phase ^ 1);
-                barrier_expect(barriers.q_full(stage.index), Q_BYTES + STATS_BYTES);
-#pragma unroll
-                for (int i = 0; i < 3; ++i) tma_load_ragged(q + i * Q_BOX, maps.q, barriers.q_full(stage.index), i * 64, row, query_end, head);
-                bulk_load(base + OFFSET_STATS + stage.index * STATS_BYTES, stats + ((long long)head * sizes.blocks_q() + job.block + block) * (2 * ROWS),
-                          barriers.q_full(stage.index), STATS_BYTES);
-                barrier_wait(barriers.dout_empty(stage.index), stage.phase ^ 1);
-                barrier_expect(barriers.dout_full(stage.index), DOUT_BYTES);
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    tma_load_ragged(dout + i * Q_BOX, maps.dout, barriers.dout_full(stage.index), i * 64, row, query_end, head);
-            }
-        }
+            for (; block >= job.first; --block) load_block(head, block);
     }
     barrier_wait(barriers.k_empty(), k_phase ^ 1);
     Job nothing{};
@@ -294,28 +319,13 @@ __device__ __forceinline__ void load(u32 base, Barriers barriers, Maps maps, con
 
 // ---- dq ----------------------------------------------------------------------------------------------------------
 
-// The first tile of keys stores, the others add.
-__device__ __forceinline__ void add_in_turn(float* dq, u32 from, int* turn, int place) {
-    int now;
-    do asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-    while (now < place);
-    proxy_fence_everywhere();
-    if (place == 0) bulk_store(dq, from, DQ_BYTES / 2);
-    else bulk_add(dq, from, DQ_BYTES / 2);
-    tma_store_commit();
-    tma_store_wait_read<0>();
-}
-__device__ __forceinline__ void end_turn(int* turn) {
-    tma_store_wait<0>();
-    proxy_fence_everywhere();
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
-}
-
-// A warp's work: what a warpgroup computes of dq, half of its columns, goes to the workspace, in the order of its registers.
-__device__ __forceinline__ void add_dq(u32 base, Barriers barriers, float* dq, int2* turns, const Sizes& sizes, int half, int lane) {
+// A warp's work: every other block's dq goes to the workspace, in the order of the registers that it was in. Two warps share that, since one
+// alone takes as long as a block: about 1 us until it has read dq, 1 until that is added, and 1 to tell, and to see that its next turn has come.
+__device__ __forceinline__ void add_dq(u32 base, Barriers barriers, float* dq, int* turns, const Sizes& sizes, int parity, int lane) {
     const bool elected = elect_one();
     u32 k_phase = 0;
-    named_arrive<160>(dq_free(half));
+    int step = 0;
+    if (parity == 1) named_arrive<288>(dq_read(1));
     while (true) {
         Job job;
         barrier_wait(barriers.k_full(), k_phase);
@@ -328,14 +338,31 @@ __device__ __forceinline__ void add_dq(u32 base, Barriers barriers, float* dq, i
 #pragma unroll 1
         for (int head = job.head * group; head < (job.head + 1) * group; ++head) {
 #pragma unroll 1
-            for (int block = job.first + job.blocks - 1; block >= job.first; --block) {
+            for (int block = job.first + job.blocks - 1; block >= job.first; --block, step ^= 1) {
+                if (step != parity) continue;
                 const long long at = (long long)head * sizes.blocks_q() + job.block + block;
-                int* turn = (int*)(turns + at) + half;
-                named_sync<160>(dq_written(half));
-                if (elected) add_in_turn(dq + (at * 2 + half) * (DQ_BYTES / 8), base + OFFSET_DQ + half * (DQ_BYTES / 2), turn, job.place);
+                if (elected) {
+                    int turn;
+                    do asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(turn) : "l"(turns + at) : "memory");
+                    while (turn < job.place);
+                    proxy_fence_everywhere();
+                }
                 __syncwarp();
-                named_arrive<160>(dq_free(half));
-                if (elected) end_turn(turn);
+                named_sync<288>(dq_written(parity));
+                if (elected) {
+                    // The first tile of keys stores, the others add.
+                    if (job.place == 0) bulk_store(dq + at * (DQ_BYTES / 4), base + OFFSET_DQ, DQ_BYTES);
+                    else bulk_add(dq + at * (DQ_BYTES / 4), base + OFFSET_DQ, DQ_BYTES);
+                    tma_store_commit();
+                    tma_store_wait_read<0>();
+                }
+                __syncwarp();
+                named_arrive<288>(dq_read(parity));
+                if (elected) {
+                    tma_store_wait<0>();
+                    proxy_fence_everywhere();
+                    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turns + at) : "memory");
+                }
                 __syncwarp();
             }
         }
@@ -409,6 +436,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
         k_phase ^= 1;
         job.read(base + OFFSET_JOB);
         if (job.keys == 0) return;
+        const u32 v_phase = k_phase ^ 1;
         const int heads = sizes.heads / sizes.heads_k;
         const int steps = heads * job.blocks;
         int block = job.first + job.blocks;
@@ -440,6 +468,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
                 weigh<false>(p, s, stats, scale * LOG2_E, first);
             }
             // dp = v dout^T. By then the product before, dk, is done with its q.
+            if (step == 0) barrier_wait(barriers.v_full(), v_phase);
             barrier_wait(barriers.dout_full(stage.index), stage.phase);
             registers_fence(dp);
             wgmma_begin();
@@ -502,18 +531,22 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
             registers_fence(dv);
             named_arrive<256>(ds_read_by(group));
             arrive(barriers.dout_empty(stage.index));
-            named_sync<160>(dq_free(group));
+            if (step + 1 == steps) arrive(barriers.k_empty());
+            named_sync<288>(dq_read(stage.index ^ 1));
 #pragma unroll
             for (int i = 0; i < 12; ++i)
                 smem_store4(base + OFFSET_DQ + group * (DQ_BYTES / 2) + i * 2048 + thread * 16, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
             proxy_fence();
-            named_arrive<160>(dq_written(group));
+            named_arrive<288>(dq_written(stage.index));
             stage.advance();
         }
         wgmma_wait<0>();
         registers_fence(dk);
         if (steps > 0) arrive(barriers.q_empty(stage.index ^ 1));
-        arrive(barriers.k_empty());
+        if (steps == 0) {
+            barrier_wait(barriers.v_full(), v_phase);
+            arrive(barriers.k_empty());
+        }
 
         const int first = group * 64 + row;
         store_columns<0, V_DIM>(out.dv + job.key * out.stride_vt + job.head * out.stride_vh, out.stride_vt, dv, 1, first, job.keys, lane % 4);
@@ -536,8 +569,8 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 differentiate(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k, const __grid_constant__ TensorMap map_rope,
-              const __grid_constant__ TensorMap map_v, const __grid_constant__ TensorMap map_dout, const int* cu_q, const int* cu_k,
-              const float* stats, float* dq, int2* turns, u16* dk, u16* dv, float* rope, long long stride_kt, long long stride_kh,
+              const __grid_constant__ TensorMap map_v, const __grid_constant__ TensorMap map_dout, const int* cu_q,
+              const float* stats, float* dq, int* turns, u16* dk, u16* dv, float* rope, long long stride_kt, long long stride_kh,
               long long stride_vt, long long stride_vh, Sizes sizes, float scale, int together, int shared_rope) {
     extern __shared__ __align__(1024) u8 smem[];
     const u32 base = smem_addr(smem);
@@ -549,7 +582,7 @@ differentiate(const __grid_constant__ TensorMap map_q, const __grid_constant__ T
         registers_shrink<24>();
         if (warp < 2) add_dq(base, barriers, dq, turns, sizes, warp, lane);
         if (warp == 2 && elect_one())
-            load(base, barriers, {&map_q, &map_k, &map_rope, &map_v, &map_dout}, cu_q, cu_k, stats, counter_of(turns, sizes), sizes,
+            load(base, barriers, {&map_q, &map_k, &map_rope, &map_v, &map_dout}, cu_q, ascending_of(turns, sizes), stats, counter_of(turns, sizes), sizes,
                  together, shared_rope);
     } else {
         registers_grow<240>();
@@ -559,13 +592,13 @@ differentiate(const __grid_constant__ TensorMap map_q, const __grid_constant__ T
 
 // ---- after: dq ---------------------------------------------------------------------------------------------------
 
-// Of a block of queries (x) and a head (y): scale what was summed, and round it. Queries that see nothing, or of no sequence, get 0.
+// Of a block of queries and a head: scale what was summed, and round it. Queries that see nothing, or of no sequence, get 0.
 extern "C" __global__ void __launch_bounds__(256)
-finish(const float* sums, const int* cu_q, const int* cu_k, u16* dq, long long stride_t, long long stride_h, Sizes sizes, float scale) {
-    const int block = blockIdx.x, head = blockIdx.y, half = threadIdx.x / 128, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+finish(const float* sums, const int* cu_q, int* turns, u16* dq, long long stride_t, long long stride_h, Sizes sizes, float scale) {
+    const int block = blockIdx.x / sizes.heads, head = blockIdx.x % sizes.heads, half = threadIdx.x / 128, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
     const Tile<ROWS> tile(cu_q, block, sizes.sequences, sizes.tokens_q);
     if (tile.first >= tile.length) return;
-    const int keys = length_of(cu_k, tile.span, sizes.sequences, sizes.tokens_k);
+    const int keys = length_of(ascending_of(turns, sizes), tile.span, sizes.sequences, sizes.tokens_k);
     const bool seen = min(min(tile.first + ROWS, tile.length) - 1 + keys_ahead(tile.length, keys, sizes.causal), keys - 1) >= 0;
     const float4* from = (const float4*)(sums + (((long long)head * sizes.blocks_q() + block) * 2 + half) * (DQ_BYTES / 8)) + thread;
     float x[48];

@@ -33,7 +33,7 @@ TOGETHER = 8  # heads whose tiles are computed at one time
 def shared_bytes() -> int:
     """Shared memory of a CTA of `differentiate`: k, v, two stages of q, dout and their statistics, ds, dq, barriers."""
     stage = ROWS * (QK_DIM + V_DIM) * 2 + 2 * ROWS * 4
-    return KEYS * (QK_DIM + V_DIM) * 2 + 2 * stage + KEYS * ROWS * 2 + DQ_FLOATS * 4 + 64 + 80
+    return KEYS * (QK_DIM + V_DIM) * 2 + 2 * stage + KEYS * ROWS * 2 + DQ_FLOATS * 4 + 64 + 88
 
 
 def mla_prefill_backward(
@@ -61,11 +61,11 @@ def mla_prefill_backward(
     blocks = heads * (tokens_q // ROWS + cu_q.shape[0] + 1)
     sums = empty(q, (blocks, DQ_FLOATS), torch.float32)
     stats = empty(q, (blocks, 2 * ROWS), torch.float32)
-    turns = empty(q, (2 * blocks + 1,), torch.int32)  # and the counter of work
+    turns = empty(q, (blocks + 1 + cu_k.shape[0],), torch.int32)  # and more, see `turns` in hopper_backward.cu
     rope = None if k_rope is None else empty(q, (tokens_k, heads_k, ROPE_DIM), torch.float32)
-    prepare(dout, dlse, out, lse, cu_q, stats, turns, heads_k, tokens_k, causal)
-    differentiate(dout, q, k, k_rope, v, cu_q, cu_k, stats, sums, turns, dk, rope, dv, scale, causal)
-    finish(sums, cu_q, cu_k, dq, heads_k, tokens_k, scale, causal)
+    prepare(dout, dlse, out, lse, cu_q, cu_k, stats, turns, heads_k, tokens_k, causal)
+    differentiate(dout, q, k, k_rope, v, cu_q, stats, sums, turns, dk, rope, dv, scale, causal)
+    finish(sums, cu_q, turns, dq, heads_k, tokens_k, scale, causal)
     return dq, dk, k.new_empty(0) if rope is None else rope.sum(1).to(k.dtype), dv
 
 
@@ -87,22 +87,23 @@ def prepare(
     out: Tensor,
     lse: Tensor,
     cu_q: Tensor,
+    cu_k: Tensor,
     stats: Tensor,
     turns: Tensor,
     heads_k: int,
     tokens_k: int,
     causal: bool,
 ) -> Plan:
-    """Fill `stats` with lse and delta of each block of queries, and `turns` with zeros."""
+    """Fill `stats` with lse and delta of each block of queries, `turns` with what the other kernels begin with."""
     tokens, heads, _ = out.shape
     return Plan(
         kernel(SOURCE, "prepare", options_of(out.dtype), 0, out.device.index),
         arguments=(
-            *map(Pointer, ("dout", "dlse", "out", "lse", "cu_q", "stats", "turns")),
+            *map(Pointer, ("dout", "dlse", "out", "lse", "cu_q", "cu_k", "stats", "turns")),
             *map(ctypes.c_longlong, (*dout.stride()[:2], *out.stride()[:2])),
             Sizes(tokens, tokens_k, cu_q.shape[0] - 1, heads, heads_k, causal),
         ),
-        grid=(tokens // ROWS + cu_q.shape[0] + 1, heads, 1),
+        grid=heads * (tokens // ROWS + cu_q.shape[0] + 1) + 1,
         threads=PREPARE_THREADS,
         shared=0,
         device=out.device,
@@ -117,7 +118,6 @@ def differentiate(
     k_rope: Tensor | None,
     v: Tensor,
     cu_q: Tensor,
-    cu_k: Tensor,
     stats: Tensor,
     sums: Tensor,
     turns: Tensor,
@@ -139,7 +139,7 @@ def differentiate(
             k_map if k_rope is None else head_map("k_rope", k_rope[:, None], (KEYS, 32), swizzle=64),
             head_map("v", v, (KEYS, 64)),
             head_map("dout", dout, (ROWS, 64)),
-            *map(Pointer, ("cu_q", "cu_k", "stats", "sums", "turns")),
+            *map(Pointer, ("cu_q", "stats", "sums", "turns")),
             *map(Pointer, ("dk", "dv", "rope")),
             *map(ctypes.c_longlong, (*dk.stride()[:2], *dv.stride()[:2])),
             Sizes(tokens_q, tokens_k, cu_q.shape[0] - 1, heads, heads_k, causal),
@@ -156,19 +156,19 @@ def differentiate(
 
 @Planned
 def finish(
-    sums: Tensor, cu_q: Tensor, cu_k: Tensor, dq: Tensor, heads_k: int, tokens_k: int, scale: float, causal: bool
+    sums: Tensor, cu_q: Tensor, turns: Tensor, dq: Tensor, heads_k: int, tokens_k: int, scale: float, causal: bool
 ) -> Plan:
     """Fill `dq`."""
     tokens, heads, _ = dq.shape
     return Plan(
         kernel(SOURCE, "finish", options_of(dq.dtype), 0, dq.device.index),
         arguments=(
-            *map(Pointer, ("sums", "cu_q", "cu_k", "dq")),
+            *map(Pointer, ("sums", "cu_q", "turns", "dq")),
             *map(ctypes.c_longlong, dq.stride()[:2]),
             Sizes(tokens, tokens_k, cu_q.shape[0] - 1, heads, heads_k, causal),
             ctypes.c_float(scale),
         ),
-        grid=(tokens // ROWS + cu_q.shape[0] + 1, heads, 1),
+        grid=heads * (tokens // ROWS + cu_q.shape[0] + 1),
         threads=FINISH_THREADS,
         shared=0,
         device=dq.device,
@@ -219,8 +219,8 @@ def mla_prefill_backward_supports(
     for name, x in (("q", q), ("k", k), ("v", v), ("k_rope", k_rope)):
         if x is not None and (reason := _reason_against_rows(name, x)):
             return reason
-    if max(q.shape[0], k.shape[0]) >= RAGGED_ROWS or q.shape[1] > 65535:
-        return "the kernel takes fewer than 2^30 tokens and at most 65,535 heads"
+    if max(q.shape[0], k.shape[0]) >= RAGGED_ROWS or q.shape[1] * (q.shape[0] // ROWS + cu_q.shape[0] + 1) >= 2**31:
+        return "the kernel takes fewer than 2^30 tokens, and than 2^31 blocks of 64 queries of a head"
     return reason_against_cuda()
 
 
