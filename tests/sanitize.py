@@ -44,6 +44,9 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
         yield f"grouped_wgrad {name}", functools.partial(ragged_tokens, config)
     yield "grouped_gemm, few rows", few_ragged_rows
     yield "grouped_gemm and its gradients, bf16", half_precision
+    yield "mla_prefill", prefill
+    yield "mla_prefill_cached", prefill_cached
+    yield "mla_prefill's gradient", prefill_backward
 
 
 def many_rows(config: HopperConfig, b_rows: int) -> bool:
@@ -122,6 +125,48 @@ def half_precision() -> bool:
         for out in (ds.grouped_gemm(a, b, offsets, impl=impl) for impl in ("hopper", "triton"))
     )
     return all(parity.difference(x, y) < 1e-5 for x, y in zip(got, want, strict=True))
+
+
+def prefill() -> bool:
+    # Several tiles and blocks, a sequence without queries, rows outside of all sequences, heads that share a key.
+    cu = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 150, 150, 437, 440], [0, 150, 180, 600, 600])]
+    shapes = (450, 4, 192), (610, 2, 128), (610, 2, 128), (610, 64)
+    q, k, v, k_rope = (torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
+    right = True
+    for causal in (True, False):
+        options = {"scale": 192**-0.5, "causal": causal, "k_rope": k_rope}
+        got = ds.mla_prefill(q, k, v, *cu, **options, impl="hopper")
+        want = ds.reference.mla_prefill(q, k, v, *cu, **options)
+        right &= parity.difference(got[0], want[0]) < 5e-6
+    return right
+
+
+def prefill_cached() -> bool:
+    # What the second half of the cache gives is merged into what the first one gave.
+    q, kv_b = torch.randn(70, 2, 192, device="cuda").bfloat16(), torch.randn(512, 512, device="cuda").bfloat16() / 22
+    cache, table = torch.randn(12, 64, 576, device="cuda").bfloat16(), torch.arange(12, device="cuda").view(2, 6).int()
+    lengths, cu = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([300, 384], [0, 60, 70]))
+    options = {"scale": 192**-0.5}
+    out, _ = ds.mla_prefill_cached(q, kv_b, cache, table, lengths, cu, **options, impl="hopper")
+    want, _ = ds.reference.mla_prefill_cached(q, kv_b, cache, table, lengths, cu, **options)
+    return parity.difference(out, want) < 2e-5
+
+
+def prefill_backward() -> bool:
+    # Several tiles of keys that add to the same queries; an empty sequence; rows of none; heads that share a key.
+    cu = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 150, 150, 437], [0, 150, 180, 600])]
+    shapes = (450, 4, 192), (610, 2, 128), (610, 2, 128), (610, 64)
+    q, k, v, k_rope = leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    right = True
+    for causal in (True, False):
+        options = {"scale": 192**-0.5, "causal": causal, "k_rope": k_rope}
+        dout = torch.randn(450, 4, 128, device="cuda").bfloat16()
+        got, want = (
+            torch.autograd.grad(ds.mla_prefill(q, k, v, *cu, **options, impl=impl)[0], leaves, dout)
+            for impl in ("hopper", "reference")
+        )
+        right &= all(parity.difference(x, y) < 2e-5 for x, y in zip(got, want, strict=True))
+    return right
 
 
 def main() -> None:

@@ -10,173 +10,24 @@
 // the first keys first, told by a counter for each block. As all tiles walk the queries in the same order, and begin one after another, the turn
 // has mostly come when a tile asks for it. Work is taken in the order of these turns, so that nobody waits for what has not begun.
 //
-// Clocks for a block, 64 queries by 128 keys: products 3,328 (scores and dout.v 640 each warpgroup, dv 256, dk 384, dq 384). Shared memory at
-// 128 bytes a clock: 2,560 for the products, as p and ds go from registers into dv and dk; 320 for what is loaded, 128 for ds, 768 for dq, which
-// is written there and read by the accelerator. In registers 64 x 64 scores and as many of dout.v take 64 a thread, dq 48.
+// Clocks for a block, 64 queries by 128 keys: products 3,328 (each warpgroup: scores 384, dout.v 256, dv 256, dk 384, dq 384). Shared memory at 128
+// bytes a clock: 2,688 for the products, 320 for what is loaded, 128 for ds, 768 for dq, which is written there and read by the accelerator.
+// Registers: beside dk and dv, 64 x 64 scores take 32 a thread, as many dout.v, half of dq 48. Of 240 there are 56 left for these. So p are
+// rounded before dout.v begins, ds goes into dk from shared memory, though it was in registers, and dv ends before dq begins.
 //
 // Options (-D):
 //   KIND   of the inputs: 0 bf16, 1 fp16
 
-#include "attention.cuh"
+#include "attention_backward.cuh"
 
-constexpr bool FP16 = KIND == 1;
-constexpr int QK_DIM = 192, V_DIM = 128, ROPE_DIM = 64, ROWS = 64, KEYS = 128, THREADS = 384, STAGES = 2;
+constexpr int ROPE_DIM = 64, THREADS = 384, STAGES = 2;
 constexpr int Q_BYTES = ROWS * QK_DIM * 2, DOUT_BYTES = ROWS * V_DIM * 2, K_BYTES = KEYS * QK_DIM * 2, V_BYTES = KEYS * V_DIM * 2;
 // Columns of 128 bytes, those of k of 64 bytes: a warpgroup multiplies with 96 of its 192 columns, three of these.
 constexpr int Q_BOX = ROWS * 128, K_BOX = KEYS * 64, V_BOX = KEYS * 128;
-constexpr int DS_BYTES = KEYS * ROWS * 2, DQ_BYTES = ROWS * QK_DIM * 4, STATS_BYTES = 2 * ROWS * 4;
+constexpr int DS_BYTES = KEYS * ROWS * 2, STATS_BYTES = 2 * ROWS * 4;
 constexpr int OFFSET_K = 0, OFFSET_V = OFFSET_K + K_BYTES, OFFSET_Q = OFFSET_V + V_BYTES, OFFSET_DOUT = OFFSET_Q + STAGES * Q_BYTES;
 constexpr int OFFSET_DS = OFFSET_DOUT + STAGES * DOUT_BYTES, OFFSET_DQ = OFFSET_DS + DS_BYTES, OFFSET_STATS = OFFSET_DQ + DQ_BYTES;
 constexpr int OFFSET_JOB = OFFSET_STATS + STAGES * STATS_BYTES, OFFSET_BARRIERS = OFFSET_JOB + 64;
-
-constexpr float LOG2_E = 1.4426950408889634f;
-
-// ---- where things are --------------------------------------------------------------------------------------------
-
-struct Sizes {
-    int tokens_q, tokens_k, sequences, heads, heads_k, causal;
-    // A head has this many blocks of queries and tiles of keys, some of them empty.
-    __device__ __forceinline__ int blocks_q() const { return tokens_q / ROWS + sequences + 2; }
-    __device__ __forceinline__ int tiles_k() const { return tokens_k / KEYS + sequences + 2; }
-};
-
-// `turns` says which tile of keys is to add to a block of queries of a head. Behind these is how many tiles have been taken, and then cu_seqlens_k
-// made to ascend: a tile of keys that nobody found would be waited for without end.
-__device__ __forceinline__ int* counter_of(int* turns, const Sizes& sizes) { return turns + (long long)sizes.heads * sizes.blocks_q(); }
-__device__ __forceinline__ int* ascending_of(int* turns, const Sizes& sizes) { return counter_of(turns, sizes) + 1; }
-
-// Edge i of the spans that part [0, tokens): 0, then the sequences + 1 values of cu_seqlens, then tokens. Whatever those values are, an edge lies
-// within [0, tokens].
-__device__ __forceinline__ int edge(const int* cu, int i, int sequences, int tokens) {
-    if (i <= 0) return 0;
-    if (i > sequences + 1) return tokens;
-    return min(max(__ldg(cu + i - 1), 0), tokens);
-}
-
-// Tile i, of SIZE tokens: of which span, where that begins and how long it is, and where in it the tile begins. The first tile of a span is number
-// edge / SIZE + span; that leaves every span as many as it needs, and some that begin at its end or later.
-template <int SIZE> struct Tile {
-    int span, start, length, first;
-    __device__ __forceinline__ Tile(const int* cu, int i, int sequences, int tokens) {
-        int low = 0, high = sequences + 2;
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (edge(cu, middle, sequences, tokens) / SIZE + middle <= i) low = middle;
-            else high = middle;
-        }
-        span = low;
-        start = edge(cu, low, sequences, tokens);
-        length = edge(cu, low + 1, sequences, tokens) - start;
-        first = (i - start / SIZE - low) * SIZE;
-    }
-};
-// How many tokens the sequence of a span has; the first and the last span are none.
-__device__ __forceinline__ int length_of(const int* cu, int span, int sequences, int tokens) {
-    if (span < 1 || span > sequences) return 0;
-    return max(edge(cu, span + 1, sequences, tokens) - edge(cu, span, sequences, tokens), 0);
-}
-// Query i of a sequence sees the keys up to i + ahead.
-__device__ __forceinline__ int keys_ahead(int queries, int keys, int causal) { return causal ? keys - queries : 1 << 29; }
-
-// ---- 16-bit rows from registers ----------------------------------------------------------------------------------
-
-// Of one of a thread's rows four pairs of columns, 8 apart: the four lanes of a quad transpose them, and each writes 16 bytes, columns
-// 8 * (lane % 4) on.
-__device__ __forceinline__ void store_quad(u16* row, u32 (&x)[4], int quarter, bool inside) {
-#pragma unroll
-    for (int d = 1; d < 4; d *= 2)
-#pragma unroll
-        for (int t = 0; t < 4; ++t)
-            if (!(t & d)) {
-                const bool upper = quarter & d;
-                const u32 other = __shfl_xor_sync(0xffffffffu, upper ? x[t] : x[t + d], d);
-                if (upper) x[t] = other;
-                else x[t + d] = other;
-            }
-    if (inside) *(uint4*)(row + 8 * quarter) = make_uint4(x[0], x[1], x[2], x[3]);
-}
-
-// Columns FROM to TO of a thread's two rows of a product, times `scale`, to the rows `row` and `row` + 8 of `rows`.
-template <int FROM, int TO, int N>
-__device__ __forceinline__ void store_columns(u16* to, long long stride, const float (&x)[N], float scale, int row, int rows, int quarter) {
-#pragma unroll
-    for (int j = FROM; j < TO; j += 32)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            u32 y[4];
-#pragma unroll
-            for (int t = 0; t < 4; ++t) y[t] = pack_half<FP16>(scale * x[j / 2 + 4 * t + 2 * i], scale * x[j / 2 + 4 * t + 2 * i + 1]);
-            store_quad(to + (row + 8 * i) * stride + j, y, quarter, row + 8 * i < rows);
-        }
-}
-
-// ---- before: delta -----------------------------------------------------------------------------------------------
-
-constexpr int PREPARE_THREADS = 128;
-
-// A warp's work: values that are less than an earlier one become that one, and all lie within [0, tokens].
-__device__ __forceinline__ void ascend(const int* cu, int* to, int count, int tokens, int lane) {
-    int before = 0;
-    for (int i = lane; i - lane < count; i += 32) {
-        int x = i < count ? min(max(__ldg(cu + i), before), tokens) : before;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const int y = __shfl_up_sync(0xffffffffu, x, d);
-            if (lane >= d) x = max(x, y);
-        }
-        before = __shfl_sync(0xffffffffu, x, 31);
-        if (i < count) to[i] = x;
-    }
-}
-
-// Of a block of queries and a head: lse in units of log 2, and delta; also the counter of its turns is set to 0. One more CTA makes cu_seqlens_k
-// ascend. A query that sees nothing gets lse inf instead of -inf, so that its p are 0, and so do the rows behind the sequence's end.
-extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
-prepare(const u16* dout, const float* dlse, const u16* out, const float* lse, const int* cu_q, const int* cu_k, float* stats, int* turns,
-        long long stride_dt, long long stride_dh, long long stride_ot, long long stride_oh, Sizes sizes) {
-    const int block = blockIdx.x / sizes.heads, head = blockIdx.x % sizes.heads, lane = threadIdx.x % 16;
-    const long long at = (long long)head * sizes.blocks_q() + block;
-    if (block == sizes.blocks_q()) {
-        if (threadIdx.x == 0) *counter_of(turns, sizes) = 0;
-        if (threadIdx.x < 32) ascend(cu_k, ascending_of(turns, sizes), sizes.sequences + 1, sizes.tokens_k, threadIdx.x);
-        return;
-    }
-    if (threadIdx.x == 0) turns[at] = 0;
-    const Tile<ROWS> tile(cu_q, block, sizes.sequences, sizes.tokens_q);
-    if (tile.first >= tile.length) return;
-    constexpr int AT_ONCE = PREPARE_THREADS / 16, STEPS = ROWS / AT_ONCE;
-    uint4 x[STEPS], y[STEPS];
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-        const int r = i * AT_ONCE + threadIdx.x / 16;
-        const long long row = tile.start + tile.first + min(r, tile.length - tile.first - 1);
-        x[i] = __ldg((const uint4*)(dout + row * stride_dt + head * stride_dh) + lane);
-        y[i] = __ldg((const uint4*)(out + row * stride_ot + head * stride_oh) + lane);
-    }
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) {
-        const u32 a[4] = {x[i].x, x[i].y, x[i].z, x[i].w}, b[4] = {y[i].x, y[i].y, y[i].z, y[i].w};
-        float sum = 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            sum = fmaf(widen((u16)a[j], KIND), widen((u16)b[j], KIND), sum);
-            sum = fmaf(widen((u16)(a[j] >> 16), KIND), widen((u16)(b[j] >> 16), KIND), sum);
-        }
-#pragma unroll
-        for (int d = 8; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-        const int r = i * AT_ONCE + threadIdx.x / 16;
-        if (lane == 0) {
-            float from = -MINUS_INFINITY, delta = 0;
-            if (tile.first + r < tile.length) {
-                const long long row = (long long)head * sizes.tokens_q + tile.start + tile.first + r;
-                const float given = lse[row];
-                if (given != MINUS_INFINITY) from = given * LOG2_E, delta = sum - dlse[row];
-            }
-            stats[at * (2 * ROWS) + r] = from;
-            stats[at * (2 * ROWS) + ROWS + r] = delta;
-        }
-    }
-}
 
 // ---- work --------------------------------------------------------------------------------------------------------
 
@@ -412,7 +263,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
     Stage stage;
     u32 k_phase = 0;
     float dk[96], dv[64], s[32], dp[32];
-    u32 p[16], ds[16];
+    u32 p[16];
 
     auto arrive = [&](u32 barrier) {
         if (lane == 0) barrier_arrive(barrier);
@@ -493,17 +344,18 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
             named_sync<256>(ds_read_by(group ^ 1));
 #pragma unroll
             for (int i = 0; i < ROWS / 16; ++i) {
+                u32 ds[4];
 #pragma unroll
-                for (int j = 2 * i; j < 2 * i + 2; ++j) {
-                    const float2 delta = smem_load2(stats + ROWS * 4 + j * 32);
+                for (int j = 0; j < 4; j += 2) {
+                    const float2 delta = smem_load2(stats + ROWS * 4 + (2 * i + j / 2) * 32);
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const float low = widen((u16)p[2 * j + e], KIND) * (dp[4 * j + 2 * e] - delta.x);
-                        const float high = widen((u16)(p[2 * j + e] >> 16), KIND) * (dp[4 * j + 2 * e + 1] - delta.y);
-                        ds[2 * j + e] = pack_half<FP16>(low, high);
+                    for (int e = j; e < j + 2; ++e) {
+                        const float low = widen((u16)p[4 * i + e], KIND) * (dp[8 * i + 2 * e] - delta.x);
+                        const float high = widen((u16)(p[4 * i + e] >> 16), KIND) * (dp[8 * i + 2 * e + 1] - delta.y);
+                        ds[e] = pack_half<FP16>(low, high);
                     }
                 }
-                smem_store_matrix(ds_row + ((2 * i + lane / 16) ^ lane % 8) * 16, ds[4 * i], ds[4 * i + 1], ds[4 * i + 2], ds[4 * i + 3]);
+                smem_store_matrix(ds_row + ((2 * i + lane / 16) ^ lane % 8) * 16, ds[0], ds[1], ds[2], ds[3]);
             }
             proxy_fence();
             named_sync<256>(DS_WRITTEN);
@@ -535,7 +387,8 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
             named_sync<288>(dq_read(stage.index ^ 1));
 #pragma unroll
             for (int i = 0; i < 12; ++i)
-                smem_store4(base + OFFSET_DQ + group * (DQ_BYTES / 2) + i * 2048 + thread * 16, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+                smem_store4(base + OFFSET_DQ + group * (DQ_BYTES / 2) + i * 2048 + thread * 16, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2],
+                            dq[4 * i + 3]);
             proxy_fence();
             named_arrive<288>(dq_written(stage.index));
             stage.advance();
@@ -582,31 +435,10 @@ differentiate(const __grid_constant__ TensorMap map_q, const __grid_constant__ T
         registers_shrink<24>();
         if (warp < 2) add_dq(base, barriers, dq, turns, sizes, warp, lane);
         if (warp == 2 && elect_one())
-            load(base, barriers, {&map_q, &map_k, &map_rope, &map_v, &map_dout}, cu_q, ascending_of(turns, sizes), stats, counter_of(turns, sizes), sizes,
-                 together, shared_rope);
+            load(base, barriers, {&map_q, &map_k, &map_rope, &map_v, &map_dout}, cu_q, ascending_of(turns, sizes), stats, counter_of(turns, sizes),
+                 sizes, together, shared_rope);
     } else {
         registers_grow<240>();
         multiply(base, barriers, {dk, dv, rope, stride_kt, stride_kh, stride_vt, stride_vh}, sizes, scale, shared_rope, group, warp, lane);
     }
-}
-
-// ---- after: dq ---------------------------------------------------------------------------------------------------
-
-// Of a block of queries and a head: scale what was summed, and round it. Queries that see nothing, or of no sequence, get 0.
-extern "C" __global__ void __launch_bounds__(256)
-finish(const float* sums, const int* cu_q, int* turns, u16* dq, long long stride_t, long long stride_h, Sizes sizes, float scale) {
-    const int block = blockIdx.x / sizes.heads, head = blockIdx.x % sizes.heads, half = threadIdx.x / 128, thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-    const Tile<ROWS> tile(cu_q, block, sizes.sequences, sizes.tokens_q);
-    if (tile.first >= tile.length) return;
-    const int keys = length_of(ascending_of(turns, sizes), tile.span, sizes.sequences, sizes.tokens_k);
-    const bool seen = min(min(tile.first + ROWS, tile.length) - 1 + keys_ahead(tile.length, keys, sizes.causal), keys - 1) >= 0;
-    const float4* from = (const float4*)(sums + (((long long)head * sizes.blocks_q() + block) * 2 + half) * (DQ_BYTES / 8)) + thread;
-    float x[48];
-#pragma unroll
-    for (int i = 0; i < 12; ++i) {
-        const float4 y = seen ? __ldcs(from + i * 128) : make_float4(0, 0, 0, 0);
-        x[4 * i] = y.x, x[4 * i + 1] = y.y, x[4 * i + 2] = y.z, x[4 * i + 3] = y.w;
-    }
-    store_columns<0, 96>(dq + (tile.start + tile.first) * stride_t + head * stride_h + half * 96, stride_t, x, scale, thread / 32 * 16 + lane / 4,
-                         tile.length - tile.first, lane % 4);
 }
