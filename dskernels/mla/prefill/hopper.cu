@@ -181,8 +181,23 @@ __device__ __forceinline__ void store(Element* out, long long stride, const floa
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// A warpgroup's work: its 64 rows of each tile. The products of a block of scores with its values are in flight while the next block's scores
-// are computed and become weights.
+// What a warpgroup has of an item.
+struct Part {
+    int row, head, keys;
+    int rows;    // of the tile, from the first of this warpgroup on: maybe none, maybe more than its 64
+    int seen;    // by its first row, not clamped
+    int blocks;  // that its rows see
+    int all_blocks;
+    bool end;  // no item, but the end of the work
+};
+__device__ __forceinline__ Part part_of(const Tile& tile, int group, int causal) {
+    const int rows = tile.rows - group * 64, keys = tile.key_end - tile.key, seen = tile.seen + (causal ? group * 64 : 0);
+    const int most = rows > 0 ? min(causal ? seen + min(rows, 64) - 1 : seen, keys) : 0;
+    return {tile.row + group * 64, tile.head, keys, rows, seen, (max(most, 0) + BLOCK_N - 1) / BLOCK_N, tile.blocks, tile.rows == 0};
+}
+
+// A warpgroup's work: its 64 rows of each tile. The products of a block's weights and values are in flight while the next block's scores are
+// computed and become weights; the last ones while the next item's first scores are computed, and the output is written.
 __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* out, float* lse, long long tokens, Heads heads, float factor,
                                          int causal, int group, int warp, int lane) {
     // The lower halves of descriptors, through a shuffle, so that the compiler knows them to be the same in all lanes.
@@ -230,10 +245,10 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
         v.advance();
     };
 
+    // Both warpgroups take a turn for every block of every item.
     auto wait_turn = [&] { named_sync<256>(1 + group); };
     auto pass_turn = [&] { named_arrive<256>(2 - group); };
-    if (group == 1) pass_turn();
-    while (true) {
+    auto take = [&] {
         const u32 slot = base + OFFSET_JOBS + job.index * sizeof(Tile);
         barrier_wait(barriers.full(Barriers::job(job)), job.phase);
         Tile tile;
@@ -242,31 +257,15 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
         for (int* x : {&tile.row, &tile.rows, &tile.key, &tile.key_end, &tile.seen, &tile.blocks, &tile.head}) *x = __shfl_sync(0xffffffffu, *x, 0);
         arrive(barriers.empty(Barriers::job(job)));
         job.advance();
-        if (tile.rows == 0) return;
-        // Of this warpgroup: its rows, what the first of them sees, and how many blocks the last one does.
-        const int rows = tile.rows - group * 64, keys = tile.key_end - tile.key, seen = tile.seen + (causal ? group * 64 : 0);
-        const int most = rows > 0 ? min(causal ? seen + min(rows, 64) - 1 : seen, keys) : 0;
-        const int blocks = (max(most, 0) + BLOCK_N - 1) / BLOCK_N;
-        const int column = lane % 4 * 2;
-        int limit[2];  // what this thread's rows see, counted from its first column of block 0
-#pragma unroll
-        for (int i = 0; i < 2; ++i) limit[i] = min(causal ? seen + warp * 16 + lane / 4 + 8 * i : seen, keys) - column;
-        auto hide_block = [&](int block) {
-            if (block * BLOCK_N + BLOCK_N > min(seen, keys)) {
-                const int left[2] = {limit[0] - block * BLOCK_N, limit[1] - block * BLOCK_N};
-                hide(scores, left);
-            }
-        };
-        Softmax softmax;
-        float shrink[2];
-
-        if (tile.blocks > 0) {
-            barrier_wait(barriers.full(Barriers::q(group)), q_phase);
-            q_phase ^= 1;
-        }
-        // Blocks that only later rows, of other warpgroups, see.
+        return part_of(tile, group, causal);
+    };
+    // The first scores of an item; before them, blocks that only later rows, of the other warpgroup, see.
+    auto begin = [&](const Part& part) {
+        if (part.all_blocks == 0) return;
+        barrier_wait(barriers.full(Barriers::q(group)), q_phase);
+        q_phase ^= 1;
 #pragma unroll 1
-        for (int block = tile.blocks - 1; block >= blocks; --block) {
+        for (int block = part.all_blocks; block > part.blocks; --block) {
             wait_turn();
             pass_turn();
             barrier_wait(barriers.full(Barriers::k(k)), k.phase);
@@ -276,45 +275,18 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
             arrive(barriers.empty(Barriers::v(v)));
             v.advance();
         }
-        if (blocks > 0) {
-            wait_turn();
-            start_scores();
-            pass_turn();
-            wgmma_wait<0>();
-            end_scores();
-            hide_block(blocks - 1);
-            softmax.step(scores, factor, shrink);
-            pack_operand<FP16>(weights, scores);
-            bool keep = false;
-#pragma unroll 1
-            for (int block = blocks - 2; block >= 0; --block) {
-                wait_turn();
-                start_scores();
-                start_sums(keep);
-                pass_turn();
-                keep = true;
-                wgmma_wait<1>();
-                end_scores();
-                hide_block(block);
-                softmax.step(scores, factor, shrink);
-                finish(softmax, base + OFFSET_JOBS);
-                wgmma_wait<0>();
-                end_sums();
-                scale_rows(sums, shrink);
-                pack_operand<FP16>(weights, scores);
-            }
+        if (part.blocks == 0) {
             arrive(barriers.empty(Barriers::q(group)));
-            start_sums(keep);
-            wgmma_wait<0>();
-            end_sums();
-        } else {
-            if (tile.blocks > 0) arrive(barriers.empty(Barriers::q(group)));
-#pragma unroll
-            for (int i = 0; i < V_DIM / 2; ++i) sums[i] = 0;
+            return;
         }
-
-        if (MERGE && blocks == 0) continue;
-        float* to = lse + tile.head * tokens + tile.row + group * 64;
+        wait_turn();
+        start_scores();
+        pass_turn();
+        wgmma_wait<0>();
+        end_scores();
+    };
+    auto write = [&](const Part& part, const Softmax& softmax) {
+        float* to = lse + part.head * tokens + part.row;
         float ours[2], theirs[2];  // what our sums, and what stands there, are multiplied by
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -324,7 +296,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
             ours[i] = weight == 0 ? 0.0f : 1.0f / weight;
             float total = weight == 0 ? MINUS_INFINITY : softmax.largest[i] * factor + log2_fast(weight);
             if (MERGE) {
-                const float before = row < rows ? to[row] * (1 / LN_2) : MINUS_INFINITY, largest = fmaxf(before, total);
+                const float before = row < part.rows ? to[row] * (1 / LN_2) : MINUS_INFINITY, largest = fmaxf(before, total);
                 const float base = largest == MINUS_INFINITY ? 0.0f : largest, a = exp2_fast(before - base), b = exp2_fast(total - base);
                 const float share = a + b == 0 ? 0.0f : 1.0f / (a + b);
                 theirs[i] = a * share;
@@ -332,10 +304,82 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
                 total = base + log2_fast(a + b);
                 __syncwarp();  // all four lanes of a row have read it
             }
-            if (lane % 4 == 0 && row < rows) to[row] = total * LN_2;
+            if (lane % 4 == 0 && row < part.rows) to[row] = total * LN_2;
         }
         scale_rows(sums, ours);
-        store(out + ((tile.row + group * 64ll) * heads.count + tile.head) * V_DIM, (long long)heads.count * V_DIM, sums, theirs, rows, warp, lane);
+        store(out + ((long long)part.row * heads.count + part.head) * V_DIM, (long long)heads.count * V_DIM, sums, theirs, part.rows, warp, lane);
+    };
+
+    if (group == 1) pass_turn();
+    Part part = take();
+    if (part.end) return;
+    begin(part);
+    while (true) {
+        int limit[2];  // what this thread's rows see, counted from its first column of block 0
+#pragma unroll
+        for (int i = 0; i < 2; ++i) limit[i] = min(causal ? part.seen + warp * 16 + lane / 4 + 8 * i : part.seen, part.keys) - lane % 4 * 2;
+        auto hide_block = [&](int block) {
+            if (block * BLOCK_N + BLOCK_N > min(part.seen, part.keys)) {
+                const int left[2] = {limit[0] - block * BLOCK_N, limit[1] - block * BLOCK_N};
+                hide(scores, left);
+            }
+        };
+        Softmax softmax;
+        float shrink[2];
+        Part next;
+        if (part.blocks > 0) {
+            if (part.blocks == 1) arrive(barriers.empty(Barriers::q(group)));
+            hide_block(part.blocks - 1);
+            softmax.step(scores, factor, shrink);
+            pack_operand<FP16>(weights, scores);
+            bool keep = false;
+#pragma unroll 1
+            for (int block = part.blocks - 2; block >= 0; --block) {
+                wait_turn();
+                start_scores();
+                start_sums(keep);
+                pass_turn();
+                keep = true;
+                wgmma_wait<1>();
+                end_scores();
+                if (block == 0) arrive(barriers.empty(Barriers::q(group)));
+                hide_block(block);
+                softmax.step(scores, factor, shrink);
+                finish(softmax, base + OFFSET_JOBS);
+                wgmma_wait<0>();
+                end_sums();
+                scale_rows(sums, shrink);
+                pack_operand<FP16>(weights, scores);
+            }
+            start_sums(keep);
+            next = take();
+            // Not where the next item has blocks to be skipped: their values may have to be where the last ones still are. The products in
+            // flight begin and end in one branch: ptxas would otherwise wait for each of them.
+            if (next.blocks > 0 && next.blocks == next.all_blocks) {
+                barrier_wait(barriers.full(Barriers::q(group)), q_phase);
+                q_phase ^= 1;
+                wait_turn();
+                start_scores();
+                pass_turn();
+                wgmma_wait<1>();
+                end_sums();
+                write(part, softmax);
+                wgmma_wait<0>();
+                end_scores();
+                part = next;
+                continue;
+            }
+            wgmma_wait<0>();
+            end_sums();
+        } else {
+#pragma unroll
+            for (int i = 0; i < V_DIM / 2; ++i) sums[i] = 0;
+            next = take();
+        }
+        if (!MERGE || part.blocks > 0) write(part, softmax);
+        if (next.end) return;
+        begin(next);
+        part = next;
     }
 }
 
