@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from dskernels.device import capability
 
@@ -171,6 +172,28 @@ def dot(a, b):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def fused_multiply_add(a, b, c):
+    """a * b + c in fp32, rounded once; numpy, which the interpreter computes with, would round the product too."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of fp32 `x`, to the bit of torch's on a GPU, but not below 2^-126.
+
+    `tl.sigmoid` is faster and less exact: the exponential is off by some |x| / 2 ulp, the quotient by 2.
+    """
+    if INTERPRETED:
+        return 1.0 / (1.0 + tl.exp(-x.to(tl.float64)).to(tl.float32))  # numpy's in fp32 is 2 ulp off
+    y = tl.minimum(1.0 + libdevice.exp(-x), 8.507059173023462e37)
+    guess = 1.0 / y
+    # A step of Newton's leaves the nearest float.
+    return tl.fma(tl.fma(-y, guess, 1.0), guess, guess)
 
 
 def reason_against_e4m3(device: torch.device) -> str | None:

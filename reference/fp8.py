@@ -70,7 +70,7 @@ def widened(x: Tensor) -> Tensor:
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up in fp32, of `gate_up` [T, 2I]: the gate in the first half of the columns, up in the second."""
     gate, up = widened(gate_up).chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return gate * gate.sigmoid() * up
 
 
 def swiglu_gradient(dy: Tensor, gate_up: Tensor) -> Tensor:
@@ -95,9 +95,11 @@ def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, *, scale_format: str =
 
 
 def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight in fp32 (Zhang and Sennrich, arXiv 1910.07467, eq. 4)."""
+    """x / sqrt(mean(x^2) + eps) * weight in fp32, the mean in fp64 (Zhang and Sennrich, arXiv 1910.07467, eq. 4)."""
     x = widened(x)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * widened(weight)
+    mean = x.double().square().mean(-1, keepdim=True).to(x.dtype)
+    root = (mean + eps).double().sqrt().to(x.dtype)  # the nearest float; torch's root in fp32 is not, on some CPUs
+    return x * (1 / root) * widened(weight)
 
 
 def rmsnorm_backward(

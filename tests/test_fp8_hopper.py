@@ -8,8 +8,8 @@ import torch
 import dskernels as ds
 from compiling import assert_clean
 from compiling_cuda import compile_cuda
-from dskernels.fp8 import hopper
-from dskernels.fp8.config import HOPPER_CONFIGS, MATRIX, choose_hopper
+from dskernels.fp8 import hopper, hopper_norm
+from dskernels.fp8.config import HOPPER_CONFIGS, MATRIX, choose_hopper, choose_hopper_norm
 from dskernels.reference import fp8 as reference
 from test_fp8_fused import close
 
@@ -29,6 +29,20 @@ def test_compiles_without_spills(config):
         assert report.count("F2FP") == 32 * (bool(config.plain) + bool(config.transposed))
 
 
+@pytest.mark.parametrize("cols", [128, 512, 1536, 7168, 16384, 32768])
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm_compiles_without_spills(cols, residual):
+    config = choose_hopper_norm(cols)
+    assert config.warps <= 32
+    assert 8 * 32 * config.warps * config.per >= cols
+    options = [hopper_norm.options(config, residual, ue8m0) for ue8m0 in (False, True)]
+    reports = [compile_cuda(hopper_norm.SOURCE, each, 0) for each in options]
+    assert_clean(reports, max_registers=65536 // (32 * config.warps * config.blocks))
+    for report in reports:
+        assert report.count("LDG.E.NA.128") == config.per * (2 + residual)
+        assert report.count("DFMA") == 8 * config.per
+
+
 def test_choice_covers_every_config():
     chosen = {choose_hopper(block, transpose) for block in BLOCKS for transpose in (False, True)}
     assert len(chosen) == 6
@@ -46,11 +60,67 @@ def test_what_it_does_not_take():
     assert "aligned to 16 bytes" in reason(x[:, 1:121])
     assert "transposed result must be aligned to 16 bytes, x has 31 rows" in reason(x[:31], transpose=True)
     assert "x has 31 rows" in hopper.quantize_both_supports(x[:31], False)
-    assert "the Triton kernel is as fast" in hopper.swiglu_quantize_supports(x, False, False)
+    assert "Triton kernel is faster for fewer than 1024 rows" in hopper.swiglu_quantize_supports(x, False, False)
     assert "rows of gate_up must be aligned to 16 bytes, there are 60" in hopper.swiglu_quantize_supports(
         x[:, :120], False, True
     )
     assert "tiles of 128, there are 64" in hopper.swiglu_quantize_backward_supports(x[:, :64], x, False)
+
+
+def test_what_the_norm_does_not_take():
+    x, weight = torch.empty(32, 256, dtype=torch.bfloat16), torch.empty(256, dtype=torch.bfloat16)
+    reason = hopper_norm.rmsnorm_quantize_supports
+    assert "it reads bf16, x is float32" in reason(x.float(), weight, 1e-6, None, False)
+    assert "it reads bf16, weight is float32" in reason(x, weight.float(), 1e-6, None, False)
+    assert "nothing to quantise" in reason(x[:0], weight, 1e-6, None, False)
+    assert "rows of x must be aligned to 16 bytes" in reason(x[:, 1:129], weight[:128], 1e-6, None, False)
+    assert "rows of residual must be aligned to 16 bytes" in reason(
+        x[:, :120].contiguous(), weight[:120], 1e-6, x[:, 1:121], False
+    )
+    assert "multiples of 8 columns up to 32768, and there are 255" in reason(
+        x[:, :255], weight[:255], 1e-6, None, False
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rows", "cols"),
+    [
+        (1, 8),  # the least
+        (3, 136),  # a second tile of one thread
+        (5, 200),
+        (83, 1536),
+        (4096, 7168),
+        (40, 32768),  # the widest
+    ],
+)
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm_has_the_references_bytes(device, rows, cols, scale_format, residual):
+    x = matrix(rows, cols, device=device)
+    weight = torch.randn(cols, device=device).bfloat16()
+    stream = matrix(rows, cols, device=device) if residual else None
+    poisoned(device)
+    got = ds.rmsnorm_quantize(x, weight, 1e-6, stream, scale_format=scale_format, impl="hopper")
+    want = reference.rmsnorm_quantize(x, weight, 1e-6, stream, scale_format=scale_format)
+    if residual:
+        assert torch.equal(got[1].view(torch.int16), want[1].view(torch.int16))
+        got, want = got[0], want[0]
+    same_bytes(got, want)
+
+
+@pytest.mark.gpu
+def test_norm_of_what_is_not_finite(device):
+    x, weight = torch.randn(64, 1536, device=device).bfloat16(), torch.ones(1536, device=device).bfloat16()
+    x[3, 700], x[9, 3], x[20, 1500] = float("nan"), float("inf"), float("-inf")
+    whole = torch.randn(128, 1544, device=device).bfloat16()  # rows that are not one after the other
+    for rows in (x, whole[::2, 8:]):
+        got = ds.rmsnorm_quantize(rows, weight, 1e-6, impl="hopper")
+        want = reference.rmsnorm_quantize(rows, weight, 1e-6)
+        assert torch.equal(got.scale.isnan(), want.scale.isnan())
+        assert torch.equal(got.dequantize().isnan(), want.dequantize().isnan())
+        finite = ~want.dequantize().isnan()
+        assert torch.equal(got.data.float()[finite], want.data.float()[finite])
 
 
 @pytest.mark.gpu
@@ -61,11 +131,11 @@ def test_gradient_of_swiglu(device, rows, width):
     poisoned(device)
     got = ds.swiglu_quantize_backward(dy, gate_up, impl="hopper")
     for g, w in zip(got, reference.swiglu_quantize_backward(dy, gate_up), strict=True):
-        close(g, w, scale_ulp=16)  # the terms of a largest element cancel in part
+        close(g, w, scale_ulp=0)
     for q in ds.swiglu_quantize_backward(dy, gate_up, scale_format="ue8m0", impl="hopper"):
         assert torch.equal(q.scale, q.scale.log2().round().exp2())
     transposed = ds.swiglu_quantize(gate_up, transpose=True, impl="hopper")
-    close(transposed, reference.swiglu_quantize(gate_up, transpose=True))
+    close(transposed, reference.swiglu_quantize(gate_up, transpose=True), scale_ulp=0)
 
 
 def same_bytes(got, want):

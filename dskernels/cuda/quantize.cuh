@@ -22,6 +22,13 @@ __device__ __forceinline__ float approximate_inverse(float x) {
     return x;
 }
 
+// 1 / (1 + exp(-x)), to the bit of torch's, but not below 2^-126: then scales are the reference's. With ex2.approx and rcp.approx alone they are up
+// to 3 ulp off, and the gated product as it stands takes 90 us, not 103, at 32768 x 2048 on an H200.
+__device__ __forceinline__ float sigmoid(float x) {
+    const float y = fminf(add(1.f, expf(-x)), 0x1p126f), guess = approximate_inverse(y);
+    return fma(fma(-y, guess, 1.f), guess, guess);  // a step of Newton's leaves the nearest float
+}
+
 // amax / 448, at least 2^-126, and 1 where amax, given as its bits, is 0.
 __device__ __forceinline__ float scale_of(u32 amax) {
     // Exact, as the quotient of a float and 7 is never nearer than 1/14 ulp to the middle of two; away from denormals.

@@ -26,12 +26,13 @@ def choose_patch(block: Block) -> PatchConfig:
     return PatchConfig(rows=128, cols=128, num_warps=8)
 
 
-def choose_columns(gradient: bool = False) -> PatchConfig:
+def choose_columns(operands: int = 1) -> PatchConfig:
     """Patch of 128 rows whose columns are quantised and become rows: 41 us at 4096 x 7168, 45 to 56 in other shapes.
 
-    A gradient has twice the warps, or it would spill.
+    With two operands, a gated product, it has twice the warps, and with three, its gradient, four times, or sm_89 would
+    spill.
     """
-    return PatchConfig(rows=128, cols=64, num_warps=8 if gradient else 4)
+    return PatchConfig(rows=128, cols=64, num_warps=4 << (operands - 1))
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class HopperConfig:
 # tiles that run at the same time, is 2% faster where it is the only result (129 us against 132 at 7168 x 16384), and 2%
 # slower where there are two (180 against 176) and for SwiGLU (60.7 against 60.0 at 4096 x 7168).
 QUANTIZE_BOTH = HopperConfig(MATRIX, BY_ROW, BY_COLUMN, warps=8, blocks=3, down=False)
+SWIGLU = HopperConfig(PRODUCT, BY_ROW, 0, warps=4, blocks=4, down=False)
 SWIGLU_TRANSPOSED = HopperConfig(PRODUCT, 0, BY_COLUMN, warps=8, blocks=2, down=False)
 SWIGLU_BACKWARD = HopperConfig(GRADIENT, BY_ROW, BY_COLUMN, warps=8, blocks=2, down=False)
 PLAIN = {
@@ -112,9 +114,32 @@ TRANSPOSED = {
     block: HopperConfig(MATRIX, 0, share, warps=8, blocks=3 if share == BY_ROW else 4, down=True)
     for block, share in SHARES.items()
 }
-HOPPER_CONFIGS = (*PLAIN.values(), *TRANSPOSED.values(), QUANTIZE_BOTH, SWIGLU_TRANSPOSED, SWIGLU_BACKWARD)
+HOPPER_CONFIGS = (*PLAIN.values(), *TRANSPOSED.values(), QUANTIZE_BOTH, SWIGLU, SWIGLU_TRANSPOSED, SWIGLU_BACKWARD)
 
 
 def choose_hopper(block: Block, transpose: bool) -> HopperConfig:
     """Options for a matrix in tiles of `block` (of x, also where the result is x.T)."""
     return (TRANSPOSED if transpose else PLAIN)[block]
+
+
+@dataclass(frozen=True)
+class HopperNormConfig:
+    """Options of hopper_norm.cu: a row is `per` chunks of 8 columns for each thread of `warps`; `blocks` to an SM."""
+
+    warps: int
+    per: int
+    blocks: int
+
+
+WIDEST_NORM = 32768  # columns: 32 warps
+
+
+def choose_hopper_norm(cols: int) -> HopperNormConfig:
+    """Options for rows of `cols` columns.
+
+    On an H200, microseconds of 4096 rows with 4 chunks, 3, 2 a thread: 37.7, 40.3, 42.3 at 7168 columns. With 4, 2, 1:
+    15.2, 13.8, 14.1 at 1536.
+    """
+    per = 4 if cols >= 4096 else 2 if cols >= 1024 else 1
+    warps = ceil_div(cols, 8 * 32 * per)
+    return HopperNormConfig(warps, per, blocks=min(35 // warps, 16) or 1)

@@ -17,8 +17,7 @@ constexpr bool BY_ROW = PLAIN == ROW || TRANSPOSED == ROW, BY_COLUMN = PLAIN == 
 constexpr bool BY_TILE = PLAIN == TILE || TRANSPOSED == TILE;
 constexpr int ROWS = 16 * WARPS;
 
-// A product is within an ulp or two itself, and so may its quotient be (274 us in place of 289 for the gradient at 32768 x 2048); x is divided
-// to the bit.
+// The quotient of a product may be an ulp or two off (274 us in place of 289 for the gradient at 32768 x 2048); x is divided to the bit.
 #if SOURCE == 0
 typedef Pairs Values;
 typedef Divisor Factor;
@@ -26,12 +25,6 @@ typedef Divisor Factor;
 typedef Singles Values;
 typedef Reciprocal Factor;
 #endif
-
-__device__ __forceinline__ float sigmoid_of(float x) {
-    x *= -1.4426950408889634f;
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return approximate_inverse(1.f + x);
-}
 
 // Which elements a thread has: 8 rows and 8 columns of a tile.
 struct Place : Lane {
@@ -153,23 +146,23 @@ quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__
         uint4 dys;  // first: behind the other two, a register spills
         if (SOURCE == GRADIENT) dys = load(from_dy + i * stride_dyr, i < height);
         const uint4 gates = load(from + i * stride_xr, i < height), ups = load(from + i * stride_xr + cols, i < height);
-        float other[8];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-            const float gate = element(gates, j), up = element(ups, j), sigmoid = sigmoid_of(gate);
-            const float swish = gate * sigmoid;
-            if (SOURCE == PRODUCT) {
-                v.x[i][j] = swish * up;
-            } else {
-                const float d = element(dys, j);
-                v.x[i][j] = d * up * (sigmoid + swish * (1.f - sigmoid));
-                other[j] = d * swish;
+        for (int k = 0; k < 2; ++k) {
+            float other[4];
+#pragma unroll
+            for (int j = 4 * k; j < 4 * k + 4; ++j) {
+                const float gate = element(gates, j), up = element(ups, j), s = sigmoid(gate), swish = mul(gate, s);
+                if (SOURCE == PRODUCT) {
+                    v.x[i][j] = mul(swish, up);
+                } else {
+                    // Each rounded as the reference rounds it: where the terms of a tile's largest all but cancel, its scale would tell.
+                    const float d = element(dys, j);
+                    v.x[i][j] = mul(mul(d, up), add(s, mul(swish, add(1.f, -s))));
+                    other[j % 4] = mul(mul(d, gate), s);
+                }
             }
+            if (SOURCE == GRADIENT) of_up[(2 * i + k) * 32 * WARPS + threadIdx.x] = make_float4(other[0], other[1], other[2], other[3]);
         }
-        if (SOURCE == GRADIENT)
-#pragma unroll
-            for (int k = 0; k < 2; ++k)
-                of_up[(2 * i + k) * 32 * WARPS + threadIdx.x] = make_float4(other[4 * k], other[4 * k + 1], other[4 * k + 2], other[4 * k + 3]);
     }
 #if SOURCE == 1
     emit(at.i_c);

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dskernels.fp8.config import choose_columns, choose_patch
 from dskernels.fp8.layout import empty_quantized
-from dskernels.portable import INTERPRETED, cast, launch, reason_against_e4m3
+from dskernels.portable import cast, fused_multiply_add, launch, reason_against_e4m3
 from dskernels.validate import ceil_div
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
@@ -38,14 +38,6 @@ def tile_scale(amax, UE8M0: tl.constexpr):
         power = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
         scale = tl.where(scale < float("inf"), power.to(tl.float32, bitcast=True), scale)
     return tl.where(amax == 0.0, 1.0, scale)
-
-
-@triton.jit
-def fused_multiply_add(a, b, c):
-    """a * b + c in fp32, rounded once; numpy, which the interpreter computes with, would round the product too."""
-    if INTERPRETED:
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
-    return tl.fma(a, b, c)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from dskernels.device import multiprocessors
 from dskernels.fp8.config import choose_norm, choose_norm_backward
 from dskernels.fp8.layout import empty_quantized
 from dskernels.fp8.triton import magnitude, quantize_supports, tile_scale, to_e4m3
-from dskernels.portable import cast, launch
+from dskernels.portable import INTERPRETED, cast, fused_multiply_add, launch
 from dskernels.validate import ceil_div
 
 
@@ -51,21 +51,55 @@ def rmsnorm_quantize_kernel(
         if HAS_RESIDUAL:
             tl.store(p_total + o_c, x, mask=o_c < cols)
         x = x.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(tl.sum(x * x, axis=1), axis=0) / cols + eps)
+        high, low = squared(x)
+        factor = norm_factor(high, low, cols, eps)
         store_normed(x * factor * weight, p_q, p_s, 0, cols, stride_sc, UE8M0, TILES)
     else:
-        squares = tl.zeros([TILES, 128], tl.float32)
+        high, low = tl.zeros([TILES, 128], tl.float32), tl.zeros([TILES, 128], tl.float32)
         for start in range(0, cols, TILES * 128):
             x = stream(p_x, p_residual, start + o_c, cols, HAS_RESIDUAL)
             if HAS_RESIDUAL:
                 tl.store(p_total + start + o_c, x, mask=start + o_c < cols)
-            squares += x.to(tl.float32) * x.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / cols + eps)
+            square, rest = squared(x.to(tl.float32))
+            high, low = add_pairs(high, low, square, rest)
+        factor = norm_factor(high, low, cols, eps)
         for start in range(0, cols, TILES * 128):
             # The sum is formed again rather than read back: a thread may not see what another has stored.
             x = stream(p_x, p_residual, start + o_c, cols, HAS_RESIDUAL).to(tl.float32)
             weight = tl.load(p_weight + start + o_c, mask=start + o_c < cols, other=0.0).to(tl.float32)
             store_normed(x * factor * weight, p_q, p_s, start, cols, stride_sc, UE8M0, TILES)
+
+
+# The factor of a row is the reference's to the bit, and so are the scales: one ulp of it would be up to five of theirs.
+# For that the squares are added up with twice the mantissa, each sum held as a float and the rest that it leaves out.
+
+
+@triton.jit
+def add_pairs(high_a, low_a, high_b, low_b):
+    """Sum of two numbers of two floats each (Knuth, TAOCP 2, 4.2.2, theorem B)."""
+    high = high_a + high_b
+    of_b = high - high_a
+    return high, low_a + low_b + ((high_a - (high - of_b)) + (high_b - of_b))
+
+
+@triton.jit
+def squared(x):
+    """x^2 as two floats."""
+    square = x * x
+    return square, fused_multiply_add(x, x, 0.0 - square)
+
+
+@triton.jit
+def norm_factor(high, low, cols, eps):
+    """1 / sqrt(mean + eps) of a row, whose squares are high + low [TILES, 128], each operation rounded to nearest."""
+    if INTERPRETED:
+        total = tl.sum(tl.sum(high.to(tl.float64) + low.to(tl.float64), axis=1), axis=0)
+    else:
+        high, low = tl.reduce((high, low), 1, add_pairs)
+        high, low = tl.reduce((high, low), 0, add_pairs)
+        total = high.to(tl.float64) + low.to(tl.float64)
+    mean = (total / cols).to(tl.float32)
+    return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean + eps))
 
 
 @triton.jit

@@ -9,14 +9,14 @@ from torch import Tensor
 from dskernels.fp8.config import choose_columns, choose_patch
 from dskernels.fp8.layout import empty_quantized
 from dskernels.fp8.triton import load_rows, quantize_supports, store_rows, store_turned, words_of
-from dskernels.portable import launch
+from dskernels.portable import launch, sigmoid
 from dskernels.validate import ceil_div
 
 
 @triton.jit
 def gated(gate, up):
     """silu(gate) * up."""
-    return gate * tl.sigmoid(gate) * up
+    return gate * sigmoid(gate) * up
 
 
 @triton.jit(do_not_specialize=["rows", "stride_sc"])
@@ -82,7 +82,7 @@ def load_gated_gradient(
     dy = tl.load(p_dy + o_r.to(tl.int64)[:, None] * stride_dyr + o_gate, mask=m_x, other=0.0).to(tl.float32)
     gate = tl.load(p_x + o_gate, mask=m_x, other=0.0).to(tl.float32)
     up = tl.load(p_x + cols + o_gate, mask=m_x & m_gate[None, :], other=0.0).to(tl.float32)
-    s = tl.sigmoid(gate)
+    s = sigmoid(gate)
     return dy * tl.where(m_gate[None, :], up * (s + gate * s * (1.0 - s)), gate * s)
 
 
@@ -93,7 +93,7 @@ def load_half_gradient(
     """The same, from column `i_col` of the gate's half on, or of UP's."""
     dy = load_rows(p_dy, i_row, i_col, rows, cols, stride_dyr, STEP, COLS)
     gate = load_rows(p_x, i_row, i_col, rows, cols, stride_xr, STEP, COLS)
-    s = tl.sigmoid(gate)
+    s = sigmoid(gate)
     if UP:
         return dy * gate * s
     up = load_rows(p_x + cols, i_row, i_col, rows, cols, stride_xr, STEP, COLS)
@@ -171,7 +171,7 @@ def swiglu_quantize(gate_up: Tensor, ue8m0: bool, transpose: bool = False) -> tu
     if rows == 0 or cols == 0:
         return data, scale
     if transpose:
-        config = choose_columns()
+        config = choose_columns(operands=2)
         launch(
             swiglu_quantize_columns_kernel,
             (ceil_div(rows, 128), ceil_div(cols, config.cols)),
@@ -214,7 +214,7 @@ def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[
     data, scale = empty_quantized(gate_up, (1, 128))
     data_t, scale_t = empty_quantized(gate_up, (128, 1), transpose=True)
     if rows and cols:
-        aligned, config = cols % 128 == 0, choose_columns(gradient=True)
+        aligned, config = cols % 128 == 0, choose_columns(operands=3)
         launch(
             swiglu_quantize_backward_kernel,
             (ceil_div(rows, 128), ceil_div(cols if aligned else 2 * cols, 128)),
@@ -237,6 +237,8 @@ def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[
             COLS=config.cols,
             WORDS=rows % 4 == 0,
             num_warps=config.num_warps,
+            # Rounded as the reference rounds: where the terms of a tile's largest all but cancel, its scale would tell.
+            enable_fp_fusion=False,
         )
     return data, scale, data_t, scale_t
 

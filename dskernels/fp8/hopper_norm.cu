@@ -1,0 +1,104 @@
+// RMSNorm, quantised to e4m3 in 1x128 tiles, on sm_90a.
+//
+// A CTA takes a row and reads it once, into registers: a thread has PER chunks of 8 columns, every CTA-th of them, and 16 lanes have a tile.
+// Many CTAs on a multiprocessor keep memory busy while others reduce.
+//
+// Options (-D): RESIDUAL, whether a second row is added first; WARPS, PER, BLOCKS to an SM, UE8M0.
+
+#include "quantize.cuh"
+
+constexpr int CTA = 32 * WARPS;
+
+// |x| of an fp32 that was bf16, in fp64. Two integer instructions a number in place of a conversion, of which a multiprocessor has 16 a clock.
+// What is below 2^-126 becomes about 2^-127, whose square no mean of fp32 can tell from 0; infinity becomes 2^128, whose square is infinite in it.
+__device__ __forceinline__ double widened(float x) { return __hiloint2double(((__float_as_uint(x) & ~(1u << 31)) >> 3) + (896u << 20), 0); }
+
+// 1 / sqrt(mean + eps), each operation rounded to nearest.
+__device__ __forceinline__ float factor_of(double mean, float eps) {
+    float x;
+    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(x) : "d"(mean));
+    x = add(x, eps);
+    asm("sqrt.rn.f32 %0, %0;" : "+f"(x));
+    asm("rcp.rn.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
+__device__ __forceinline__ u32 rounded_sum(u32 x, u32 y) {
+    u32 sum;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(sum) : "f"(add(high(x), high(y))), "f"(add(low(x), low(y))));
+    return sum;
+}
+
+// `x` and `residual` are bf16 [rows, cols]; q and total are contiguous; stride_s is that of scales from one tile of a row to the next.
+extern "C" __global__ void __launch_bounds__(CTA, BLOCKS)
+rmsnorm_quantize(const u16* __restrict__ x, const u16* __restrict__ residual, const u16* __restrict__ weight, u16* __restrict__ total, u8* __restrict__ q,
+                 float* __restrict__ s, long long stride_x, long long stride_r, int cols, int stride_s, float eps, double inverse_cols) {
+    __shared__ double sums[WARPS];
+    const int lane = threadIdx.x % 32, chunks = cols / 8;
+    const long long row = blockIdx.x;
+
+    uint4 a[PER];
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+        const int chunk = threadIdx.x + i * CTA;
+        a[i] = load(x + row * stride_x + chunk * 8, chunk < chunks);
+    }
+    if (RESIDUAL) {
+        uint4 b[PER];
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const int chunk = threadIdx.x + i * CTA;
+            b[i] = load(residual + row * stride_r + chunk * 8, chunk < chunks);
+        }
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const int chunk = threadIdx.x + i * CTA;
+            a[i] = make_uint4(rounded_sum(a[i].x, b[i].x), rounded_sum(a[i].y, b[i].y), rounded_sum(a[i].z, b[i].z), rounded_sum(a[i].w, b[i].w));
+            store(total + row * cols + chunk * 8, a[i], chunk < chunks);
+        }
+    }
+    // In fp64, so that the factor is the reference's to the bit, in whatever order it adds: an ulp of it would be up to five of a scale.
+    double sum = 0.;
+    u32 largest = 0;  // magnitudes, two at a time
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) largest = larger(largest, word(a[i], w) & 0x7fff7fffu);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            const double y = widened(element(a[i], j));
+            sum = __fma_rn(y, y, sum);
+        }
+    }
+    if ((largest & 0xffffu) > 0x7f80u || largest >> 16 > 0x7f80u) sum = __hiloint2double(0x7ff80000, 0);  // NaN
+#pragma unroll
+    for (int m = 16; m; m /= 2) sum += __shfl_xor_sync(~0u, sum, m);
+    if (lane == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = sums[0];
+#pragma unroll
+    for (int w = 1; w < WARPS; ++w) sum += sums[w];
+    const float factor = factor_of(sum * inverse_cols, eps);
+
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+        const int chunk = threadIdx.x + i * CTA;
+        const uint4 weights = load(weight + chunk * 8, chunk < chunks);
+        float y[8], amax = 0.f;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            y[j] = mul(mul(element(a[i], j), factor), element(weights, j));
+            amax = larger(amax, y[j]);
+        }
+        u32 bits = __float_as_uint(amax);
+#pragma unroll
+        for (int m = 8; m; m /= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, m));
+        const float scale = scale_of(bits);
+        Divisor d;
+        prepare(d, scale);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) y[j] = divided(y[j], d);
+        store(q + row * cols + chunk * 8, make_uint2(e4m3(y[0], y[1], y[2], y[3]), e4m3(y[4], y[5], y[6], y[7])), chunk < chunks);
+        if (lane % 16 == 0 && chunk < chunks) s[(long long)(chunk / 16) * stride_s + row] = scale;
+    }
+}
