@@ -29,7 +29,7 @@ CHOSEN = {
     (m, n, k): choose_small_config(m, n, k, MULTIPROCESSORS)
     for m in ROWS
     for n, k in SHAPES
-    if use_small(m, n, MULTIPROCESSORS)
+    if use_small(m, n, k, MULTIPROCESSORS)
 }
 CONFIGS = sorted(set(CHOSEN.values()), key=repr)
 # (out, bias, accumulate): every value of each.
@@ -181,7 +181,8 @@ def test_captured_in_a_graph(device):
 def test_choice():
     assert choose_small_config(1, 7168, 16384, MULTIPROCESSORS).split == 8
     assert choose_small_config(64, 4096, 7168, MULTIPROCESSORS).split == 2
-    assert choose_small_config(128, 24576, 1536, MULTIPROCESSORS).tokens == 128
+    assert choose_small_config(128, 24576, 1536, MULTIPROCESSORS).tokens == 64
+    assert choose_small_config(128, 4096, 7168, MULTIPROCESSORS).tokens == 128
     for (m, _, k), config in CHOSEN.items():
         assert config.tokens >= min(m, 64)
         assert config.split <= ceil_div(k, 128)
@@ -189,7 +190,9 @@ def test_choice():
 
 
 def test_where_it_is_used():
-    assert use_small(128, 24576, MULTIPROCESSORS)
-    assert use_small(256, 4096, MULTIPROCESSORS)
-    assert not use_small(256, 7168, MULTIPROCESSORS)
-    assert not use_small(257, 2112, MULTIPROCESSORS)
+    assert use_small(128, 24576, 1536, MULTIPROCESSORS)
+    assert not use_small(128, 32768, 512, MULTIPROCESSORS)
+    assert use_small(64, 32768, 512, MULTIPROCESSORS)
+    assert use_small(256, 4096, 7168, MULTIPROCESSORS)
+    assert not use_small(256, 7168, 2048, MULTIPROCESSORS)
+    assert not use_small(257, 2112, 7168, MULTIPROCESSORS)

@@ -231,8 +231,8 @@ class SmallConfig:
 def choose_small_config(m: int, n: int, k: int, multiprocessors: int) -> SmallConfig:
     """Config of the Hopper kernel for few rows: tiles of 64 rows of B, K split while they are fewer than the GPU takes.
 
-    The times are microseconds on an H100 with a cold L2, of which an empty call takes 5. Tiles of 128 rows of B were
-    slower or within 2% everywhere.
+    The times are microseconds with a cold L2, of which an empty call takes 5, on an H100 unless said otherwise. Tiles
+    of 128 rows of B were slower or within 2% but where they are chosen.
     """
     tokens = next((size for size in (8, 32, 64) if m <= size), 128)
     tiles, blocks = ceil_div(n, 64), ceil_div(k, 128)
@@ -241,30 +241,37 @@ def choose_small_config(m: int, n: int, k: int, multiprocessors: int) -> SmallCo
         split = _split(tiles * ceil_div(m, 64), blocks, 2 * multiprocessors)
         return SmallConfig(64, 64, split, resident=3)
     if tiles > multiprocessors:
-        # Several tiles for each CTA, or one CTA for each. With 64 rows 24576x1536 took 21.9 with one CTA on a
-        # multiprocessor and 22.8 with two, 32768x512 16.8 with one and 14.4 with four; of 128 tokens only two have the
-        # registers.
-        return SmallConfig(64, tokens, 1, resident=1 if blocks >= 8 else 2 if tokens == 128 else 4)
+        # Several tiles for each CTA, or one CTA for each. On an H200 24576x1536 took 17.9 at 64 rows with three CTAs on
+        # a multiprocessor, 18.3 with four, 19.3 with two and 19.8 with one (on an H100 22.8 with two, 21.9 with one); at
+        # 128 rows 22.5 with three of 64 tokens each, 24.3 with one or two of 128. 32768x512 took 11.8 with four.
+        if blocks >= 8:
+            return SmallConfig(64, min(tokens, 64), 1, resident=3)
+        return SmallConfig(64, tokens, 1, resident=2 if tokens == 128 else 4)
     split = _split(tiles, blocks, multiprocessors)
     if tokens == 128 and split == 2:
         return SmallConfig(64, 128, 2, resident=1)  # 4096x7168: 20.1; two tiles of 64 tokens 20.5
+    if tokens == 128 and split == 1 and blocks >= 64:
+        return SmallConfig(128, 64, 1, resident=1)  # 7168x16384 on an H200: 44.4; tiles of 64 rows of B 48.5
     if tokens == 128:
         # Two tiles of 64 tokens. 7168x2048 took 13.6, and 15.1 with one of 128; 2112x7168 15.3, and 16.5 with one in
-        # quarters, as of clusters of 4 the GPU runs 120 CTAs at once, 248 where a multiprocessor takes two. 7168x16384
-        # took 53.8 with two CTAs and 58.4 with three.
+        # quarters, as of clusters of 4 the GPU runs 120 CTAs at once, 248 where a multiprocessor takes two.
         return SmallConfig(64, 64, max(split // 2, 1), resident=3 if blocks <= 32 else 2)
     if split == 1 and blocks >= 64:
-        # A long K. With a row 7168x16384 took 48.2 in eighths and 50.2 whole; with 64 50.7 in halves and 51.4 whole.
+        # A long K. With a row 7168x16384 took 48.2 in eighths and 50.2 whole (on an H200 37.4 and 37.0); with 64 50.7 in
+        # halves and 51.4 whole.
         return SmallConfig(64, tokens, 8, resident=2) if tokens < 64 else SmallConfig(64, 64, 2, resident=3)
     return SmallConfig(64, tokens, split, resident=2)
 
 
-def use_small(m: int, n: int, multiprocessors: int) -> bool:
+def use_small(m: int, n: int, k: int, multiprocessors: int) -> bool:
     """Whether the kernel for few rows is faster than the one for many; B is in blocks of 128x128.
 
-    With 64 and 128 rows it was everywhere, by 1.02 to 1.9 times. With 256, 4096x7168 took 26.3 us and 31.9, 2112x7168
-    19.5 and 26.0, but 7168x2048 16.9 and 15.8, and larger ones lost more.
+    With 64 and 128 rows it was, by 1.02 to 1.9 times, but for 128x32768x512, where C is most of what moves: on an H200
+    14.9 us and 13.8. With 256, 4096x7168 took 26.3 us and 31.9, 2112x7168 19.5 and 26.0, but 7168x2048 16.9 and 15.8,
+    and larger ones lost more.
     """
+    if m > 64 and k <= 512 and ceil_div(n, 128) > multiprocessors:
+        return False
     return m <= 128 or (m <= 256 and ceil_div(m, 64) * ceil_div(n, 64) <= 2 * multiprocessors)
 
 

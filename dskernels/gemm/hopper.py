@@ -37,7 +37,7 @@ def fp8_gemm(
 ) -> Plan:
     """Fill `out` [M, N], or add to it; few rows by the kernel of hopper_small.py."""
     (m, k), n = a.shape, b.shape[0]
-    if b_rows == 128 and use_small(m, n, multiprocessors(a.device)):
+    if b_rows == 128 and use_small(m, n, k, multiprocessors(a.device)):
         small = choose_small_config(m, n, k, multiprocessors(a.device))
         return hopper_small.plan(small, a, a_scale, b, b_scale, bias, out, accumulate)
     config = choose_hopper_config(m, n, k, b_rows, multiprocessors(a.device))
