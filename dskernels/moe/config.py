@@ -9,6 +9,8 @@ MOST_COMPARED = 2048
 COMPARE_BLOCK, COMPARE_CHUNK = 16, 128
 # Ids that the program which counts them takes at a time.
 COMPARE_COUNTED = 1024
+# Tokens whose choices one program copies, with one more behind them.
+APPEND_TOKENS = 64
 # Ids that one program of the counting sort ranks among each other, by comparing all pairs: 16K comparisons.
 SORT_BLOCK = 128
 # What one program scans of the counts [blocks, experts] at a time.

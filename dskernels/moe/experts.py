@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dskernels.moe.config import MAX_EXPERTS
 from dskernels.moe.triton import weighted_sum
-from dskernels.moe.triton_sort import sort
+from dskernels.moe.triton_sort import append_choice, sort
 from dskernels.moe.triton_swiglu import swiglu_backward
 from dskernels.types import Fp8Tensor
 
@@ -95,8 +96,15 @@ class Steps:
 def forward(
     steps: Steps, x: Tensor, routed: Network, weights: Tensor, experts: Tensor, shared: Network | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [T, H], and, if asked to keep them for the backward, gate and up of both networks."""
+    """Output [T, H], and, if asked to keep them for the backward, gate and up of both networks.
+
+    If not, a shared expert that follows the routed ones in memory is one more of them, which every token takes.
+    """
     a = steps.operand(x)
+    of_shared = x.new_empty(0, 0 if shared is None else shared.w13.shape[0])
+    if shared is not None and not keep and (together := _one_stack(steps, routed, shared)) is not None:
+        experts, weights = append_choice(experts, weights, routed.w13.shape[0])
+        routed, shared = together, None
 
     def run(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
         gate_up = _up(steps, a, network, batch, x.dtype)
@@ -105,7 +113,7 @@ def forward(
             gate_up = gate_up.new_empty(0, gate_up.shape[1])
         return gate_up, steps.product(hidden, steps.weight(network.w2, network.w2_scale, False), batch, x.dtype)
 
-    shared_gate_up, residual = x.new_empty(0, 0), None
+    shared_gate_up, residual = of_shared, None
     if shared is not None:
         shared_gate_up, residual = run(shared, steps.every_token(x))
     batch, index = _routed(experts, routed)
@@ -164,6 +172,30 @@ def backward(
         dx, dw13, dw2, dweights = run(routed, batch, gate_up, weights.contiguous(), needs_dw13, needs_dw2, dx)
     gradients = (dx, dw13, dw2, dweights if needs_dweights else None, shared_dw13, shared_dw2)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _one_stack(steps: Steps, routed: Network, shared: Network) -> Network | None:
+    """The weights of both as one stack, where they already are that in memory, as the products take them."""
+    quantized_inside = routed.w13_scale is None and steps.weight is not plain_weight
+    if routed.w13.shape[0] >= MAX_EXPERTS or quantized_inside:
+        return None
+    stacks = [_with_next(stack, matrix) for stack, matrix in zip(routed, shared, strict=True)]
+    if any(both is None and stack is not None for both, stack in zip(stacks, routed, strict=True)):
+        return None
+    w13, w13_scale, w2, w2_scale = stacks
+    return None if w13 is None or w2 is None else Network(w13, w13_scale, w2, w2_scale)
+
+
+def _with_next(stack: Tensor | None, matrix: Tensor | None) -> Tensor | None:
+    """`stack` [E, N, K] with `matrix` [N, K] as its last, if that is where it lies, or None."""
+    if stack is None or matrix is None or stack.shape[0] == 0 or stack.dtype != matrix.dtype:
+        return None
+    if stack.shape[1:] != matrix.shape or stack.stride()[1:] != matrix.stride():
+        return None
+    follows = matrix.data_ptr() == stack.data_ptr() + stack.shape[0] * stack.stride(0) * stack.element_size()
+    if not follows or stack.untyped_storage().data_ptr() != matrix.untyped_storage().data_ptr():
+        return None
+    return stack.as_strided((stack.shape[0] + 1, *stack.shape[1:]), stack.stride(), stack.storage_offset())
 
 
 def _routed(experts: Tensor, network: Network) -> tuple[Batch, Tensor]:

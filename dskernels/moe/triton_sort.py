@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dskernels.device import empty
 from dskernels.moe.config import (
+    APPEND_TOKENS,
     COMPARE_BLOCK,
     COMPARE_CHUNK,
     COMPARE_COUNTED,
@@ -52,6 +53,23 @@ def store_places(row, group, o_i, m_i, p_index, p_source, E):
     """index[i] = row of choice i, -1 where dropped; source[row] = i, -1 for the rows after the last expert's."""
     tl.store(p_index + o_i, tl.where(group < E, row, -1), mask=m_i)
     tl.store(p_source + row, tl.where(group < E, o_i, -1), mask=m_i)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def append_choice_kernel(
+    p_experts, p_weights, p_all, p_all_weights, tokens, top_k, E, stride_w, TOKENS: tl.constexpr, CHOICES: tl.constexpr
+):
+    """The choices of TOKENS tokens and their weights, and expert E behind them, of weight 1."""
+    o_t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    o_j = tl.arange(0, CHOICES)[None, :]
+    m_given = (o_t < tokens) & (o_j < top_k)
+    m_all = (o_t < tokens) & (o_j <= top_k)
+    expert = tl.load(p_experts + o_t * top_k + o_j, mask=m_given, other=E)
+    weight = tl.load(p_weights + o_t * stride_w + o_j, mask=m_given, other=1.0)
+    # An id that is dropped stays so: E itself is dropped where it was chosen, as there is no such routed expert.
+    expert = tl.where(m_given & (expert == E), -1, expert)
+    tl.store(p_all + o_t * (top_k + 1) + o_j, expert, mask=m_all)
+    tl.store(p_all_weights + o_t * (top_k + 1) + o_j, weight, mask=m_all)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -135,6 +153,28 @@ def place_kernel(
 
 
 # ---- launcher -------------------------------------------------------------------------------------------------------
+
+
+def append_choice(experts: Tensor, weights: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+    """`experts` and `weights` [T, k] with one more choice of each token, `expert`, of weight 1."""
+    tokens, top_k = experts.shape
+    appended = empty(experts, (tokens, top_k + 1), experts.dtype), empty(weights, (tokens, top_k + 1), weights.dtype)
+    if tokens:
+        launch(
+            append_choice_kernel,
+            (ceil_div(tokens, APPEND_TOKENS),),
+            experts.contiguous(),
+            weights,
+            *appended,
+            tokens,
+            top_k,
+            expert,
+            weights.stride(0),
+            TOKENS=APPEND_TOKENS,
+            CHOICES=1 << top_k.bit_length(),
+            num_warps=4,
+        )
+    return appended
 
 
 def sort(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
