@@ -27,9 +27,9 @@ ROWS, KEYS = 64, 128  # of a block of queries, and of a tile of keys
 THREADS, PREPARE_THREADS, FINISH_THREADS = 384, 128, 256
 KINDS = {torch.bfloat16: 0, torch.float16: 1}
 DQ_FLOATS = ROWS * QK_DIM
-# Queries of all heads whose tiles are computed at one time. The tiles in flight are spread over about half of them, 46 MB
-# of q, dout and dq, what the L2 holds. Fewer, and the tiles of a head begin less than 10 us apart, where each may add to
-# a block of dq only 3 us after the one before: 1, 4, 8 and 16 heads of 4,096 took 8.9, 4.1, 4.1 and 3.9 ms.
+# Queries of all heads whose tiles are computed at one time. The tiles in flight are spread over about half of them, 46
+# MB of q, dout and dq, what the L2 holds. Fewer, and the tiles of a head begin less than 10 us apart, where each may
+# add to a block of dq only 3 us after the one before: 1, 4, 8 and 16 heads of 4,096 took 8.9, 4.1, 4.1 and 3.9 ms.
 TOGETHER = 65536
 
 
