@@ -58,8 +58,8 @@ def mla_prefill(
 
     Where cu_seqlens does not ascend or leaves the rows there are, what the rows concerned get is unspecified, but
     nothing is read or written out of bounds. Nothing waits for the device. A NaN does not leave its sequence.
-    Differentiable in q, k, v and k_rope, by both results; repeated gradients are the same bits. Beside these, the Hopper
-    kernels take 776 bytes for each query and head, and 256 for each key and head of a shared rope part.
+    Differentiable in q, k, v and k_rope, by both results; repeated gradients are the same bits. Beside these, the
+    Hopper kernels take 776 bytes for each query and head, and 256 for each key and head of a shared rope part.
     Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 4 and 10; FlashAttention-2 (arXiv 2307.08691), section 3.
     """
     check_tensor("q", q, dtype=FLOATS, shape=("T", "H", "D"))
