@@ -211,7 +211,7 @@ def test_quantised_weights_are_kept_until_they_change(device):
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_shared_expert_behind_the_routed_ones_is_one_of_them(device, fp8, monkeypatch):
-    """It shares their launches, where nothing is kept; an id that is its number in the stack is dropped all the same."""
+    """It shares their launches, where nothing is kept; an id that is its number in the stack is still dropped."""
     experts, n_experts = torch.tensor([[0, 2], [2, -1], [3, 0], [1, 3], [-1, -1]], device=device), 3
     all_w13 = torch.randn(n_experts + 1, 2 * 40, 136, device=device) * 136**-0.5
     all_w2 = torch.randn(n_experts + 1, 136, 40, device=device) * 40**-0.5

@@ -122,6 +122,29 @@ def compare(got, want, tolerance):
         assert parity.difference(g, w) < tolerance, name
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_shared_expert_behind_the_routed_ones(run, device, fp8):
+    experts, n_experts = LAYOUTS["dropped"]
+    (x, all_w13, all_w2, weights), experts = network(
+        len(experts), 272, 144, experts, n_experts + 1, device, shared=False
+    )
+    stacks = [ds.quantize(w, (128, 128)) if fp8 else w for w in (all_w13, all_w2)]
+
+    def parts(which, copy):
+        for w in stacks:
+            data, scale = (w.data, w.scale) if fp8 else (w, None)
+            data, scale = (t if t is None else t[which].clone() if copy else t[which] for t in (data, scale))
+            yield Fp8Tensor(data, scale, (128, 128)) if fp8 else data
+
+    (got,), (want,) = (
+        run([x, *parts(slice(n_experts), False), weights, *parts(n_experts, copy)], experts, fp8=fp8, recompute=True)
+        for copy in (False, True)
+    )
+    assert parity.difference(got, want) < BF16
+    reference_out = expected([x, all_w13[:-1], all_w2[:-1], weights, all_w13[-1], all_w2[-1]], experts)
+    compare([got], reference_out, UNQUANTIZED if fp8 else BF16)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fp8", [False, True])
 def test_against_fp32(run, device, layout, fp8):

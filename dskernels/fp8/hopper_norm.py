@@ -1,9 +1,9 @@
 """Launcher of hopper_norm.cu: RMSNorm quantised on sm_90a, in CUDA C++.
 
-CUDA C++ because Hopper adds up a row's squares in fp64 at little cost, which makes scales and bytes the reference's. The
-portable kernel adds pairs of floats, as not every GPU is fast in fp64. On an H200 at 4096 x 7168 that takes 56.2 us,
-this 37.7, and sums in fp32, whose scales are up to 5 ulp off, 35.8; with a residual 69.6, 60.2 and 57.7. Rows that
-stream through shared memory, loaded ahead by the accelerator, took 43.6 and 62.4: fewer of them are on a multiprocessor.
+CUDA C++ because Hopper adds up a row's squares in fp64 at little cost, which makes scales and bytes the reference's.
+The portable kernel adds pairs of floats, as not every GPU is fast in fp64. On an H200 at 4096 x 7168 that takes 56.2
+us, this 37.7, and sums in fp32, whose scales are up to 5 ulp off, 35.8; with a residual 69.6, 60.2 and 57.7. Rows that
+stream through shared memory, loaded ahead by the accelerator, took 43.6 and 62.4: a multiprocessor has fewer of them.
 """
 
 from __future__ import annotations

@@ -242,8 +242,8 @@ def choose_small_config(m: int, n: int, k: int, multiprocessors: int) -> SmallCo
         return SmallConfig(64, 64, split, resident=3)
     if tiles > multiprocessors:
         # Several tiles for each CTA, or one CTA for each. On an H200 24576x1536 took 17.9 at 64 rows with three CTAs on
-        # a multiprocessor, 18.3 with four, 19.3 with two and 19.8 with one (on an H100 22.8 with two, 21.9 with one); at
-        # 128 rows 22.5 with three of 64 tokens each, 24.3 with one or two of 128. 32768x512 took 11.8 with four.
+        # a multiprocessor, 18.3 with four, 19.3 with two, 19.8 with one (on an H100 22.8 with two and 21.9 with one),
+        # at 128 rows 22.5 with three of 64 tokens each, 24.3 with one or two of 128. 32768x512 took 11.8 with four.
         if blocks >= 8:
             return SmallConfig(64, min(tokens, 64), 1, resident=3)
         return SmallConfig(64, tokens, 1, resident=2 if tokens == 128 else 4)
@@ -257,8 +257,8 @@ def choose_small_config(m: int, n: int, k: int, multiprocessors: int) -> SmallCo
         # quarters, as of clusters of 4 the GPU runs 120 CTAs at once, 248 where a multiprocessor takes two.
         return SmallConfig(64, 64, max(split // 2, 1), resident=3 if blocks <= 32 else 2)
     if split == 1 and blocks >= 64:
-        # A long K. With a row 7168x16384 took 48.2 in eighths and 50.2 whole (on an H200 37.4 and 37.0); with 64 50.7 in
-        # halves and 51.4 whole.
+        # A long K. With a row 7168x16384 took 48.2 in eighths and 50.2 whole (on an H200 37.4 and 37.0); with 64 50.7
+        # in halves and 51.4 whole.
         return SmallConfig(64, tokens, 8, resident=2) if tokens < 64 else SmallConfig(64, 64, 2, resident=3)
     return SmallConfig(64, tokens, split, resident=2)
 

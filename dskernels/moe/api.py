@@ -107,9 +107,9 @@ def fused_experts(
         w2: ``[E, H, I]``, likewise.
         routing: what :func:`dskernels.route` returned; its weights, fp32 ``[T, k]``, and its experts, int32 or int64
             ``[T, k]``, are used. Ids outside ``[0, E)`` are dropped.
-        shared: ``(w13 [2 * I', H], w2 [H, I'])`` of the shared expert, likewise. Where I' = I and it is stored behind the
-            routed experts, ``w13 = all_w13[:E]`` and ``shared = (all_w13[E], all_w2[E])``, it shares their launches when
-            nothing is kept for a backward, unless the weights are quantised inside.
+        shared: ``(w13 [2 * I', H], w2 [H, I'])`` of the shared expert, likewise. Where I' = I and it is stored behind
+            the routed experts, ``w13 = all_w13[:E]`` and ``shared = (all_w13[E], all_w2[E])``, it shares their launches
+            when nothing is kept for a backward, unless the weights are quantised inside.
         fp8: quantise what is not quantised yet, inside.
         recompute: keep nothing between forward and backward but the arguments, and compute ``w13 @ x`` again; if False,
             it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never kept. By default it
