@@ -5,6 +5,9 @@ stops a whole partition. Keys are 192 wide and values 128, DeepSeek-V3's; other 
 
 A call is two launches: one CTA that finds and orders the tiles of queries (cu_seqlens is on the device), and the kernel
 that computes them, which begins while the first runs and waits for it (programmatic dependent launch).
+
+On an H200, causal, beside cuDNN in the same run: 1 x 128 heads x 4,096 1.19 (658 TFLOP/s), 1 x 128 x 8,192 1.20 (645),
+4 x 16 x 4,096 1.13 (637); sequences of mixed lengths at 99% of the rate of equal ones. See docs/mla_prefill.md.
 """
 
 from __future__ import annotations
