@@ -160,6 +160,17 @@ class Generation:
         """Ends the generation early and gives its pages back."""
         self._iterator.close()
 
+    def abort(self, index: int) -> None:
+        """Ends one prompt with the tokens it has; its pages and its place go to the next that waits."""
+        if index in self._waiting:
+            self._waiting.remove(index)
+        elif index in self._pages:
+            self.cache.free(self._pages.pop(index))
+
+    def ended(self, index: int) -> bool:
+        """Whether a prompt gets no more tokens."""
+        return index not in self._pages and index not in self._waiting
+
     def finish(self) -> list[list[int]]:
         """Runs to the end and returns all new tokens of each prompt."""
         for _ in self:
@@ -186,6 +197,7 @@ class Generation:
                 else:
                     raise RuntimeError(f"cache: prompt {self._waiting[0]} waits for pages that somebody else holds")
                 yield new
+                state = self._join([state]) if state is not None else None  # without what was aborted
         finally:
             for pages in self._pages.values():
                 self.cache.free(pages)
