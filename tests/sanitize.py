@@ -37,6 +37,8 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "fp8_gemm, few rows", few_rows
     yield "quantize_both", quantize_both
     yield "quantize_grouped", quantize_grouped
+    yield "swiglu_quantize, its transpose and its gradient", swiglu_quantize
+    yield "rmsnorm_quantize", rmsnorm_quantize
     for name, config in each(grouped_config.HOPPER_CONFIGS):
         yield f"grouped_gemm {name}", functools.partial(ragged_rows, config)
         yield f"grouped_gemm_masked {name}", functools.partial(masked_rows, config)
@@ -68,6 +70,26 @@ def quantize_both() -> bool:
     x = torch.randn(144, 264, device="cuda").bfloat16()
     pairs = zip(ds.quantize_both(x, impl="hopper"), ds.reference.quantize_both(x), strict=True)
     return all(torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8)) for got, want in pairs)
+
+
+def swiglu_quantize() -> bool:
+    gate_up, dy = torch.randn(1040, 528, device="cuda").bfloat16(), torch.randn(1040, 264, device="cuda").bfloat16()
+    pairs = [
+        [ds.swiglu_quantize(gate_up, transpose=transpose, impl=impl) for impl in ("hopper", "reference")]
+        for transpose in (False, True)
+    ]
+    gate_up, dy = gate_up[:, :512].contiguous(), dy[:, :256].contiguous()
+    gradients = (ds.swiglu_quantize_backward(dy, gate_up, impl=impl) for impl in ("hopper", "reference"))
+    return all(torch.equal(got.scale, want.scale) for got, want in [*pairs, *zip(*gradients, strict=True)])
+
+
+def rmsnorm_quantize() -> bool:
+    x, residual = (torch.randn(33, 1416, device="cuda").bfloat16() for _ in range(2))
+    weight = torch.randn(1416, device="cuda").bfloat16()
+    (got, total), (want, sum_) = (
+        ds.rmsnorm_quantize(x, weight, 1e-6, residual, impl=i) for i in ("hopper", "reference")
+    )
+    return torch.equal(total, sum_) and torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8))
 
 
 def quantize_grouped() -> bool:
