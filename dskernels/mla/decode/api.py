@@ -100,6 +100,7 @@ _mla_decode = Operation(
     "mla_decode(Tensor q, Tensor cache, Tensor block_table, Tensor lengths, Tensor? q_lengths, float scale, "
     "int value_dim) -> (Tensor, Tensor)",
     reference=_reference,
+    hopper="dskernels.mla.decode.hopper:mla_decode",
     triton="dskernels.mla.decode.triton:mla_decode",
     fake=_fake,
 )

@@ -1,8 +1,9 @@
-"""Tile and split choice of the portable decode: pure functions of shape and GPU."""
+"""Tile and split choice of the decode kernels: pure functions of shape and GPU."""
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from dskernels.validate import ceil_div
@@ -70,3 +71,39 @@ def choose_splits(programs: int, capacity: int, multiprocessors: int) -> int:
     # More than four waves would only serve lengths far below the capacity badly.
     most = min(MAX_SPLITS, ceil_div(capacity, SPLIT_OVERHEAD), max(1, 4 * multiprocessors // programs))
     return min(range(1, most + 1), key=cost)
+
+
+# ---- hopper.cu ------------------------------------------------------------------------------------------------------
+
+VALUE, ROPE = 512, 64
+BLOCK = 64  # query rows of a CTA, and cached positions of a step
+MOST_ROWS = 64 * BLOCK
+MOST_REQUESTS = 16384  # whose lengths a CTA sums up in shared memory
+TMA, ROWS, E4M3 = 0, 1, 2  # loaders
+
+# Queries, two stages of positions, the weights; maxima and sums of the rows; two pieces of work; 16 barriers.
+SHARED = 3 * BLOCK * (VALUE + ROPE) * 2 + BLOCK * BLOCK * 2 + 4 * BLOCK * 4 + 2 * 32 + 16 * 8
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How rows of the cache get into shared memory, and how the work is shared out; see hopper.cu."""
+
+    loader: int
+    box_rows: int = BLOCK
+    prefetch: int = 0
+    cluster: int = 1
+    boundary: int = 2
+    whole: int = 6
+    registers: int = 232
+    loading: int = 48
+
+
+def choose_hopper_config(rows: int, page_size: int, fp8_cache: bool) -> HopperConfig:
+    """Config for `rows` query rows of a request over a cache of this page size."""
+    if fp8_cache:
+        return HopperConfig(E4M3, prefetch=2, registers=200, loading=112)
+    box_rows = math.gcd(page_size, BLOCK)
+    if box_rows < 8:
+        return HopperConfig(ROWS, registers=208, loading=96)
+    return HopperConfig(TMA, box_rows, cluster=1 if ceil_div(rows, BLOCK) % 2 else 2)

@@ -1,0 +1,301 @@
+// How blocks of 64 cached rows get into shared memory for the decode kernel, LOADER 0, 1 or 2: by the tensor memory accelerator where a page
+// is whole pieces of 8 rows or more; row by row where it is not; and unpacked from e4m3 on the way.
+//
+// All of them walk the CTA's pieces, announce each to the warpgroups that multiply, with its queries, and fill the two stages in turn: block
+// i of a piece goes to stage i % 2, tile by tile, each half as soon as it is free.
+#pragma once
+
+#include "mla_decode.cuh"
+
+// ---- instructions --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void copy16_async(u32 dst, const void* src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+// An arrival, once the copies that this thread has started are done.
+__device__ __forceinline__ void barrier_arrive_after_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ uint4 global_load16(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+__device__ __forceinline__ void smem_store16(u32 addr, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// ---- the cache -----------------------------------------------------------------------------------------------------
+
+struct Cache {
+    const u8* data;
+    const int* table;
+    long long stride_page, stride_row;  // in bytes
+    int stride_table, pages, page;
+    // Of a position: its page, made one of those that there are, and its row there.
+    __device__ __forceinline__ int2 find(int request, int position) const {
+        const int index = position / page;
+        const int id = __ldg(table + (long long)request * stride_table + index);
+        return make_int2(min(max(id, 0), pages - 1), position - index * page);
+    }
+    __device__ __forceinline__ const u8* row(int2 place) const { return data + place.x * stride_page + place.y * stride_row; }
+};
+
+// Phases of the barriers that say a half of a stage is empty, and the queries are read; at first they all are.
+struct Phases {
+    u32 bits = 3;
+    __device__ __forceinline__ u32 of(int stage) const { return bits >> stage & 1; }
+    __device__ __forceinline__ void advance(int stage) { bits ^= 1 << stage; }
+    __device__ __forceinline__ u32 piece() const { return bits >> 2; }  // 0, 1, 0, ...
+    __device__ __forceinline__ void next_piece() { bits ^= 4; }
+};
+
+// One thread's work: tell the others about a piece, and load its queries when the last ones have been read.
+__device__ __forceinline__ void announce(u32 base, const TensorMap* map_q, int row_block, const Piece& piece, u32 slot) {
+    barrier_wait(q_empty(base), slot ^ 1);
+    write_piece(base + OFFSET_PIECES + slot * 32, piece);
+    if (piece.blocks <= 0) {
+        barrier_arrive(q_full(base));
+        return;
+    }
+    barrier_expect(q_full(base), ROWS);
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) tma_load(base + OFFSET_Q + t * TILE, map_q, q_full(base), t * 64, row_block * BLOCK, piece.request);
+}
+
+// ---- by the accelerator --------------------------------------------------------------------------------------------
+
+// A warp's work. A box is `box_rows` rows of a page, 8 to 64; each box of a block is a lane's. The boxes that a block comes in are known to the
+// compiler where they are one, and then one thread has them.
+template <class Meta>
+__device__ __forceinline__ void load_boxes(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, const TensorMap* map_k,
+                                           int part, int row_block, int box_rows, Meta begins) {
+    if (WHOLE_BOXES) box_rows = BLOCK;
+    const int boxes = BLOCK / box_rows, window = 32 / boxes;  // boxes of a block; blocks whose places the lanes hold
+    const int lane = threadIdx.x % 32, rank = CLUSTER > 1 ? cluster_rank() : 0;
+    const bool elected = elect_one(), loads = WHOLE_BOXES ? elected : lane < boxes;
+    Phases phases;
+    for (;; phases.next_piece()) {
+        int count;
+        const Piece piece = share.next(batch, part, count);
+        // Of the lane's box, in the block that is its own of a window; a box beyond the request's end is taken from its last rows.
+        auto places = [&](int number) {
+            const int block = number * window + lane / boxes;
+            if (block >= piece.blocks) return make_int2(0, 0);
+            const int last = (piece.length - 1) / box_rows * box_rows;
+            return cache.find(piece.request, min((piece.first + block) * BLOCK + lane % boxes * box_rows, last));
+        };
+        int2 even = places(0), odd = places(1);  // windows
+        auto place = [&](int i) {
+            const int from = i % window * boxes + lane % boxes;
+            const int2 a = make_int2(__shfl_sync(0xffffffffu, even.x, from), __shfl_sync(0xffffffffu, even.y, from));
+            const int2 b = make_int2(__shfl_sync(0xffffffffu, odd.x, from), __shfl_sync(0xffffffffu, odd.y, from));
+            return i / window % 2 ? b : a;
+        };
+        if (elected) {
+            if (count > 0 && row_block == 0) begins(piece.request, count);
+            announce(base, map_q, row_block, piece, phases.piece());
+        }
+        __syncwarp();
+        if (piece.blocks < 0) return;
+#pragma unroll 1
+        for (int i = 0; i < piece.blocks; ++i) {
+            if (i > 0 && i % window == 0) {
+                const int2 more = places(i / window + 1);
+                if (i / window % 2) even = more;
+                else odd = more;
+            }
+            const int s = i % 2;
+            const u32 stage = base + OFFSET_K + s * ROWS + lane % boxes * box_rows * 128;
+            const int2 at = place(i);
+            if (loads) {
+#pragma unroll
+                for (int j = 0; j < TILE_GROUPS; ++j) {
+                    const int g = group_at(s, j);
+                    if (g == 0) barrier_wait(empty(base, s, 0), phases.of(s));
+                    if (g == 2) barrier_wait(empty(base, s, 1), phases.of(s));
+                    if (WHOLE_BOXES || lane == 0) barrier_expect(full(base, s, g), tiles_of(g) * TILE);
+#pragma unroll
+                    for (int k = 0; k < 2; ++k) {
+                        const int t = 2 * g + k;
+                        if (t >= TILES || CLUSTER > 1 && t % 2 != rank) continue;
+                        if (CLUSTER > 1) tma_load_multicast(stage + t * TILE, map_k, full(base, s, g), t * 64, at.y, at.x, (1 << CLUSTER) - 1);
+                        else tma_load(stage + t * TILE, map_k, full(base, s, g), t * 64, at.y, at.x);
+                    }
+                }
+            }
+            __syncwarp();
+            phases.advance(s);
+        }
+    }
+}
+
+// ---- row by row ----------------------------------------------------------------------------------------------------
+
+// A warpgroup's work: rows of any page size, 16 bytes at a time. A thread has column `lane % 8` of each tile, of four rows; or of e4m3, 16
+// columns of the 128 of two tiles.
+struct Rows {
+    const u8* at[4];
+    __device__ __forceinline__ void find(const Cache& cache, const Piece& piece, int block, int warp, int lane) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const int position = (piece.first + block) * BLOCK + warp * 16 + k * 4 + lane / 8;
+            at[k] = cache.row(cache.find(piece.request, min(position, piece.length - 1)));
+        }
+    }
+};
+
+// 16 bytes of a tile, in the 128-byte swizzle; and those of the same column 4 * k rows on, where `row` is less than 4 above a multiple of 8.
+__device__ __forceinline__ u32 chunk(u32 tile, int row, int column) { return tile + row * 128 + (column ^ row % 8) * 16; }
+__device__ __forceinline__ u32 four_rows_on(u32 chunk, int k) { return (chunk ^ k % 2 * 64) + k * 512; }
+
+template <class Meta>
+__device__ __forceinline__ void load_rows(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, int part, int row_block,
+                                          Meta begins) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, c = lane % 8;
+    Phases phases;
+    for (;; phases.next_piece()) {
+        int count;
+        const Piece piece = share.next(batch, part, count);
+        if (threadIdx.x % 128 == 0) {
+            if (count > 0 && row_block == 0) begins(piece.request, count);
+            announce(base, map_q, row_block, piece, phases.piece());
+        }
+        if (piece.blocks < 0) return;
+        if (piece.blocks == 0) continue;
+        Rows rows, next;
+        next.find(cache, piece, 0, warp, lane);
+#pragma unroll 1
+        for (int i = 0; i < piece.blocks; ++i) {
+            const int s = i % 2;
+            rows = next;
+            next.find(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
+#pragma unroll 1
+            for (int j = 0; j < TILE_GROUPS; ++j) {
+                const int g = group_at(s, j);
+                if (g == 0) barrier_wait(empty(base, s, 0), phases.of(s));
+                if (g == 2) barrier_wait(empty(base, s, 1), phases.of(s));
+#pragma unroll
+                for (int t = 0; t < 2; ++t) {
+                    if (t >= tiles_of(g)) continue;
+#pragma unroll
+                    for (int k = 0; k < 4; ++k)
+                        copy16_async(four_rows_on(chunk(base + OFFSET_K + s * ROWS + (2 * g + t) * TILE, warp * 16 + lane / 8, c), k),
+                                     rows.at[k] + (2 * g + t) * 128 + c * 16);
+                }
+                barrier_arrive_after_copies(full(base, s, g));
+            }
+            phases.advance(s);
+        }
+    }
+}
+
+// ---- from e4m3 -----------------------------------------------------------------------------------------------------
+
+// Two e4m3 times a scale, rounded once to 16 bits.
+__device__ __forceinline__ u32 unpack_pair(u16 pair, float scale) {
+    u32 halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+    return pack(widen((u16)halves, 1) * scale, widen((u16)(halves >> 16), 1) * scale);
+}
+
+// A group of two tiles of a thread's four rows, on its way from memory.
+struct Loaded {
+    uint4 bytes[4];
+    float scale[4];
+    __device__ __forceinline__ void load(const Rows& rows, int group, int c) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            bytes[k] = global_load16(rows.at[k] + group * 128 + c * 16);
+            scale[k] = __ldg((const float*)(rows.at[k] + VALUE) + group);
+        }
+    }
+    // 16 columns become two chunks of 16 bytes. Lanes 4 to 7 of 8 write theirs the other way round: both tiles have the same banks.
+    __device__ __forceinline__ void unpack(u32 tiles, int warp, int lane) const {
+        const int first = lane / 4 % 2;
+        const u32 to = chunk(tiles + first * TILE, warp * 16 + lane / 8, lane % 4 * 2 + first);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const u32 words[4] = {bytes[k].x, bytes[k].y, bytes[k].z, bytes[k].w};
+            u32 x[8];
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                x[2 * w] = unpack_pair((u16)words[w], scale[k]);
+                x[2 * w + 1] = unpack_pair((u16)(words[w] >> 16), scale[k]);
+            }
+            const u32 at = four_rows_on(to, k);
+            smem_store16(at, first ? x[4] : x[0], first ? x[5] : x[1], first ? x[6] : x[2], first ? x[7] : x[3]);
+            smem_store16(at ^ 16, first ? x[0] : x[4], first ? x[1] : x[5], first ? x[2] : x[6], first ? x[3] : x[7]);
+        }
+    }
+};
+
+// A warpgroup's work. Rows are asked for two blocks ahead, into the L2, and loaded two groups ahead, into registers.
+template <class Meta>
+__device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, int part, int row_block,
+                                          Meta begins) {
+    constexpr int ROW_BYTES = VALUE + VALUE / 128 * 4 + ROPE * 2;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, c = lane % 8;
+    Phases phases;
+    for (;; phases.next_piece()) {
+        int count;
+        const Piece piece = share.next(batch, part, count);
+        auto prefetch = [&](int block) {  // two threads a row, three lines each
+            if (block >= piece.blocks) return;
+            const int position = min((piece.first + block) * BLOCK + (int)threadIdx.x % 128 / 2, piece.length - 1);
+            const u8* row = cache.row(cache.find(piece.request, position)) + threadIdx.x % 2 * 384;
+#pragma unroll
+            for (int i = 0; i < 3; ++i) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i * 128));
+        };
+        for (int i = 1; i < 1 + PREFETCH; ++i) prefetch(i);
+        Rows rows;
+        Loaded loaded[2];
+        if (piece.blocks > 0) {
+            rows.find(cache, piece, 0, warp, lane);
+            loaded[0].load(rows, 0, c);
+            loaded[1].load(rows, 1, c);
+        }
+        if (threadIdx.x % 128 == 0) {
+            if (count > 0 && row_block == 0) begins(piece.request, count);
+            announce(base, map_q, row_block, piece, phases.piece());
+        }
+        __syncwarp();
+        if (piece.blocks < 0) return;
+#pragma unroll 1
+        for (int i = 0; i < piece.blocks; ++i) {
+            const int s = i % 2;
+            const u32 stage = base + OFFSET_K + s * ROWS;
+            if (PREFETCH > 0) prefetch(i + 1 + PREFETCH);
+            uint4 rope[4];  // it goes with the right half
+#pragma unroll
+            for (int k = 0; k < 4; ++k) rope[k] = global_load16(rows.at[k] + ROW_BYTES - ROPE * 2 + c * 16);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int g = (j + 2 * s) % 4;  // stage 1 begins with its right half
+                if (j % 2 == 0) barrier_wait(empty(base, s, g / 2), phases.of(s));
+                loaded[j % 2].unpack(stage + 2 * g * TILE, warp, lane);
+                proxy_fence();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(full(base, s, g));
+                if (j == 2) rows.find(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
+                // Of this block two groups on, or of the next, which begins with the other half.
+                loaded[j % 2].load(rows, (j + 2 + 2 * s) % 4 ^ (j < 2 ? 0 : 2), c);
+                if (j == 3 - 2 * s) {
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+                        uint4 x = rope[k];
+                        if (OUT == 1) {
+                            auto half = [](u32 two) { return pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
+                            x = make_uint4(half(x.x), half(x.y), half(x.z), half(x.w));
+                        }
+                        smem_store16(four_rows_on(chunk(stage + 8 * TILE, warp * 16 + lane / 8, c), k), x.x, x.y, x.z, x.w);
+                    }
+                    proxy_fence();
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(full(base, s, 4));
+                }
+            }
+            phases.advance(s);
+        }
+    }
+}

@@ -1,0 +1,31 @@
+// Results of parts of a request, which are to be combined: what the decode kernel over the latent cache writes and what combines them.
+#pragma once
+
+#include "element.cuh"
+
+constexpr int VALUE = 512, ROPE = 64, BLOCK = 64;  // columns of a latent and of its rope part; query rows, or positions, of a tile
+constexpr float LN_2 = 0.6931471805599453f;
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float nothing() { return __int_as_float(0xff800000); }  // -inf: a maximum, or log-sum-exp, of nothing
+
+__device__ __forceinline__ float base_of(float largest) { return largest == nothing() ? 0.f : largest; }
+
+// Where results go that are to be combined: two slots for each part, for the request that it goes on with and the one that it begins.
+struct Work {
+    float* sums;  // [2 * parts, padded_rows, VALUE]
+    float* lse;   // [2 * parts, padded_rows], in powers of 2
+    int2* begins;  // [requests]: the first part that has a request, and how many have it
+    int padded_rows;
+    __device__ __forceinline__ Work(float* work, int row_blocks, int parts) {
+        padded_rows = row_blocks * BLOCK;
+        sums = work;
+        lse = work + 2ll * parts * padded_rows * VALUE;
+        begins = (int2*)(lse + 2 * parts * padded_rows);
+    }
+};

@@ -1,0 +1,210 @@
+"""Launcher of hopper.cu, decode over the latent cache for sm_90a, in CUDA C++.
+
+CUDA C++ because Gluon has neither barriers between two warpgroups out of three, nor arrivals of single warps, by which
+the two that multiply take turns at the softmax and hand each tile back to the loader as soon as they are done with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dskernels.cuda.compiler import kernel, reason_against_cuda
+from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
+from dskernels.device import multiprocessors
+from dskernels.mla.decode.config import (
+    BLOCK,
+    MOST_REQUESTS,
+    MOST_ROWS,
+    ROPE,
+    SHARED,
+    TMA,
+    VALUE,
+    HopperConfig,
+    choose_hopper_config,
+)
+from dskernels.validate import ceil_div
+
+SOURCE = Path(__file__).with_name("hopper.cu")
+COMBINE = Path(__file__).with_name("hopper_combine.cu")
+THREADS, COMBINE_WARPS = 384, 8
+LOG2_E = math.log2(math.e)
+KINDS = {torch.bfloat16: 0, torch.float16: 1}
+
+
+def mla_decode(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    q_lengths: Tensor | None,
+    scale: float,
+    value_dim: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention output [B, Q, H, value_dim] and log-sum-exp [B, H, Q]."""
+    batch, q_tokens, heads, _ = q.shape
+    out = q.new_empty(batch, q_tokens, heads, value_dim)
+    lse = q.new_empty(batch, heads, q_tokens, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    if q_tokens > 1 and q.stride(1) != heads * q.stride(2):
+        q = q.contiguous()
+    work = q.new_empty(work_size(q), dtype=torch.float32)
+    decode(q, cache, block_table, lengths, q_lengths, out, lse, work, scale)
+    combine(work, out, lse)
+    return out, lse
+
+
+def mla_decode_supports(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    q_lengths: Tensor | None,
+    scale: float,
+    value_dim: int,
+) -> str | None:
+    """Why the kernel does not take these arguments, or None."""
+    batch, q_tokens, heads, head_dim = q.shape
+    if (value_dim, head_dim - value_dim) != (VALUE, ROPE):
+        return f"it takes a value dimension of {VALUE} and a rope dimension of {ROPE}"
+    if q.dtype not in KINDS:
+        return f"it takes bf16 and fp16, q is {q.dtype}"
+    if scale <= 0:
+        return f"it takes a positive scale, not {scale}"
+    if q_tokens * heads > MOST_ROWS or batch > MOST_REQUESTS:
+        return f"it takes up to {MOST_ROWS} query rows a request and {MOST_REQUESTS} requests"
+    if cache.shape[0] == 0 or block_table.shape[1] == 0:
+        return "there is no cache"
+    if block_table.shape[1] * cache.shape[1] >= 2**31:
+        return "a request's table names 2^31 positions or more"
+    for name, x in (("q", q), ("cache", cache)):
+        if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:-1]):
+            return f"the rows of {name} must be aligned to 16 bytes, its strides are {x.stride()}"
+    return reason_against_cuda()
+
+
+@Planned
+def decode(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    q_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    work: Tensor,
+    scale: float,
+) -> Plan:
+    """Fill `out` and `lse` for the requests that one part has; of the others, partial results go to `work`."""
+    config = choose_hopper_config(q.shape[1] * q.shape[2], cache.shape[1], cache.dtype == torch.uint8)
+    return plan(config, q, cache, block_table, lengths, q_lengths, out, lse, work, scale)
+
+
+def plan(
+    config: HopperConfig,
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    q_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    work: Tensor,
+    scale: float,
+) -> Plan:
+    """The launch of `decode` with a given config."""
+    batch, q_tokens, heads, _ = q.shape
+    pages, page_size, _ = cache.shape
+    row_blocks, parts = _grid(q)
+    row = cache.element_size() * cache.stride(1)
+    # Heads and new tokens are the rows of one matrix for each request.
+    q_map = TensorMap(
+        "q",
+        q,
+        (1, BLOCK, 64),
+        swizzle=True,
+        sizes=(batch, q_tokens * heads, VALUE + ROPE),
+        strides=(_positive(q.stride(0)), _positive(q.stride(2)), 1),
+    )
+    cache_map = q_map
+    if config.loader == TMA:
+        strides = (_positive(cache.stride(0)), _positive(cache.stride(1)), 1)
+        cache_map = TensorMap("cache", cache, (1, config.box_rows, 64), swizzle=True, strides=strides)
+    return Plan(
+        kernel(SOURCE, "mla_decode", options_of(config, KINDS[q.dtype]), SHARED, q.device.index),
+        arguments=(
+            q_map,
+            cache_map,
+            *map(Pointer, ("cache", "block_table", "lengths", "q_lengths", "out", "lse", "work")),
+            *map(ctypes.c_longlong, (cache.stride(0) * cache.element_size(), row)),
+            *map(ctypes.c_int, (block_table.stride(0), pages, page_size, batch, block_table.shape[1] * page_size)),
+            *map(ctypes.c_int, (q_tokens, heads, row_blocks, config.box_rows)),
+            ctypes.c_float(scale * LOG2_E),
+        ),
+        grid=parts * row_blocks,
+        threads=THREADS,
+        shared=SHARED,
+        device=q.device,
+        cluster=config.cluster if config.cluster > 1 else None,
+    )
+
+
+@Planned
+def combine(work: Tensor, out: Tensor, lse: Tensor) -> Plan:
+    """Fill `out` and `lse` for the requests that several parts had."""
+    batch, q_tokens, heads, _ = out.shape
+    row_blocks, parts = _grid(out)
+    rows = batch * q_tokens * heads
+    # Few rows: each has several parts, most likely, and a block of its own. Many: most requests are whole.
+    wide = rows <= 4 * multiprocessors(out.device)
+    share = 1 if wide else ceil_div(rows, COMBINE_WARPS * 4 * multiprocessors(out.device))
+    options = {"OUT": KINDS[out.dtype], "WIDE": COMBINE_WARPS if wide else 1}
+    return Plan(
+        kernel(COMBINE, "combine", options, 0, out.device.index),
+        arguments=(
+            *map(Pointer, ("work", "out", "lse")),
+            *map(ctypes.c_int, (batch, q_tokens, heads, row_blocks, parts, share)),
+        ),
+        grid=rows if wide else ceil_div(rows, COMBINE_WARPS * share),
+        threads=COMBINE_WARPS * 32,
+        shared=0,
+        device=out.device,
+        programmatic=True,
+    )
+
+
+def options_of(config: HopperConfig, out: int) -> dict[str, int]:
+    """The -D options that hopper.cu describes."""
+    return {
+        "OUT": out,
+        "LOADER": config.loader,
+        "WHOLE_BOXES": int(config.box_rows == BLOCK),
+        "PREFETCH": config.prefetch,
+        "CLUSTER": config.cluster,
+        "BOUNDARY": config.boundary,
+        "WHOLE": config.whole,
+        "REGISTERS": config.registers,
+        "LOADING": config.loading,
+    }
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    """Blocks of 64 query rows of a request, and the parts among which the cached positions are shared out."""
+    row_blocks = ceil_div(x.shape[1] * x.shape[2], BLOCK)
+    return row_blocks, multiprocessors(x.device) // row_blocks
+
+
+def work_size(q: Tensor) -> int:
+    """Elements of `work`: of each part two partial results and their log-sum-exps; of each request two integers."""
+    row_blocks, parts = _grid(q)
+    return 2 * parts * row_blocks * BLOCK * (VALUE + 1) + 2 * q.shape[0]
+
+
+def _positive(stride: int) -> int:
+    """A stride of a dimension of one element, of which nothing is read, may be 0; a map's may not."""
+    return stride or 16
