@@ -61,7 +61,13 @@ class Attention(nn.Module):
         elif batch.kind == "extend":
             q = torch.cat((q_nope, q_rope), -1)
             out, _ = ds.mla_prefill_cached(
-                q, self.kv_b_proj.weight, cache, batch.block_table, batch.lengths, batch.cu_seqlens, scale=self.scale
+                q,
+                self.kv_b_proj.dense(q.dtype),
+                cache,
+                batch.block_table,
+                batch.lengths,
+                batch.cu_seqlens,
+                scale=self.scale,
             )
         else:
             out = self._decode(q_nope, q_rope, cache, batch.block_table, batch.lengths, batch.q_lengths)
@@ -93,7 +99,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The key's up-projection moves to the query, the value's to the output: the cache is read as it lies."""
         config = self.config
-        kv_b = self.kv_b_proj.weight.unflatten(0, (config.num_attention_heads, -1))
+        kv_b = self.kv_b_proj.dense(q_nope.dtype).unflatten(0, (config.num_attention_heads, -1))
         w_uk, w_uv = kv_b.split((config.qk_nope_head_dim, config.v_head_dim), 1)  # [H, nope, L], [H, V, L]
         q_latent = torch.einsum("thn,hnl->thl", q_nope, w_uk)
         q = torch.cat((q_latent, q_rope), -1).unflatten(0, (lengths.shape[0], -1))

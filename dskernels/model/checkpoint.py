@@ -1,94 +1,49 @@
-"""Checkpoints in the Hugging Face layout: safetensors shards, bf16 or fp8 in 128x128 blocks, with the MTP modules."""
+"""Reading of checkpoints in the Hugging Face layout: safetensors shards, bf16 or fp8 in 128x128 blocks, MTP modules."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-import dskernels as ds
 from dskernels.model.config import Config
+from dskernels.model.fp8_weights import FP8_BLOCK, SCALE_SUFFIX, keep_in_fp8, quantize_weight, whole_blocks
 from dskernels.model.hf_names import Entry, entries, mtp_prefix
 from dskernels.model.model import DeepseekV3
+from dskernels.model.shards import Shards
 from dskernels.types import Fp8Tensor
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-SCALE_SUFFIX = "_scale_inv"
-FP8_BLOCK = (128, 128)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+E4M3 = torch.float8_e4m3fn
+SMALL = 1 << 21  # elements; routers of DeepSeek-V3 have 1.8 M
+ROWS = 4096  # of a copy of the embedding that are compared at a time
 
 Progress = Callable[[int, int], None]
 
 
-def save(
-    model: DeepseekV3,
-    folder: str | Path,
-    *,
-    fp8: bool = False,
-    scale_format: str = "fp32",
-    shard_size: int = 5_000_000_000,
-    progress: Progress | None = None,
-) -> None:
-    """Writes a checkpoint that `load`, ``transformers``, vLLM and SGLang read.
+@dataclass
+class Source:
+    """What `save` writes back as it was, beyond what the model computes with.
 
-    Every file is written in full under another name first and the index comes last, so that an interruption leaves
-    what was there before. Other files in the folder stay.
-
-    Args:
-        model: what to write.
-        folder: made if it does not exist.
-        fp8: write the linear layers in e4m3 with a ``weight_scale_inv`` for each 128x128 block (not embedding, head,
-            router, norms and the MTP projection).
-        scale_format: of those scales, "fp32" or "ue8m0" (powers of two).
-        shard_size: bytes after which a new file begins.
-        progress: called with the number of tensors written and their total.
-
-    Raises:
-        ValueError: a shard size below 1, or a scale format that is not known.
+    Attributes:
+        config: the content of ``config.json``.
+        copies: the copies of embedding and head that the MTP modules came with.
+        exact: small tensors in the type in which they were stored, where the model holds another.
+        extras: tensors that are stored and can be computed: the rotary frequencies of older checkpoints.
     """
-    if shard_size < 1:
-        raise ValueError(f"shard_size: expected at least 1 byte, got {shard_size}")
-    if scale_format not in ("fp32", "ue8m0"):
-        raise ValueError(f'scale_format: expected "fp32" or "ue8m0", got {scale_format!r}')
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
 
-    written: list[tuple[Path, list[str]]] = []
-    total_size = 0
-    try:
-        for shard in _shards(_tensors(model, fp8, scale_format, progress), shard_size):
-            written.append((folder / f"model-{len(written) + 1:05d}.partial", list(shard)))
-            total_size += sum(tensor.nbytes for tensor in shard.values())
-            save_file(shard, written[-1][0], metadata={"format": "pt"})
-    except BaseException:
-        for path, _ in written:
-            path.unlink(missing_ok=True)
-        raise
-
-    # All tensors are on the disk; from here on files are only renamed.
-    stale = {path.name for path in folder.iterdir() if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors", path.name)}
-    weight_map = {}
-    for i, (path, names) in enumerate(written, 1):
-        file = SINGLE_FILE if len(written) == 1 else f"model-{i:05d}-of-{len(written):05d}.safetensors"
-        os.replace(path, folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    if len(written) > 1:
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    else:
-        (folder / INDEX_FILE).unlink(missing_ok=True)
-    _write_json(folder / "config.json", _hf_config(model, scale_format if fp8 else None))
-    for name in stale - set(weight_map.values()):
-        (folder / name).unlink()
+    config: dict[str, Any]
+    copies: set[str] = field(default_factory=set)
+    exact: dict[str, Tensor] = field(default_factory=dict)
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -98,20 +53,26 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     fp8: bool = False,
+    trainable: bool = False,
     mtp: bool | None = None,
     progress: Progress | None = None,
 ) -> DeepseekV3:
     """Reads a checkpoint in the Hugging Face layout, in bf16, fp16, fp32 or fp8 in blocks.
 
+    All headers are checked first. Then the files are mapped one by one and each tensor goes straight to its place on
+    the device, so that the host holds no more than one file's pages, which it may drop, and the tensor at hand.
+
     Args:
         folder: with ``config.json`` and ``*.safetensors``.
-        device: where to; by default torch's default device.
+        device: where to; by default torch's default device. "meta" checks the headers and reads no tensor.
         dtype: of the parameters, into which fp8 weights are dequantised; by default what ``config.json`` says, else
             bf16. The router bias is fp32 always.
-        fp8: compute in fp8, see `DeepseekV3`.
+        fp8: compute in fp8, with weights in e4m3: those of an fp8 checkpoint as they are stored, others quantised once,
+            one by one, as they are read. Such weights have no gradient.
+        trainable: with ``fp8``, keep all weights in ``dtype`` instead, to be quantised inside, as training needs it.
         mtp: whether to read the MTP modules. None reads them if they are there, and warns if the config announces
             some and they are not (``transformers`` leaves them out when it saves).
-        progress: called with the number of tensors read and their total.
+        progress: called with the number of bytes read and their total.
 
     Raises:
         FileNotFoundError: the folder, ``config.json``, the weights or one of their shards is not there.
@@ -123,181 +84,210 @@ def load(
         raise FileNotFoundError(f"{folder}: no such folder")
     config = Config.from_hf(folder)
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    block = _fp8_block(raw, folder)
-    files = _Files(folder)
-    config = _config_with_mtp(config, files, mtp, folder)
-    _refuse_unknown(files, config)
-    dtype = DTYPES.get(raw.get("torch_dtype") or raw.get("dtype") or "", torch.bfloat16) if dtype is None else dtype
+    keep = fp8 and not trainable
+    block = _fp8_block(raw, folder, keep)
+    shards = Shards(folder)
+    config, dropped = _config_with_mtp(config, shards, mtp, folder)
+    announced = DTYPES.get(str(raw.get("torch_dtype") or raw.get("dtype")), torch.bfloat16)
 
-    model = DeepseekV3(config, fp8=fp8, device="meta", dtype=dtype)
-    model.to_empty(device=torch.get_default_device() if device is None else device)
-    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    wanted = sorted(
-        (entry for entry in entries(config) if not entry.copy), key=lambda entry: str(files.path(entry.name))
-    )
-    for done, entry in enumerate(wanted, 1):
-        part = parameters[entry.parameter][entry.part]
-        part.copy_(_read(files, entry, list(part.shape), block))
-        if progress is not None:
-            progress(done, len(wanted))
+    model = DeepseekV3(config, fp8=fp8, device="meta", dtype=announced if dtype is None else dtype)
+    _check(shards, list(entries(config)), dict(_tensors_of(model)), block, dropped)
+    if keep:
+        keep_in_fp8(model, scale_format=scale_format_of(raw))
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if device.type == "meta":
+        return model
+    model.to_empty(device=device)
+    parameters = dict(_tensors_of(model))
+    if keep:
+        _clear_filling(config, parameters)
+    model.source = Source(raw)
+    table = list(entries(config, kept_in_fp8=keep))
+    _read_all(_Reader(shards, parameters, block, model), table, dtype in (None, announced), progress)
+    model.source.extras = {
+        name: shards.read(name).clone() for name in shards if _is_rotary(name) and not _of_layers(name, dropped)
+    }
+    shards.close()
     return model
 
 
-def _tensors(
-    model: DeepseekV3, fp8: bool, scale_format: str, progress: Progress | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors in the order of the file, one at a time on the CPU."""
-    parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    table = list(entries(model.config))
-    for done, entry in enumerate(table, 1):
-        # A tensor of its own: safetensors refuses views of shared memory.
-        tensor = parameters[entry.parameter].detach()[entry.part].clone(memory_format=torch.contiguous_format)
-        if fp8 and entry.quantized:
-            data, scale, _ = ds.quantize(tensor, FP8_BLOCK, scale_format=scale_format)
-            yield entry.name, data.cpu()
-            yield entry.name + SCALE_SUFFIX, scale.contiguous().cpu()
-        else:
-            yield entry.name, tensor.cpu()
-        if progress is not None:
-            progress(done, len(table))
+def scale_format_of(raw: Mapping[str, Any]) -> str:
+    """How a checkpoint's scales are rounded."""
+    quantization = raw.get("quantization_config") or {}
+    return "ue8m0" if quantization.get("scale_fmt") == "ue8m0" else "fp32"
 
 
-def _shards(tensors: Iterator[tuple[str, Tensor]], shard_size: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > shard_size:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+def _tensors_of(model: DeepseekV3) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _hf_config(model: DeepseekV3, scale_format: str | None) -> dict[str, Any]:
-    values = model.config.to_hf()
-    values["torch_dtype"] = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    if scale_format is not None:
-        values["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": list(FP8_BLOCK),
-            **({"scale_fmt": "ue8m0"} if scale_format == "ue8m0" else {}),
-        }
-    return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _fp8_block(raw: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+def _fp8_block(raw: Mapping[str, Any], folder: Path, keep: bool) -> tuple[int, int]:
     """The block that scales belong to, also where the config mentions none (it may be plain bf16)."""
     quantization = raw.get("quantization_config")
     if quantization is None:
         return FP8_BLOCK
+    file = folder / "config.json"
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{file}: quantization_config must be an object, got {quantization!r}")
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size", FP8_BLOCK)
-    if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3" or not block or len(block) != 2:
+    sizes = isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    if method != "fp8" or quantization.get("fmt", "e4m3") != "e4m3" or not sizes:
+        raise ValueError(f"{file}: quantisation {method} with blocks {block} is not implemented, fp8 in blocks is")
+    if quantization.get("scale_fmt") not in (None, "fp32", "float", "ue8m0"):
+        raise ValueError(f"{file}: scale_fmt = {quantization['scale_fmt']!r} is not implemented, ue8m0 is")
+    if keep and tuple(block) != FP8_BLOCK:
         raise ValueError(
-            f"{folder / 'config.json'}: quantisation {method} with blocks {block} is not implemented, fp8 in blocks is"
+            f"{file}: weights in blocks of {block} cannot stay in fp8, only those of {list(FP8_BLOCK)} can"
         )
     return block[0], block[1]
 
 
-class _Files:
-    """The tensors of a folder by name, whichever shard they are in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.handles: dict[Path, Any] = {}
-        self.paths: dict[str, Path] = {}
-        index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                self.paths = {name: folder / file for name, file in weight_map.items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{index}: not an index of tensors (JSON with a weight_map)") from None
-        elif single.is_file():
-            self.paths = dict.fromkeys(self._open(single).keys(), single)
-        else:
-            raise FileNotFoundError(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE}")
-
-    def path(self, name: str) -> Path:
-        """The file of a tensor."""
-        if name not in self.paths:
-            raise ValueError(f"{self.folder}: tensor {name} is missing, no file has it")
-        return self.paths[name]
-
-    def read(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
-        path = self.path(name)
-        file = self._open(path)
-        try:
-            return file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: tensor {name} cannot be read ({error})") from None
-
-    def _open(self, path: Path) -> Any:
-        if path not in self.handles:
-            try:
-                self.handles[path] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{path}: no such file") from None
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
-        return self.handles[path]
-
-
-def _config_with_mtp(config: Config, files: _Files, mtp: bool | None, folder: Path) -> Config:
-    """The config with the MTP modules that are to be read."""
+def _config_with_mtp(config: Config, shards: Shards, mtp: bool | None, folder: Path) -> tuple[Config, range]:
+    """The config with the MTP modules that are to be read, and the layers that are left out."""
     announced = config.num_nextn_predict_layers
-    without = config.replace(num_nextn_predict_layers=0)
-    if not announced or mtp is False:
+    layers = range(config.num_hidden_layers, config.num_hidden_layers + announced)
+    if not announced:
         if mtp:
             raise ValueError(f"{folder / 'config.json'}: mtp=True, but num_nextn_predict_layers is 0")
-        return without
-    prefix = mtp_prefix(config, 0) + "."
-    if mtp is None and not any(name.startswith(prefix) for name in files.paths):
+        return config, layers
+    without = config.replace(num_nextn_predict_layers=0)
+    if mtp is None and not any(name.startswith(mtp_prefix(config, 0) + ".") for name in shards):
         warnings.warn(f"{folder}: config.json announces {announced} MTP module(s), the files have none", stacklevel=4)
-        return without
-    return config
+        return without, layers
+    return (without, layers) if mtp is False else (config, range(0))
 
 
-def _refuse_unknown(files: _Files, config: Config) -> None:
-    """A tensor nobody reads is a model somebody misunderstands."""
-    known = {entry.name for entry in entries(config)}
-    first_mtp = config.num_hidden_layers
-    for name, path in files.paths.items():
-        if name in known or name.removesuffix(SCALE_SUFFIX) in known or name.endswith("rotary_emb.inv_freq"):
+def _check(
+    shards: Shards, table: list[Entry], shapes: Mapping[str, Tensor], block: tuple[int, int], dropped: range
+) -> None:
+    """Everything is there and as it should be, and a tensor nobody reads is a model somebody misunderstands."""
+    known: set[str] = set()
+    for entry in table:
+        if entry.copy and entry.name not in shards:
             continue
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if layer and int(layer[1]) >= first_mtp and not config.num_nextn_predict_layers:
+        stored = shards[entry.name]
+        shape = list(shapes[entry.parameter][entry.part].shape)
+        known.add(entry.name)
+        _check_shape(stored.file, entry.name, stored.shape, shape)
+        if stored.dtype in DTYPES.values():
             continue
-        raise ValueError(f"{path}: unknown tensor {name}")
+        if stored.dtype != E4M3:
+            raise ValueError(
+                f"{stored.file}: tensor {entry.name} has type {str(stored.dtype).removeprefix('torch.')}; "
+                f"readable are {', '.join(DTYPES)} and float8_e4m3fn with scales"
+            )
+        name = entry.name + SCALE_SUFFIX
+        scale = shards[name]
+        known.add(name)
+        grid = [-(-n // step) for n, step in zip(shape, block, strict=False)]
+        _check_shape(scale.file, name, scale.shape, grid)
+        if scale.dtype not in (*DTYPES.values(), torch.float8_e8m0fnu):
+            raise ValueError(f"{scale.file}: tensor {name} has type {scale.dtype}, which is none of a scale")
+    everything = [*((name, stored.file, "") for name, stored in shards.items())]
+    everything += [(name, file, ", which the index does not list") for name, file in shards.unlisted.items()]
+    for name, file, where in everything:
+        if name not in known and not _of_layers(name, dropped) and not _is_rotary(name):
+            raise ValueError(f"{file}: unknown tensor {name}{where}")
 
 
-def _read(files: _Files, entry: Entry, shape: list[int], block: tuple[int, int]) -> Tensor:
-    """The tensor of an entry, dequantised to fp32 if it is fp8."""
-    path, tensor = files.path(entry.name), files.read(entry.name)
-    _check_shape(path, entry.name, tensor, shape)
-    if tensor.dtype in DTYPES.values():
-        return tensor
-    if tensor.dtype != torch.float8_e4m3fn:
-        raise ValueError(
-            f"{path}: tensor {entry.name} has type {tensor.dtype}; readable are {', '.join(DTYPES)} and e4m3"
-        )
-    scale_name = entry.name + SCALE_SUFFIX
-    scale = files.read(scale_name)
-    _check_shape(
-        files.path(scale_name), scale_name, scale, [-(-n // step) for n, step in zip(shape, block, strict=True)]
+def _check_shape(file: Path, name: str, shape: list[int], expected: list[int]) -> None:
+    if shape != expected:
+        raise ValueError(f"{file}: tensor {name} has shape {shape}, expected {expected}")
+
+
+def _of_layers(name: str, layers: range) -> bool:
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) in layers
+
+
+def _is_rotary(name: str) -> bool:
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _clear_filling(config: Config, parameters: Mapping[str, Tensor]) -> None:
+    """Zeros where widths are filled up to whole blocks."""
+    inner = (
+        config.intermediate_size,
+        config.moe_intermediate_size,
+        config.n_shared_experts * config.moe_intermediate_size,
     )
-    return Fp8Tensor(tensor, scale.float(), block).dequantize()
+    if any(size != whole_blocks(size) for size in inner):
+        for tensor in parameters.values():
+            if tensor.dtype == E4M3:
+                tensor.view(torch.uint8).zero_()
 
 
-def _check_shape(path: Path, name: str, tensor: Tensor, shape: list[int]) -> None:
-    if list(tensor.shape) != shape:
-        raise ValueError(f"{path}: tensor {name} has shape {list(tensor.shape)}, expected {shape}")
+@dataclass
+class _Reader:
+    """Puts tensors of the files in their places."""
+
+    shards: Shards
+    parameters: Mapping[str, Tensor]
+    block: tuple[int, int]
+    model: DeepseekV3
+
+    def fill(self, entry: Entry) -> None:
+        """Reads a tensor into its part of a parameter, quantised or dequantised on the device if need be."""
+        parameter = self.parameters[entry.parameter]
+        part = parameter[entry.part]
+        tensor = self.shards.read(entry.name).to(parameter.device)
+        scale = None
+        if tensor.dtype == E4M3:
+            scale = self.shards.read(entry.name + SCALE_SUFFIX).to(parameter.device).float()
+        if parameter.dtype == E4M3:
+            if scale is None:
+                tensor, scale, _ = quantize_weight(tensor, self.model.scale_format)
+            part.copy_(tensor)
+            self.parameters[entry.parameter + SCALE_SUFFIX][entry.scale_part].copy_(scale)
+        else:
+            part.copy_(tensor if scale is None else Fp8Tensor(tensor, scale, self.block).dequantize())
+
+    def compare(self, entry: Entry) -> None:
+        """Makes sure that a copy is one."""
+        parameter, stored = self.parameters[entry.parameter], self.shards[entry.name]
+        tensor = self.shards.read(entry.name)
+        for start in range(0, len(tensor), ROWS):
+            ours = parameter[start : start + ROWS]
+            if not torch.equal(tensor[start : start + ROWS].to(ours.device).to(ours.dtype), ours):
+                raise ValueError(
+                    f"{stored.file}: tensor {entry.name} is not the copy of the main model's that it should be "
+                    "(MTP modules with an embedding or head of their own are not implemented)"
+                )
+
+
+def _read_all(reader: _Reader, table: list[Entry], keep_types: bool, progress: Progress | None) -> None:
+    """Reads file by file; copies at the end, when what they are copies of is there."""
+    shards, source = reader.shards, cast(Source, reader.model.source)
+    there = [(entry, [entry.name]) for entry in table if entry.name in shards]
+    for entry, names in there:
+        if shards[entry.name].dtype == E4M3:
+            names.append(entry.name + SCALE_SUFFIX)
+    there.sort(key=lambda item: (item[0].copy, str(shards[item[0].name].file), shards[item[0].name].begin))
+    # The scale of a weight may be in another file than the weight; a file is closed when nobody needs it any more.
+    left = Counter(shards[name].file for _, names in there for name in names)
+    total = sum(shards[name].nbytes for _, names in there for name in names)
+    done = 0
+    for entry, names in there:
+        if entry.copy:
+            reader.compare(entry)
+            source.copies.add(entry.name)
+        else:
+            reader.fill(entry)
+        for name, parameter in zip(names, (entry.parameter, entry.parameter + SCALE_SUFFIX), strict=False):
+            stored, held = shards[name], reader.parameters.get(parameter)
+            if (
+                keep_types
+                and held is not None
+                and E4M3 not in (stored.dtype, held.dtype)
+                and stored.dtype != held.dtype
+            ):
+                tensor = shards.read(name)
+                if tensor.numel() <= SMALL:
+                    source.exact[name] = tensor.clone()
+            done += stored.nbytes
+            left[stored.file] -= 1
+            if not left[stored.file]:
+                del left[stored.file]
+                shards.close(keep=left)
+        if progress is not None:
+            progress(done, total)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dskernels as ds
+from dskernels.types import Fp8Tensor
+
+FP8_BLOCK = (128, 128)  # of quantised weights
 
 
 class RMSNorm(nn.Module):
@@ -23,16 +28,57 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """``x @ weight.T`` in the dtype of the weight or, with ``fp8``, in e4m3 (all three products of training)."""
+    """``x @ weight.T`` in the dtype of the weight or, with ``fp8``, in e4m3 (all three products of training).
+
+    Attributes:
+        weight: ``[outputs, inputs]``. In e4m3 where the weight is kept quantised (see `keep_in_fp8`), which is for
+            inference: it has no gradient then.
+        weight_scale_inv: float32, the scales of its 128x128 blocks; None where it is not kept quantised.
+    """
+
+    weight_scale_inv: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, fp8: bool) -> None:
         super().__init__()
         self.fp8 = fp8
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.register_buffer("weight_scale_inv", None)
+        self._dense: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        """Moves with the module; a quantised weight keeps its types."""
+        self._dense = None
+        super()._apply(fn if self.weight_scale_inv is None else keeping_dtype(fn), recurse)
+        return self
+
+    @property
+    def operand(self) -> Tensor | Fp8Tensor:
+        """The weight as the operations take it."""
+        scale = self.weight_scale_inv
+        return self.weight if scale is None else Fp8Tensor(self.weight, scale, FP8_BLOCK)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight for products that run in ``dtype``; of a quantised one a copy, made once and kept."""
+        weight = self.operand
+        if not isinstance(weight, Fp8Tensor):
+            return weight
+        if self._dense is None or self._dense.dtype != dtype:
+            self._dense = weight.dequantize(dtype)
+        return self._dense
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs]`` to ``[..., outputs]``."""
-        return ds.fp8_linear(x, self.weight) if self.fp8 else F.linear(x, self.weight)
+        return ds.fp8_linear(x, self.operand) if self.fp8 else F.linear(x, self.weight)
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `nn.Module.to` does to a tensor, without the cast."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
 
 
 class FeedForward(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from dskernels.model.layers import Linear, RMSNorm
 from dskernels.model.moe import MoE, Router, RouterOutput
 from dskernels.model.mtp import MTP, shift
 from dskernels.model.rope import Rope
+
+if TYPE_CHECKING:
+    from dskernels.model.checkpoint import Source
 
 
 class Output(NamedTuple):
@@ -46,7 +49,12 @@ class DeepseekV3(nn.Module):
     Attributes:
         layers: the blocks.
         mtp: the MTP modules.
+        scale_format: how the scales of weights that are kept in fp8 are rounded, see `keep_in_fp8`.
+        source: what came with a checkpoint that was read, to be written back.
     """
+
+    scale_format: str = "fp32"
+    source: Source | None = None
 
     def __init__(
         self,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import dskernels as ds
 from dskernels.model.config import Config
-from dskernels.model.layers import FeedForward
-from dskernels.types import Routing
+from dskernels.model.layers import FP8_BLOCK, FeedForward, keeping_dtype
+from dskernels.types import Fp8Tensor, Routing
 
 
 class RouterOutput(NamedTuple):
@@ -72,13 +72,35 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of a block's routed experts, stacked: ``w13`` ``[E, 2I, H]``, gate first, ``w2`` ``[E, H, I]``."""
+    """The weights of a block's routed experts, stacked: ``w13`` ``[E, 2I, H]``, gate first, ``w2`` ``[E, H, I]``.
+
+    Attributes:
+        w13_scale_inv: float32, the scales of 128x128 blocks where the weights are kept quantised, see `keep_in_fp8`.
+        w2_scale_inv: likewise.
+    """
+
+    w13_scale_inv: Tensor | None
+    w2_scale_inv: Tensor | None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.w13 = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.register_buffer("w13_scale_inv", None)
+        self.register_buffer("w2_scale_inv", None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        """Moves with the module; quantised weights keep their types."""
+        super()._apply(fn if self.w13_scale_inv is None else keeping_dtype(fn), recurse)
+        return self
+
+    @property
+    def operands(self) -> tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor]:
+        """``w13`` and ``w2`` as the operations take them."""
+        if self.w13_scale_inv is None or self.w2_scale_inv is None:
+            return self.w13, self.w2
+        return Fp8Tensor(self.w13, self.w13_scale_inv, FP8_BLOCK), Fp8Tensor(self.w2, self.w2_scale_inv, FP8_BLOCK)
 
 
 class MoE(nn.Module):
@@ -98,10 +120,9 @@ class MoE(nn.Module):
         shared = self.shared_experts
         y = ds.fused_experts(
             x,
-            self.experts.w13,
-            self.experts.w2,
+            *self.experts.operands,
             router.routing,
-            shared=None if shared is None else (shared.w13.weight, shared.w2.weight),
+            shared=None if shared is None else (shared.w13.operand, shared.w2.operand),
             fp8=self.fp8,
         )
         return y, router

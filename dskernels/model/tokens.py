@@ -9,6 +9,18 @@ from typing import Protocol
 from dskernels.model.config import Config
 from dskernels.model.data import BOUNDARY, VOCAB_SIZE, decode, encode
 
+# What a folder has for text, beside its weights.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tiktoken.model",
+)
+
 
 class Tokenizer(Protocol):
     """What generating text needs of a tokenizer."""

@@ -16,13 +16,13 @@ from torch import Tensor
 
 import dskernels as ds
 from dskernels.device import default_device
-from dskernels.model.checkpoint import save
 from dskernels.model.config import Config
 from dskernels.model.data import Corpus, Packed, batches
 from dskernels.model.finite import first_nonfinite
 from dskernels.model.loss import Losses, losses
 from dskernels.model.model import DeepseekV3, Output
 from dskernels.model.optimizer import MasterAdamW
+from dskernels.model.writing import save
 
 METRICS_FILE = "metrics.jsonl"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
