@@ -138,7 +138,8 @@ class Moe:
 class Decode:
     """`b` requests of context `s`, each adding `q` tokens, seen by `h` heads through pages of `page` tokens.
 
-    With `varied` the contexts are spread evenly over 1 to `s`, as in a server that has been up for a while.
+    With `varied` the contexts are spread evenly over 1 to `s`, as in a server that has been up for a while. `uneven`
+    are the contexts themselves, the longest of which is `s`.
     """
 
     b: int
@@ -147,14 +148,18 @@ class Decode:
     h: int = HEADS
     page: int = 64
     varied: bool = False
+    uneven: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
-        return f"b{self.b}_s{self.s}_q{self.q}_h{self.h}" + ("_varied" if self.varied else "")
+        spread = "_varied" if self.varied else "_uneven" if self.uneven else ""
+        return f"b{self.b}_s{self.s}_q{self.q}_h{self.h}{spread}"
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Context of each request, its new tokens included."""
+        if self.uneven:
+            return self.uneven
         if not self.varied:
             return (self.s,) * self.b
         draw = random.Random(self.name)
@@ -284,8 +289,9 @@ DECODES = (
     Decode(128, 4096, h=64),
     Decode(128, 4096, h=16),
     Decode(128, 4096, varied=True),
+    Decode(4, 45118, q=4, h=16, uneven=(4641, 45118, 1730, 1696)),
 )
-FP8_DECODES = (Decode(128, 4096), Decode(128, 4096, h=16))
+FP8_DECODES = (Decode(128, 4096), Decode(128, 4096, h=64), Decode(128, 4096, h=16))
 PREFILLS = (Prefill(1, 4096), Prefill(1, 8192), Prefill(4, 4096, h=16))
 # Mixed lengths beside equal ones of about the same mean.
 PACKED_PREFILLS = (PackedPrefill(32768), PackedPrefill(32768, h=16))
