@@ -20,6 +20,7 @@ from dskernels.gemm.config import HOPPER_CONFIGS, HopperConfig
 from dskernels.grouped_gemm import config as grouped_config
 from dskernels.grouped_gemm import hopper as grouped_hopper
 from dskernels.parity.inputs import quantized, spread
+from dskernels.parity.paging import paged_cache
 
 
 def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
@@ -49,6 +50,9 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
     if not racecheck:  # which would take the arrival of one lane for the reads of that lane alone; not tried
         yield "mla_prefill", prefill
         yield "mla_prefill_cached", prefill_cached
+        for page, cache in ((64, torch.bfloat16), (16, torch.bfloat16), (3, torch.bfloat16), (64, torch.uint8)):
+            name = f"mla_decode, pages of {page}, {cache}"
+            yield name, functools.partial(decode, page, cache)
     yield "mla_prefill's gradient", prefill_backward
 
 
@@ -148,6 +152,18 @@ def half_precision() -> bool:
         for out in (ds.grouped_gemm(a, b, offsets, impl=impl) for impl in ("hopper", "triton"))
     )
     return all(parity.difference(x, y) < 1e-5 for x, y in zip(got, want, strict=True))
+
+
+def decode(page: int, dtype: torch.dtype) -> bool:
+    # One request that several CTAs share, a short one, an empty one; of one row block, and of two in a cluster.
+    right = True
+    for heads in (16, 64):
+        q = torch.randn(3, 2, heads, 576, device="cuda").bfloat16()
+        cache = paged_cache(0, [3000, 5, 0], page, 512, 64, dtype, "cuda", scale=0.1)
+        options = {"scale": 576**-0.5, "q_lengths": torch.tensor([2, 1, 2], dtype=torch.int32, device="cuda")}
+        got, want = ds.mla_decode(q, *cache, **options, impl="hopper"), ds.reference.mla_decode(q, *cache, **options)
+        right &= parity.difference(got[0], want[0]) < 1e-5
+    return right
 
 
 def prefill() -> bool:
