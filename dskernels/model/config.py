@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,11 @@ class Yarn:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"rope_scaling: {name} must be more than 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,11 @@ class Config:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if not (self.rope_theta > 1 and self.rms_norm_eps >= 0):
+            raise ValueError(
+                f"rope_theta must be more than 1 and rms_norm_eps not negative, got {self.rope_theta} and "
+                f"{self.rms_norm_eps}"
+            )
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim must be even (pairs are rotated), got {self.qk_rope_head_dim}")
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
@@ -259,9 +270,10 @@ class Config:
 
 def _read_hf(values: Mapping[str, Any], where: str) -> Config:
     architectures = values.get("architectures") or [f"model_type {values.get('model_type')}"]
-    if architectures[0] not in ARCHITECTURES:
-        raise ValueError(f"{where}: unknown architecture {architectures[0]}; known are {', '.join(ARCHITECTURES)}")
-    scoring = ARCHITECTURES[architectures[0]]
+    architecture = str(architectures[0] if isinstance(architectures, list | tuple) else architectures)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{where}: unknown architecture {architecture}; known are {', '.join(ARCHITECTURES)}")
+    scoring = ARCHITECTURES[architecture]
     fixed = {  # fields that other models vary and these do not
         "attention_bias": False,
         "hidden_act": "silu",
@@ -276,15 +288,15 @@ def _read_hf(values: Mapping[str, Any], where: str) -> Config:
             raise ValueError(f"{where}: {name} = {values[name]!r} is not implemented, only {expected!r} is")
     method = values.get("topk_method") or TOPK_METHODS[scoring][0]
     if method not in TOPK_METHODS[scoring]:
-        raise ValueError(f"{where}: topk_method = {method!r} is not implemented for {architectures[0]}")
+        raise ValueError(f"{where}: topk_method = {method!r} is not implemented for {architecture}")
 
-    fields = {field.name for field in dataclasses.fields(Config)}
-    known = {name: value for name, value in values.items() if name in fields and value is not None}
+    known = _known(values, Config, where)
     known["scoring_func"] = scoring
     if method == "greedy":
         known["n_group"] = known["topk_group"] = 1
     # transformers renamed the field in 5.x and reads both.
-    known.setdefault("num_nextn_predict_layers", values.get("num_mtp_layers") or 0)
+    if values.get("num_mtp_layers"):
+        known.setdefault("num_nextn_predict_layers", _number(values, "num_mtp_layers", int, where))
     known.setdefault("norm_topk_prob", scoring == "sigmoid")
     if scoring == "softmax" and known["norm_topk_prob"] and known.get("routed_scaling_factor", 1.0) != 1.0:
         # DeepSeek-V2's own code then leaves the scale out, transformers leaves the normalisation out.
@@ -294,6 +306,8 @@ def _read_hf(values: Mapping[str, Any], where: str) -> Config:
     known["rope_theta"], known["rope_scaling"] = _read_rope(values, where)
     eos = values.get("eos_token_id")
     known["eos_token_id"] = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if not all(type(token) is int for token in known["eos_token_id"]):
+        raise ValueError(f"{where}: eos_token_id must be tokens, got {eos!r}")
     required = {f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING}
     if missing := sorted(required - known.keys()):
         raise ValueError(f"{where}: missing {', '.join(missing)}")
@@ -305,8 +319,11 @@ def _read_hf(values: Mapping[str, Any], where: str) -> Config:
 
 def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, Yarn | None]:
     """Base and scaling from ``rope_theta`` and ``rope_scaling``, or from the ``rope_parameters`` of transformers 5."""
-    scaling = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    theta = float(scaling.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"{where}: rope_scaling must be an object, got {scaling!r}")
+    of = scaling if scaling.get("rope_theta") else values
+    theta = float(_number(of, "rope_theta", float, where)) if of.get("rope_theta") is not None else 10000.0
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return theta, None
@@ -316,10 +333,36 @@ def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, Yarn | Non
         raise ValueError(f"{where}: yarn with truncate = false or its own attention_factor is not implemented")
     if not scaling.get("factor"):
         raise ValueError(f"{where}: yarn needs a factor")
-    names = {field.name for field in dataclasses.fields(Yarn)}
-    given = {name: value for name, value in scaling.items() if name in names and value is not None}
+    given = _known(scaling, Yarn, f"{where}: rope_scaling")
     # Absent fields mean what they mean in DeepSeek's code: no temperature unless mscale_all_dim asks for it.
-    return theta, Yarn(**{"mscale_all_dim": 0.0, **given})
+    try:
+        return theta, Yarn(**{"mscale_all_dim": 0.0, **given})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _known(values: Mapping[str, Any], cls: type, where: str) -> dict[str, Any]:
+    """The fields of a dataclass that are given, each of its type."""
+    known = {}
+    for f in dataclasses.fields(cls):
+        value, kind = values.get(f.name), str(f.type).removesuffix(" | None")
+        if value is None:
+            continue
+        if kind in ("int", "float"):
+            _number(values, f.name, int if kind == "int" else float, where)
+        elif kind == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{where}: {f.name} must be true or false, got {value!r}")
+        known[f.name] = value
+    return known
+
+
+def _number(values: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
+    """A number as JSON has it: true is none, 64.0 is no size, and there is no infinity."""
+    value = values[name]
+    right = type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
+    if not right:
+        raise ValueError(f"{where}: {name} must be {'a whole number' if kind is int else 'a number'}, got {value!r}")
+    return value
 
 
 _DEEPSEEK_YARN = Yarn(factor=40.0)

@@ -240,5 +240,121 @@ def test_unreadable_config_files(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json: expected a JSON object, got list"):
         Config.from_hf(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**V3_JSON, "hidden_size": "wide"}))
-    with pytest.raises(ValueError, match=r"config\.json: .*'str' and 'int'"):
+    with pytest.raises(ValueError, match=r"config\.json: hidden_size must be a whole number, got 'wide'"):
         Config.from_hf(tmp_path)
+
+
+@pytest.mark.parametrize("name", [*V3_JSON, *(f"rope_scaling.{name}" for name in V3_JSON["rope_scaling"])])
+def test_nonsense_in_any_field_is_one_line(name, tmp_path):
+    """Each field with each kind of JSON value: a model, or one line that names the file."""
+    path = tmp_path / "config.json"
+    for junk in (None, True, -1, 0, 1, 2.5, 1e40, "", "x", [], [None], {}, {"a": 1}):
+        outer, _, inner = name.partition(".")
+        value = {**V3_JSON["rope_scaling"], inner: junk} if inner else junk
+        path.write_text(json.dumps({**V3_JSON, outer: value}))
+        try:
+            config = Config.from_hf(tmp_path)
+            DeepseekV3(
+                config.replace(num_hidden_layers=min(config.num_hidden_layers, 4), first_k_dense_replace=0),
+                device="meta",
+            )
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")  # noqa: PT017 - some of it is sensible
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+# config.json of the others as published, without the fields that do not describe the model.
+V2_LITE_JSON = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "model_type": "deepseek_v2",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+MOONLIGHT_JSON = {
+    **V2_LITE_JSON,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "bos_token_id": 163584,
+    "eos_token_id": 163585,
+    "intermediate_size": 11264,
+    "max_position_embeddings": 8192,
+    "model_type": "deepseek_v3",
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "vocab_size": 163840,
+}
+KIMI_K2_JSON = {
+    **V3_JSON,
+    "aux_loss_alpha": 0.001,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "bos_token_id": 163584,
+    "eos_token_id": 163585,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "n_group": 1,
+    "n_routed_experts": 384,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "num_nextn_predict_layers": 0,
+    "rope_scaling": {**V3_JSON["rope_scaling"], "beta_fast": 1.0, "beta_slow": 1.0, "factor": 32.0},
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "topk_group": 1,
+    "vocab_size": 163840,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("deepseek-v2-lite", V2_LITE_JSON), ("moonlight", MOONLIGHT_JSON), ("kimi-k2", KIMI_K2_JSON)],
+)
+def test_published_configs_are_the_presets(name, values):
+    assert Config.from_hf(values) == Config.from_name(name)
