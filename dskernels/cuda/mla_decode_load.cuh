@@ -21,6 +21,8 @@ __device__ __forceinline__ uint4 global_load16(const void* p) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
     return x;
 }
+// 128 bytes into the L2.
+__device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ void smem_store16(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
@@ -245,7 +247,7 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
             const int position = min((piece.first + block) * BLOCK + (int)threadIdx.x % 128 / 2, piece.length - 1);
             const u8* row = cache.row(cache.find(piece.request, position)) + threadIdx.x % 2 * 384;
 #pragma unroll
-            for (int i = 0; i < 3; ++i) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + i * 128));
+            for (int i = 0; i < 3; ++i) prefetch_line(row + i * 128);
         };
         for (int i = 1; i < 1 + PREFETCH; ++i) prefetch(i);
         Rows rows;

@@ -6,6 +6,10 @@
 constexpr int VALUE = 512, ROPE = 64, BLOCK = 64;  // columns of a latent and of its rope part; query rows, or positions, of a tile
 constexpr float LN_2 = 0.6931471805599453f;
 
+// Programmatic dependent launch: the next kernel may begin; it waits until this one has ended.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_last() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -177,12 +177,16 @@ __device__ __forceinline__ void release(u32 barrier, int lane) {
 
 // ---- results -------------------------------------------------------------------------------------------------------
 
+// All stores go from this address, by offsets in the instruction: formed one by one, their addresses spill.
+__device__ __forceinline__ void keep(Element*& p) { asm volatile("" : "+l"(p)); }
+
 // Lanes exchange halves, so that four of them write 32 bytes of a row.
 __device__ __forceinline__ void store_sums(const float (&sums)[128], const float (&factor)[2], Element* row0, Element* row8, bool write0, bool write8, int lane) {
     const bool odd = lane % 2;
     row0 += odd * 8 + lane % 4 / 2 * 4;
     row8 += odd * 8 + lane % 4 / 2 * 4;
-    asm volatile("" : "+l"(row0), "+l"(row8));  // all stores go from these, by offsets in the instruction, else their addresses spill
+    keep(row0);
+    keep(row8);
 #pragma unroll
     for (int j = 0; j < 32; j += 2) {
 #pragma unroll
@@ -380,7 +384,7 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
         cluster_arrive();
         cluster_wait();
     }
-    asm volatile("griddepcontrol.launch_dependents;");
+    let_next_begin();
 
     const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4, lane = threadIdx.x % 32;
     if (group == 2) {

@@ -12,7 +12,7 @@ constexpr int WARPS = 8;  // of a block
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 combine(float* work, Element* out, float* lse, int requests, int q_tokens, int heads, int row_blocks, int parts, int share) {
     __shared__ float4 sums[WIDE == 1 ? 1 : WARPS][VALUE / 4];
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_last();
     const Work results(work, row_blocks, parts);
     const int rows = heads * q_tokens, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int n = 0; n < share; ++n) {
