@@ -13,13 +13,14 @@ from dskernels.gemm import fp8_gemm, fp8_linear
 from dskernels.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
 from dskernels.mla import merge_states, mla_decode, mla_prefill, mla_prefill_cached, write_latent_cache
 from dskernels.moe import combine, fused_experts, permute
-from dskernels.routing import balance_loss, route, update_bias
-from dskernels.types import Fp8Tensor, Permuted, Routing
+from dskernels.routing import balance_loss, load_statistics, route, route_hidden, update_bias
+from dskernels.types import Fp8Tensor, LoadStatistics, Permuted, Routing
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Fp8Tensor",
+    "LoadStatistics",
     "Permuted",
     "Routing",
     "balance_loss",
@@ -31,6 +32,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_masked",
     "grouped_wgrad",
+    "load_statistics",
     "merge_states",
     "mla_decode",
     "mla_prefill",
@@ -42,6 +44,7 @@ __all__ = [
     "rmsnorm_backward",
     "rmsnorm_quantize",
     "route",
+    "route_hidden",
     "swiglu_quantize",
     "swiglu_quantize_backward",
     "update_bias",

@@ -57,7 +57,7 @@ class Routing(NamedTuple):
 
     Attributes:
         weights: float32 ``[T, k]``, what each chosen expert's output is multiplied by.
-        experts: int32 ``[T, k]``, ids of the chosen experts, best first.
+        experts: int32 ``[T, k]``, ids of the chosen experts, best first (of their places, where experts have copies).
         load: int32 ``[E]``, number of choices that fell on each expert.
         nonfinite: int32 ``[]``, number of tokens whose logits held a NaN or nothing finite (weights 0, not in
             ``load``).
@@ -67,6 +67,22 @@ class Routing(NamedTuple):
     experts: Tensor
     load: Tensor
     nonfinite: Tensor
+
+
+class LoadStatistics(NamedTuple):
+    """How even the load of experts is. All are fp32; the leading dimensions are those of the load.
+
+    Attributes:
+        share: ``[..., E]``, each expert's load over the mean load: 1 where all is even.
+        violation: ``[...]``, the largest share minus 1 ("MaxVio"): 0 where all is even, E - 1 where one takes all.
+        deviation: ``[...]``, the standard deviation of the shares.
+        idle: ``[...]``, the part of the experts that nobody chose.
+    """
+
+    share: Tensor
+    violation: Tensor
+    deviation: Tensor
+    idle: Tensor
 
 
 class Permuted(NamedTuple):

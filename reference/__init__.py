@@ -12,7 +12,7 @@ from dskernels.reference.gemm import fp8_gemm, fp8_linear
 from dskernels.reference.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
 from dskernels.reference.mla import merge_states, mla_decode, mla_prefill, mla_prefill_cached, write_latent_cache
 from dskernels.reference.moe import combine, fused_experts, permute
-from dskernels.reference.routing import balance_loss, route, update_bias
+from dskernels.reference.routing import balance_loss, load_statistics, route, route_hidden, update_bias
 
 __all__ = [
     "balance_loss",
@@ -23,6 +23,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_masked",
     "grouped_wgrad",
+    "load_statistics",
     "merge_states",
     "mla_decode",
     "mla_prefill",
@@ -34,6 +35,7 @@ __all__ = [
     "rmsnorm_backward",
     "rmsnorm_quantize",
     "route",
+    "route_hidden",
     "swiglu_quantize",
     "swiglu_quantize_backward",
     "update_bias",

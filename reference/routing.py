@@ -5,11 +5,13 @@ Suffixes: T tokens, E experts, G groups of experts, M experts of a group, K expe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dskernels.types import Routing
+from dskernels.types import LoadStatistics, Routing
 
 LARGEST = 2.0**126
 LEAST_SUM = 1e-30  # affinities that sum to less are not normalised: the gradient of the division would overflow
@@ -25,10 +27,12 @@ def route(
     score: str = "sigmoid",
     normalize: bool = True,
     scale: float = 1.0,
+    physical: Tensor | None = None,
 ) -> Routing:
     """Choose the `top_k` experts of largest s + b inside the best groups, and weigh them by s alone.
 
     s = sigmoid(logits), weight_i = scale * s_i / (sum of the chosen s): report eqs. 12-16 and "node-limited routing".
+    With a map of `physical` places the ids are those of places, which take turns from token to token (section 3.4).
     """
     E = logits.shape[1]
     s_TE, void_T = affinities(logits, score)
@@ -37,7 +41,33 @@ def route(
     experts_TK = choose_experts(s_TE.detach(), bias, void_T, top_k, n_groups, top_groups, score)
     weights_TK = gates(s_TE, void_T, experts_TK, normalize, scale)
     load_E = count(experts_TK.masked_fill(void_T[:, None], E).flatten(), E)
-    return Routing(weights_TK, experts_TK.int(), load_E, void_T.sum(dtype=torch.int32))
+    ids_TK = experts_TK.int() if physical is None else place(experts_TK, physical)
+    return Routing(weights_TK, ids_TK, load_E, void_T.sum(dtype=torch.int32))
+
+
+def route_hidden(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> tuple[Routing, Tensor]:
+    """Score each token against each expert's vector, u . e of eq. 15, and `route` by that; also returns the scores."""
+    logits = gate(x, weight)
+    return route(logits, bias, **options), logits
+
+
+def gate(x: Tensor, weight: Tensor) -> Tensor:
+    """Logits x @ weight.T in fp32: rounded to bf16 they would tie, and sigmoid would tie more."""
+    if x.dtype != torch.float64:
+        x, weight = x.float(), weight.float()
+    return x @ weight.T
+
+
+def place(experts_TK: Tensor, physical: Tensor) -> Tensor:
+    """Where each chosen expert is computed: place t % n of its n, for token t; -1 for an expert that has none.
+
+    Row e of `physical` [E, R] holds the places of expert e, and -1 after the last.
+    """
+    there_ER = (physical >= 0).long().cumprod(1)
+    n_TK = there_ER.sum(1)[experts_TK]
+    token_T = torch.arange(len(experts_TK), device=experts_TK.device)
+    turn_TK = token_T[:, None] % n_TK.clamp(min=1)
+    return physical[experts_TK, turn_TK].masked_fill(n_TK == 0, -1)
 
 
 def affinities(logits: Tensor, score: str) -> tuple[Tensor, Tensor]:
@@ -111,6 +141,14 @@ def balance_loss(
     P_SE = sum_by_sequence(p_TE, sequence_T, S) / tokens_S  # eq. 20
     loss_S = alpha * (f_SE * P_SE).sum(-1)  # eq. 17
     return loss_S.sum() / (count(sequence_T, S) > 0).sum().clamp(min=1)
+
+
+def load_statistics(load: Tensor) -> LoadStatistics:
+    """How far each expert's load, and all of them, are from the mean (MaxVio: arXiv 2408.15664, section 4.1)."""
+    load = load.float()
+    mean = load.mean(-1, keepdim=True)
+    share = torch.where(mean > 0, load / mean, 1.0)
+    return LoadStatistics(share, share.amax(-1) - 1, share.std(-1, correction=0), (share == 0).float().mean(-1))
 
 
 def sequence_of_token(sequence_lengths: Tensor, n_tokens: int) -> Tensor:

@@ -43,6 +43,28 @@ def _packed(tokens: int, experts: int, lengths: list[int], **options):
     return inputs
 
 
+def _hidden(tokens: int, hidden: int, experts: int, dtype: torch.dtype, **options):
+    """Hidden states and the experts' vectors in `dtype`, and a bias."""
+
+    def inputs(device: torch.device) -> tuple[tuple, dict]:
+        x, weight = normal(5, tokens, hidden, dtype=dtype), normal(6, experts, hidden, dtype=dtype, scale=0.2)
+        return (x.to(device), weight.to(device), normal(7, experts).to(device)), options
+
+    return inputs
+
+
+def _places(tokens: int, experts: int, replicas: int, **options):
+    """Random logits, and a map of places: all entries, some, or none of a row."""
+
+    def inputs(device: torch.device) -> tuple[tuple, dict]:
+        physical = torch.arange(experts * replicas, dtype=torch.int32).view(experts, replicas)
+        physical[::2, 1:] = -1
+        physical[5] = -1
+        return (normal(8, tokens, experts).to(device),), {"physical": physical.to(device), **options}
+
+    return inputs
+
+
 CASES = [
     Case(
         "route",
@@ -59,6 +81,14 @@ CASES = [
         gradient=True,
     ),
     Case("route", "5x384, top 8, bias of 12", _logits(5, 384, 12.0, top_k=8, scale=2.827), FP32, gradient=True),
+    Case("route", "9x48, top 4, three places an expert", _places(9, 48, 3, top_k=4), FP32, gradient=True),
+    Case(
+        "route_hidden",
+        "11x96, 32 experts, fp32",
+        _hidden(11, 96, 32, torch.float32, top_k=4, n_groups=4, top_groups=2),
+        FP32,
+    ),
+    Case("route_hidden", "3x200, 24 experts, bf16", _hidden(3, 200, 24, torch.bfloat16, top_k=3), FP32),
     Case("update_bias", "384", _load(384, 0.001), EXACT),
     Case(
         "balance_loss",

@@ -1,13 +1,14 @@
-"""Public routing operations: the choice of experts, and what keeps their load even."""
+"""The choice of experts: public operations."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import profiler
 
+from dskernels.device import dispatch_modes
 from dskernels.dispatch import Operation, differentiating
 from dskernels.reference import routing as reference
 from dskernels.types import Routing
@@ -26,6 +27,7 @@ def route(
     score: str = "sigmoid",
     normalize: bool = True,
     scale: float = 1.0,
+    physical: Tensor | None = None,
     impl: str | None = None,
 ) -> Routing:
     """Choose the experts of each token and their weights.
@@ -44,12 +46,14 @@ def route(
         score: ``"sigmoid"`` (DeepSeek-V3) or ``"softmax"`` (DeepSeek-V2).
         normalize: divide the weights by their sum. Where the chosen s sum to less than 1e-30 the weights are 0.
         scale: what the weights are multiplied by.
+        physical: int32 ``[E, R]``, contiguous, for experts of which there are copies: row e holds the ids of the places
+            that compute expert e, and -1 after the last of fewer than R.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
         Routing: weights fp32 ``[T, top_k]``; experts int32 ``[T, top_k]``, the best first; load int32 ``[E]``, how
             many choices fell on each expert; nonfinite int32 ``[]``, how many tokens had none to make. Repeated calls
-            return the same bits.
+            return the same bits. With `physical` the experts are ids of places, while `load` still counts experts.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -60,145 +64,202 @@ def route(
     counted in `nonfinite`, not in `load`. A NaN in the bias makes every token one of these. Otherwise an infinite
     logit or bias counts as +-2^126: an expert of bias -inf is taken last of its group. Zero tokens give empty weights
     and experts and a load of zeros.
+    The n places of an expert take turns: token t goes to entry t % n of the row, whatever other tokens do. An expert
+    without a place gets -1, which :func:`permute` drops.
     Differentiable in the logits through the weights. Logits that are infinite get no gradient, nor do tokens without
     a choice.
-    Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 12-16; DeepSeek-V2 (arXiv 2405.04434), section 2.2.2, for
-    softmax.
+    Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 12-16, and sections 3.4.1 and 3.4.2 for experts with copies;
+    DeepSeek-V2 (arXiv 2405.04434), section 2.2.2, for softmax.
     """
-    _check_logits(logits)
-    E = logits.shape[1]
-    check_int("n_groups", n_groups, low=1)
-    if E % n_groups:
-        raise ValueError(f"n_groups: expected a divisor of E = {E}, got {n_groups}")
-    check_int("top_groups", top_groups, low=1, high=n_groups)
-    _check_top_k(top_k, top_groups * (E // n_groups))
-    if bias is not None:
-        check_tensor("bias", bias, dtype=torch.float32, shape=(E,), like=logits)
-    check_choice("score", score, SCORES)
-    check_choice("normalize", normalize, (True, False))
-    check_float("scale", scale)
-    return Routing(*_route(logits, bias, top_k, n_groups, top_groups, score, bool(normalize), scale, impl=impl))
+    if (
+        physical is None
+        and (bias is None or isinstance(bias, Tensor))
+        and type(top_k) is type(n_groups) is type(top_groups) is int
+        and type(normalize) is bool
+        and type(scale) is float
+        and score in SCORES
+    ):
+        again = _route.again(logits, bias, top_k, n_groups, top_groups, score == "softmax", normalize, scale, impl=impl)
+        if again is not None:
+            return Routing(*again)
+    check_logits(logits)
+    options = _checked(logits, bias, physical, logits.shape[1], top_k, n_groups, top_groups, score, normalize, scale)
+    if physical is None:
+        return Routing(*_route(logits, bias, *options, impl=impl))
+    weights, _, load, nonfinite, placed = _route_replicated(logits, bias, physical, *options, impl=impl)
+    return Routing(weights, placed, load, nonfinite)
 
 
-def update_bias(
-    bias: Tensor, load: Tensor, rate: float, group: dist.ProcessGroup | None = None, *, impl: str | None = None
-) -> Tensor:
-    """Move the bias of each expert by one step towards an even load, in place: b += rate * sign(mean load - load).
-
-    Call it once after each training step, with the load of the whole batch: the sum of `Routing.load` over its
-    microbatches, each token counted once (not again where activations are recomputed). It does not wait for the
-    device.
-
-    Args:
-        bias: fp32 ``[E]``, a buffer (not a parameter that requires a gradient); written to.
-        load: int32 or int64 ``[E]``, see :func:`route`; left as it is.
-        rate: size of the step, 0.001 in DeepSeek-V3, 0 at the end of training.
-        group: ranks over whose batches the load is summed first, in int64; None for this rank alone.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
-
-    Returns:
-        `bias`. An expert of exactly the mean load, compared in whole numbers, keeps its bias.
-
-    Raises:
-        TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes or devices do not fit, or `bias` requires a gradient.
-
-    Source: DeepSeek-V3 report, section 2.1.2, "auxiliary-loss-free load balancing"; arXiv 2408.15664.
-    """
-    check_tensor("bias", bias, dtype=torch.float32, shape=("E",))
-    if bias.requires_grad:
-        raise ValueError("bias: expected a tensor that requires no gradient, as it is written to in place")
-    check_tensor("load", load, dtype=(torch.int32, torch.int64), shape=tuple(bias.shape), like=bias)
-    check_float("rate", rate)
-    if group is not None:
-        if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
-        load = load.to(torch.int64, copy=True)
-        dist.all_reduce(load, group=group)
-    _update_bias(bias, load, rate, impl=impl)
-    return bias
-
-
-def balance_loss(
-    logits: Tensor,
+def route_hidden(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
     top_k: int,
-    alpha: float,
-    sequence_lengths: Tensor,
+    n_groups: int = 1,
+    top_groups: int = 1,
     score: str = "sigmoid",
+    normalize: bool = True,
+    scale: float = 1.0,
+    physical: Tensor | None = None,
     impl: str | None = None,
-) -> Tensor:
-    """Loss for an uneven load inside single sequences: alpha * sum over experts of f_i * P_i, averaged over sequences.
+) -> tuple[Routing, Tensor]:
+    """Choose the experts of each token from its hidden state: :func:`route` of ``logits = x @ weight.T``.
 
-    f_i = E / (top_k * T) * (number of tokens whose `top_k` largest s contain i), of a sequence of T tokens: 1 for an
-    even load. P_i = mean over its tokens of s_i / (sum of s over all experts). f uses s without bias and without
-    groups, and carries no gradient.
+    The product adds up in fp32, and its operands lose nothing: one of fp32 is multiplied as the sum of three bf16
+    numbers.
 
     Args:
-        logits: bf16, fp16 or fp32 ``[T, E]``, sequence after sequence, last dimension contiguous.
-        top_k: experts a token, as in :func:`route`.
-        alpha: factor of the loss, 1e-4 in DeepSeek-V3.
-        sequence_lengths: int32 ``[S]``, on the device of `logits` and never read by the host. Tokens after the last
-            sequence belong to none. A sequence ends where the tokens do, and a negative length is 0, so that lengths
-            may be padded with zeros to a fixed S.
-        score: ``"sigmoid"`` or ``"softmax"``, as in :func:`route`.
+        x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
+        weight: bf16, fp16 or fp32 ``[E, H]``, a row for each expert, last dimension contiguous.
+        bias: see :func:`route`, and so are the others.
+        top_k: see :func:`route`.
+        n_groups: see :func:`route`.
+        top_groups: see :func:`route`.
+        score: see :func:`route`.
+        normalize: see :func:`route`.
+        scale: see :func:`route`.
+        physical: see :func:`route`.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
-        fp32 ``[]``, differentiable in the logits. The average is over the sequences with at least one token that
-        counts; 0 where there is none. Repeated calls return the same bits, and so do their gradients.
+        The Routing, and the logits, fp32 ``[T, E]``, as :func:`balance_loss` wants them. The routing is that of
+        :func:`route` for these logits. Repeated calls return the same bits.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, strides or devices do not fit, or a number is out of its range.
 
-    A token with a NaN among its logits, or with no finite logit, is left out as if it were not there. Infinite logits
-    count as +-2^126 and get no gradient. Ties go to the smaller id.
-    Source: DeepSeek-V3 report, eqs. 17-20.
+    Differentiable in `x` and `weight`, through the weights and through the logits; gradients come in their dtypes. A
+    token whose hidden state is not finite has logits that are not finite either, which of them is left open.
+    Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 12-16.
     """
-    _check_logits(logits)
-    _check_top_k(top_k, logits.shape[1])
-    check_float("alpha", alpha)
-    check_tensor("sequence_lengths", sequence_lengths, dtype=torch.int32, shape=("S",), like=logits)
-    check_choice("score", score, SCORES)
-    return _balance_loss(logits, sequence_lengths, top_k, alpha, score, impl=impl)
+    check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
+    check_tensor("weight", weight, dtype=HALF_OR_SINGLE, shape=("E", x.shape[1]), like=x)
+    if weight.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"weight: expected at least one expert and one column, got {list(weight.shape)}")
+    options = _checked(x, bias, physical, weight.shape[0], top_k, n_groups, top_groups, score, normalize, scale)
+    weights, experts, load, nonfinite, logits, placed = _route_hidden(x, weight, bias, physical, *options, impl=impl)
+    return Routing(weights, experts if physical is None else placed, load, nonfinite), logits
 
 
-def _check_logits(logits: Any) -> None:
+def check_logits(logits: Any) -> None:
+    """Check that there are logits ``[T, E]``."""
     check_tensor("logits", logits, dtype=HALF_OR_SINGLE, shape=("T", "E"))
     if logits.shape[1] == 0:
         raise ValueError(f"logits: expected at least one expert, got {list(logits.shape)}")
 
 
-def _check_top_k(top_k: Any, allowed: int) -> None:
+def check_top_k(top_k: Any, allowed: int) -> None:
+    """Check that each token may have so many experts."""
     check_int("top_k", top_k, low=1, high=allowed)
+
+
+def _checked(
+    like: Tensor,
+    bias: Any,
+    physical: Any,
+    n_experts: int,
+    top_k: Any,
+    n_groups: Any,
+    top_groups: Any,
+    score: Any,
+    normalize: Any,
+    scale: Any,
+) -> tuple[int, int, int, bool, bool, float]:
+    """The options of a choice, as the operations take them, once all has been looked at."""
+    check_int("n_groups", n_groups, low=1)
+    if n_experts % n_groups:
+        raise ValueError(f"n_groups: expected a divisor of E = {n_experts}, got {n_groups}")
+    check_int("top_groups", top_groups, low=1, high=n_groups)
+    check_top_k(top_k, top_groups * (n_experts // n_groups))
+    if bias is not None:
+        check_tensor("bias", bias, dtype=torch.float32, shape=(n_experts,), like=like)
+    if physical is not None:
+        check_tensor("physical", physical, dtype=torch.int32, shape=(n_experts, "R"), like=like)
+        if physical.shape[1] == 0 or not physical.is_contiguous():
+            raise ValueError(
+                f"physical: expected at least one column, contiguous, got {list(physical.shape)} with strides "
+                f"{list(physical.stride())}"
+            )
+    check_choice("score", score, SCORES)
+    check_choice("normalize", normalize, (True, False))
+    check_float("scale", scale)
+    return top_k, n_groups, top_groups, score == "softmax", bool(normalize), float(scale)
+
+
+class _Repeatable(Operation):
+    """An operation that returns tensors, and knows which arguments it has seen: those need no validation."""
+
+    def again(self, *args: Any, impl: str | None = None) -> tuple[Tensor, ...] | None:
+        """What the operation returns, if arguments of the same metadata were run before, else None.
+
+        Validating takes 10 us of the 25 that a call took on a host where ``x.add_(1)`` takes 8.
+        """
+        if (
+            torch.compiler.is_dynamo_compiling()
+            or self._straight is None
+            or dispatch_modes()
+            or profiler._is_profiler_enabled
+        ):
+            return None
+        tensors, also = self._seen(args, impl)
+        found = None if also is None else self._straight.find(tensors, also)
+        if found is None:
+            return None
+        launch, addresses = found
+        return launch(addresses, args)
 
 
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
 
 
-def _route_reference(logits, bias, top_k, n_groups, top_groups, score, normalize, scale):
-    return tuple(
-        reference.route(
-            logits,
-            bias,
-            top_k=top_k,
-            n_groups=n_groups,
-            top_groups=top_groups,
-            score=score,
-            normalize=normalize,
-            scale=scale,
-        )
-    )
+def _options(top_k, n_groups, top_groups, softmax, normalize, scale):
+    return {
+        "top_k": top_k,
+        "n_groups": n_groups,
+        "top_groups": top_groups,
+        "score": score_name(softmax),
+        "normalize": normalize,
+        "scale": scale,
+    }
 
 
-def _route_backward_reference(grad, logits, weights, experts, score, normalize, scale):
+def score_name(softmax: bool) -> str:
+    """The public name of the score that an operation's `softmax` says."""
+    return "softmax" if softmax else "sigmoid"
+
+
+def _route_reference(logits, bias, *options):
+    return tuple(reference.route(logits, bias, **_options(*options)))
+
+
+def _route_replicated_reference(logits, bias, physical, *options):
+    routing = reference.route(logits, bias, **_options(*options))
+    return *routing, reference.place(routing.experts.long(), physical)
+
+
+def _route_hidden_reference(x, weight, bias, physical, *options):
+    routing, logits = reference.route_hidden(x, weight, bias, **_options(*options))
+    if physical is None:
+        return *routing, logits, routing.experts.new_empty(0)
+    return *routing, logits, reference.place(routing.experts.long(), physical)
+
+
+def _route_backward_reference(grad, logits, weights, experts, softmax, normalize, scale):
     with differentiating():
         logits = logits.detach().requires_grad_()
-        s, void = reference.affinities(logits, score)
+        s, void = reference.affinities(logits, score_name(softmax))
         # A row whose weights are all 0 had no choice (a NaN in the bias makes all rows such), or has no gradient.
         again = reference.gates(s, void | ~weights.any(-1), experts, normalize, scale)
     return torch.autograd.grad(again, logits, grad)[0]
+
+
+def _gate_backward_reference(dlogits, x, weight, needs_x, needs_weight):
+    wide = torch.promote_types(dlogits.dtype, torch.float32)
+    dx = (dlogits @ weight.to(wide)).to(x.dtype) if needs_x else x.new_empty(0)
+    dweight = (dlogits.T @ x.to(wide)).to(weight.dtype) if needs_weight else weight.new_empty(0)
+    return dx, dweight
 
 
 def _empty_routing(logits, bias, top_k, *options):
@@ -211,80 +272,109 @@ def _empty_routing(logits, bias, top_k, *options):
     )
 
 
-def _update_bias_reference(bias, load, rate):
-    reference.update_bias(bias, load, rate)
+def _empty_replicated(logits, bias, physical, top_k, *options):
+    routing = _empty_routing(logits, bias, top_k)
+    return *routing, torch.empty_like(routing[1])
 
 
-def _balance_loss_reference(logits, sequence_lengths, top_k, alpha, score):
-    return reference.balance_loss(logits, top_k=top_k, alpha=alpha, sequence_lengths=sequence_lengths, score=score)
+def _empty_hidden(x, weight, bias, physical, top_k, *options):
+    logits = x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+    routing = _empty_routing(logits, bias, top_k)
+    experts = routing[1]
+    return *routing, logits, experts.new_empty(0) if physical is None else torch.empty_like(experts)
 
 
-def _balance_loss_backward_reference(grad, logits, sequence_lengths, top_k, alpha, score):
-    with differentiating():
-        logits = logits.detach().requires_grad_()
-        loss = _balance_loss_reference(logits, sequence_lengths, top_k, alpha, score)
-    return torch.autograd.grad(loss, logits, grad)[0]
+def _empty_gate_gradients(dlogits, x, weight, needs_x, needs_weight):
+    return x.new_empty(x.shape if needs_x else 0), weight.new_empty(weight.shape if needs_weight else 0)
 
 
-def _like_logits(grad, logits, *args):
+def like_logits(grad: Tensor, logits: Tensor, *args: object) -> Tensor:
+    """What the gradient of the logits is."""
     return logits.new_empty(logits.shape)
 
 
-_route = Operation(
-    "route(Tensor logits, Tensor? bias, int top_k, int n_groups, int top_groups, str score, bool normalize,"
-    " float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+CHOICE = "int top_k, int n_groups, int top_groups, bool softmax, bool normalize, float scale"
+
+_route = _Repeatable(
+    f"route(Tensor logits, Tensor? bias, {CHOICE}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_route_reference,
     triton="dskernels.routing.triton:route",
+    hopper="dskernels.routing.hopper:route",
     fake=_empty_routing,
 )
+_route_replicated = Operation(
+    f"route_replicated(Tensor logits, Tensor? bias, Tensor physical, {CHOICE})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_route_replicated_reference,
+    triton="dskernels.routing.triton:route_replicated",
+    hopper="dskernels.routing.hopper:route_replicated",
+    fake=_empty_replicated,
+)
+_route_hidden = Operation(
+    f"route_hidden(Tensor x, Tensor weight, Tensor? bias, Tensor? physical, {CHOICE})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_route_hidden_reference,
+    triton="dskernels.routing.triton:route_hidden",
+    hopper="dskernels.routing.hopper:route_hidden",
+    fake=_empty_hidden,
+)
 _route_backward = Operation(
-    "route_backward(Tensor grad, Tensor logits, Tensor weights, Tensor experts, str score, bool normalize, float scale)"
-    " -> Tensor",
+    "route_backward(Tensor grad, Tensor logits, Tensor weights, Tensor experts, bool softmax, bool normalize,"
+    " float scale) -> Tensor",
     reference=_route_backward_reference,
     triton="dskernels.routing.triton:route_backward",
-    fake=_like_logits,
+    hopper="dskernels.routing.hopper:route_backward",
+    fake=like_logits,
 )
-_update_bias = Operation(
-    "update_bias(Tensor(a!) bias, Tensor load, float rate) -> ()",
-    reference=_update_bias_reference,
-    triton="dskernels.routing.triton_balance:update_bias",
-)
-_balance_loss = Operation(
-    "balance_loss(Tensor logits, Tensor sequence_lengths, int top_k, float alpha, str score) -> Tensor",
-    reference=_balance_loss_reference,
-    triton="dskernels.routing.triton_balance:balance_loss",
-    fake=lambda logits, *args: logits.new_empty((), dtype=torch.float32),
-)
-_balance_loss_backward = Operation(
-    "balance_loss_backward(Tensor grad, Tensor logits, Tensor sequence_lengths, int top_k, float alpha, str score)"
-    " -> Tensor",
-    reference=_balance_loss_backward_reference,
-    triton="dskernels.routing.triton_balance:balance_loss_backward",
-    fake=_like_logits,
+_gate_backward = Operation(
+    "gate_backward(Tensor dlogits, Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
+    reference=_gate_backward_reference,
+    triton="dskernels.routing.triton_gate:gate_backward",
+    fake=_empty_gate_gradients,
 )
 
 
 def _save_route(ctx: Any, args: tuple, output: tuple[Tensor, ...]) -> None:
-    logits, *_, score, normalize, scale = args
-    weights, experts, _, _ = output
+    logits, *_, softmax, normalize, scale = args
+    weights, experts, *_ = output
     ctx.save_for_backward(logits, weights, experts)
-    ctx.options = score, normalize, scale
+    ctx.options = softmax, normalize, scale
+    ctx.arity = len(args)
 
 
 def _differentiate_route(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     dlogits = _route_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.options, impl=ctx.impl)
-    return dlogits, *[None] * 7
+    return dlogits, *[None] * (ctx.arity - 1)
 
 
-def _save_balance_loss(ctx: Any, args: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*args[:2])
-    ctx.options = args[2:]
+def _save_route_hidden(ctx: Any, args: tuple, output: tuple[Tensor, ...]) -> None:
+    x, weight, *_, softmax, normalize, scale = args
+    weights, experts, _, _, logits, _ = output
+    ctx.save_for_backward(x, weight, logits, weights, experts)
+    ctx.options = softmax, normalize, scale
+    ctx.arity = len(args)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate_balance_loss(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dlogits = _balance_loss_backward(grad, *ctx.saved_tensors, *ctx.options, impl=ctx.impl)
-    return dlogits, *[None] * 4
+def _differentiate_route_hidden(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dweights, _, _, _, dlogits, _ = grads
+    x, weight, logits, weights, experts = ctx.saved_tensors
+    if dweights is not None:
+        chosen = _route_backward(dweights.contiguous(), logits, weights, experts, *ctx.options, impl=ctx.impl)
+        dlogits = chosen if dlogits is None else dlogits + chosen
+    needs = ctx.needs_input_grad[:2]
+    if dlogits is None or not any(needs):
+        return (None,) * ctx.arity
+    gradients = _gate_backward(dlogits.contiguous(), x, weight, *needs, impl=_portable(ctx.impl))
+    dx, dweight = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    return dx, dweight, *[None] * (ctx.arity - 2)
+
+
+def _portable(impl: str | None) -> str | None:
+    """The implementation of a product that `hopper` leaves to the portable kernel."""
+    return "triton" if impl == "hopper" else impl
 
 
 _route.register_autograd(_differentiate_route, _save_route)
-_balance_loss.register_autograd(_differentiate_balance_loss, _save_balance_loss)
+_route_replicated.register_autograd(_differentiate_route, _save_route)
+_route_hidden.register_autograd(_differentiate_route_hidden, _save_route_hidden)

@@ -10,13 +10,17 @@ Names: `p_` pointer, `o_` offsets, `m_` mask, `i_` index; `x` logits, `s` affini
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.portable import cast
+from dskernels.portable import cast, launch
 from dskernels.routing.config import MAX_EXPERTS, choose_config
+from dskernels.routing.triton_gate import gate
+from dskernels.validate import ceil_div
 
 # As in the reference: what an infinity counts as, and the least sum that normalises.
 LARGEST = tl.constexpr(2.0**126)
@@ -169,6 +173,19 @@ def route_kernel(
     tl.atomic_add(p_nonfinite, n_void, mask=n_void > 0, sem="relaxed")
 
 
+@triton.jit(do_not_specialize=["n", "replicas"])
+def place_kernel(p_experts, p_physical, p_placed, n, replicas, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of its n places computes each chosen expert: entry t % n of its row, for token t, or -1 for none."""
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < n
+    p_row = p_physical + tl.load(p_experts + o_c, mask=m_c, other=0).to(tl.int64) * replicas
+    places = tl.zeros([BLOCK], tl.int32)
+    for i in range(replicas):
+        places += ((tl.load(p_row + i, mask=m_c, other=-1) >= 0) & (places == i)).to(tl.int32)
+    turn = o_c // TOP_K % tl.maximum(places, 1)
+    tl.store(p_placed + o_c, tl.load(p_row + turn, mask=m_c & (places > 0), other=-1), mask=m_c)
+
+
 @triton.jit(do_not_specialize=["T"])
 def route_backward_kernel(
     p_grad,
@@ -232,7 +249,7 @@ def route(
     top_k: int,
     n_groups: int,
     top_groups: int,
-    score: str,
+    softmax: bool,
     normalize: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -244,7 +261,9 @@ def route(
     nonfinite = logits.new_zeros((), dtype=torch.int32)
     if T > 0:
         config = choose_config(E, n_groups)
-        route_kernel[(triton.cdiv(T, config.rows),)](
+        launch(
+            route_kernel,
+            (ceil_div(T, config.rows),),
             logits,
             bias,
             weights,
@@ -258,27 +277,56 @@ def route(
             TOP_K=top_k,
             N_GROUPS=n_groups,
             TOP_GROUPS=top_groups,
-            SOFTMAX=score == "softmax",
+            SOFTMAX=softmax,
             NORMALIZE=normalize,
             HAS_BIAS=bias is not None,
             ROWS=config.rows,
             GROUPS=config.groups,
             MEMBERS=config.members,
-            CHOICES=triton.next_power_of_2(top_k),
+            CHOICES=1 << (top_k - 1).bit_length(),
             num_warps=config.num_warps,
         )
     return weights, experts, load, nonfinite
 
 
+def route_replicated(
+    logits: Tensor, bias: Tensor | None, physical: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(weights, experts, load, nonfinite, placed)."""
+    weights, experts, load, nonfinite = route(logits, bias, *options)
+    return weights, experts, load, nonfinite, place(experts, physical)
+
+
+def route_hidden(
+    x: Tensor, weight: Tensor, bias: Tensor | None, physical: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(weights, experts, load, nonfinite, logits, placed)."""
+    logits = gate(x, weight)
+    weights, experts, load, nonfinite = route(logits, bias, *options)
+    placed = experts.new_empty(0) if physical is None else place(experts, physical)
+    return weights, experts, load, nonfinite, logits, placed
+
+
+def place(experts: Tensor, physical: Tensor) -> Tensor:
+    """Where each chosen expert is computed, [T, k]."""
+    placed, n = torch.empty_like(experts), experts.numel()
+    if n > 0:
+        grid = (ceil_div(n, 512),)
+        launch(place_kernel, grid, experts, physical, placed, n, physical.shape[1], TOP_K=experts.shape[1], BLOCK=512)
+    return placed
+
+
 def route_backward(
-    grad: Tensor, logits: Tensor, weights: Tensor, experts: Tensor, score: str, normalize: bool, scale: float
+    grad: Tensor, logits: Tensor, weights: Tensor, experts: Tensor, softmax: bool, normalize: bool, scale: float
 ) -> Tensor:
     """Gradient to `logits` [T, E] of the `weights` [T, k] of `experts`."""
     (T, E), top_k = logits.shape, experts.shape[1]
     dlogits = torch.empty((T, E), dtype=logits.dtype, device=logits.device)
     if T > 0:
         config = choose_config(E)
-        route_backward_kernel[(triton.cdiv(T, config.rows),)](
+        launch(
+            route_backward_kernel,
+            (ceil_div(T, config.rows),),
             grad,
             logits,
             weights,
@@ -289,11 +337,11 @@ def route_backward(
             logits.stride(0),
             E=E,
             TOP_K=top_k,
-            SOFTMAX=score == "softmax",
+            SOFTMAX=softmax,
             NORMALIZE=normalize,
             ROWS=config.rows,
             COLUMNS=config.members,
-            CHOICES=triton.next_power_of_2(top_k),
+            CHOICES=1 << (top_k - 1).bit_length(),
             num_warps=config.num_warps,
         )
     return dlogits
@@ -314,3 +362,13 @@ def route_supports(logits: Tensor, *args: object) -> str | None:
 def route_backward_supports(grad: Tensor, logits: Tensor, *args: object) -> str | None:
     """Why the kernel does not take these arguments, or None."""
     return reason_against(logits.shape[1])
+
+
+def route_replicated_supports(logits: Tensor, *args: object) -> str | None:
+    """Why the kernel does not take these arguments, or None."""
+    return reason_against(logits.shape[1])
+
+
+def route_hidden_supports(x: Tensor, weight: Tensor, *args: object) -> str | None:
+    """Why the kernels do not take these arguments, or None."""
+    return reason_against(weight.shape[0])

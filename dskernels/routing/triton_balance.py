@@ -180,14 +180,14 @@ def update_bias(bias: Tensor, load: Tensor, rate: float) -> None:
     update_bias_kernel[(1,)](bias, load, rate, E=E, COLUMNS=triton.next_power_of_2(E), num_warps=1)
 
 
-def balance_loss(logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: float, score: str) -> Tensor:
+def balance_loss(logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: float, softmax: bool) -> Tensor:
     """The loss of `logits` [T, E], a scalar."""
     (T, E), config = logits.shape, choose_config(logits.shape[1])
     n_parts = triton.cdiv(T, config.rows)
     loss = logits.new_zeros((), dtype=torch.float32)
     if T == 0:
         return loss
-    sequence, tokens, counts, filled = count_choices(logits, sequence_lengths, top_k, score)
+    sequence, tokens, counts, filled = count_choices(logits, sequence_lengths, top_k, softmax)
     parts = logits.new_empty(n_parts, dtype=torch.float32)
     token_loss_kernel[(n_parts,)](
         logits,
@@ -199,7 +199,7 @@ def balance_loss(logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: fl
         logits.stride(0),
         E=E,
         TOP_K=top_k,
-        SOFTMAX=score == "softmax",
+        SOFTMAX=softmax,
         ROWS=config.rows,
         COLUMNS=config.members,
         num_warps=config.num_warps,
@@ -209,14 +209,14 @@ def balance_loss(logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: fl
 
 
 def balance_loss_backward(
-    grad: Tensor, logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: float, score: str
+    grad: Tensor, logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: float, softmax: bool
 ) -> Tensor:
     """Gradient to `logits` [T, E] of the loss. It counts the choices again: nothing is kept from the forward pass."""
     (T, E), config = logits.shape, choose_config(logits.shape[1])
     dlogits = torch.empty((T, E), dtype=logits.dtype, device=logits.device)
     if T == 0:
         return dlogits
-    sequence, tokens, counts, filled = count_choices(logits, sequence_lengths, top_k, score)
+    sequence, tokens, counts, filled = count_choices(logits, sequence_lengths, top_k, softmax)
     balance_loss_backward_kernel[(triton.cdiv(T, config.rows),)](
         grad,
         logits,
@@ -230,7 +230,7 @@ def balance_loss_backward(
         logits.stride(0),
         E=E,
         TOP_K=top_k,
-        SOFTMAX=score == "softmax",
+        SOFTMAX=softmax,
         ROWS=config.rows,
         COLUMNS=config.members,
         num_warps=config.num_warps,
@@ -239,7 +239,7 @@ def balance_loss_backward(
 
 
 def count_choices(
-    logits: Tensor, sequence_lengths: Tensor, top_k: int, score: str
+    logits: Tensor, sequence_lengths: Tensor, top_k: int, softmax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sequence of each token [T], tokens [S], choices [S, E], number of sequences that hold a token []), all int32."""
     (T, E), S, config = logits.shape, sequence_lengths.shape[0], choose_config(logits.shape[1])
@@ -259,7 +259,7 @@ def count_choices(
         logits.stride(0),
         E=E,
         TOP_K=top_k,
-        SOFTMAX=score == "softmax",
+        SOFTMAX=softmax,
         ROWS=config.rows,
         COLUMNS=config.members,
         num_warps=config.num_warps,

@@ -1,0 +1,373 @@
+"""Launchers of hopper.cu, the choice of experts and its gradient for sm_90a, in CUDA C++.
+
+CUDA C++ because Triton has neither the vote nor the reduction of a whole warp that find candidates and their places: it
+takes the best one by one, each by two reductions of shuffles. On an H200, 256 experts in 8 groups, in a CUDA graph,
+Triton's time (with two launches that zero counters) first: 5.9 us and 3.1 for one token, 16.7 and 6.5 for 4,096, 26.6
+and 9.6 for 8,192, 87.1 and 26.6 for 32,768; the gradient 5.8 and 3.5, 9.2 and 5.0, 29.4 and 15.1. These are times of
+the kernel's first version; this one has a quarter fewer instructions, and has not been timed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskernels.cuda.compiler import kernel, reason_against_cuda
+from dskernels.cuda.driver import Plan, Planned, Pointer
+from dskernels.device import empty, multiprocessors
+from dskernels.routing.config import (
+    MAX_EXPERTS,
+    MAX_HOPPER_CHOICES,
+    HopperConfig,
+    choose_hopper_config,
+    experts_a_lane,
+)
+from dskernels.routing.triton_gate import gate_parts
+from dskernels.validate import ceil_div
+
+SOURCE = Path(__file__).with_name("hopper.cu")
+DTYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+BACKWARD_WARPS = 8
+# Launches of several blocks that may be under way at once, captured ones included: 256 KB.
+ARRIVALS = 1 << 16
+
+_launches = itertools.count()
+_slots: dict[tuple[int, int], int] = {}
+
+
+def _slot(device: int) -> int:
+    """Which word of `arrivals` (hopper.cu) a launch counts its blocks in: no other that may run meanwhile has the same.
+
+    Launches of one stream follow each other, and share one. A captured launch gets one of its own, as the graph may be
+    replayed beside anything.
+    """
+    if torch._C._cuda_isCurrentStreamCapturing():
+        return next(_launches) % ARRIVALS
+    key = device, torch._C._cuda_getCurrentRawStream(device)
+    slot = _slots.get(key)
+    if slot is None:
+        slot = _slots[key] = next(_launches) % ARRIVALS
+    return slot
+
+
+class _Returning:
+    """An operation that returns new tensors: `bind(args)` says how to launch arguments of such metadata.
+
+    `Operation` asks for `bound` as it does of a `Planned`.
+    """
+
+    def __init__(self, bind: Callable[..., Callable[[Sequence[int], tuple], Any]]) -> None:
+        self.bind = bind
+
+    def __call__(self, *args: Any) -> Any:
+        return self.bind(*args)([x.data_ptr() for x in args if isinstance(x, Tensor)], args)
+
+    def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
+        return self.bind(*args)
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@Planned
+def _launch_route(
+    logits: Tensor,
+    bias: Tensor | None,
+    physical: Tensor | None,
+    top_k: int,
+    n_groups: int,
+    top_groups: int,
+    softmax: bool,
+    normalize: bool,
+    scale: float,
+    weights: Tensor,
+    experts: Tensor,
+    placed: Tensor | None,
+    sums: Tensor | None,
+    load: Tensor,
+    nonfinite: Tensor,
+    slot: Tensor,
+) -> Plan:
+    """Fill the results. Instead of the address of `slot` a launch is given the number of its word of `arrivals`.
+
+    `logits` is [T, E], or with `sums` [parts, T, E] of which the sum goes there.
+    """
+    (T, E), parts = logits.shape[-2:], 0 if sums is None else logits.shape[0]
+    if top_groups == n_groups:
+        n_groups = top_groups = 1
+    config = choose_hopper_config(T, experts_a_lane(E, n_groups), multiprocessors(logits.device))
+    chosen = options(
+        config,
+        E,
+        top_k,
+        n_groups,
+        top_groups,
+        softmax=softmax,
+        normalize=normalize,
+        bias=bias is not None,
+        dtype=logits.dtype,
+        vector=_vector(E, n_groups, logits, bias, sums),
+        parts=sums is not None,
+        replicas=physical is not None,
+    )
+    return Plan(
+        kernel(SOURCE, "route", chosen, 0, logits.device.index),
+        arguments=(
+            *map(Pointer, ("logits", "bias", "physical", "weights", "experts", "placed", "sums", "load", "nonfinite")),
+            Pointer("slot"),
+            ctypes.c_longlong(logits.stride(-2)),
+            *map(ctypes.c_int, (T, parts, 0 if physical is None else physical.shape[1])),
+            ctypes.c_float(scale),
+        ),
+        grid=config.blocks,
+        threads=32 * config.warps,
+        shared=0,
+        device=logits.device,
+    )
+
+
+def options(
+    config: HopperConfig,
+    n_experts: int,
+    top_k: int,
+    n_groups: int,
+    top_groups: int,
+    *,
+    softmax: bool,
+    normalize: bool,
+    bias: bool,
+    dtype: torch.dtype,
+    vector: int,
+    parts: bool = False,
+    replicas: bool = False,
+    backward: bool = False,
+) -> dict[str, int]:
+    """The -D options that hopper.cu describes."""
+    return {
+        "E": n_experts,
+        "TOP_K": top_k,
+        "N_GROUPS": n_groups,
+        "TOP_GROUPS": top_groups,
+        "SOFTMAX": int(softmax),
+        "NORMALIZE": int(normalize),
+        "HAS_BIAS": int(bias),
+        "DTYPE": DTYPE[dtype],
+        "VECTOR": vector,
+        "PARTS": int(parts),
+        "REPLICAS": int(replicas),
+        "MOST_THREADS": 32 * config.most_warps,
+        "BLOCKS": config.resident,
+        "ARRIVALS": ARRIVALS,
+        "BACKWARD": int(backward),
+    }
+
+
+def _vector(n_experts: int, n_groups: int, logits: Tensor, *others: Tensor | None) -> int:
+    """Most logits that a load may take: what a lane holds of a group is a whole number of loads, each aligned."""
+    size = n_experts // n_groups
+    held = size if n_groups > 32 else experts_a_lane(n_experts, n_groups)
+    rows = [logits.stride(i) for i in range(logits.dim() - 1)]
+    vector = 16 // logits.element_size()
+    while vector > 1 and (
+        any(n % vector for n in (size, held, *rows))
+        or logits.data_ptr() % (vector * logits.element_size())
+        or any(x is not None and x.data_ptr() % min(16, vector * x.element_size()) for x in others)
+    ):
+        vector //= 2
+    return vector
+
+
+def _bind(
+    logits: Tensor, bias: Tensor | None, physical: Tensor | None, *values: Any, parts: bool = False
+) -> Callable[[Sequence[int], tuple], tuple]:
+    """How to launch, given the addresses of these tensors, and them; of the results not all are always there."""
+    (T, E), top_k, device = logits.shape[-2:], values[0], logits.device.index
+    rows = T, top_k
+
+    def results(like: Tensor) -> tuple[Tensor | None, ...]:
+        return (
+            empty(like, rows, torch.float32),
+            empty(like, rows, torch.int32),
+            None if physical is None else empty(like, rows, torch.int32),
+            empty(like, (T, E), torch.float32) if parts else None,
+            empty(like, (E,), torch.int32, (1,)),
+            empty(like, (), torch.int32, ()),
+        )
+
+    has_bias, has_physical = bias is not None, physical is not None
+    launch = _launch_route.bound((logits, bias, physical, *values, *results(logits), logits))
+    alone = choose_hopper_config(T, 1, 1).blocks == 1
+
+    def run(addresses: Sequence[int], tensors: tuple) -> tuple:
+        like = tensors[0]
+        out = results(like)
+        own = [x.data_ptr() for x in out if x is not None]
+        args = (like, tensors[1] if has_bias else None, tensors[2] if has_physical else None, *values, *out, like)
+        launch([*addresses, *own, 0 if alone else _slot(device)], args)
+        return out
+
+    return run
+
+
+@_Returning
+def route(
+    logits: Tensor, bias: Tensor | None, *values: Any
+) -> Callable[[Sequence[int], tuple], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(weights, experts, load, nonfinite) of `logits` [T, E]."""
+    launch = _bind(logits, bias, None, *values)
+
+    def run(addresses: Sequence[int], args: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weights, experts, _, _, load, nonfinite = launch(addresses, args)
+        return weights, experts, load, nonfinite
+
+    return run
+
+
+@_Returning
+def route_replicated(
+    logits: Tensor, bias: Tensor | None, physical: Tensor, *values: Any
+) -> Callable[[Sequence[int], tuple], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """(weights, experts, load, nonfinite, placed)."""
+    launch = _bind(logits, bias, physical, *values)
+
+    def run(addresses: Sequence[int], args: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        weights, experts, placed, _, load, nonfinite = launch(addresses, args)
+        return weights, experts, load, nonfinite, placed
+
+    return run
+
+
+def route_hidden(
+    x: Tensor, weight: Tensor, bias: Tensor | None, physical: Tensor | None, *values: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(weights, experts, load, nonfinite, logits, placed). The product is portable; its parts are added up here."""
+    parts = gate_parts(x, weight)
+    whole = parts.shape[0] == 1
+    logits = parts[0] if whole else parts
+    tensors = logits, bias, physical
+    addresses = [t.data_ptr() for t in tensors if t is not None]
+    launch = _bind(*tensors, *values, parts=not whole)
+    weights, experts, placed, sums, load, nonfinite = launch(addresses, tensors)
+    if placed is None:
+        placed = empty(x, (0,), torch.int32, (1,))
+    return weights, experts, load, nonfinite, logits if whole else sums, placed
+
+
+def route_supports(
+    logits: Tensor, bias: Tensor | None, top_k: int, n_groups: int, top_groups: int, *options: object
+) -> str | None:
+    """Why the kernel does not take these arguments, or None."""
+    return _reason_against(logits.shape[0], logits.shape[1], top_k) or reason_against_cuda()
+
+
+def route_replicated_supports(
+    logits: Tensor, bias: Tensor | None, physical: Tensor, top_k: int, *options: object
+) -> str | None:
+    """Why the kernel does not take these arguments, or None."""
+    return _reason_against(logits.shape[0], logits.shape[1], top_k) or reason_against_cuda()
+
+
+def route_hidden_supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, physical: Tensor | None, top_k: int, *options: object
+) -> str | None:
+    """Why the kernels do not take these arguments, or None."""
+    return _reason_against(x.shape[0], weight.shape[0], top_k) or reason_against_cuda()
+
+
+def _reason_against(n_tokens: int, n_experts: int, top_k: int) -> str | None:
+    if n_tokens == 0:
+        return "there is nothing to choose"
+    if n_experts > MAX_EXPERTS:
+        return f"a warp holds all experts of a token in registers: at most {MAX_EXPERTS}, got {n_experts}"
+    if top_k > MAX_HOPPER_CHOICES:
+        return f"a lane takes one choice: at most {MAX_HOPPER_CHOICES} of them, got {top_k}"
+    return None
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@Planned
+def _launch_backward(
+    grad: Tensor,
+    logits: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    softmax: bool,
+    normalize: bool,
+    scale: float,
+    dlogits: Tensor,
+) -> Plan:
+    """Fill `dlogits` [T, E]."""
+    (T, E), top_k = logits.shape, experts.shape[1]
+    chosen = options(
+        backward_config(E),
+        E,
+        top_k,
+        n_groups=1,
+        top_groups=1,
+        softmax=softmax,
+        normalize=normalize,
+        bias=False,
+        dtype=logits.dtype,
+        vector=_row_vector(E, logits if softmax else dlogits),
+        backward=True,
+    )
+    return Plan(
+        kernel(SOURCE, "route_backward", chosen, 0, logits.device.index),
+        arguments=(
+            *map(Pointer, ("grad", "logits", "weights", "experts", "dlogits")),
+            ctypes.c_longlong(logits.stride(0)),
+            ctypes.c_int(T),
+            ctypes.c_float(scale),
+        ),
+        grid=ceil_div(T, BACKWARD_WARPS),
+        threads=32 * BACKWARD_WARPS,
+        shared=0,
+        device=logits.device,
+    )
+
+
+def backward_config(n_experts: int) -> HopperConfig:
+    """Blocks of the backward kernel: a warp a token, as many as the row's registers allow."""
+    return HopperConfig(BACKWARD_WARPS, resident=6 if n_experts <= 256 else 2, warps=BACKWARD_WARPS, blocks=0)
+
+
+def _row_vector(n_experts: int, rows: Tensor) -> int:
+    """Most elements of a row that a load or a store may take."""
+    vector = 16 // rows.element_size()
+    while vector > 1 and (
+        n_experts % vector or rows.stride(0) % vector or rows.data_ptr() % (vector * rows.element_size())
+    ):
+        vector //= 2
+    return vector
+
+
+@_Returning
+def route_backward(
+    grad: Tensor, logits: Tensor, weights: Tensor, experts: Tensor, *values: Any
+) -> Callable[[Sequence[int], tuple], Tensor]:
+    """Gradient to `logits` [T, E] of the `weights` [T, k] of `experts`."""
+    shape = tuple(logits.shape)
+    given = (grad, logits, weights, experts)
+    launch = _launch_backward.bound((*given, *values, empty(logits, shape, logits.dtype)))
+
+    def run(addresses: Sequence[int], args: tuple) -> Tensor:
+        dlogits = empty(args[1], shape, args[1].dtype)
+        launch([*addresses, dlogits.data_ptr()], (*args, dlogits))
+        return dlogits
+
+    return run
+
+
+def route_backward_supports(
+    grad: Tensor, logits: Tensor, weights: Tensor, experts: Tensor, *options: object
+) -> str | None:
+    """Why the kernel does not take these arguments, or None."""
+    return _reason_against(logits.shape[0], logits.shape[1], experts.shape[1]) or reason_against_cuda()
