@@ -47,6 +47,7 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
         yield f"grouped_wgrad {name}", functools.partial(ragged_tokens, config)
     yield "grouped_gemm, few rows", few_ragged_rows
     yield "grouped_gemm and its gradients, bf16", half_precision
+    yield "route and its gradient", route
     if not racecheck:  # which would take the arrival of one lane for the reads of that lane alone; not tried
         yield "mla_prefill", prefill
         yield "mla_prefill_cached", prefill_cached
@@ -206,6 +207,24 @@ def prefill_backward() -> bool:
         )
         right &= all(parity.difference(x, y) < 2e-5 for x, y in zip(got, want, strict=True))
     return right
+
+
+def route() -> bool:
+    logits, bias = torch.randn(300, 256, device="cuda"), torch.randn(256, device="cuda")
+    logits[3] = 0.5  # ties, which another way is taken for
+    physical = torch.randint(-1, 300, (256, 2), dtype=torch.int32, device="cuda")
+    options = {"top_k": 8, "n_groups": 8, "top_groups": 4, "physical": physical}
+    got, want = ds.route(logits, bias, **options, impl="hopper"), ds.reference.route(logits, bias, **options)
+    if not (torch.equal(got.experts, want.experts) and torch.equal(got.load, want.load)):
+        return False
+    logits.requires_grad_()
+    dweights = torch.randn(300, 8, device="cuda")
+    gradients = (
+        torch.autograd.grad(ds.route(logits, bias, top_k=8, score=score, impl=impl).weights, logits, dweights)[0]
+        for score in ("sigmoid", "softmax")
+        for impl in ("hopper", "triton")
+    )
+    return all(parity.difference(x, y) < 1e-10 for x, y in zip(gradients, gradients, strict=True))
 
 
 def main() -> None:

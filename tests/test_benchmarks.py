@@ -31,6 +31,7 @@ SMALL = {
     "GroupedGemm": {"g": 3, "m": 6, "n": 136, "k": 256},
     "GroupedRows": {"g": 3, "m": 6, "n": 136},
     "Route": {"t": 12, "e": 16, "k": 4},
+    "RouteHidden": {"t": 12, "e": 16, "k": 4, "h": 72},
     "Moe": {"t": 9, "e": 4, "k": 2, "h": 256, "i": 128},
     "Decode": {"b": 3, "s": 70, "h": 3},
     "Prefill": {"b": 2, "s": 33, "h": 3},

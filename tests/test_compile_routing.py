@@ -1,9 +1,11 @@
 """The routing kernels compile for every GPU of today without spills, and their tiles are what they should be."""
 
+import itertools
+
 import pytest
 
 from compiling import Compile, assert_clean, compile_all
-from dskernels.routing.config import RowConfig, choose_config
+from dskernels.routing.config import RowConfig, choose_config, choose_gate_config
 
 ROW = {"T": "i32", "stride_lt": "i32", "p_logits": "*fp32"}
 SEQUENCES = dict.fromkeys(("p_sequence", "p_tokens", "p_counts"), "*i32")
@@ -110,3 +112,65 @@ def test_other_kernels_compile_without_spills():
             ),
         ]
     assert_clean(compile_all(kernels))
+
+
+POINTERS = {1: "*bf16", 2: "*fp16", 3: "*fp32"}  # by how many bf16 numbers hold one
+
+
+def test_choose_gate_config():
+    one = choose_gate_config(1, 256, 7168, False, 132)
+    assert (one.block_m, one.block_n, one.parts) == (16, 32, 16)
+    assert choose_gate_config(128, 256, 7168, False, 132).parts == 16
+    many = choose_gate_config(8192, 256, 7168, False, 132)
+    assert (many.block_m, many.block_n, many.parts) == (128, 64, 1)
+    assert choose_gate_config(8192, 256, 7168, True, 132).block_k == many.block_k // 2
+    assert choose_gate_config(1, 8, 64, False, 132).parts == 1  # a part has two steps at least
+    assert choose_gate_config(7, 8, 1, True, 1).parts == 1
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 256), (128, 256), (8192, 256)])
+def test_the_gate_compiles_without_spills(m, n):
+    kernels = []
+    for (a, b), whole in itertools.product(((1, 1), (1, 3), (3, 1), (3, 3), (2, 2)), (True, False)):
+        config = choose_gate_config(m, n, 7168, (a, b) != (1, 1), 132)
+        kernels.append(
+            Compile(
+                "dskernels.routing.triton_gate:gate_kernel",
+                signature={
+                    **{"p_a": POINTERS[a], "p_b": POINTERS[b], "p_out": "*fp32", "M": "i32", "N": "i32", "K": "i32"},
+                    **{"K_of_part": "i32", "stride_am": "i32", "stride_bn": "i32"},
+                },
+                constants={
+                    **{"stride_ak": 1, "stride_bk": 1, "PIECES_A": a, "PIECES_B": b},
+                    **{"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "WHOLE": whole},
+                },
+                divisible=("K_of_part", "stride_am", "stride_bn"),
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        )
+    reports = compile_all(kernels)
+    assert_clean(reports)
+    for report in reports:
+        if report.source.constants["WHOLE"]:
+            assert report.count("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128") > 0, report
+
+
+def test_small_kernels_compile_without_spills():
+    integers = dict.fromkeys(("p_experts", "p_physical", "p_placed"), "*i32")
+    assert_clean(
+        compile_all(
+            [
+                Compile(
+                    "dskernels.routing.triton:place_kernel",
+                    signature={**integers, "n": "i32", "replicas": "i32"},
+                    constants={"TOP_K": 8, "BLOCK": 512},
+                ),
+                Compile(
+                    "dskernels.routing.triton_gate:sum_parts_kernel",
+                    signature={"p_parts": "*fp32", "p_out": "*bf16", "n": "i32", "parts": "i32"},
+                    constants={"BLOCK": 1024},
+                ),
+            ]
+        )
+    )

@@ -19,7 +19,9 @@ NAN, INF = math.nan, math.inf
 IMPLS = ["reference", "triton"]
 
 
-@pytest.mark.parametrize("case", [c for c in cases.CASES if c.op == "route"], ids=lambda case: case.label)
+@pytest.mark.parametrize(
+    "case", [c for c in cases.CASES if c.op.startswith("route")], ids=lambda case: f"{case.op} {case.label}"
+)
 def test_parity(case, device):
     outcome = parity.check(case, torch.device(device), "triton")
     assert outcome.passed, outcome
@@ -373,9 +375,9 @@ def test_bad_input(call, error, message):
 @pytest.mark.parametrize(
     ("op", "args"),
     [
-        ("route", (X, None, 2, 1, 1, "softmax", False, 1.0)),
-        ("route", (X.clone().requires_grad_(), BIAS, 2, 4, 2, "sigmoid", True, 2.5)),
-        ("route_backward", (X[:, :2], X, X[:, :2].abs(), torch.tensor([[3, 1]] * 5), "sigmoid", True, 2.5)),
+        ("route", (X, None, 2, 1, 1, True, False, 1.0)),
+        ("route", (X.clone().requires_grad_(), BIAS, 2, 4, 2, False, True, 2.5)),
+        ("route_backward", (X[:, :2], X, X[:, :2].abs(), torch.tensor([[3, 1]] * 5), False, True, 2.5)),
     ],
 )
 def test_registration(op, args):

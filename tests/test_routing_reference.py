@@ -1,6 +1,7 @@
 """The routing references against Python's own arithmetic and against transformers' routers, in fp64 unless said."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +51,27 @@ def test_route(n_experts, top_k, n_groups, top_groups, score, normalize):
     options = dict(top_k=top_k, n_groups=n_groups, top_groups=top_groups, score=score, normalize=normalize, scale=2.5)
     check_route(logits, bias, **options)
     check_route(logits, **options)
+
+
+def test_the_example_of_the_docs():
+    """Every number of the worked example of docs/routing.md, in the order in which it is told."""
+    page = (Path(__file__).parent.parent / "docs" / "routing.md").read_text()
+
+    def told(numbers, sep=" | "):
+        return sep.join(f"{x:.3f}" for x in numbers) in page
+
+    logits, bias = torch.tensor([[2.0, -1.0, 1.0, 0.5, 0.0, 1.5]]), torch.tensor([-0.3, 0.0, 0.1, 0.0, 0.2, -0.4])
+    s = logits[0].sigmoid()
+    assert told(s)
+    assert told(s + bias)
+    assert "0.850, 1.454 and 1.118" in page
+    torch.testing.assert_close((s + bias).view(3, 2).sum(1), torch.tensor([0.850, 1.454, 1.118]), rtol=0, atol=5e-4)
+    routed = check_route(logits.double(), bias.double(), top_k=3, n_groups=3, top_groups=2, scale=2.5)
+    assert routed.experts.tolist() == [[2, 4, 3]]
+    assert "2 (0.831), 4 (0.700), 3 (0.622)" in page
+    assert f"sum {s[[2, 3, 4]].sum():.3f}" in page
+    assert "0.986, 0.674 and 0.840" in page
+    torch.testing.assert_close(routed.weights[0].float(), torch.tensor([0.986, 0.674, 0.840]), rtol=0, atol=5e-4)
 
 
 def test_gates_keep_their_digits_under_a_large_bias():
