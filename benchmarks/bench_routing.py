@@ -99,6 +99,55 @@ class RouteBackward(Route):
 
 
 @dataclass(frozen=True)
+class RouteHidden(Case):
+    """`route_hidden`, from bf16 hidden states and gate weights."""
+
+    workload: workloads.RouteHidden
+    tolerance = 1e-4  # as of `Route`
+
+    @property
+    def op(self) -> str:
+        return "route_hidden"
+
+    def work(self):
+        return roofline.route_hidden(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        return SimpleNamespace(
+            x=torch.randn(w.t, w.h, device=device).bfloat16(),
+            weight=(torch.randn(w.e, w.h, device=device) * w.h**-0.5).bfloat16(),
+            bias=torch.randn(w.e, device=device) * 0.01,
+        )
+
+    def ours(self, x, impl) -> Call:
+        w = self.workload
+        options = {"top_k": w.k, "n_groups": w.g, "top_groups": w.top_groups, "scale": SCALE}
+        return lambda: ds.route_hidden(x.x, x.weight, x.bias, **options, impl=impl)
+
+    def comparable(self, out):
+        """Weights where their experts are, and the logits."""
+        routing, logits = out
+        table = torch.zeros_like(logits)
+        return table.scatter(1, routing.experts.long(), routing.weights), logits
+
+    def comparable_peer(self, out):
+        return self.comparable(out if isinstance(out[0], ds.Routing) else (ds.Routing(*out[:2], *out[:2]), out[2]))
+
+    def peers(self, x):
+        def prepare():
+            w = self.workload
+
+            def run():
+                logits = x.x.float() @ x.weight.float().T
+                return *moe_peers.eager_route(logits, x.bias, w.k, w.g, w.top_groups, SCALE), logits
+
+            return peers.Peer(run)
+
+        return {"torch": prepare}
+
+
+@dataclass(frozen=True)
 class BalanceLoss(Case):
     """`balance_loss` over four packed sequences."""
 
@@ -147,7 +196,8 @@ class UpdateBias(Case):
 
 CASES: list[Case] = [
     *(Route(w) for w in workloads.ROUTES),
-    RouteBackward(workloads.Route(4096)),
+    *(RouteBackward(w) for w in workloads.ROUTE_GRADIENTS),
+    *(RouteHidden(w) for w in workloads.ROUTES_HIDDEN),
     BalanceLoss(workloads.Route(4096)),
     UpdateBias(workloads.Route(4096)),
 ]

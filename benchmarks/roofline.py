@@ -140,6 +140,12 @@ def route_backward(x: w.Route) -> Work:
     return Work(None, 2 * x.t * x.e * FP32 + x.t * x.k * (FP32 + INT))
 
 
+def route_hidden(x: w.RouteHidden) -> Work:
+    """bf16 tokens and vectors and a bias in; fp32 logits, weights, ids, loads out."""
+    operands = (x.t + x.e) * x.h * BF16 + x.e * FP32
+    return Work(2 * x.t * x.e * x.h, operands + x.t * x.e * FP32 + x.t * x.k * (FP32 + INT) + x.e * INT, "bf16")
+
+
 def balance_loss(x: w.Route) -> Work:
     """Logits in; a scalar out."""
     return Work(None, x.t * x.e * FP32)

@@ -120,6 +120,22 @@ class Route:
 
 
 @dataclass(frozen=True)
+class RouteHidden:
+    """`t` tokens of `h` channels choosing as in `Route`, by the product with `e` vectors."""
+
+    t: int
+    e: int = EXPERTS
+    k: int = TOP_K
+    h: int = HIDDEN
+    g: int = GROUPS
+    top_groups: int = TOP_GROUPS
+
+    @property
+    def name(self) -> str:
+        return f"t{self.t}_e{self.e}_k{self.k}_h{self.h}"
+
+
+@dataclass(frozen=True)
 class Moe:
     """`t` tokens of `h` channels through `k` of `e` experts of width `i` each."""
 
@@ -275,6 +291,8 @@ ROUTES = (
     Route(8192, g=1, top_groups=1),
     Route(4096, e=160, k=6, g=8, top_groups=3, score="softmax"),  # DeepSeek-V2
 )
+ROUTE_GRADIENTS = tuple(Route(t) for t in (4096, 8192, 32768))
+ROUTES_HIDDEN = tuple(RouteHidden(t) for t in (1, 128, 8192))
 PERMUTES = (Moe(128), Moe(4096), Moe(8192))
 EXPERT_BLOCKS = (Moe(128), Moe(2048), Moe(8192))
 SHARED_EXPERT_BLOCKS = (Moe(128), Moe(8192))
