@@ -2,6 +2,7 @@
 
 from dskernels.model.batch import Batch
 from dskernels.model.cache import LatentCache
+from dskernels.model.chat import ChatTemplate
 from dskernels.model.checkpoint import load
 from dskernels.model.config import PRESETS, Config, Yarn
 from dskernels.model.fp8_weights import keep_in_fp8
@@ -11,11 +12,13 @@ from dskernels.model.moe import RouterOutput
 from dskernels.model.mtp import shift, targets
 from dskernels.model.sampling import Sampling
 from dskernels.model.text import TextStep, TextStream, generate_text, stream_text
+from dskernels.model.tokens import tokenizer_of
 from dskernels.model.writing import save
 
 __all__ = [
     "PRESETS",
     "Batch",
+    "ChatTemplate",
     "Config",
     "DeepseekV3",
     "Generation",
@@ -34,4 +37,5 @@ __all__ = [
     "shift",
     "stream_text",
     "targets",
+    "tokenizer_of",
 ]

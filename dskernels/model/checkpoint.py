@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dskernels.model.config import Config
+from dskernels.model.config import Config, read_json
 from dskernels.model.fp8_weights import FP8_BLOCK, SCALE_SUFFIX, keep_in_fp8, quantize_weight, whole_blocks
 from dskernels.model.hf_names import Entry, entries, mtp_prefix
 from dskernels.model.model import DeepseekV3
@@ -83,7 +82,7 @@ def load(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     config = Config.from_hf(folder)
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    raw = read_json(folder / "config.json")
     keep = fp8 and not trainable
     block = _fp8_block(raw, folder, keep)
     shards = Shards(folder)

@@ -205,13 +205,7 @@ class Config:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-        return _read_hf(values, str(path))
+        return _read_hf(read_json(path), str(path))
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a ``config.json`` that ``transformers``, vLLM and SGLang read."""
@@ -266,6 +260,23 @@ class Config:
             active=trunk + moe_layers * self.num_experts_per_tok * expert + vocabulary,
             mtp=self.num_nextn_predict_layers * (2 * h * h + attention + always + routed),
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, an empty one if there is no such file.
+
+    Raises:
+        ValueError: it is not JSON, or no object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    return values
 
 
 def _read_hf(values: Mapping[str, Any], where: str) -> Config:

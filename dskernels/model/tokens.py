@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from dskernels.model.config import Config
+from dskernels.model.chat import special_tokens
+from dskernels.model.config import Config, read_json
 from dskernels.model.data import BOUNDARY, VOCAB_SIZE, decode, encode
 
 # What a folder has for text, beside its weights.
@@ -25,8 +26,8 @@ TOKENIZER_FILES = (
 class Tokenizer(Protocol):
     """What generating text needs of a tokenizer."""
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt."""
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a text; with ``special``, those that the tokenizer puts before a prompt come first."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens."""
@@ -35,9 +36,9 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """Bytes, after the boundary that starts a document."""
 
-    def encode(self, text: str) -> list[int]:
-        """The boundary, then the bytes of the text."""
-        return [BOUNDARY, *encode(text)]
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The boundary if ``special``, then the bytes of the text."""
+        return [*([BOUNDARY] if special else []), *encode(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the bytes."""
@@ -45,7 +46,11 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A checkpoint's ``tokenizer.json``, read by the `tokenizers` package."""
+    """A checkpoint's ``tokenizer.json``, read by the `tokenizers` package.
+
+    Where ``tokenizer_config.json`` asks for it (``add_bos_token``, as DeepSeek-V3's does), a prompt begins with the
+    token that starts a text, also if ``tokenizer.json`` does not put it there.
+    """
 
     def __init__(self, file: Path) -> None:
         try:
@@ -55,26 +60,58 @@ class FileTokenizer:
         try:
             self.reader = Reader.from_file(str(file))
         except Exception as error:  # the package raises bare Exception for a damaged file
-            raise ValueError(f"{file}: not a tokenizer ({error})") from None
+            raise ValueError(f"{file}: not a tokenizer ({' '.join(str(error).split())})") from None
+        self.bos: list[int] = []
+        if read_json(file.parent / "tokenizer_config.json").get("add_bos_token") is True:
+            token = special_tokens(file.parent).get("bos_token")
+            known = None if token is None else self.reader.token_to_id(token)
+            if known is None:
+                raise ValueError(f"{file}: add_bos_token is set and its bos_token {token!r} is not a token")
+            self.bos = [known]
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt, with what the tokenizer puts before it."""
-        return self.reader.encode(text).ids
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Tokens of a text; with ``special``, of a prompt, with what comes before it."""
+        ids: list[int] = self.reader.encode(text, add_special_tokens=special).ids
+        return self.bos + ids if special and ids[:1] != self.bos else ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""
         return self.reader.decode(list(tokens))
 
 
-def tokenizer_of(folder: Path, config: Config) -> Tokenizer:
+def tokenizer_of(folder: str | Path, config: Config) -> Tokenizer:
     """The tokenizer of a checkpoint: its ``tokenizer.json``; without one, bytes where the vocabulary is that of bytes.
 
     Raises:
         FileNotFoundError: there is no ``tokenizer.json`` and the vocabulary is not that of bytes.
+        ValueError: it is damaged, or it has tokens that the model does not have.
+        ImportError: the package `tokenizers` is missing.
     """
-    file = folder / "tokenizer.json"
+    file = Path(folder) / "tokenizer.json"
     if file.is_file():
-        return FileTokenizer(file)
+        tokenizer = FileTokenizer(file)
+        largest = max(tokenizer.reader.get_vocab().values(), default=-1)
+        if largest >= config.vocab_size:
+            raise ValueError(f"{file}: has a token {largest}, the model's vocabulary ends at {config.vocab_size - 1}")
+        return tokenizer
     if config.vocab_size == VOCAB_SIZE:
         return ByteTokenizer()
-    raise FileNotFoundError(f"{file}: no such file, and a vocabulary of {config.vocab_size} is not that of bytes")
+    hint = " (tiktoken.model is not read)" if (file.parent / "tiktoken.model").is_file() else ""
+    raise FileNotFoundError(f"{file}: no such file{hint}, and a vocabulary of {config.vocab_size} is not that of bytes")
+
+
+def end_tokens(folder: str | Path, config: Config) -> tuple[int, ...]:
+    """The tokens that end a text: those of ``generation_config.json``, where chat models have their own, else of the
+    config.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = Path(folder) / "generation_config.json"
+    value = read_json(file).get("eos_token_id")
+    if value is None:
+        return config.eos_token_id
+    tokens = tuple(value) if isinstance(value, list) else (value,)
+    if not all(type(token) is int for token in tokens):
+        raise ValueError(f"{file}: eos_token_id must be tokens, got {value!r}")
+    return tokens

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from dskernels import __version__
+from dskernels.cli.generate import EXAMPLES, generate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,11 +28,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="GPU kernels for models built like DeepSeek-V3, each with a PyTorch reference that means the same.\n\n"
     "Start with [bold]doctor[/bold] (what would run here, and why) and [bold]parity[/bold] (does it agree with the "
-    "references).",
+    "references), then [bold]generate[/bold] from a checkpoint.",
     rich_markup_mode="rich",
 )
 console = Console()
 EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
+# What typer raises for a wrong option; the class is click's, of which typer has its own copy since 0.25.
+USAGE: Any = typer.BadParameter.__mro__[2]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -192,47 +195,7 @@ def train(
     console.print(f"Held-out loss {first:.3f} -> {last:.3f} nats a byte. Checkpoint, metrics, pictures: {out}.")
 
 
-@app.command()
-def generate(
-    path: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 sets no limit.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
-    draft: Annotated[int, typer.Option(help="Tokens that the MTP module drafts a step; 0 for none.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-) -> None:
-    """Continue a text with a checkpoint, as it comes, and show the speed."""
-    from dskernels.device import default_device
-    from dskernels.model import generate as run
-    from dskernels.model import load
-    from dskernels.model.tokens import tokenizer_of
-
-    device = default_device()
-    columns = (TextColumn("loading"), BarColumn(), MofNCompleteColumn())
-    # Into a file goes the text alone: a bar that is not drawn would still leave its line break there.
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("loading")
-        model = load(path, device=device, progress=lambda done, total: bar.update(task, completed=done, total=total))
-    tokenizer = tokenizer_of(path, model.config)
-    ids = tokenizer.encode(prompt)
-    generator = torch.Generator(device).manual_seed(seed)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator, "drafts": draft}
-    start = time.perf_counter()
-    generation = run(model, [ids], max_new_tokens=max_new_tokens, **options)  # type: ignore[arg-type]
-    shown = prompt
-    print(prompt, end="", flush=True)
-    for _ in generation:
-        # Decoded whole each time: a character may be spread over several tokens.
-        text = tokenizer.decode([*ids, *generation.tokens[0]]).rstrip("�")
-        print(text[len(shown) :], end="", flush=True)
-        shown = text
-    seconds = time.perf_counter() - start
-    count = len(generation.tokens[0])
-    print()
-    drafted = f", {generation.acceptance_rate:.0%} of {generation.drafted} drafted tokens accepted" if draft else ""
-    console.print(f"[dim]{count} tokens, {count / seconds:.1f} tokens/s{drafted}[/dim]", highlight=False)
+app.command(epilog=EXAMPLES)(generate)
 
 
 def _version(value: bool) -> None:
@@ -251,12 +214,24 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; what a user can get wrong ends in one line on stderr and exit status 1."""
+    """Run the command; what a user can get wrong ends in one line on stderr: exit status 1, or 2 for a wrong option."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except USAGE as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # its message is the help
+        else:
+            context = getattr(error, "ctx", None)
+            where = f". See {context.command_path} --help." if context is not None else ""
+            _say(error.format_message().rstrip(".") + where)
+        sys.exit(error.exit_code)
     except EXPECTED as error:
-        text = str(error) or type(error).__name__
-        Console(stderr=True).print(f"[red]error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
+        _say(str(error) or type(error).__name__)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+
+
+def _say(text: str) -> None:
+    line = " ".join(text.split())
+    Console(stderr=True).print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,304 @@
+"""``dskernels generate``: text from a checkpoint, as it comes, as a conversation, or for a file of prompts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+if TYPE_CHECKING:
+    from dskernels.model import ChatTemplate, DeepseekV3, TextStream
+    from dskernels.model.tokens import Tokenizer
+
+EXAMPLES = """[bold]Examples[/bold]
+
+dskernels generate run --prompt "def " --max-new-tokens 60 --draft 1
+
+echo "What is an expert?" | dskernels generate DeepSeek-V2-Lite-Chat --chat
+
+dskernels generate DeepSeek-V2-Lite-Chat --chat --temperature 0.7 --top-p 0.95 --seed 1
+
+dskernels generate run --batch prompts.jsonl --out texts.jsonl --stop "\\n\\n"
+"""
+# Text goes to stdout and nothing else does.
+console = Console(stderr=True)
+
+
+def generate(
+    path: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.", show_default=False)],
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", "-p", help="Text to continue, or with --chat what you say; else it is read from stdin."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="A conversation by the folder's chat template; goes on in a terminal.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(
+            help='File of prompts: one a line, or JSON with "prompt" or "messages" in each line; - is stdin. '
+            "JSON lines come out, in the order of the file."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File that --batch writes to instead of stdout.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a text.")] = 200,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text to end before; may be given again. \\n is a line break, \\t a tab.")
+    ] = None,
+    draft: Annotated[int, typer.Option(help="Tokens that the MTP module drafts a step; 0 for none.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 sets no limit.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Leave out tokens less likely than this part of the most likely one.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    fp8: Annotated[
+        bool | None, typer.Option("--fp8/--no-fp8", help="Compute in fp8; by default if the checkpoint is in fp8.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 64,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1 or cpu; by default the GPU if there is one.")
+    ] = None,
+) -> None:
+    """Continue a text, answer in a conversation, or work through a file of prompts, and show the speed."""
+    # All that can be wrong is looked at before the weights are read, which may take minutes.
+    from dskernels.cli.prompts import Prompt, read_prompts
+    from dskernels.model import ChatTemplate, Sampling, tokenizer_of
+    from dskernels.model.tokens import end_tokens
+
+    for name, given, other in (("--prompt", prompt, batch), ("--out", out, None if batch else True)):
+        if given is not None and other is not None:
+            raise ValueError(f"{name}: expected {'without' if name == '--prompt' else 'with'} --batch")
+    Sampling(temperature, top_k, top_p, **({"min_p": min_p} if min_p else {}))  # type: ignore[arg-type]
+    for name, number, least in (
+        ("--max-new-tokens", max_new_tokens, 1),
+        ("--max-batch", max_batch, 1),
+        ("--draft", draft, 0),
+    ):
+        if number < least:
+            raise ValueError(f"{name}: expected at least {least}, got {number}")
+    config, settings = _description(path, fp8, draft)
+    where = _device(device)
+    tokenizer = tokenizer_of(path, config)
+    template = ChatTemplate.of(path)
+    if (chat or system is not None) and template is None:
+        raise ValueError(f"{path}: has no chat template (chat_template.jinja, or one in tokenizer_config.json)")
+    writer = _Writer(
+        tokenizer,
+        template if chat or system is not None else None,
+        [] if system is None else [{"role": "system", "content": system}],
+        {
+            "max_new_tokens": max_new_tokens,
+            "stop": [_unescaped(text) for text in stop or ()],
+            "drafts": draft,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": seed,
+            "eos": end_tokens(path, config),
+            "max_batch": max_batch,
+        },
+    )
+    interactive = writer.template is not None and batch is None and sys.stdin.isatty() and sys.stdout.isatty()
+    if batch is not None:
+        prompts = read_prompts(batch, writer.template, template, tokenizer, writer.messages)
+        for one in prompts:
+            one.check(max_new_tokens, config.max_position_embeddings)
+        with _opened(out) as file:
+            writer.model = _load(path, where, settings)
+            writer.work_through(prompts, file)
+        return
+    if prompt is None and not interactive:
+        if sys.stdin.isatty():
+            raise ValueError(
+                "--prompt: expected a text to continue (or --chat to talk, or --batch for a file of prompts)"
+            )
+        prompt = sys.stdin.read().removesuffix("\n")
+    if prompt is not None:
+        Prompt("--prompt", {}, writer.tokens(prompt)).check(max_new_tokens, config.max_position_embeddings)
+    writer.model = _load(path, where, settings)
+    if interactive:
+        writer.talk(prompt)
+    elif prompt is not None:
+        writer.write(prompt)
+
+
+@dataclass
+class _Writer:
+    """Text by one model with one set of options."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    messages: list[dict[str, Any]]
+    options: dict[str, Any]
+    model: DeepseekV3 | None = None
+
+    def tokens(self, text: str) -> list[int]:
+        """A text as a prompt, or what is said as the next turn of the conversation."""
+        if self.template is None:
+            return self.tokenizer.encode(text)
+        prompt = self.template.render([*self.messages, {"role": "user", "content": text}])
+        return self.tokenizer.encode(prompt, special=False)  # the template has them
+
+    def write(self, text: str) -> str:
+        """Prints a continuation or an answer as it comes, then the speed."""
+        start, first, count, answer = time.perf_counter(), 0.0, 0, ""
+        stream = self._stream([self.tokens(text)])
+        print("" if self.template is not None else text, end="", flush=True)
+        try:
+            for step in stream:
+                first = first or time.perf_counter() - start
+                count += step.count
+                print(step.deltas[0], end="", flush=True)
+                answer += step.deltas[0]
+        finally:  # Ctrl-C too ends the line and gives the pages back
+            stream.close()
+            print(flush=True)
+        seconds = time.perf_counter() - start
+        self._report(f"{count} tokens, {count / seconds:.1f} tokens/s, the first after {first:.2f} s", stream)
+        return answer
+
+    def talk(self, said: str | None) -> None:
+        """Turn by turn until Ctrl-D; Ctrl-C ends an answer."""
+        with suppress(ImportError):
+            import readline  # noqa: F401 - with it, input() edits and remembers lines
+        console.print("[dim]Ctrl-D ends the conversation, Ctrl-C an answer.[/dim]", highlight=False)
+        if said is not None:
+            print(f"> {said}")
+        while True:
+            try:
+                said = input("> ") if said is None else said
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if said.strip():
+                try:
+                    answer = self.write(said)
+                    turn = {"role": "user", "content": said}, {"role": "assistant", "content": answer}
+                    self.messages.extend(turn)
+                except KeyboardInterrupt:
+                    pass
+                except ValueError as error:  # the context is full, or the template wants something else
+                    console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+            said = None
+
+    def work_through(self, prompts: list[Any], file: TextIO) -> None:
+        """Writes a line for each prompt, in their order, as soon as it and those before it are done."""
+        start, count, next_line = time.perf_counter(), 0, 0
+        if not prompts:
+            return
+        stream = self._stream([prompt.tokens for prompt in prompts])
+        columns = (TextColumn("prompts"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"))
+        speed = TextColumn("{task.fields[said]}")
+        with Progress(
+            *columns, speed, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+        ) as bar:
+            task = bar.add_task("prompts", total=len(prompts), said="")
+            for step in stream:
+                count += step.count
+                while next_line < len(prompts) and stream.generation.ended(next_line):
+                    print(self._line(prompts[next_line], stream, next_line), file=file, flush=True)
+                    next_line += 1
+                said = f"{count / (time.perf_counter() - start):,.0f} tokens/s"
+                bar.update(task, completed=next_line, said=said)
+        seconds = time.perf_counter() - start
+        self._report(f"{len(prompts)} prompts, {count:,} tokens, {count / seconds:,.1f} tokens/s", stream)
+
+    def _line(self, prompt: Any, stream: TextStream, index: int) -> str:
+        tokens = stream.generation.tokens[index]
+        stopped = len(tokens) < self.options["max_new_tokens"] or tokens[-1] in self.options["eos"]
+        return prompt.answered(stream.texts[index], len(tokens), "stop" if stopped else "length")
+
+    def _stream(self, prompts: list[list[int]]) -> TextStream:
+        from dskernels.model import stream_text
+
+        if self.model is None:
+            raise RuntimeError("the model is not loaded yet")
+        import inspect
+
+        from dskernels.model import generate as run
+
+        options = dict(self.options)
+        known = inspect.signature(run).parameters
+        if "seed" not in known:
+            where = self.model.embed_tokens.weight.device
+            options["generator"] = torch.Generator(where).manual_seed(options.pop("seed"))
+        if "min_p" not in known:
+            options.pop("min_p")
+        return stream_text(self.model, self.tokenizer, prompts, **options)
+
+    def _report(self, said: str, stream: TextStream) -> None:
+        generation = stream.generation
+        if self.options["drafts"]:
+            said += f"; {generation.acceptance_rate:.0%} of {generation.drafted:,} drafted tokens accepted"
+        console.print(f"[dim]{said}[/dim]", highlight=False, soft_wrap=True)
+
+
+def _description(path: Path, fp8: bool | None, draft: int) -> tuple[Any, dict[str, Any]]:
+    """The config, and how to load the model."""
+    from dskernels.model import Config
+    from dskernels.model.config import read_json
+
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder (expected that of a downloaded or trained checkpoint)")
+    config = Config.from_hf(path)
+    if draft and not config.num_nextn_predict_layers:
+        raise ValueError(f"--draft: {path} has no MTP module to draft with")
+    if fp8 is None:
+        fp8 = bool(read_json(path / "config.json").get("quantization_config"))
+    # Nobody else needs an MTP module, 11.6 GB of DeepSeek-V3's.
+    return config, {"fp8": fp8, "mtp": bool(draft)}
+
+
+def _device(name: str | None) -> torch.device:
+    from dskernels.device import default_device
+
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} cannot be used ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def _load(path: Path, device: torch.device, settings: dict[str, Any]) -> DeepseekV3:
+    """Reads the model behind a bar."""
+    from dskernels.model import load
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    # A bar that is not drawn would still leave its line break.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("loading", total=None)
+        return load(
+            path, device=device, progress=lambda done, total: bar.update(task, completed=done, total=total), **settings
+        )
+
+
+@contextmanager
+def _opened(out: Path | None) -> Iterator[TextIO]:
+    """The file that is written to, or stdout."""
+    if out is None:
+        yield sys.stdout
+        return
+    with out.open("w", encoding="utf-8") as file:
+        yield file
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
