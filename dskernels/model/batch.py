@@ -58,7 +58,10 @@ class Batch:
     def decode(
         cls, lengths: Tensor, queries: int, block_table: Tensor, page_size: int, q_lengths: Tensor | None = None
     ) -> Batch:
-        """``queries`` new tokens a sequence, the first ``q_lengths`` of which count; ``lengths`` includes those."""
+        """``queries`` new tokens a sequence, the first ``q_lengths`` of which count; ``lengths`` includes those.
+
+        A row of length 0 has no sequence: it sees nothing and writes nothing.
+        """
         B = lengths.shape[0]
         step = torch.arange(queries, device=lengths.device)
         new = torch.full_like(lengths, queries) if q_lengths is None else q_lengths
@@ -78,7 +81,8 @@ def packed_positions(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _slots(positions: Tensor, sequence: Tensor, block_table: Tensor, page_size: int) -> Tensor:
-    """The cache slot of each position of each sequence; -1 where the table has no page for it."""
+    """The cache slot of each position of each sequence; -1 where the table has no page for it, or before the first."""
     place = positions // page_size
     page = block_table[sequence, place.clamp(0, block_table.shape[1] - 1)].long()
-    return torch.where(place < block_table.shape[1], page * page_size + positions % page_size, -1)
+    there = (place >= 0) & (place < block_table.shape[1])
+    return torch.where(there, page * page_size + positions % page_size, -1)

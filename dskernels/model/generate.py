@@ -1,17 +1,16 @@
-"""Generation for a batch of prompts over the paged latent cache, with MTP drafting."""
+"""Generation for any number of prompts over the paged latent cache, with MTP drafting."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
-from dskernels.model.batch import Batch
-from dskernels.model.cache import LatentCache
+from dskernels.model.cache import LatentCache, page_keys
+from dskernels.model.chance import streams
 from dskernels.model.model import DeepseekV3
+from dskernels.model.passes import Passes, Slots
 from dskernels.model.sampling import Sampling
 
 
@@ -23,6 +22,8 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     drafts: int = 0,
     eos: Sequence[int] | None = None,
@@ -30,6 +31,9 @@ def generate(
     page_size: int = 64,
     max_batch: int = 64,
     prefill_tokens: int = 8192,
+    prefix_sharing: bool = True,
+    batch_invariant: bool = False,
+    graphs: bool = False,
 ) -> Generation:
     """Continues each prompt; iterate over the result to get the tokens as they come.
 
@@ -54,22 +58,37 @@ def generate(
         temperature: 0 is greedy.
         top_k: sample from the so many most likely tokens; 0 sets no limit.
         top_p: sample from the most likely tokens that together have this probability.
-        generator: source of randomness, on the model's device.
+        min_p: sample from tokens at least so likely as this part of the most likely one.
+        seed: of the sampling, one for all prompts or one for each. A prompt with its own seed has the same random
+            numbers wherever it stands.
+        generator: in place of a seed, what one is drawn from, on the model's device; None is torch's own.
         drafts: tokens proposed a step, 0 for none.
         eos: tokens that end a text (they are the last token given); by default those of the config.
         cache: pages to work in; by default one is made that suffices for ``max_batch`` prompts, in the model's dtype.
+            What one generation leaves there, the next one shares.
         page_size: of that cache.
         max_batch: prompts that run at a time.
         prefill_tokens: prompt tokens that are run through the model at a time; a longer prompt is taken in pieces.
+        prefix_sharing: full pages of a prompt that are in the cache, because another one that began with the same
+            tokens runs or ran lately, are not computed again. The rest of the prompt attends to what is cached of
+            them, rounded to the cache's dtype, as the tokens after the prompt do.
+        batch_invariant: a text does not depend on what runs beside it, nor on what was cached, to the last bit. Each
+            prompt goes through the model alone, in pieces of whole pages; only whole pieces are shared; a step always
+            has ``max_batch`` rows. So texts are the same for the same ``max_batch``, ``prefill_tokens`` and
+            ``page_size``, as far as the operations give a row the same bits in each place of a batch. Sampling needs
+            a seed for each prompt.
+        graphs: replay the step as a CUDA graph, one for each power of two of running prompts.
 
     Raises:
         ValueError: no prompt or an empty one, an unknown token, more tokens than the model's context or the cache hold,
-            drafting without an MTP module, or a number out of range.
+            drafting without an MTP module, graphs without a GPU, or a number out of range.
     """
     return Generation(
         model,
         [[int(token) for token in prompt] for prompt in prompts],
-        Sampling(temperature, top_k, top_p, generator),
+        Sampling(temperature, top_k, top_p, min_p),
+        seed=seed,
+        generator=generator,
         max_new_tokens=max_new_tokens,
         drafts=drafts,
         eos=frozenset(model.config.eos_token_id if eos is None else eos),
@@ -77,34 +96,25 @@ def generate(
         page_size=page_size,
         max_batch=max_batch,
         prefill_tokens=prefill_tokens,
+        prefix_sharing=prefix_sharing,
+        batch_invariant=batch_invariant,
+        graphs=graphs,
     )
-
-
-@dataclass
-class _State:
-    """The running sequences (indices of prompts) and what the next step needs of them.
-
-    ``last`` is known but not cached yet, ``drafts`` are guesses of what follows it; ``lengths`` tokens are cached.
-    """
-
-    sequences: list[int]
-    last: Tensor  # int64 [B]
-    lengths: Tensor  # int32 [B]
-    drafts: Tensor  # int64 [B, k]
-    draft_p: Tensor | None  # fp32 [B, k, vocab], None if greedy
-    block_table: Tensor  # int32 [B, pages]
 
 
 class Generation:
     """A generation under way: an iterator of steps, and what has come of it.
 
     Each step gives one list for each prompt with its new tokens: none, one, or several where drafts were accepted.
+    Pages are given back when their prompt ends, and all of them when the generation is closed or nobody refers to it.
 
     Attributes:
+        prompts: the tokens of each.
         tokens: for each prompt all new tokens so far.
         steps: passes of the model over the running sequences, prompts not counted.
         drafted: tokens proposed so far.
         accepted: those that stood.
+        shared_tokens: tokens of prompts that were not run because their pages were in the cache.
     """
 
     def __init__(
@@ -113,6 +123,8 @@ class Generation:
         prompts: list[list[int]],
         sampling: Sampling,
         *,
+        seed: int | Sequence[int] | None,
+        generator: torch.Generator | None,
         max_new_tokens: int,
         drafts: int,
         eos: frozenset[int],
@@ -120,14 +132,17 @@ class Generation:
         page_size: int,
         max_batch: int,
         prefill_tokens: int,
+        prefix_sharing: bool,
+        batch_invariant: bool,
+        graphs: bool,
     ) -> None:
+        self._waiting: deque[int] = deque()
+        self._running: list[int] = []  # in the order of their rows
+        self._pages: dict[int, list[int]] = {}  # of those
         _check(model, prompts, drafts, max_new_tokens)
         for name, value in (("page_size", page_size), ("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        self.model, self.prompts, self.sampling = model, prompts, sampling
-        self.max_new_tokens, self.k, self.eos = max_new_tokens, drafts, eos
-        self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         # The token given last is never cached, the drafts after the one before it are.
         reserved = [len(prompt) + max_new_tokens + drafts for prompt in prompts]
         if cache is None:
@@ -142,30 +157,70 @@ class Generation:
         for i, tokens in enumerate(reserved):
             if cache.pages_for(tokens) > cache.pages:
                 raise ValueError(f"cache: prompt {i} needs {cache.pages_for(tokens)} pages, there are {cache.pages}")
-        self.cache, self.reserved = cache, reserved
-        self.device = cache.data.device
+        device = cache.data.device
+        if graphs and device.type != "cuda":
+            raise ValueError(f"graphs: expected a cache on a GPU, got one on {device}")
+        if batch_invariant and not sampling.greedy and (seed is None or isinstance(seed, int)):
+            raise ValueError("seed: expected one for each prompt, so that samples do not depend on the batch")
+
+        self.prompts, self.cache, self.max_new_tokens, self.eos = prompts, cache, max_new_tokens, eos
+        self.max_batch, self.prefix_sharing, self.batch_invariant = max_batch, prefix_sharing, batch_invariant
+        self.prefill_tokens = prefill_tokens
+        if batch_invariant:
+            self.prefill_tokens = max(cache.page_size, prefill_tokens // cache.page_size * cache.page_size)
         self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.steps = self.drafted = self.accepted = 0
-        self._waiting = deque(range(len(prompts)))
-        self._pages: dict[int, list[int]] = {}  # of the prompts that run
-        self._iterator: Generator[list[list[int]], None, None] = self._run()
+        self.steps = self.drafted = self.accepted = self.shared_tokens = 0
+        self._reserved = reserved
+        self._stream = streams(seed, generator, len(prompts), device)
+        self._passes = Passes(model, cache, sampling, drafts)
+        self._slots = Slots(
+            self._passes,
+            slots=max_batch if batch_invariant else min(max_batch, len(prompts)),
+            pages=max(map(cache.pages_for, reserved)),
+            graphs=graphs,
+            all_rows=batch_invariant,
+        )
+        # Pages differ by what computed them; batch-invariant ones also by the pieces in which it was done.
+        pieces = self.prefill_tokens if batch_invariant else 0
+        self._root = cache.root(model) + repr(pieces).encode()
+        self._prompt_keys = [self._keys(prompt) for prompt in prompts]
+        self._waiting.extend(range(len(prompts)))
 
     def __iter__(self) -> Iterator[list[list[int]]]:
         return self
 
     def __next__(self) -> list[list[int]]:
-        return next(self._iterator)
+        admitted = self._admit()
+        if not admitted and not self._running:
+            if self._waiting:
+                raise RuntimeError(f"cache: prompt {self._waiting[0]} waits for pages that somebody else holds")
+            raise StopIteration
+        try:
+            if admitted:
+                return self._take(list(admitted), self._prefill(admitted))
+            return self._take(self._running, self._step())
+        except BaseException:
+            self.close()
+            raise
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Ends the generation early and gives its pages back."""
-        self._iterator.close()
+        for pages in self._pages.values():
+            self.cache.free(pages)
+        self._pages.clear()
+        self._waiting.clear()
+        self._running.clear()
 
     def abort(self, index: int) -> None:
         """Ends one prompt with the tokens it has; its pages and its place go to the next that waits."""
         if index in self._waiting:
             self._waiting.remove(index)
         elif index in self._pages:
-            self.cache.free(self._pages.pop(index))
+            self._end(index)
+            self._close_ranks()
 
     def ended(self, index: int) -> bool:
         """Whether a prompt gets no more tokens."""
@@ -182,154 +237,96 @@ class Generation:
         """The part of the drafted tokens that stood, 0 if none was drafted."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
-    def _run(self) -> Generator[list[list[int]], None, None]:
-        state: _State | None = None
-        try:
-            while self._waiting or state is not None:
-                new: list[list[int]] = [[] for _ in self.prompts]
-                if admitted := self._admit():
-                    begun = self._prefill(admitted)
-                    self._take(new, admitted, [[token] for token in begun.last.tolist()])
-                    state = self._join([begun] if state is None else [state, begun])
-                elif state is not None:
-                    self._take(new, state.sequences, self._step(state))
-                    state = self._join([state])
-                else:
-                    raise RuntimeError(f"cache: prompt {self._waiting[0]} waits for pages that somebody else holds")
-                yield new
-                state = self._join([state]) if state is not None else None  # without what was aborted
-        finally:
-            for pages in self._pages.values():
-                self.cache.free(pages)
-            self._pages.clear()
+    def _admit(self) -> dict[int, int]:
+        """The next prompts that have a place and pages, and how many tokens of each are cached.
 
-    def _admit(self) -> list[int]:
-        """The next prompts that have a place and pages, together at most `prefill_tokens` (a longer one goes alone)."""
-        admitted: list[int] = []
+        Together they have at most `prefill_tokens` to be run; a longer one goes alone.
+        """
+        admitted: dict[int, int] = {}
+        coming: set[bytes] = set()  # pages that the prompts admitted here will fill
         tokens = 0
-        while self._waiting and len(self._pages) < self.max_batch:
+        while self._waiting and len(self._running) + len(admitted) < self.max_batch:
             index = self._waiting[0]
-            tokens += len(self.prompts[index])
-            if admitted and tokens > self.prefill_tokens:
+            prompt = self.prompts[index]
+            keys = self._prompt_keys[index]
+            # One token at least is run, or there would be nothing to tell what comes next.
+            shared = self.cache.match(keys[: (len(prompt) - 1) // self.cache.page_size])
+            shared = shared[: self._whole(len(shared))]
+            cached = len(shared) * self.cache.page_size
+            tokens += len(prompt) - cached
+            if admitted and (tokens > self.prefill_tokens or self.batch_invariant or coming.intersection(keys)):
                 break
-            pages = self.cache.admit(self.reserved[index])
+            pages = self.cache.admit(self._reserved[index], shared)
             if pages is None:
                 break
             self._pages[index] = pages
-            admitted.append(self._waiting.popleft())
+            admitted[index] = cached
+            coming.update(keys[len(shared) :])
+            self.shared_tokens += cached
+            self._waiting.popleft()
         return admitted
 
-    @torch.no_grad()
-    def _prefill(self, sequences: list[int]) -> _State:
-        """Runs the prompts, gives each its first token, and drafts."""
-        model, page_size = self.model, self.cache.page_size
-        prompts = [self.prompts[index] for index in sequences]
-        tokens = self._tensor([token for prompt in prompts for token in prompt], torch.int64)
-        ends = torch.tensor([0, *(len(prompt) for prompt in prompts)]).cumsum(0).to(self.device, torch.int32)
-        block_table = self.cache.block_table([self._pages[index] for index in sequences])
+    def _prefill(self, cached: dict[int, int]) -> list[list[int]]:
+        """The first token of each prompt."""
+        prompts = [self.prompts[index] for index in cached]
+        pages = [self._pages[index] for index in cached]
+        table = self.cache.block_table(pages, self._slots.sequences.block_table.shape[1])
+        stream = self._stream[torch.tensor(list(cached), device=self._stream.device)]
+        begun = self._passes.prefill(prompts, list(cached.values()), table, stream, self.prefill_tokens)
+        for index in cached:
+            keys = self._prompt_keys[index]
+            self.cache.remember(self._pages[index], keys[: self._whole(len(keys))])
+        self._running.extend(cached)
+        self._slots.append(begun)
+        return [[token] for token in begun.last.tolist()]
 
-        # Several prompts fit in one pass; one that does not is alone and goes through in pieces.
-        total = tokens.shape[0]
-        piece = total if len(prompts) > 1 else self.prefill_tokens
-        for start in range(0, total, piece):
-            part = tokens[start : start + piece]
-            if start == 0:
-                cu_seqlens = ends.clamp(max=piece)
-                batch = Batch.prompt(cu_seqlens, part.shape[0], block_table, page_size)
-            else:
-                cu_seqlens = self._tensor([0, part.shape[0]], torch.int32)
-                lengths = self._tensor([start + part.shape[0]], torch.int32)
-                batch = Batch.extend(cu_seqlens, part.shape[0], lengths, block_table, page_size)
-            hidden, _ = model.trunk(part, batch, self.cache.data)
-            last_rows = cu_seqlens[1:].long() - 1
-            if start + piece >= total:
-                last, _ = self.sampling.choose(model.lm_head(hidden[last_rows]))
-                after = last
-            else:
-                after = tokens[start + piece : start + piece + 1]
-            if self.k:
-                following = part.roll(-1).index_copy(0, last_rows, after)
-                hidden, _ = model.predict(following, hidden, batch, self.cache.data)
-        lengths = ends.diff()
-        drafts, draft_p = self._draft(hidden[last_rows], lengths, block_table)
-        return _State(sequences, last, lengths, drafts, draft_p, block_table)
-
-    @torch.no_grad()
-    def _step(self, state: _State) -> list[list[int]]:
-        """One pass: checks the drafts, adds a token to those that stood, drafts again; gives the new tokens of each."""
-        model, k, B = self.model, self.k, len(state.sequences)
-        tokens = torch.cat((state.last[:, None], state.drafts), 1)
-        batch = Batch.decode(state.lengths + k + 1, k + 1, state.block_table, self.cache.page_size)
-        hidden, _ = model.trunk(tokens.flatten(), batch, self.cache.data)
-        logits = model.lm_head(hidden).unflatten(0, (B, k + 1))
-        accepted, state.last = self.sampling.verify(logits, state.drafts, state.draft_p)
-        new = torch.cat((state.drafts, state.last[:, None]), 1).scatter(1, accepted[:, None], state.last[:, None])
-        count = accepted + 1
-        # Crop: what was cached of rejected drafts lies behind the length and is overwritten.
-        state.lengths = state.lengths + count.int()
-        if k:
-            batch = Batch.decode(state.lengths, k + 1, state.block_table, self.cache.page_size, count.int())
-            hidden, _ = model.predict(new.flatten(), hidden, batch, self.cache.data)
-            at_last = hidden.unflatten(0, (B, k + 1))[torch.arange(B, device=self.device), accepted]
-            state.drafts, state.draft_p = self._draft(at_last, state.lengths, state.block_table)
+    def _step(self) -> list[list[int]]:
+        """The new tokens of each running sequence."""
+        new = self._slots.step()
         self.steps += 1
-        self.drafted += k * B
-        counts = count.tolist()
-        self.accepted += sum(counts) - B
-        return [row[:n] for row, n in zip(new.tolist(), counts, strict=True)]
+        self.drafted += self._passes.drafts * len(new)
+        self.accepted += sum(map(len, new)) - len(new)
+        return new
 
-    def _draft(self, hidden: Tensor, lengths: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``k`` further tokens from the MTP module's hidden state ``[B, hidden]`` at the last cached position."""
-        tokens: list[Tensor] = []
-        probabilities: list[Tensor] = []
-        for j in range(self.k):
-            token, p = self.sampling.choose(self.model.lm_head(hidden))
-            tokens.append(token)
-            if p is not None:
-                probabilities.append(p)
-            if j + 1 < self.k:
-                batch = Batch.decode(lengths + j + 1, 1, block_table, self.cache.page_size)
-                hidden, _ = self.model.predict(token, hidden, batch, self.cache.data)
-        B, vocab = hidden.shape[0], self.model.config.vocab_size
-        drafts = torch.stack(tokens, 1) if tokens else hidden.new_empty((B, 0), dtype=torch.int64)
-        if self.sampling.greedy:
-            return drafts, None
-        return drafts, torch.stack(probabilities, 1) if tokens else hidden.new_empty((B, 0, vocab), dtype=torch.float32)
-
-    def _take(self, new: list[list[int]], sequences: list[int], tokens: list[list[int]]) -> None:
-        """Gives each sequence its tokens, up to the end of the text or the limit; frees the pages of those that end."""
+    def _take(self, sequences: Sequence[int], tokens: list[list[int]]) -> list[list[int]]:
+        """Gives each sequence its tokens, up to the end of the text or the limit; ends those that are there."""
+        new: list[list[int]] = [[] for _ in self.prompts]
         for index, given in zip(sequences, tokens, strict=True):
             for token in given:
                 new[index].append(token)
-                if token in self.eos or len(self.tokens[index]) + len(new[index]) == self.max_new_tokens:
-                    self.cache.free(self._pages.pop(index))
+                self.tokens[index].append(token)
+                if token in self.eos or len(self.tokens[index]) == self.max_new_tokens:
+                    self._end(index)
                     break
-            self.tokens[index] += new[index]
+        self._close_ranks()
+        return new
 
-    def _join(self, states: list[_State]) -> _State | None:
-        """One state of all sequences that still run, None if there are none."""
-        going = [[i for i, index in enumerate(state.sequences) if index in self._pages] for state in states]
-        sequences = [state.sequences[i] for state, rows in zip(states, going, strict=True) for i in rows]
-        if not sequences:
-            return None
-        if len(states) == 1 and len(sequences) == len(states[0].sequences):
-            return states[0]
+    def _end(self, index: int) -> None:
+        """Gives the pages of a sequence back, with its text in them for who begins with it."""
+        pages = self._pages.pop(index)
+        if not self.batch_invariant:  # a step rounds otherwise than a prompt's pass
+            text = self.prompts[index] + self.tokens[index]
+            # All tokens but the last are cached, and that one is known to the MTP module.
+            self.cache.remember(pages, self._keys(text if self._passes.drafts else text[:-1]))
+        self.cache.free(pages)
 
-        def gather(name: str) -> Tensor:
-            parts = zip(states, going, strict=True)
-            return torch.cat([getattr(state, name)[self._tensor(rows, torch.int64)] for state, rows in parts])
+    def _close_ranks(self) -> None:
+        """Drops the rows of what has ended."""
+        rows = [row for row, index in enumerate(self._running) if index in self._pages]
+        if len(rows) < len(self._running):
+            self._slots.keep(rows)
+            self._running = [self._running[row] for row in rows]
 
-        return _State(
-            sequences,
-            gather("last"),
-            gather("lengths"),
-            gather("drafts"),
-            None if self.sampling.greedy else gather("draft_p"),
-            self.cache.block_table([self._pages[index] for index in sequences]),
-        )
+    def _keys(self, tokens: list[int]) -> list[bytes]:
+        """The names of the pages that tokens fill; none if nothing is shared."""
+        if not self.prefix_sharing:
+            return []
+        return page_keys(tokens, self.cache.page_size, root=self._root, ahead=int(self._passes.drafts > 0))
 
-    def _tensor(self, values: list[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+    def _whole(self, pages: int) -> int:
+        """How many of the first pages of a prompt may be shared: if texts are not to depend on it, whole pieces."""
+        piece = self.prefill_tokens // self.cache.page_size
+        return pages // piece * piece if self.batch_invariant else pages
 
 
 def _check(model: DeepseekV3, prompts: list[list[int]], drafts: int, max_new_tokens: int) -> None:
