@@ -87,12 +87,12 @@ def choose_gate_config(m: int, n: int, k: int, wide: bool, multiprocessors: int)
 
     `wide`: an operand is of fp32, which is multiplied in three pieces of bf16, and takes more registers.
     """
-    if m <= 16:
-        tile = (16, 32, 32, 4, 4) if wide else (16, 32, 128, 4, 4)
-    elif m <= 512 or n <= 64:
-        tile = (64, 32, 32, 4, 3) if wide else (64, 64, 64, 4, 4)
+    if wide:
+        tile = (16, 64, 64, 8, 3) if m <= 64 else (128, 64, 32, 8, 3)
+    elif m <= 16:
+        tile = (16, 32, 128, 4, 4)
     else:
-        tile = (128, 64, 32, 8, 3) if wide else (128, 64, 64, 8, 4)
+        tile = (64, 64, 64, 4, 4) if m <= 512 or n <= 64 else (128, 64, 64, 8, 4)
     block_m, block_n, block_k, num_warps, num_stages = tile
     tiles = ceil_div(m, block_m) * ceil_div(n, block_n)
     parts = max(1, min(MAX_PARTS, multiprocessors // tiles, ceil_div(k, 2 * block_k)))
