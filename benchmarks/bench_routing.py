@@ -122,8 +122,9 @@ class RouteHidden(Case):
 
     def ours(self, x, impl) -> Call:
         w = self.workload
-        options = {"top_k": w.k, "n_groups": w.g, "top_groups": w.top_groups, "scale": SCALE}
-        return lambda: ds.route_hidden(x.x, x.weight, x.bias, **options, impl=impl)
+        return lambda: ds.route_hidden(
+            x.x, x.weight, x.bias, top_k=w.k, n_groups=w.g, top_groups=w.top_groups, scale=SCALE, impl=impl
+        )
 
     def comparable(self, out):
         """Weights where their experts are, and the logits."""
