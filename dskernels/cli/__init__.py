@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from dskernels import __version__
-from dskernels.cli.generate import EXAMPLES, generate
+from dskernels.cli.generation import EXAMPLES, generate
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 if TYPE_CHECKING:
-    from dskernels.model import ChatTemplate, DeepseekV3, TextStream
+    from dskernels.model import ChatTemplate, DeepseekV3, LatentCache, TextStream
     from dskernels.model.tokens import Tokenizer
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -29,6 +29,8 @@ dskernels generate DeepSeek-V2-Lite-Chat --chat --temperature 0.7 --top-p 0.95 -
 
 dskernels generate run --batch prompts.jsonl --out texts.jsonl --stop "\\n\\n"
 """
+PAGE = 64
+CONVERSATION = 8192  # tokens that a conversation has room for at first, 0.58 GB of DeepSeek-V3
 # Text goes to stdout and nothing else does.
 console = Console(stderr=True)
 
@@ -69,6 +71,9 @@ def generate(
         bool | None, typer.Option("--fp8/--no-fp8", help="Compute in fp8; by default if the checkpoint is in fp8.")
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 64,
+    graphs: Annotated[
+        bool, typer.Option("--graphs/--no-graphs", help="Replay each step as a CUDA graph; needs a GPU.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="Such as cuda:1 or cpu; by default the GPU if there is one.")
     ] = None,
@@ -79,19 +84,21 @@ def generate(
     from dskernels.model import ChatTemplate, Sampling, tokenizer_of
     from dskernels.model.tokens import end_tokens
 
-    for name, given, other in (("--prompt", prompt, batch), ("--out", out, None if batch else True)):
-        if given is not None and other is not None:
-            raise ValueError(f"{name}: expected {'without' if name == '--prompt' else 'with'} --batch")
-    Sampling(temperature, top_k, top_p, **({"min_p": min_p} if min_p else {}))  # type: ignore[arg-type]
-    for name, number, least in (
-        ("--max-new-tokens", max_new_tokens, 1),
-        ("--max-batch", max_batch, 1),
-        ("--draft", draft, 0),
-    ):
+    if prompt is not None and batch is not None:
+        raise ValueError("--prompt: expected without --batch")
+    if out is not None and batch is None:
+        raise ValueError("--out: expected with --batch")
+    limits = (("--max-new-tokens", max_new_tokens, 1), ("--max-batch", max_batch, 1), ("--draft", draft, 0))
+    for name, number, least in limits:
         if number < least:
             raise ValueError(f"{name}: expected at least {least}, got {number}")
+    if "" in (stop or ()):
+        raise ValueError("--stop: expected a text, got an empty one")
+    Sampling(temperature, top_k, top_p, min_p)
     config, settings = _description(path, fp8, draft)
     where = _device(device)
+    if graphs and where.type != "cuda":
+        raise ValueError(f"--graphs: needs a GPU, the model would run on {where.type}")
     tokenizer = tokenizer_of(path, config)
     template = ChatTemplate.of(path)
     if (chat or system is not None) and template is None:
@@ -108,10 +115,11 @@ def generate(
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
-            "seed": seed,
             "eos": end_tokens(path, config),
             "max_batch": max_batch,
+            "graphs": graphs,
         },
+        seed,
     )
     interactive = writer.template is not None and batch is None and sys.stdin.isatty() and sys.stdout.isatty()
     if batch is not None:
@@ -119,8 +127,9 @@ def generate(
         for one in prompts:
             one.check(max_new_tokens, config.max_position_embeddings)
         with _opened(out) as file:
-            writer.model = _load(path, where, settings)
-            writer.work_through(prompts, file)
+            if prompts:
+                writer.model = _load(path, where, settings)
+                writer.work_through(prompts, file)
         return
     if prompt is None and not interactive:
         if sys.stdin.isatty():
@@ -128,13 +137,14 @@ def generate(
                 "--prompt: expected a text to continue (or --chat to talk, or --batch for a file of prompts)"
             )
         prompt = sys.stdin.read().removesuffix("\n")
+    tokens = [] if prompt is None else writer.tokens(prompt)
     if prompt is not None:
-        Prompt("--prompt", {}, writer.tokens(prompt)).check(max_new_tokens, config.max_position_embeddings)
+        Prompt("--prompt", {}, tokens).check(max_new_tokens, config.max_position_embeddings)
     writer.model = _load(path, where, settings)
     if interactive:
         writer.talk(prompt)
-    elif prompt is not None:
-        writer.write(prompt)
+    else:
+        writer.write(tokens, "" if prompt is None or writer.template is not None else prompt)
 
 
 @dataclass
@@ -145,7 +155,9 @@ class _Writer:
     template: ChatTemplate | None
     messages: list[dict[str, Any]]
     options: dict[str, Any]
+    seed: int
     model: DeepseekV3 | None = None
+    cache: LatentCache | None = None  # of a conversation, whose turns begin alike
 
     def tokens(self, text: str) -> list[int]:
         """A text as a prompt, or what is said as the next turn of the conversation."""
@@ -154,11 +166,11 @@ class _Writer:
         prompt = self.template.render([*self.messages, {"role": "user", "content": text}])
         return self.tokenizer.encode(prompt, special=False)  # the template has them
 
-    def write(self, text: str) -> str:
-        """Prints a continuation or an answer as it comes, then the speed."""
+    def write(self, tokens: list[int], before: str = "") -> str:
+        """Prints a continuation behind what comes before it, or an answer, as it comes, then the speed."""
         start, first, count, answer = time.perf_counter(), 0.0, 0, ""
-        stream = self._stream([self.tokens(text)])
-        print("" if self.template is not None else text, end="", flush=True)
+        stream = self._stream([tokens], cache=self.cache)
+        print(before, end="", flush=True)
         try:
             for step in stream:
                 first = first or time.perf_counter() - start
@@ -187,7 +199,9 @@ class _Writer:
                 return
             if said.strip():
                 try:
-                    answer = self.write(said)
+                    tokens = self.tokens(said)
+                    self._make_room(len(tokens))
+                    answer = self.write(tokens)
                     turn = {"role": "user", "content": said}, {"role": "assistant", "content": answer}
                     self.messages.extend(turn)
                 except KeyboardInterrupt:
@@ -199,8 +213,6 @@ class _Writer:
     def work_through(self, prompts: list[Any], file: TextIO) -> None:
         """Writes a line for each prompt, in their order, as soon as it and those before it are done."""
         start, count, next_line = time.perf_counter(), 0, 0
-        if not prompts:
-            return
         stream = self._stream([prompt.tokens for prompt in prompts])
         columns = (TextColumn("prompts"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"))
         speed = TextColumn("{task.fields[said]}")
@@ -223,23 +235,30 @@ class _Writer:
         stopped = len(tokens) < self.options["max_new_tokens"] or tokens[-1] in self.options["eos"]
         return prompt.answered(stream.texts[index], len(tokens), "stop" if stopped else "length")
 
-    def _stream(self, prompts: list[list[int]]) -> TextStream:
-        from dskernels.model import stream_text
+    def _make_room(self, tokens: int) -> None:
+        """A cache that the turns share: what was said is not computed again, unless it has outgrown the pages."""
+        from dskernels.model import LatentCache
 
+        model = self._loaded()
+        longest = tokens + self.options["max_new_tokens"] + self.options["drafts"]
+        if self.cache is None or self.cache.pages_for(longest) > self.cache.pages:
+            weight = model.embed_tokens.weight
+            pages = max(2 * -(-longest // PAGE), CONVERSATION // PAGE)
+            self.cache = LatentCache(
+                model.config, pages=pages, page_size=PAGE, dtype=weight.dtype, device=weight.device
+            )
+
+    def _loaded(self) -> DeepseekV3:
         if self.model is None:
             raise RuntimeError("the model is not loaded yet")
-        import inspect
+        return self.model
 
-        from dskernels.model import generate as run
+    def _stream(self, prompts: list[list[int]], **options: Any) -> TextStream:
+        from dskernels.model import stream_text
 
-        options = dict(self.options)
-        known = inspect.signature(run).parameters
-        if "seed" not in known:
-            where = self.model.embed_tokens.weight.device
-            options["generator"] = torch.Generator(where).manual_seed(options.pop("seed"))
-        if "min_p" not in known:
-            options.pop("min_p")
-        return stream_text(self.model, self.tokenizer, prompts, **options)
+        # One seed each: a text does not depend on those beside it.
+        seeds = [self.seed + i for i in range(len(prompts))]
+        return stream_text(self._loaded(), self.tokenizer, prompts, seed=seeds, **self.options, **options)
 
     def _report(self, said: str, stream: TextStream) -> None:
         generation = stream.generation
