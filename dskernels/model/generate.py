@@ -176,7 +176,8 @@ class Generation:
         self._slots = Slots(
             self._passes,
             slots=max_batch if batch_invariant else min(max_batch, len(prompts)),
-            pages=max(map(cache.pages_for, reserved)),
+            # Kernels split a sequence by what its row of the table could hold: that is not to depend on the others.
+            pages=cache.pages_for(model.config.max_position_embeddings + drafts if batch_invariant else max(reserved)),
             graphs=graphs,
             all_rows=batch_invariant,
         )

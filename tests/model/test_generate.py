@@ -4,28 +4,10 @@ import itertools
 
 import pytest
 import torch
-from tiny import packed, random_prompts, randomize, tiny_model
+from tiny import echo_model, packed, random_prompts, randomize, tiny_model
 
 import dskernels as ds
 from dskernels.model import Batch, Config, DeepseekV3, LatentCache, Sampling, generate
-
-
-def echo_model(context, **changes):
-    """The next token is a function of the last, which the MTP module knows, plus `context` times what the blocks add.
-
-    With no context drafts always stand, with much they stand by chance.
-    """
-    model = tiny_model(**changes)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "w2.weight", "experts.w2")):
-                parameter.mul_(context)
-            elif "norm" in name:
-                parameter.fill_(1.0)
-        hidden = model.config.hidden_size
-        for module in model.mtp:
-            module.eh_proj.weight.copy_(torch.eye(hidden, 2 * hidden))  # the embedding, not the hidden state
-    return model
 
 
 @pytest.fixture(scope="module")

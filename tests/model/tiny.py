@@ -5,6 +5,17 @@ import torch
 from dskernels.model import Config, DeepseekV3
 
 
+# Changes of the preset "tiny" for tests that make thousands of passes: one dense block, one of few experts.
+SMALL = {
+    "num_hidden_layers": 2,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "vocab_size": 64,
+}
+
+
 def randomize(model):
     """Norms around 1, router biases around 0, matrices five times larger than a fresh model's."""
     with torch.no_grad():
@@ -22,6 +33,24 @@ def randomize(model):
 def tiny_model(config=None, **changes):
     """A random model of the preset "tiny" with some fields changed, in fp32."""
     return randomize(DeepseekV3(config or Config.from_name("tiny", **changes)))
+
+
+def echo_model(context, **changes):
+    """The next token is a function of the last, which the MTP module knows, plus `context` times what the blocks add.
+
+    With no context drafts always stand, with much they stand by chance.
+    """
+    model = tiny_model(**changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "w2.weight", "experts.w2")):
+                parameter.mul_(context)
+            elif "norm" in name:
+                parameter.fill_(1.0)
+        hidden = model.config.hidden_size
+        for module in model.mtp:
+            module.eh_proj.weight.copy_(torch.eye(hidden, 2 * hidden))  # the embedding, not the hidden state
+    return model
 
 
 def packed(*sequences):

@@ -1,0 +1,200 @@
+"""The sequences that run: tensors that stay in place, rows without a sequence, prompts that are dropped on the way."""
+
+import gc
+
+import pytest
+import torch
+from tiny import SMALL, echo_model, random_prompts
+
+from dskernels.model import Config, DeepseekV3, LatentCache, Sampling, generate
+from dskernels.model.passes import Passes, Sequences
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    return echo_model(0.05, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    torch.manual_seed(4)
+    return random_prompts(5, 1, 12, 7, 9, 3, vocab_size=64)
+
+
+def texts_of(model, prompts, n=10):
+    return generate(model, prompts, max_new_tokens=n, prefix_sharing=False).finish()
+
+
+@pytest.mark.parametrize("options", [{}, {"drafts": 2}, {"drafts": 1, "temperature": 1.0, "seed": 1}], ids=str)
+def test_tensors_stay_where_they_are(model, prompts, options):
+    """Sequences of several lengths come and go: whatever a step reads and writes keeps its address and its shape."""
+    generation = generate(model, prompts * 2, max_new_tokens=6, max_batch=3, eos=range(20), **options)
+    sequences = generation._slots.sequences
+
+    def places():
+        return [(tensor.data_ptr(), tensor.shape) for tensor in sequences.tensors()]
+
+    before = places()
+    running = set()
+    for _ in generation:
+        running.add(generation._slots.running)
+        assert places() == before
+    assert {0, 3} < running
+    for tensor in sequences.tensors():  # and no row keeps anything of a sequence that ended
+        assert not tensor.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"drafts": 2}, {"drafts": 2, "temperature": 1.0}], ids=str)
+def test_a_step_never_waits_for_the_device(options):
+    """On the meta device nothing can be read: to ask for a value raises."""
+    drafts = options.pop("drafts", 0)
+    config = Config.from_name("tiny", **SMALL)
+    model = DeepseekV3(config, device="meta", dtype=torch.float32)
+    model.rope.frequencies = model.rope.frequencies.to("meta")
+    cache = LatentCache(config, pages=4, page_size=4, dtype=torch.float32, device="meta")
+    sampling = Sampling(top_k=5, top_p=0.9, min_p=0.1, **options) if options else Sampling()
+    passes = Passes(model, cache, sampling, drafts)
+    sequences = Sequences.empty(passes, 3, 2)
+    passes.step(sequences)
+    with pytest.raises(RuntimeError, match="meta"):
+        sequences.new.tolist()
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_rows_without_a_sequence_change_nothing(model, prompts, drafts):
+    """Eight rows a step for at most three sequences: the same texts, and no page is written that none of them has."""
+    cache = LatentCache(model.config, pages=60, page_size=4, dtype=torch.float32)
+    options = {"max_new_tokens": 10, "max_batch": 8, "drafts": drafts, "batch_invariant": True, "cache": cache}
+    cache.data.fill_(torch.nan)
+    written = set()
+    texts = []
+    for some in (prompts[:3], prompts[3:5], prompts[5:]):
+        generation = generate(model, some, prefix_sharing=False, **options)
+        for _ in generation:
+            written |= {page for pages in generation._pages.values() for page in pages}
+        texts += generation.tokens
+    assert texts == texts_of(model, prompts)
+    untouched = [page for page in range(60) if page not in written]
+    assert len(untouched) > 40
+    assert cache.data[:, untouched].isnan().all()
+
+
+def test_a_generation_that_nobody_refers_to_frees_its_pages(model, prompts):
+    """At once, without the collector of cycles; also one that never began or that ended in its constructor."""
+    cache = LatentCache(model.config, pages=40, page_size=4, dtype=torch.float32)
+    gc.disable()
+    try:
+        for _ in generate(model, prompts, cache=cache, max_new_tokens=9):
+            assert cache.free_pages < 40
+            break
+        assert cache.free_pages == 40
+        generation = generate(model, prompts, cache=cache, max_new_tokens=9)
+        next(generation)
+        next(generation)
+        assert cache.free_pages < 40
+        del generation
+        assert cache.free_pages == 40
+        generate(model, prompts, cache=cache, max_new_tokens=9)
+        with pytest.raises(ValueError, match="expected at least one"):
+            generate(model, [], cache=cache)
+        assert cache.free_pages == 40
+    finally:
+        gc.enable()
+    # What the dropped ones left is of use, or at least no harm.
+    assert generate(model, prompts, cache=cache, max_new_tokens=10).finish() == texts_of(model, prompts)
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_abort_one_of_many(model, prompts, drafts):
+    """While it runs, while it waits, when it has ended; the others get their texts, its place is taken."""
+    texts = texts_of(model, prompts)
+    generation = generate(model, prompts, max_new_tokens=10, max_batch=3, drafts=drafts, page_size=4)
+    cache = generation.cache
+    for _ in range(3):
+        next(generation)
+    free = cache.free_pages
+    generation.abort(1)
+    assert cache.free_pages > free
+    assert generation.ended(1)
+    assert not generation.ended(4)
+    generation.abort(4)
+    generation.abort(1)
+    next(generation)
+    assert generation._running == [0, 2, 3]
+    generation.finish()
+    for i, text in enumerate(texts):
+        expected = {1: text[: len(generation.tokens[1])], 4: []}.get(i, text)
+        assert generation.tokens[i] == expected
+    assert 0 < len(generation.tokens[1]) < 10
+    assert cache.free_pages == cache.pages
+    generation.abort(0)  # has ended long ago
+    assert cache.free_pages == cache.pages
+
+
+def test_abort_all(model, prompts):
+    generation = generate(model, prompts, max_new_tokens=10, max_batch=2)
+    next(generation)
+    for i in range(len(prompts)):
+        generation.abort(i)
+    assert list(generation) == []
+    assert generation.cache.free_pages == generation.cache.pages
+
+
+def test_prompts_that_wait_for_somebody_elses_pages_are_not_lost(model, prompts):
+    """Two generations over one small cache: the one that finds no page says so, and goes on later."""
+    texts = texts_of(model, prompts)
+    cache = LatentCache(model.config, pages=6, page_size=4, dtype=torch.float32)
+    first = generate(model, prompts[:3], max_new_tokens=10, cache=cache)
+    second = generate(model, prompts[3:], max_new_tokens=10, cache=cache)
+    next(first)
+    with pytest.raises(RuntimeError, match="prompt 0 waits for pages that somebody else holds"):
+        next(second)
+    assert first.finish() == texts[:3]
+    assert second.finish() == texts[3:]
+    assert cache.free_pages == 6
+
+
+def test_two_generations_take_turns_on_one_cache(model, prompts):
+    texts = texts_of(model, prompts)
+    cache = LatentCache(model.config, pages=60, page_size=4, dtype=torch.float32)
+    first = generate(model, prompts, max_new_tokens=10, cache=cache)
+    second = generate(model, prompts[::-1], max_new_tokens=10, drafts=2, cache=cache)
+    for _ in zip(first, second, strict=False):
+        pass
+    assert first.finish() == texts
+    assert second.finish() == texts[::-1]
+    assert cache.free_pages == 60
+
+
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_a_step_that_fails_frees_the_pages(model, prompts, drafts):
+    generation = generate(model, prompts, max_new_tokens=10, drafts=drafts)
+    next(generation)
+
+    def fail(*_):
+        raise MemoryError
+
+    handle = model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        next(generation)
+    handle.remove()
+    assert generation.cache.free_pages == generation.cache.pages
+    assert list(generation) == []
+
+
+def test_graphs_need_a_gpu(model):
+    with pytest.raises(ValueError, match="graphs: expected a cache on a GPU, got one on cpu"):
+        generate(model, [[1]], graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"drafts": 2}, {"temperature": 1.0, "seed": 3, "drafts": 1}], ids=str)
+def test_a_graph_gives_what_the_step_gives(prompts, options):
+    """Texts of several lengths, so that the graphs of 4, 2 and 1 rows run, with rows that have no sequence."""
+    torch.manual_seed(3)
+    model = echo_model(0.05, **SMALL).to("cuda")
+    options = {"max_new_tokens": 12, "max_batch": 4, "batch_invariant": False, **options}
+    generation = generate(model, prompts, graphs=True, **options)
+    assert generation.finish() == generate(model, prompts, **options).finish()
+    assert {1, 2, 4} <= set(generation._slots._graphs)
