@@ -31,6 +31,18 @@ def multiprocessors(device: torch.device, interpreted: int = 1) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else interpreted
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated there, None where nothing says so."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as lines:
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
 @functools.cache
 def has_triton() -> bool:
     """Whether Triton can be imported."""

@@ -5,45 +5,22 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from dskernels import cli
 from dskernels.model import ChatTemplate, Config, DeepseekV3, generate, load, save, tokenizer_of
+from tiny_checkpoint import TEMPLATE, make_checkpoint
 
-tokenizers = pytest.importorskip("tokenizers")
-
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-SPECIAL = ["<bos>", "<eos>", "<user>", "<assistant>", "<system>"]
-SOURCE = (
-    "def f(x):\n    return x + 1\n\nclass Expert:\n    def route(self, token):\n        return self.gate(token)\n" * 20
-)
+pytest.importorskip("tokenizers")
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A random model with a tokenizer trained here, plain, in fp8, and without chat template and MTP module."""
+    """With everything, in fp8, and without chat template and MTP module."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    bpe.train_from_iterator([SOURCE], trainer)
-    torch.manual_seed(0)
-    config = Config.from_name("tiny", vocab_size=300, eos_token_id=(1,), max_position_embeddings=256)
-    model = DeepseekV3(config.replace(initializer_range=0.1))
-    save(model, folder / "chat", shard_size=500_000)
-    save(model, folder / "fp8", fp8=True)
-    save(DeepseekV3(config.replace(num_nextn_predict_layers=0)), folder / "base")
-    settings = {"add_bos_token": True, "bos_token": {"__type": "AddedToken", "content": "<bos>"}, "eos_token": "<eos>"}
-    for name in ("chat", "fp8", "base"):
-        bpe.save(str(folder / name / "tokenizer.json"))
-        chat = {} if name == "base" else {"chat_template": TEMPLATE}
-        (folder / name / "tokenizer_config.json").write_text(json.dumps({**settings, **chat}))
+    make_checkpoint(folder / "chat", shard_size=500_000)
+    make_checkpoint(folder / "fp8", fp8=True)
+    make_checkpoint(folder / "base", template=None, changes={"num_nextn_predict_layers": 0})
     return folder
 
 

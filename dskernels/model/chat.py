@@ -49,7 +49,7 @@ class ChatTemplate:
             raise ValueError(f"{file}: not a chat template ({_line(error)})") from None
 
     @classmethod
-    def of(cls, folder: Path) -> ChatTemplate | None:
+    def of(cls, folder: str | Path) -> ChatTemplate | None:
         """The template of a checkpoint, None if it has none.
 
         Looked for in ``chat_template.jinja``, ``chat_template.json`` and ``tokenizer_config.json``.
@@ -57,6 +57,7 @@ class ChatTemplate:
         Raises:
             ValueError: one of them is damaged.
         """
+        folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
         special = special_tokens(folder)
         file = folder / "chat_template.jinja"

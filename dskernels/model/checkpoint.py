@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dskernels.device import free_memory
 from dskernels.model.config import Config, read_json
 from dskernels.model.fp8_weights import FP8_BLOCK, SCALE_SUFFIX, keep_in_fp8, quantize_weight, whole_blocks
 from dskernels.model.hf_names import Entry, entries, mtp_prefix
@@ -77,6 +78,7 @@ def load(
         FileNotFoundError: the folder, ``config.json``, the weights or one of their shards is not there.
         ValueError: a file is damaged, a tensor is missing, unknown, of another shape or of an unreadable type, or the
             architecture or quantisation is not known. The message is one line and names the file and the tensor.
+        torch.OutOfMemoryError: the device has not the memory for the weights.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -96,6 +98,11 @@ def load(
     device = torch.get_default_device() if device is None else torch.device(device)
     if device.type == "meta":
         return model
+    needed, free = sum(tensor.nbytes for _, tensor in _tensors_of(model)), free_memory(device)
+    if free is not None and needed > free:
+        raise torch.OutOfMemoryError(
+            f"{folder}: the weights take {needed / 1e9:,.1f} GB, {device} has {free / 1e9:,.1f} GB free"
+        )
     model.to_empty(device=device)
     parameters = dict(_tensors_of(model))
     if keep:

@@ -262,3 +262,16 @@ def test_no_weights(folder):
         load(folder)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load(folder / "nowhere")
+
+
+@pytest.mark.parametrize("folder", ["plain"], indirect=True)
+def test_weights_that_do_not_fit_are_not_begun(folder, monkeypatch):
+    """Said at once, not after minutes of reading."""
+    monkeypatch.setattr("dskernels.model.checkpoint.free_memory", lambda device: 1_000_000)
+    read = []
+    with pytest.raises(torch.OutOfMemoryError, match=r"the weights take .* GB, cpu has 0\.0 GB free") as error:
+        load(folder, progress=lambda *done: read.append(done))
+    assert_one_line(error, folder)
+    assert read == []
+    monkeypatch.setattr("dskernels.model.checkpoint.free_memory", lambda device: None)
+    load(folder)
