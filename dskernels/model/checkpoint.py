@@ -15,7 +15,14 @@ from torch import Tensor
 
 from dskernels.device import free_memory
 from dskernels.model.config import Config, read_json
-from dskernels.model.fp8_weights import FP8_BLOCK, SCALE_SUFFIX, keep_in_fp8, quantize_weight, whole_blocks
+from dskernels.model.fp8_weights import (
+    FP8_BLOCK,
+    SCALE_SUFFIX,
+    keep_in_fp8,
+    quantize_weight,
+    whole_blocks,
+    write_out_for_decode,
+)
 from dskernels.model.hf_names import Entry, entries, mtp_prefix
 from dskernels.model.model import DeepseekV3
 from dskernels.model.shards import Shards
@@ -110,6 +117,7 @@ def load(
     model.source = Source(raw)
     table = list(entries(config, kept_in_fp8=keep))
     _read_all(_Reader(shards, parameters, block, model), table, dtype in (None, announced), progress)
+    write_out_for_decode(model)
     model.source.extras = {
         name: shards.read(name).clone() for name in shards if _is_rotary(name) and not _of_layers(name, dropped)
     }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import dskernels as ds
+from dskernels.model.attention import Attention
 from dskernels.model.layers import FP8_BLOCK, FeedForward, Linear
 from dskernels.model.model import DeepseekV3
 from dskernels.model.moe import Experts
@@ -47,7 +48,16 @@ def keep_in_fp8(model: DeepseekV3, *, scale_format: str = "fp32") -> DeepseekV3:
             _keep(module.w2, "weight", _whole_columns(module.w2.weight), scale_format)
         elif isinstance(module, Linear) and module not in paired and module.fp8 and module.weight_scale_inv is None:
             _keep(module, "weight", module.weight, scale_format)
+    write_out_for_decode(model)
     return model
+
+
+def write_out_for_decode(model: DeepseekV3) -> None:
+    """Makes the copies that absorbed attention multiplies by now, rather than in a step that may be under capture."""
+    dtype = model.embed_tokens.weight.dtype
+    for module in model.modules():
+        if isinstance(module, Attention) and module.kv_b_proj.weight.device.type != "meta":
+            module.kv_b_proj.dense(dtype)
 
 
 def whole_blocks(size: int) -> int:

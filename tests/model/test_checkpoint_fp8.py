@@ -106,6 +106,15 @@ def test_a_model_on_kept_weights_generates(saved):
     assert [len(text) for text in texts[0]] == [5, 5]
 
 
+def test_nothing_is_written_out_in_a_step(saved, monkeypatch):
+    """A step may be under capture in a CUDA graph: what absorbed attention multiplies by is there before it."""
+    models = load(saved, fp8=True), keep_in_fp8(load(saved, fp8=True, trainable=True))
+    monkeypatch.setattr(Fp8Tensor, "dequantize", lambda *a: pytest.fail("dequantised"))
+    for model in models:
+        kv_b = model.layers[0].self_attn.kv_b_proj
+        assert kv_b.dense(torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_keeping_in_fp8_is_what_a_checkpoint_does(tmp_path, scale_format):
     """`keep_in_fp8`, a plain checkpoint read with fp8=True, and an fp8 checkpoint read so are the same model."""
     model = tiny_model(DeepseekV3(Config.from_name("tiny", **RAGGED), fp8=True).config)
