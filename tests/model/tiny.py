@@ -4,7 +4,6 @@ import torch
 
 from dskernels.model import Config, DeepseekV3
 
-
 # Changes of the preset "tiny" for tests that make thousands of passes: one dense block, one of few experts.
 SMALL = {
     "num_hidden_layers": 2,
