@@ -223,6 +223,7 @@ def test_help_shows_examples(run):
         (["base", "--prompt", "x", "--chat"], "base: has no chat template"),
         (["base", "--prompt", "x", "--system", "y"], "base: has no chat template"),
         (["chat", "--batch", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["chat", "--batch", "chat"], "chat: a folder, expected a file of prompts"),
         (["chat", "--batch", "bytes.txt"], "bytes.txt: not text in UTF-8"),
         (["chat", "--batch", "bad.jsonl"], "bad.jsonl, line 2: not JSON"),
         (["chat", "--batch", "list.jsonl"], 'list.jsonl, line 3: expected an object with "prompt"'),

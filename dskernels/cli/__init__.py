@@ -225,9 +225,6 @@ def main() -> None:
             where = f". See {context.command_path} --help." if context is not None else ""
             _say(error.format_message().rstrip(".") + where)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # whoever read the text has gone: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except EXPECTED as error:
         _say(str(error) or type(error).__name__)
         sys.exit(1)

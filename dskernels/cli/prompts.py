@@ -73,6 +73,8 @@ def read_prompts(
         text = sys.stdin.read() if name == "stdin" else file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{name}: a folder, expected a file of prompts") from None
     except UnicodeDecodeError:
         raise ValueError(f"{name}: not text in UTF-8") from None
     # Not splitlines: a prompt may hold a form feed or a line separator.
