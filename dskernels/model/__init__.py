@@ -4,12 +4,13 @@ from dskernels.model.batch import Batch
 from dskernels.model.cache import LatentCache
 from dskernels.model.chat import ChatTemplate
 from dskernels.model.checkpoint import load
-from dskernels.model.config import PRESETS, Config, Yarn
+from dskernels.model.config import Config, Yarn
 from dskernels.model.fp8_weights import keep_in_fp8
 from dskernels.model.generate import Generation, generate
 from dskernels.model.model import DeepseekV3, Output
 from dskernels.model.moe import RouterOutput
 from dskernels.model.mtp import shift, targets
+from dskernels.model.presets import PRESETS
 from dskernels.model.sampling import Sampling
 from dskernels.model.text import TextStep, TextStream, generate_text, stream_text
 from dskernels.model.tokens import tokenizer_of

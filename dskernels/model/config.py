@@ -1,4 +1,4 @@
-"""The shape of a model: one frozen dataclass, the published presets, Hugging Face's ``config.json`` both ways."""
+"""The shape of a model: one frozen dataclass, and Hugging Face's ``config.json`` both ways."""
 
 from __future__ import annotations
 
@@ -179,6 +179,8 @@ class Config:
         Raises:
             ValueError: there is no such preset; the message lists those that exist.
         """
+        from dskernels.model.presets import PRESETS  # which are made of this class
+
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return PRESETS[name].replace(**changes)
@@ -374,151 +376,3 @@ def _number(values: Mapping[str, Any], name: str, kind: type, where: str) -> Any
     if not right:
         raise ValueError(f"{where}: {name} must be {'a whole number' if kind is int else 'a number'}, got {value!r}")
     return value
-
-
-_DEEPSEEK_YARN = Yarn(factor=40.0)
-_V3 = Config(
-    vocab_size=129280,
-    hidden_size=7168,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    num_hidden_layers=61,
-    first_k_dense_replace=3,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    n_routed_experts=256,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-    routed_scaling_factor=2.5,
-    num_nextn_predict_layers=1,
-    rope_scaling=_DEEPSEEK_YARN,
-    max_position_embeddings=163840,
-    bos_token_id=0,
-    eos_token_id=(1,),
-)
-_V2 = Config(
-    vocab_size=102400,
-    hidden_size=5120,
-    intermediate_size=12288,
-    moe_intermediate_size=1536,
-    num_hidden_layers=60,
-    first_k_dense_replace=1,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    n_routed_experts=160,
-    num_experts_per_tok=6,
-    n_shared_experts=2,
-    n_group=8,
-    topk_group=3,
-    scoring_func="softmax",
-    norm_topk_prob=False,
-    routed_scaling_factor=16.0,
-    rope_scaling=_DEEPSEEK_YARN,
-    max_position_embeddings=163840,
-    bos_token_id=100000,
-    eos_token_id=(100001,),
-)
-_TINY = Config(
-    vocab_size=257,
-    hidden_size=64,
-    intermediate_size=128,
-    moe_intermediate_size=32,
-    num_hidden_layers=4,
-    first_k_dense_replace=1,
-    num_attention_heads=4,
-    q_lora_rank=48,
-    kv_lora_rank=32,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=16,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=2.5,
-    num_nextn_predict_layers=1,
-    initializer_range=0.02,
-)
-
-PRESETS: dict[str, Config] = {
-    "deepseek-v3": _V3,
-    "deepseek-v2": _V2,
-    "deepseek-v2-lite": dataclasses.replace(
-        _V2,
-        hidden_size=2048,
-        intermediate_size=10944,
-        moe_intermediate_size=1408,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        q_lora_rank=None,
-        n_routed_experts=64,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=1.0,
-        rope_scaling=Yarn(factor=40.0, mscale=0.707, mscale_all_dim=0.707),
-    ),
-    "moonlight": dataclasses.replace(
-        _V3,
-        vocab_size=163840,
-        hidden_size=2048,
-        intermediate_size=11264,
-        moe_intermediate_size=1408,
-        num_hidden_layers=27,
-        first_k_dense_replace=1,
-        num_attention_heads=16,
-        q_lora_rank=None,
-        n_routed_experts=64,
-        num_experts_per_tok=6,
-        n_shared_experts=2,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=2.446,
-        num_nextn_predict_layers=0,
-        rope_theta=50000.0,
-        rope_scaling=None,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        bos_token_id=163584,
-        eos_token_id=(163585,),
-    ),
-    "kimi-k2": dataclasses.replace(
-        _V3,
-        vocab_size=163840,
-        first_k_dense_replace=1,
-        num_attention_heads=64,
-        n_routed_experts=384,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=2.827,
-        num_nextn_predict_layers=0,
-        rope_theta=50000.0,
-        rope_scaling=Yarn(factor=32.0, beta_fast=1.0, beta_slow=1.0),
-        max_position_embeddings=131072,
-        bos_token_id=163584,
-        eos_token_id=(163585,),
-    ),
-    # For tests: every feature, small enough to be compared with other implementations in milliseconds.
-    "tiny": _TINY,
-    # For a first training on a CPU: bytes as tokens, and 256 begins and ends a text. So narrow a model wants larger
-    # initial weights than 0.02 (0.05 sqrt(128) is about DeepSeek-V3's 0.006 sqrt(7168)): 2.15 nats a byte after 300
-    # steps instead of 2.42. Of positions it is to tell apart the bytes of a line, with few frequencies: another 0.04.
-    "demo": dataclasses.replace(
-        _TINY,
-        hidden_size=128,
-        intermediate_size=384,
-        moe_intermediate_size=128,
-        num_hidden_layers=3,
-        q_lora_rank=64,
-        kv_lora_rank=64,
-        n_routed_experts=16,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        routed_scaling_factor=1.0,
-        rope_theta=100.0,
-        initializer_range=0.05,
-        bos_token_id=256,
-        eos_token_id=(256,),
-    ),
-}
