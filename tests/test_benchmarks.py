@@ -44,6 +44,8 @@ SMALL = {
 def shrunk(case):
     limits = SMALL[type(case.workload).__name__]
     sizes = {name: min(getattr(case.workload, name), limit) for name, limit in limits.items()}
+    if getattr(case.workload, "uneven", ()):
+        sizes["uneven"] = (7, sizes["s"], 5)[: sizes["b"]]  # no fewer than new tokens
     return dataclasses.replace(case, workload=dataclasses.replace(case.workload, **sizes))
 
 

@@ -14,7 +14,9 @@ CHOICES = [(128, 64, False), (128, 16, False), (64, 64, False), (64, 8, False), 
 @pytest.mark.parametrize(("rows", "page_size", "fp8"), CHOICES)
 def test_compiles_without_spills(rows, page_size, fp8):
     config = choose_hopper_config(rows, page_size, fp8)
-    reports = [compile_cuda(hopper.SOURCE, hopper.options_of(config, out), SHARED) for out in (0, 1)]
+    # fp16 differs in a letter of its instructions: once is enough.
+    dtypes = (0, 1) if (rows, page_size, fp8) == CHOICES[0] else (0,)
+    reports = [compile_cuda(hopper.SOURCE, hopper.options_of(config, out), SHARED) for out in dtypes]
     # 384 threads enter with 168 registers; setmaxnreg then moves them from the loading warpgroup to the other two.
     assert_clean(reports, max_registers=168)
     for report in reports:

@@ -16,7 +16,7 @@ def model():
 
 
 def test_a_thousand_prompts_through_sixteen_slots():
-    """The same texts as one by one, with and without shared prefixes, though places and pages change hands.
+    """The same texts as one by one, though places, pages and prefixes change hands; fewer without, or in any company.
 
     Texts end at different steps, most prompts begin like others, and there are pages for a part of the slots only.
     """
@@ -37,12 +37,12 @@ def test_a_thousand_prompts_through_sixteen_slots():
     ]
     assert len({len(text) for text in one_by_one}) == 3
     assert len(set(map(tuple, one_by_one))) > 150
-    for sharing, invariant in ((False, False), (True, False), (True, True)):
+    for count, sharing, invariant in ((1000, True, False), (250, False, False), (250, True, True)):
         cache = LatentCache(model.config, pages=64, page_size=4, dtype=torch.float32)
         options |= {"cache": cache, "prefix_sharing": sharing, "batch_invariant": invariant, "prefill_tokens": 8}
-        generation = generate(model, prompts, max_batch=SLOTS, **options)
-        assert generation.finish() == one_by_one
-        assert (generation.shared_tokens > 2000) == sharing
+        generation = generate(model, prompts[:count], max_batch=SLOTS, **options)
+        assert generation.finish() == one_by_one[:count]
+        assert (generation.shared_tokens > 2 * count) == sharing
         assert cache.free_pages == 64
 
 
