@@ -1,9 +1,9 @@
 """Compile a `.cu` file for the current GPU with NVRTC, through CuPy, which keeps the result on disk.
 
-A kernel is compiled when a configuration is first needed (0.2 to 0.5 s), and from then on loaded from CuPy's cache
-(~/.cupy/kernel_cache or CUPY_CACHE_DIR), found by a hash of source, options and the versions of CuPy and NVRTC. Any
-number of processes may start at once: each writes a temporary file in that folder and renames it (`os.replace`), and a
-file whose SHA-1 does not fit is compiled again (CuPy 14.2, cupy/cuda/_compiler_cache.py).
+A kernel is compiled when a configuration is first needed (the GEMM in 0.2 to 0.5 s), and from then on loaded from
+CuPy's cache (~/.cupy/kernel_cache or CUPY_CACHE_DIR), found by a hash of source, options and the versions of CuPy and
+NVRTC. Any number of processes may start at once: each writes a temporary file in that folder and renames it
+(`os.replace`), and a file whose SHA-1 does not fit is compiled again (CuPy 14.2, cupy/cuda/_compiler_cache.py).
 
 CuPy adds ``-ftz=true`` to every compilation: fp32 arithmetic flushes subnormals to zero, `__fdiv_rn` included. Where
 subnormals matter, say the operation in PTX (``div.rn.f32``), or compute on integers.

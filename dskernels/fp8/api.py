@@ -96,7 +96,7 @@ def swiglu_quantize(
 
     Returns:
         Fp8Tensor ``[T, I]``, or ``[I, T]`` if `transpose`. The product is formed in fp32 and not rounded before
-        quantising. Against the reference data agrees within one e4m3 step and scale within 2 ulp (the same bits where
+        quantising. Against the reference data agrees within one e4m3 step and scale within 2 ulp (to the bit where
         both run on one GPU).
 
     Raises:
@@ -126,7 +126,7 @@ def swiglu_quantize_backward(
     Returns:
         Fp8Tensor of the gradient ``[T, 2 * I]`` and Fp8Tensor of its transpose ``[2 * I, T]``, both in 1x128 tiles, as
         :func:`quantize_both` makes them. The gradient is formed in fp32 and not rounded before quantising. Against the
-        reference data agrees within one e4m3 step and scale within 2 ulp (the same bits where both run on one GPU).
+        reference data agrees within one e4m3 step and scale within 2 ulp (to the bit where both run on one GPU).
 
     Raises:
         TypeError, ValueError: as :func:`quantize`, and ValueError where `dy` does not fit `gate_up`.
