@@ -151,11 +151,14 @@ __device__ __forceinline__ void store(Element* out, long long stride, const floa
         Element* to = out + (row + 8 * i) * stride;
         const bool inside = row + 8 * i < rows;
 #if OUT == 2
+        float2* at = (float2*)(to + 2 * quarter);  // 8 columns on: at[4]
+        float2 before[V_DIM / 8];                  // all read before any is written, or each would wait for the one in front of it
+#pragma unroll
+        for (int j = 0; j < V_DIM / 8; ++j) before[j] = MERGE && inside ? at[4 * j] : make_float2(0, 0);
 #pragma unroll
         for (int j = 0; j < V_DIM / 8; ++j) {
-            float2 y = make_float2(x[4 * j + 2 * i], x[4 * j + 2 * i + 1]), *at = (float2*)(to + 8 * j + 2 * quarter);
-            if (MERGE && inside) y = make_float2(fmaf(at->x, theirs[i], y.x), fmaf(at->y, theirs[i], y.y));
-            if (inside) *at = y;
+            const float a = x[4 * j + 2 * i], b = x[4 * j + 2 * i + 1];
+            if (inside) at[4 * j] = MERGE ? make_float2(fmaf(before[j].x, theirs[i], a), fmaf(before[j].y, theirs[i], b)) : make_float2(a, b);
         }
 #else
 #pragma unroll
@@ -288,6 +291,13 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
     auto write = [&](const Part& part, const Softmax& softmax) {
         float* to = lse + part.head * tokens + part.row;
         float ours[2], theirs[2];  // what our sums, and what stands there, are multiplied by
+        float before[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = warp * 16 + lane / 4 + 8 * i;
+            before[i] = MERGE && row < part.rows ? to[row] * (1 / LN_2) : MINUS_INFINITY;
+        }
+        if (MERGE) __syncwarp();  // all four lanes of a row have read it
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int row = warp * 16 + lane / 4 + 8 * i;
@@ -296,13 +306,12 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
             ours[i] = weight == 0 ? 0.0f : 1.0f / weight;
             float total = weight == 0 ? MINUS_INFINITY : softmax.largest[i] * factor + log2_fast(weight);
             if (MERGE) {
-                const float before = row < part.rows ? to[row] * (1 / LN_2) : MINUS_INFINITY, largest = fmaxf(before, total);
-                const float base = largest == MINUS_INFINITY ? 0.0f : largest, a = exp2_fast(before - base), b = exp2_fast(total - base);
+                const float largest = fmaxf(before[i], total), base = largest == MINUS_INFINITY ? 0.0f : largest;
+                const float a = exp2_fast(before[i] - base), b = exp2_fast(total - base);
                 const float share = a + b == 0 ? 0.0f : 1.0f / (a + b);
                 theirs[i] = a * share;
                 ours[i] *= b * share;
                 total = base + log2_fast(a + b);
-                __syncwarp();  // all four lanes of a row have read it
             }
             if (lane % 4 == 0 && row < part.rows) to[row] = total * LN_2;
         }
