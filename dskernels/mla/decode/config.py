@@ -96,14 +96,13 @@ class HopperConfig:
     boundary: int = 2
     whole: int = 6
     registers: int = 232
-    loading: int = 48
 
 
 def choose_hopper_config(rows: int, page_size: int, fp8_cache: bool) -> HopperConfig:
     """Config for `rows` query rows of a request over a cache of this page size."""
     if fp8_cache:
-        return HopperConfig(E4M3, prefetch=2, registers=200, loading=112)
+        return HopperConfig(E4M3, prefetch=2, registers=200)
     box_rows = math.gcd(page_size, BLOCK)
     if box_rows < 8:
-        return HopperConfig(ROWS, registers=208, loading=96)
+        return HopperConfig(ROWS, registers=208)
     return HopperConfig(TMA, box_rows, cluster=1 if ceil_div(rows, BLOCK) % 2 else 2)

@@ -14,7 +14,7 @@
 //   CLUSTER     with LOADER 0: CTAs, of neighbouring query rows, that load for each other, 1 or 2
 //   BOUNDARY    what a request costs beside its blocks, in blocks; WHOLE: how many blocks more than its even share a part may get where that
 //               spares cutting requests
-//   REGISTERS   of a thread that multiplies; LOADING of one that loads
+//   REGISTERS   of a thread that multiplies; one that loads has 504 - 2 * REGISTERS, as a CTA of 384 threads begins with 168 for each
 
 #include "mla_decode_load.cuh"
 
@@ -388,7 +388,7 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
 
     const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4, lane = threadIdx.x % 32;
     if (group == 2) {
-        registers_shrink<LOADING>();
+        registers_shrink<504 - 2 * REGISTERS>();
         const Cache rows{cache, table, stride_page, stride_row, stride_table, pages, page};
         const Work results(work, row_blocks, parts);
         auto meta = [&](int request, int count) { results.begins[request] = make_int2(index, count); };

@@ -189,7 +189,6 @@ def options_of(config: HopperConfig, out: int) -> dict[str, int]:
         "BOUNDARY": config.boundary,
         "WHOLE": config.whole,
         "REGISTERS": config.registers,
-        "LOADING": config.loading,
     }
 
 
