@@ -11,7 +11,14 @@ from dskernels.fp8 import (
 )
 from dskernels.gemm import fp8_gemm, fp8_linear
 from dskernels.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
-from dskernels.mla import merge_states, mla_decode, mla_prefill, mla_prefill_cached, write_latent_cache
+from dskernels.mla import (
+    merge_states,
+    mla_decode,
+    mla_decode_queries,
+    mla_prefill,
+    mla_prefill_cached,
+    write_latent_cache,
+)
 from dskernels.moe import combine, fused_experts, permute
 from dskernels.routing import balance_loss, load_statistics, route, route_hidden, update_bias
 from dskernels.types import Fp8Tensor, LoadStatistics, Permuted, Routing
@@ -35,6 +42,7 @@ __all__ = [
     "load_statistics",
     "merge_states",
     "mla_decode",
+    "mla_decode_queries",
     "mla_prefill",
     "mla_prefill_cached",
     "permute",

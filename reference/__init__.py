@@ -10,7 +10,14 @@ from dskernels.reference.fp8 import (
 )
 from dskernels.reference.gemm import fp8_gemm, fp8_linear
 from dskernels.reference.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
-from dskernels.reference.mla import merge_states, mla_decode, mla_prefill, mla_prefill_cached, write_latent_cache
+from dskernels.reference.mla import (
+    merge_states,
+    mla_decode,
+    mla_decode_queries,
+    mla_prefill,
+    mla_prefill_cached,
+    write_latent_cache,
+)
 from dskernels.reference.moe import combine, fused_experts, permute
 from dskernels.reference.routing import balance_loss, load_statistics, route, route_hidden, update_bias
 
@@ -26,6 +33,7 @@ __all__ = [
     "load_statistics",
     "merge_states",
     "mla_decode",
+    "mla_decode_queries",
     "mla_prefill",
     "mla_prefill_cached",
     "permute",

@@ -105,6 +105,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) ->
     return out_QGRV.flatten(-3, -2), lse_GRQ.flatten(-3, -2)
 
 
+def mla_decode_queries(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries that see the latent cache: ``[q^C W^UK, RoPE(q^R)]`` of each head, W^UK absorbed.
+
+    (q W) . c = q . (W c), DeepSeek-V2 (arXiv 2405.04434), 2.1.2.
+    """
+    dtype = _compute_dtype(q)
+    nope = w_uk.shape[1]
+    latent_THL = torch.einsum("thn,hnl->thl", q[..., :nope].to(dtype), w_uk.to(dtype))
+    rope_THP = apply_rope(q[..., nope:].to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype))
+    return torch.cat([latent_THL, rope_THP], dim=-1).to(q.dtype)
+
+
 def mla_decode(
     q: Tensor,
     cache: Tensor,

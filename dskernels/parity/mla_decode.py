@@ -59,6 +59,17 @@ def _write(tokens: int, dims: tuple[int, int], cache_dtype: torch.dtype, exact: 
     return inputs
 
 
+def _queries(tokens: int, heads: int, dims: tuple[int, int, int], dtype: torch.dtype):
+    def inputs(device: torch.device) -> tuple[tuple, dict]:
+        nope, rope, latent = dims
+        angle = normal(2, tokens, rope // 2, scale=10.0)
+        w_uk = normal(1, heads, nope, latent, dtype=dtype, scale=nope**-0.5)
+        args = (normal(0, tokens, heads, nope + rope, dtype=dtype), w_uk, angle.cos(), angle.sin())
+        return tuple(arg.to(device) for arg in args), {}
+
+    return inputs
+
+
 def _merge(shape: tuple[int, ...], dtype: torch.dtype):
     def inputs(device: torch.device) -> tuple[tuple, dict]:
         *batch, queries, heads, _ = shape
@@ -79,6 +90,8 @@ CASES = [
     Case("write_latent_cache", "t9, bf16 cache", _write(9, (512, 64), torch.bfloat16), BF16),
     Case("write_latent_cache", "t9, fp8 cache", _write(9, (512, 64), torch.uint8, exact=True), 0.0),
     Case("write_latent_cache", "t5, dims 48 + 16, fp32 cache", _write(5, (48, 16), torch.float32), FP32),
+    Case("mla_decode_queries", "t9 h3", _queries(9, 3, (128, 64, 512), torch.bfloat16), BF16),
+    Case("mla_decode_queries", "t17 h2, dims 24 + 6 to 40, fp32", _queries(17, 2, (24, 6, 40), torch.float32), FP32),
     Case("merge_states", "t7 h3, gradients", _merge((7, 3, 128), torch.float32), FP32, gradient=True),
     Case("merge_states", "b2 q3 h5, bf16, gradients", _merge((2, 3, 5, 512), torch.bfloat16), BF16, gradient=True),
 ]
