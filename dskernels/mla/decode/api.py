@@ -103,5 +103,4 @@ _mla_decode = Operation(
     hopper="dskernels.mla.decode.hopper:mla_decode",
     triton="dskernels.mla.decode.triton:mla_decode",
     fake=_fake,
-    on_request={"hopper": "it has not been run as it stands, and runs when asked for by impl='hopper'"},
 )

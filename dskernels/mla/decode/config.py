@@ -105,4 +105,6 @@ def choose_hopper_config(rows: int, page_size: int, fp8_cache: bool) -> HopperCo
     box_rows = math.gcd(page_size, BLOCK)
     if box_rows < 8:
         return HopperConfig(ROWS, registers=208)
-    return HopperConfig(TMA, box_rows, cluster=1 if ceil_div(rows, BLOCK) % 2 else 2)
+    cluster = 1 if ceil_div(rows, BLOCK) % 2 else 2
+    # The thread that loads more than a box a block needs more than 40 registers.
+    return HopperConfig(TMA, box_rows, cluster=cluster, registers=232 if box_rows == BLOCK else 224)
