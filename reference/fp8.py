@@ -119,10 +119,21 @@ def rmsnorm_backward(
 
 
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, scale_format: str = "fp32"
-) -> Fp8Tensor | tuple[Fp8Tensor, Tensor]:
-    """e4m3 of RMSNorm(x) [T, H] in 1x128 tiles; with `residual`, of RMSNorm(x + residual), and that sum."""
-    if residual is None:
-        return quantize(rmsnorm(x, weight, eps), scale_format=scale_format)
-    total = x + residual
-    return quantize(rmsnorm(total, weight, eps), scale_format=scale_format), total
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    with_normed: bool = False,
+    scale_format: str = "fp32",
+) -> Fp8Tensor | tuple[Fp8Tensor, Tensor] | tuple[Fp8Tensor, Tensor, Tensor]:
+    """e4m3 of RMSNorm(x) [T, H] in 1x128 tiles; with `residual`, of RMSNorm(x + residual), and that sum.
+
+    With `with_normed` always with the sum, and the norm.
+    """
+    total = x if residual is None else x + residual
+    normed = rmsnorm(total, weight, eps)
+    quantized = quantize(normed, scale_format=scale_format)
+    if with_normed:
+        return quantized, total, normed.to(x.dtype)
+    return quantized if residual is None else (quantized, total)

@@ -108,14 +108,19 @@ def test_gate_far_from_zero(device):
     rows=st.integers(1, 9),
     cols=st.sampled_from([1, 7, 128, 200, 576, 16385]),
     residual=st.booleans(),
+    with_normed=st.booleans(),
     dtype=dtype_strategy(),
 )
-def test_rmsnorm_quantize(device, rows, cols, residual, dtype):
+def test_rmsnorm_quantize(device, rows, cols, residual, with_normed, dtype):
     x, weight = torch.randn(rows, cols).to(dtype).to(device), torch.randn(cols).to(dtype).to(device)
     stream = torch.randn(rows, cols).to(dtype).to(device) if residual else None
-    got = ds.rmsnorm_quantize(x, weight, EPS, stream, impl="triton")
-    want = reference.rmsnorm_quantize(x, weight, EPS, stream)
-    if residual:
+    got = ds.rmsnorm_quantize(x, weight, EPS, stream, with_normed=with_normed, impl="triton")
+    want = reference.rmsnorm_quantize(x, weight, EPS, stream, with_normed=with_normed)
+    if with_normed:
+        assert got[2].dtype == dtype
+        torch.testing.assert_close(got[2], want[2])
+        assert residual or got[1] is x
+    if residual or with_normed:
         assert torch.equal(got[1], want[1])
         got, want = got[0], want[0]
     close(got, want)

@@ -35,7 +35,7 @@ def test_norm_compiles_without_spills(cols, residual):
     config = choose_hopper_norm(cols)
     assert config.warps <= 32
     assert 8 * 32 * config.warps * config.per >= cols
-    options = [hopper_norm.options(config, residual, ue8m0) for ue8m0 in (False, True)]
+    options = [hopper_norm.options(config, residual, ue8m0, ue8m0) for ue8m0 in (False, True)]
     reports = [compile_cuda(hopper_norm.SOURCE, each, 0) for each in options]
     assert_clean(reports, max_registers=65536 // (32 * config.warps * config.blocks))
     for report in reports:
@@ -101,9 +101,12 @@ def test_norm_has_the_references_bytes(device, rows, cols, scale_format, residua
     weight = torch.randn(cols, device=device).bfloat16()
     stream = matrix(rows, cols, device=device) if residual else None
     poisoned(device)
-    got = ds.rmsnorm_quantize(x, weight, 1e-6, stream, scale_format=scale_format, impl="hopper")
-    want = reference.rmsnorm_quantize(x, weight, 1e-6, stream, scale_format=scale_format)
-    if residual:
+    options = {"scale_format": scale_format, "with_normed": scale_format == "ue8m0"}
+    got = ds.rmsnorm_quantize(x, weight, 1e-6, stream, **options, impl="hopper")
+    want = reference.rmsnorm_quantize(x, weight, 1e-6, stream, **options)
+    if options["with_normed"]:
+        assert torch.equal(got[2].view(torch.int16), want[2].view(torch.int16))
+    if residual or options["with_normed"]:
         assert torch.equal(got[1].view(torch.int16), want[1].view(torch.int16))
         got, want = got[0], want[0]
     same_bytes(got, want)

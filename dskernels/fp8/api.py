@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -149,21 +149,47 @@ def _check_gate_up(gate_up: Tensor) -> None:
 
 @overload
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: None = None, *, scale_format: str = ..., impl: str | None = ...
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: None = None,
+    *,
+    with_normed: Literal[False] = False,
+    scale_format: str = ...,
+    impl: str | None = ...,
 ) -> Fp8Tensor: ...
 @overload
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, scale_format: str = ..., impl: str | None = ...
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor,
+    *,
+    with_normed: Literal[False] = False,
+    scale_format: str = ...,
+    impl: str | None = ...,
 ) -> tuple[Fp8Tensor, Tensor]: ...
+@overload
 def rmsnorm_quantize(
     x: Tensor,
     weight: Tensor,
     eps: float,
     residual: Tensor | None = None,
     *,
+    with_normed: Literal[True],
+    scale_format: str = ...,
+    impl: str | None = ...,
+) -> tuple[Fp8Tensor, Tensor, Tensor]: ...
+def rmsnorm_quantize(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    *,
+    with_normed: bool = False,
     scale_format: str = "fp32",
     impl: str | None = None,
-) -> Fp8Tensor | tuple[Fp8Tensor, Tensor]:
+) -> Fp8Tensor | tuple[Fp8Tensor, Tensor] | tuple[Fp8Tensor, Tensor, Tensor]:
     """Normalise and quantise in 1x128 tiles: x / sqrt(mean(x^2) + eps) * weight, of x + residual if that is given.
 
     Args:
@@ -171,12 +197,14 @@ def rmsnorm_quantize(
         weight: bf16, fp16 or fp32 ``[H]``.
         eps: added to the mean square.
         residual: the residual stream, like `x`; the sum is rounded to x's dtype before it is normalised.
+        with_normed: return the norm in x's dtype as well, for what does not multiply in e4m3 (a router).
         scale_format: ``"fp32"`` or ``"ue8m0"``, see :func:`quantize`.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
-        Fp8Tensor ``[T, H]``; with `residual`, that and the new residual stream ``x + residual``. Against the reference
-        data agrees within one e4m3 step and scale within 2 ulp: squares are added up more exactly than in fp32, so that
+        Fp8Tensor ``[T, H]``; with `residual`, that and the new residual stream ``x + residual``; with `with_normed`,
+        these two (the stream is `x` itself where there is no `residual`) and the norm. What is quantised was not
+        rounded to x's dtype before. Against the reference data agrees within one e4m3 step and scale within 2 ulp: squares are added up more exactly than in fp32, so that
         the order does not matter.
 
     Raises:
@@ -190,8 +218,13 @@ def rmsnorm_quantize(
     check_float("eps", eps)
     if residual is not None:
         check_tensor("residual", residual, dtype=x.dtype, shape=tuple(x.shape), like=x)
-    data, scale, total = _rmsnorm_quantize(x, weight, eps, residual, scale_format == "ue8m0", impl=impl)
-    return Fp8Tensor(data, scale) if residual is None else (Fp8Tensor(data, scale), total)
+    check_choice("with_normed", with_normed, (True, False))
+    ue8m0 = scale_format == "ue8m0"
+    data, scale, total, normed = _rmsnorm_quantize(x, weight, eps, residual, ue8m0, bool(with_normed), impl=impl)
+    quantized = Fp8Tensor(data, scale)
+    if with_normed:
+        return quantized, x if residual is None else total, normed
+    return quantized if residual is None else (quantized, total)
 
 
 def rmsnorm_backward(
@@ -263,10 +296,17 @@ def _swiglu_quantize_backward_reference(dy: Tensor, gate_up: Tensor, ue8m0: bool
 
 
 def _rmsnorm_quantize_reference(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    result = reference.rmsnorm_quantize(x, weight, eps, residual, scale_format=_format(ue8m0))
-    return (*result[:2], x.new_empty(0, x.shape[1])) if residual is None else (*result[0][:2], result[1])
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool, with_normed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total, normed = (x.new_empty(0, x.shape[1]) for _ in range(2))
+    result = reference.rmsnorm_quantize(x, weight, eps, residual, with_normed=with_normed, scale_format=_format(ue8m0))
+    quantized, *rest = (result,) if isinstance(result, Fp8Tensor) else result
+    return (
+        quantized.data,
+        quantized.scale,
+        total if residual is None else rest[0],
+        rest[-1] if with_normed else normed,
+    )
 
 
 _quantize = Operation(
@@ -303,13 +343,15 @@ _swiglu_quantize_backward = Operation(
     ),
 )
 _rmsnorm_quantize = Operation(
-    "rmsnorm_quantize(Tensor x, Tensor weight, float eps, Tensor? residual, bool ue8m0) -> (Tensor, Tensor, Tensor)",
+    "rmsnorm_quantize(Tensor x, Tensor weight, float eps, Tensor? residual, bool ue8m0, bool with_normed)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_rmsnorm_quantize_reference,
     triton="dskernels.fp8.triton_norm:rmsnorm_quantize",
     hopper="dskernels.fp8.hopper_norm:rmsnorm_quantize",
-    fake=lambda x, weight, eps, residual, ue8m0: (
+    fake=lambda x, weight, eps, residual, ue8m0, with_normed: (
         *empty_quantized(x, (1, 128)),
         x.new_empty(0, x.shape[1]) if residual is None else torch.empty_like(x),
+        x.new_empty(x.shape[0] if with_normed else 0, x.shape[1]),
     ),
 )
 _rmsnorm_backward = Operation(

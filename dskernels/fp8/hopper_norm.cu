@@ -3,36 +3,19 @@
 // A CTA takes a row and reads it once, into registers: a thread has PER chunks of 8 columns, every CTA-th of them, and 16 lanes have a tile.
 // Many CTAs on a multiprocessor keep memory busy while others reduce.
 //
-// Options (-D): RESIDUAL, whether a second row is added first; WARPS, PER, BLOCKS to an SM, UE8M0.
+// Options (-D): RESIDUAL, whether a second row is added first; NORMED, whether the norm is also stored in bf16; WARPS, PER, BLOCKS to an SM, UE8M0.
 
 #include "quantize.cuh"
+#include "rms_norm.cuh"
 
 constexpr int CTA = 32 * WARPS;
 
-// |x| of an fp32 that was bf16, in fp64. Two integer instructions a number in place of a conversion, of which a multiprocessor has 16 a clock.
-// What is below 2^-126 becomes about 2^-127, whose square no mean of fp32 can tell from 0; infinity becomes 2^128, whose square is infinite in it.
-__device__ __forceinline__ double widened(float x) { return __hiloint2double(((__float_as_uint(x) & ~(1u << 31)) >> 3) + (896u << 20), 0); }
+__device__ __forceinline__ u32 rounded_sum(u32 x, u32 y) { return narrowed(add(low(x), low(y)), add(high(x), high(y))); }
 
-// 1 / sqrt(mean + eps), each operation rounded to nearest.
-__device__ __forceinline__ float factor_of(double mean, float eps) {
-    float x;
-    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(x) : "d"(mean));
-    x = add(x, eps);
-    asm("sqrt.rn.f32 %0, %0;" : "+f"(x));
-    asm("rcp.rn.f32 %0, %0;" : "+f"(x));
-    return x;
-}
-
-__device__ __forceinline__ u32 rounded_sum(u32 x, u32 y) {
-    u32 sum;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(sum) : "f"(add(high(x), high(y))), "f"(add(low(x), low(y))));
-    return sum;
-}
-
-// `x` and `residual` are bf16 [rows, cols]; q and total are contiguous; stride_s is that of scales from one tile of a row to the next.
+// `x` and `residual` are bf16 [rows, cols]; q, total and normed are contiguous; stride_s is that of scales from one tile of a row to the next.
 extern "C" __global__ void __launch_bounds__(CTA, BLOCKS)
-rmsnorm_quantize(const u16* __restrict__ x, const u16* __restrict__ residual, const u16* __restrict__ weight, u16* __restrict__ total, u8* __restrict__ q,
-                 float* __restrict__ s, long long stride_x, long long stride_r, int cols, int stride_s, float eps, double inverse_cols) {
+rmsnorm_quantize(const u16* __restrict__ x, const u16* __restrict__ residual, const u16* __restrict__ weight, u16* __restrict__ total,
+                 u16* __restrict__ normed, u8* __restrict__ q, float* __restrict__ s, long long stride_x, long long stride_r, int cols, int stride_s, float eps, double inverse_cols) {
     __shared__ double sums[WARPS];
     const int lane = threadIdx.x % 32, chunks = cols / 8;
     const long long row = blockIdx.x;
@@ -90,6 +73,9 @@ rmsnorm_quantize(const u16* __restrict__ x, const u16* __restrict__ residual, co
             y[j] = mul(mul(element(a[i], j), factor), element(weights, j));
             amax = larger(amax, y[j]);
         }
+        if (NORMED)
+            store(normed + row * cols + chunk * 8, make_uint4(narrowed(y[0], y[1]), narrowed(y[2], y[3]), narrowed(y[4], y[5]), narrowed(y[6], y[7])),
+                  chunk < chunks);
         u32 bits = __float_as_uint(amax);
 #pragma unroll
         for (int m = 8; m; m /= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, m));

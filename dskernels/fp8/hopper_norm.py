@@ -24,14 +24,15 @@ SOURCE = Path(__file__).with_name("hopper_norm.cu")
 
 
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Data and scale of RMSNorm(x [+ residual]), and that sum (empty without a residual)."""
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool, with_normed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Data and scale of RMSNorm(x [+ residual]), that sum, and the norm itself; what was not asked for has no rows."""
     rows, cols = x.shape
     data, scale = empty_quantized(x, (1, 128))
     total = empty(x, (0 if residual is None else rows, cols), x.dtype)
-    _rmsnorm_quantize(x, weight, eps, residual, ue8m0, total, data, scale)
-    return data, scale, total
+    normed = empty(x, (rows if with_normed else 0, cols), x.dtype)
+    _rmsnorm_quantize(x, weight, eps, residual, ue8m0, with_normed, total, normed, data, scale)
+    return data, scale, total, normed
 
 
 @Planned
@@ -41,16 +42,20 @@ def _rmsnorm_quantize(
     eps: float,
     residual: Tensor | None,
     ue8m0: bool,
+    with_normed: bool,
     total: Tensor,
+    normed: Tensor,
     data: Tensor,
     scale: Tensor,
 ) -> Plan:
     rows, cols = x.shape
     config = choose_hopper_norm(cols)
     return Plan(
-        kernel(SOURCE, "rmsnorm_quantize", options(config, residual is not None, ue8m0), 0, x.device.index),
+        kernel(
+            SOURCE, "rmsnorm_quantize", options(config, residual is not None, ue8m0, with_normed), 0, x.device.index
+        ),
         arguments=(
-            *map(Pointer, ("x", "residual", "weight", "total", "data", "scale")),
+            *map(Pointer, ("x", "residual", "weight", "total", "normed", "data", "scale")),
             *map(ctypes.c_longlong, (x.stride(0), 0 if residual is None else residual.stride(0))),
             *map(ctypes.c_int, (cols, scale.stride(1))),
             ctypes.c_float(eps),
@@ -63,10 +68,11 @@ def _rmsnorm_quantize(
     )
 
 
-def options(config: HopperNormConfig, residual: bool, ue8m0: bool) -> dict[str, int]:
+def options(config: HopperNormConfig, residual: bool, ue8m0: bool, normed: bool = False) -> dict[str, int]:
     """What hopper_norm.cu is specialised by."""
     return {
         "RESIDUAL": int(residual),
+        "NORMED": int(normed),
         "UE8M0": int(ue8m0),
         "WARPS": config.warps,
         "PER": config.per,
@@ -75,7 +81,7 @@ def options(config: HopperNormConfig, residual: bool, ue8m0: bool) -> dict[str, 
 
 
 def rmsnorm_quantize_supports(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool, with_normed: bool = False
 ) -> str | None:
     """Why this kernel does not take these arguments, or None."""
     for name, matrix in (("x", x), ("weight", weight), ("residual", residual)):

@@ -21,6 +21,7 @@ def rmsnorm_quantize_kernel(
     p_residual,
     p_weight,
     p_total,
+    p_normed,
     p_q,
     p_s,
     cols,
@@ -28,10 +29,12 @@ def rmsnorm_quantize_kernel(
     stride_xr,
     stride_rr,
     stride_tr,
+    stride_nr,
     stride_qr,
     stride_sc,
     UE8M0: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    NORMED: tl.constexpr,
     TILES: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -43,6 +46,7 @@ def rmsnorm_quantize_kernel(
     if HAS_RESIDUAL:
         p_residual += i_r * stride_rr
     p_total += i_r * stride_tr
+    p_normed += i_r * stride_nr
     p_q += i_r * stride_qr
     p_s += i_r
     if WHOLE:
@@ -53,7 +57,7 @@ def rmsnorm_quantize_kernel(
         x = x.to(tl.float32)
         high, low = squared(x)
         factor = norm_factor(high, low, cols, eps)
-        store_normed(x * factor * weight, p_q, p_s, 0, cols, stride_sc, UE8M0, TILES)
+        store_normed(x * factor * weight, p_normed, p_q, p_s, 0, cols, stride_sc, UE8M0, NORMED, TILES)
     else:
         high, low = tl.zeros([TILES, 128], tl.float32), tl.zeros([TILES, 128], tl.float32)
         for start in range(0, cols, TILES * 128):
@@ -67,7 +71,7 @@ def rmsnorm_quantize_kernel(
             # The sum is formed again rather than read back: a thread may not see what another has stored.
             x = stream(p_x, p_residual, start + o_c, cols, HAS_RESIDUAL).to(tl.float32)
             weight = tl.load(p_weight + start + o_c, mask=start + o_c < cols, other=0.0).to(tl.float32)
-            store_normed(x * factor * weight, p_q, p_s, start, cols, stride_sc, UE8M0, TILES)
+            store_normed(x * factor * weight, p_normed, p_q, p_s, start, cols, stride_sc, UE8M0, NORMED, TILES)
 
 
 # The factor of a row is the reference's to the bit, and so are the scales: one ulp of it would be up to five of theirs.
@@ -113,13 +117,17 @@ def stream(p_x, p_residual, o_c, cols, HAS_RESIDUAL: tl.constexpr):
 
 
 @triton.jit
-def store_normed(y, p_q, p_s, start, cols, stride_sc, UE8M0: tl.constexpr, TILES: tl.constexpr):
-    """Quantise `y` [TILES, 128], the tiles of a row from column `start` on, and store them."""
+def store_normed(
+    y, p_normed, p_q, p_s, start, cols, stride_sc, UE8M0: tl.constexpr, NORMED: tl.constexpr, TILES: tl.constexpr
+):
+    """Quantise `y` [TILES, 128], the tiles of a row from column `start` on, and store them, and if NORMED `y` itself."""
     o_c = start + tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 128)[None, :]
     i_tile = start // 128 + tl.arange(0, TILES)
     scale = tile_scale(tl.max(magnitude(y), axis=1), UE8M0)
     tl.store(p_q + o_c, to_e4m3(y, scale[:, None]), mask=o_c < cols)
     tl.store(p_s + i_tile.to(tl.int64) * stride_sc, scale, mask=i_tile * 128 < cols)
+    if NORMED:
+        tl.store(p_normed + o_c, cast(y, p_normed.dtype.element_ty), mask=o_c < cols)
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])
@@ -241,12 +249,13 @@ def sum_parts_kernel(p_partial, p_out, parts, cols, PARTS: tl.constexpr, COLS: t
 
 
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Data and scale of RMSNorm(x [+ residual]), and that sum (empty without a residual)."""
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool, with_normed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Data and scale of RMSNorm(x [+ residual]), that sum, and the norm itself; what was not asked for has no rows."""
     rows, cols = x.shape
     data, scale = empty_quantized(x, (1, 128))
     total = torch.empty_like(x) if residual is not None else x.new_empty(0, cols)
+    normed = x.new_empty(rows if with_normed else 0, cols)
     config = choose_norm(cols)
     if rows and cols:
         launch(
@@ -256,6 +265,7 @@ def rmsnorm_quantize(
             residual,
             weight,
             total,
+            normed,
             data,
             scale,
             cols,
@@ -263,15 +273,17 @@ def rmsnorm_quantize(
             x.stride(0),
             0 if residual is None else residual.stride(0),
             total.stride(0),
+            normed.stride(0),
             data.stride(0),
             scale.stride(1),
             UE8M0=ue8m0,
             HAS_RESIDUAL=residual is not None,
+            NORMED=with_normed,
             TILES=config.tiles,
             WHOLE=config.whole,
             num_warps=config.num_warps,
         )
-    return data, scale, total
+    return data, scale, total, normed
 
 
 def rmsnorm_backward(
