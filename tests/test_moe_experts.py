@@ -349,6 +349,11 @@ def block(x=X, w13=W13, w2=W2, routing=ROUTING, **options):
         (lambda: block(shared=(W13, W2)), ValueError, r"shared\[0\]: expected shape \[2 \* I, H\]"),
         (lambda: block(shared=(S13, S2[:, :9])), ValueError, r"shared\[1\]: expected shape \[24, 16\] for shared\[0\]"),
         (lambda: block(shared=(S13.half(), S2)), TypeError, r"shared\[0\]: expected dtype float32"),
+        (lambda: block(n_shared=-1), ValueError, "n_shared: expected"),
+        (lambda: block(n_shared=3), ValueError, "n_shared: expected fewer than the 3 experts of w13, got 3"),
+        (lambda: block(n_shared=1, shared=(S13, S2)), ValueError, "n_shared: expected 0 where `shared` is given"),
+        (lambda: block(quantized=X), TypeError, "quantized: expected an Fp8Tensor"),
+        (lambda: block(quantized=ds.quantize(X[:3])), ValueError, r"quantized: expected the shape \[6, 24\] of x"),
         (lambda: block(impl="gpu"), ValueError, "impl: expected one of"),
     ],
 )
@@ -362,10 +367,10 @@ def test_registration():
     tensors = [t.clone().requires_grad_() for t in (X, W13, W2, WEIGHTS, S13, S2)]
     x, w13, w2, weights, s13, s2 = tensors
     plain = (x, w13, None, w2, None, weights, EXPERTS, s13, None, s2, None)
-    check_registration(ops.fused_experts.default, (*plain, False, True))
-    check_registration(ops.fused_experts.default, (*plain[:7], None, None, None, None, False, False))
+    check_registration(ops.fused_experts.default, (*plain, False, True, None, None, 0))
+    check_registration(ops.fused_experts.default, (*plain[:7], None, None, None, None, False, False, None, None, 1))
     quantized = (x, Q13.data, Q13.scale, Q2.data, Q2.scale, weights, EXPERTS, None, None, None, None)
-    check_registration(ops.fused_experts.default, (*quantized, True, True))
+    check_registration(ops.fused_experts.default, (*quantized, True, True, None, None, 0))
     flat = (X, W13, None, W2, None, WEIGHTS, EXPERTS, S13, None, S2, None)
     kept = (torch.randn(12, 16), torch.randn(6, 32))
     needs = [True, False, True, True, False, True]

@@ -50,7 +50,7 @@ def run(device, monkeypatch):
             [part for w in shared or (None, None) for part in _flat(w)],
         )
         block = (x, *flat[0], weights, experts, *flat[1])
-        out, *kept = hopper.fused_experts(*block, fp8, not recompute)
+        out, *kept = hopper.fused_experts(*block, fp8, not recompute, None, None, 0)
         if dout is None:
             return [out]
         needs = [True, *(not isinstance(w, Fp8Tensor) for w in (w13, w2)), True, bool(shared), bool(shared)]
@@ -197,7 +197,9 @@ def test_a_token_that_nobody_takes_is_not_read(run, device, fp8):
 
 def reason(tensors, experts, fp8):
     x, w13, w2, weights, *_ = tensors
-    return hopper.fused_experts_supports(x, w13, None, w2, None, weights, experts, None, None, None, None, fp8, True)
+    return hopper.fused_experts_supports(
+        x, w13, None, w2, None, weights, experts, None, None, None, None, fp8, True, None, None, 0
+    )
 
 
 def test_what_it_does_not_take():

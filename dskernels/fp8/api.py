@@ -204,8 +204,8 @@ def rmsnorm_quantize(
     Returns:
         Fp8Tensor ``[T, H]``; with `residual`, that and the new residual stream ``x + residual``; with `with_normed`,
         these two (the stream is `x` itself where there is no `residual`) and the norm. What is quantised was not
-        rounded to x's dtype before. Against the reference data agrees within one e4m3 step and scale within 2 ulp: squares are added up more exactly than in fp32, so that
-        the order does not matter.
+        rounded to x's dtype before. Against the reference data agrees within one e4m3 step and scale within 2 ulp:
+        squares are added up more exactly than in fp32, so that the order does not matter.
 
     Raises:
         TypeError, ValueError: as :func:`quantize`, and ValueError where `weight` or `residual` does not fit `x`.

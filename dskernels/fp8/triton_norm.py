@@ -120,7 +120,7 @@ def stream(p_x, p_residual, o_c, cols, HAS_RESIDUAL: tl.constexpr):
 def store_normed(
     y, p_normed, p_q, p_s, start, cols, stride_sc, UE8M0: tl.constexpr, NORMED: tl.constexpr, TILES: tl.constexpr
 ):
-    """Quantise `y` [TILES, 128], the tiles of a row from column `start` on, and store them, and if NORMED `y` itself."""
+    """Quantise `y` [TILES, 128], the tiles of a row from column `start` on; store them and, if NORMED, `y` itself."""
     o_c = start + tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 128)[None, :]
     i_tile = start // 128 + tl.arange(0, TILES)
     scale = tile_scale(tl.max(magnitude(y), axis=1), UE8M0)

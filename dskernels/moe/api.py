@@ -87,6 +87,8 @@ def fused_experts(
     routing: Routing,
     *,
     shared: tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor] | None = None,
+    n_shared: int = 0,
+    quantized: Fp8Tensor | None = None,
     fp8: bool = False,
     recompute: bool | None = None,
     impl: str | None = None,
@@ -110,6 +112,11 @@ def fused_experts(
         shared: ``(w13 [2 * I', H], w2 [H, I'])`` of the shared expert, likewise. Where I' = I and it is stored behind
             the routed experts, ``w13 = all_w13[:E]`` and ``shared = (all_w13[E], all_w2[E])``, it shares their launches
             when nothing is kept for a backward, unless the weights are quantised inside.
+        n_shared: how many experts at the end of `w13` and `w2` are shared ones, in place of `shared`: every token takes
+            them, with weight 1, in the launches of the others. Ids of the routing are then below E - n_shared. A shared
+            network that is n times as wide as a routed expert is n of them.
+        quantized: ``[T, H]`` in 1x128 tiles, `x` as :func:`dskernels.quantize` or :func:`dskernels.rmsnorm_quantize`
+            has made it: products in e4m3 take it in place of quantising `x`, unless a gradient is wanted.
         fp8: quantise what is not quantised yet, inside.
         recompute: keep nothing between forward and backward but the arguments, and compute ``w13 @ x`` again; if False,
             it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never kept. By default it
@@ -132,10 +139,19 @@ def fused_experts(
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
     if shared is not None and not (isinstance(shared, tuple) and len(shared) == 2):
         raise TypeError(f"shared: expected None or a tuple (w13, w2), got {type(shared).__name__}")
+    check_int("n_shared", n_shared, low=0)
+    if n_shared and shared is not None:
+        raise ValueError(f"n_shared: expected 0 where `shared` is given, got {n_shared}")
     given = (w13, w2, *(shared or ()))
     fp8 = bool(fp8) or any(isinstance(weight, Fp8Tensor) for weight in given)
     _check_network(("w13", w13), ("w2", w2), x, fp8, stacked=True)
     check_int("w13: number of experts", w13.shape[0], low=1, high=MAX_EXPERTS)
+    if n_shared >= w13.shape[0]:
+        raise ValueError(f"n_shared: expected fewer than the {w13.shape[0]} experts of w13, got {n_shared}")
+    if quantized is not None:
+        check_fp8("quantized", quantized, blocks=[(1, 128)], like=x)
+        if quantized.shape != x.shape:
+            raise ValueError(f"quantized: expected the shape {list(x.shape)} of x, got {list(quantized.shape)}")
     if shared is not None:
         _check_network(("shared[0]", shared[0]), ("shared[1]", shared[1]), x, fp8, stacked=False)
     if not isinstance(routing, Routing):
@@ -147,7 +163,20 @@ def fused_experts(
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *flat))
     keep = needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute)
     shared_flat = flat[4:] or [None] * 4
-    return _fused_experts(x, *flat[:4], weights, experts, *shared_flat, fp8, keep, impl=impl)[0]
+    if needs_gradient:
+        quantized = None
+        if n_shared:
+            weights, experts, n_shared = *_with_shared(weights, experts, w13.shape[0], n_shared), 0
+    operand = (None, None) if quantized is None or not fp8 else (quantized.data, quantized.scale)
+    return _fused_experts(x, *flat[:4], weights, experts, *shared_flat, fp8, keep, *operand, n_shared, impl=impl)[0]
+
+
+def _with_shared(weights: Tensor, experts: Tensor, n_experts: int, n_shared: int) -> tuple[Tensor, Tensor]:
+    """The choices of each token, and behind them the last experts, of weight 1."""
+    first = n_experts - n_shared
+    shared = torch.arange(first, n_experts, dtype=experts.dtype, device=experts.device).expand(experts.shape[0], -1)
+    chosen = torch.where(experts < first, experts, -1)
+    return torch.cat([weights, weights.new_ones(shared.shape)], 1), torch.cat([chosen, shared], 1)
 
 
 def _check_network(w13: tuple[str, Any], w2: tuple[str, Any], x: Tensor, fp8: bool, *, stacked: bool) -> None:
@@ -265,9 +294,14 @@ def _block(block: Sequence[Any], fp8: bool) -> Tensor:
 
 
 def _fused_experts_reference(*args):
-    *block, fp8, keep = args
+    *block, fp8, keep, data, scale, n_shared = args
+    if n_shared:
+        block[5:7] = _with_shared(*block[5:7], block[1].shape[0], n_shared)
     x, w13, w13_scale, _, _, _, experts, shared_w13, shared_scale, *_ = block
-    out = _block(block, fp8)
+    if data is None or scale is None:
+        out = _block(block, fp8)
+    else:  # quantised again it is what it was
+        out = _block([Fp8Tensor(data, scale).dequantize(torch.float32), *block[1:]], fp8).to(x.dtype)
     gate_up, shared_gate_up = _kept(x, w13, experts, shared_w13, keep)
     if keep:
         permuted = reference.permute(x, experts, w13.shape[0])
@@ -321,7 +355,8 @@ BLOCK = (
 DIFFERENTIABLE = (0, 1, 3, 5, 7, 9)
 
 _fused_experts = Operation(
-    f"fused_experts({BLOCK}, bool fp8, bool keep) -> (Tensor, Tensor, Tensor)",
+    f"fused_experts({BLOCK}, bool fp8, bool keep, Tensor? quantized, Tensor? quantized_scale, int n_shared)"
+    " -> (Tensor, Tensor, Tensor)",
     reference=_fused_experts_reference,
     triton="dskernels.moe.triton_experts:fused_experts",
     hopper="dskernels.moe.hopper:fused_experts",
@@ -338,7 +373,7 @@ _fused_experts_backward = Operation(
 
 
 def _save_experts(ctx: Any, args: tuple, output: tuple) -> None:
-    *block, ctx.fp8, _ = args
+    *block, ctx.fp8, _, _, _, _ = args
     _, gate_up, shared_gate_up = output
     ctx.mark_non_differentiable(gate_up, shared_gate_up)
     ctx.set_materialize_grads(False)

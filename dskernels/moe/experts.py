@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dskernels.moe.config import MAX_EXPERTS
 from dskernels.moe.triton import weighted_sum
-from dskernels.moe.triton_sort import append_choice, sort
+from dskernels.moe.triton_sort import append_choices, sort
 from dskernels.moe.triton_swiglu import swiglu_backward
 from dskernels.types import Fp8Tensor
 
@@ -94,17 +94,27 @@ class Steps:
 
 
 def forward(
-    steps: Steps, x: Tensor, routed: Network, weights: Tensor, experts: Tensor, shared: Network | None, keep: bool
+    steps: Steps,
+    x: Tensor,
+    routed: Network,
+    weights: Tensor,
+    experts: Tensor,
+    shared: Network | None,
+    keep: bool,
+    quantized: Fp8Tensor | None,
+    n_shared: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [T, H], and, if asked to keep them for the backward, gate and up of both networks.
 
-    If not, a shared expert that follows the routed ones in memory is one more of them, which every token takes.
+    The last `n_shared` experts are taken by every token; where nothing is kept, a shared expert that follows the routed
+    ones in memory is one more of these. `quantized` is `x` as the products take it, where that is there already.
     """
-    a = steps.operand(x)
+    a = steps.operand(x) if quantized is None else quantized
     of_shared = x.new_empty(0, 0 if shared is None else shared.w13.shape[0])
     if shared is not None and not keep and (together := _one_stack(steps, routed, shared)) is not None:
-        experts, weights = append_choice(experts, weights, routed.w13.shape[0])
-        routed, shared = together, None
+        routed, shared, n_shared = together, None, 1
+    if n_shared:
+        experts, weights = append_choices(experts, weights, routed.w13.shape[0] - n_shared, n_shared)
 
     def run(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
         gate_up = _up(steps, a, network, batch, x.dtype)
@@ -216,8 +226,9 @@ def operations(plain: Steps, quantized: Steps) -> tuple[Callable, Callable]:
     """`fused_experts` and its backward on the operations' flat arguments, of steps for plain and for e4m3 operands."""
 
     def fused_experts(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *block, fp8, keep = args
-        return forward(quantized if fp8 else plain, *_block(*block), keep)
+        *block, fp8, keep, data, scale, n_shared = args
+        given = None if data is None or scale is None else Fp8Tensor(data, scale)
+        return forward(quantized if fp8 else plain, *_block(*block), keep, given, n_shared)
 
     def fused_experts_backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *block, gate_up, shared_gate_up, fp8, needs = args

@@ -97,7 +97,7 @@ fused_experts, fused_experts_backward = experts.operations(PLAIN, FP8)
 
 def fused_experts_supports(x: Tensor, *args: object) -> str | None:
     """Why these kernels do not take the block, or None."""
-    *block, fp8, _ = args
+    *block, fp8, _, _, _, _ = args
     return _reason_against(x, block, bool(fp8))
 
 

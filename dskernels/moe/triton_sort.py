@@ -56,20 +56,30 @@ def store_places(row, group, o_i, m_i, p_index, p_source, E):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def append_choice_kernel(
-    p_experts, p_weights, p_all, p_all_weights, tokens, top_k, E, stride_w, TOKENS: tl.constexpr, CHOICES: tl.constexpr
+def append_choices_kernel(
+    p_experts,
+    p_weights,
+    p_all,
+    p_all_weights,
+    tokens,
+    top_k,
+    more,
+    E,
+    stride_w,
+    TOKENS: tl.constexpr,
+    CHOICES: tl.constexpr,
 ):
-    """The choices of TOKENS tokens and their weights, and expert E behind them, of weight 1."""
+    """The choices of TOKENS tokens and their weights, and behind them `more` experts from E on, of weight 1."""
     o_t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
     o_j = tl.arange(0, CHOICES)[None, :]
     m_given = (o_t < tokens) & (o_j < top_k)
-    m_all = (o_t < tokens) & (o_j <= top_k)
-    expert = tl.load(p_experts + o_t * top_k + o_j, mask=m_given, other=E)
+    m_all = (o_t < tokens) & (o_j < top_k + more)
+    expert = tl.load(p_experts + o_t * top_k + o_j, mask=m_given, other=0)
     weight = tl.load(p_weights + o_t * stride_w + o_j, mask=m_given, other=1.0)
-    # An id that is dropped stays so: E itself is dropped where it was chosen, as there is no such routed expert.
-    expert = tl.where(m_given & (expert == E), -1, expert)
-    tl.store(p_all + o_t * (top_k + 1) + o_j, expert, mask=m_all)
-    tl.store(p_all_weights + o_t * (top_k + 1) + o_j, weight, mask=m_all)
+    # An id that is dropped stays so: one from E on where it was chosen, as there is no such routed expert.
+    expert = tl.where(m_given, tl.where(expert < E, expert, -1), E + o_j - top_k)
+    tl.store(p_all + o_t * (top_k + more) + o_j, expert, mask=m_all)
+    tl.store(p_all_weights + o_t * (top_k + more) + o_j, weight, mask=m_all)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -155,23 +165,25 @@ def place_kernel(
 # ---- launcher -------------------------------------------------------------------------------------------------------
 
 
-def append_choice(experts: Tensor, weights: Tensor, expert: int) -> tuple[Tensor, Tensor]:
-    """`experts` and `weights` [T, k] with one more choice of each token, `expert`, of weight 1."""
+def append_choices(experts: Tensor, weights: Tensor, first: int, more: int) -> tuple[Tensor, Tensor]:
+    """`experts` and `weights` [T, k] with `more` choices of each token, the experts from `first` on, of weight 1."""
     tokens, top_k = experts.shape
-    appended = empty(experts, (tokens, top_k + 1), experts.dtype), empty(weights, (tokens, top_k + 1), weights.dtype)
+    shape = (tokens, top_k + more)
+    appended = empty(experts, shape, experts.dtype), empty(weights, shape, weights.dtype)
     if tokens:
         launch(
-            append_choice_kernel,
+            append_choices_kernel,
             (ceil_div(tokens, APPEND_TOKENS),),
             experts.contiguous(),
             weights,
             *appended,
             tokens,
             top_k,
-            expert,
+            more,
+            first,
             weights.stride(0),
             TOKENS=APPEND_TOKENS,
-            CHOICES=1 << top_k.bit_length(),
+            CHOICES=1 << (top_k + more - 1).bit_length(),
             num_warps=4,
         )
     return appended
