@@ -8,18 +8,31 @@ from torch import Tensor, nn
 import dskernels as ds
 from dskernels.model.batch import Batch
 from dskernels.model.config import Config
-from dskernels.model.layers import Linear, RMSNorm
+from dskernels.model.layers import Activation, Linear, RMSNorm
 from dskernels.model.rope import rotate, softmax_scale
 
 
 class Attention(nn.Module):
-    """Attention whose keys and values are projections of one narrow latent, which is all that is cached of a token."""
+    """Attention whose keys and values are projections of one narrow latent, which is all that is cached of a token.
+
+    Attributes:
+        q_proj: the query; with ``q_lora_rank`` it is `q_a_proj`, `q_a_layernorm` and `q_b_proj` instead.
+        kv_a_proj_with_mqa: the latent, and the key's rotated part.
+        qkv_a_proj: the rows of both, of what multiplies the hidden state, where they are kept as one matrix (see
+            `keep_in_fp8`): then neither of them is there.
+    """
+
+    qkv_a_proj: Linear | None
+    q_proj: Linear | None
+    q_a_proj: Linear | None
+    kv_a_proj_with_mqa: Linear | None
 
     def __init__(self, config: Config, fp8: bool) -> None:
         super().__init__()
         self.config = config
         self.scale = softmax_scale(config)
         hidden, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
+        self.qkv_a_proj = None
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden, heads * config.qk_head_dim, fp8)
         else:
@@ -31,7 +44,12 @@ class Attention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), fp8)
         self.o_proj = Linear(heads * config.v_head_dim, hidden, fp8)
 
-    def forward(self, x: Tensor, batch: Batch, cos: Tensor, sin: Tensor, cache: Tensor | None = None) -> Tensor:
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether its input may come quantised, see `Linear.takes_fp8`."""
+        return self.o_proj.takes_fp8
+
+    def forward(self, x: Activation, batch: Batch, cos: Tensor, sin: Tensor, cache: Tensor | None = None) -> Tensor:
         """Attends within the sequences of ``batch``.
 
         Args:
@@ -45,9 +63,9 @@ class Attention(nn.Module):
             ``[T, hidden]``.
         """
         config = self.config
-        q_nope, q_rope = self._queries(x).split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
-        q_rope = rotate(q_rope, cos[:, None], sin[:, None])
-        kv, k_rope = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
+        q, latent = self._down(x)
+        q = self._queries(q)
+        kv, k_rope = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         if cache is not None:
             if batch.slots is None:
                 raise ValueError("batch: expected one made with a block table, since there is a cache to write to")
@@ -55,34 +73,51 @@ class Attention(nn.Module):
             ds.write_latent_cache(kv, k_rope, norm.weight, cos, sin, cache, batch.slots, eps=norm.eps)
 
         if batch.kind == "prompt":
-            out = self._prompt(torch.cat((q_nope, q_rope), -1), kv, rotate(k_rope, cos, sin), batch)
+            out = self._prompt(self._rotated(q, cos, sin), kv, rotate(k_rope, cos, sin), batch)
         elif cache is None or batch.block_table is None or batch.lengths is None:
             raise ValueError(f'cache: a batch of kind "{batch.kind}" attends to cached tokens, got None')
         elif batch.kind == "extend":
-            q = torch.cat((q_nope, q_rope), -1)
-            out, _ = ds.mla_prefill_cached(
-                q,
-                self.kv_b_proj.dense(q.dtype),
-                cache,
-                batch.block_table,
-                batch.lengths,
-                batch.cu_seqlens,
-                scale=self.scale,
-            )
+            kv_b = self.kv_b_proj.dense(q.dtype)
+            table, cu_seqlens = batch.block_table, batch.cu_seqlens
+            q = self._rotated(q, cos, sin)
+            out, _ = ds.mla_prefill_cached(q, kv_b, cache, table, batch.lengths, cu_seqlens, scale=self.scale)
         else:
-            out = self._decode(q_nope, q_rope, cache, batch.block_table, batch.lengths, batch.q_lengths)
+            out = self._decode(q, cos, sin, cache, batch.block_table, batch.lengths, batch.q_lengths)
         return self.o_proj(out.flatten(1))
 
-    def _queries(self, x: Tensor) -> Tensor:
-        """``[T, heads, nope + rope]``."""
-        compressed = self.config.q_lora_rank is not None
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if compressed else self.q_proj(x)
+    def _down(self, x: Activation) -> tuple[Tensor, Tensor]:
+        """Of the hidden state the query, compressed if it is so, and the latent beside the rotated part of the key."""
+        dtype = self.kv_a_layernorm.weight.dtype
+        if self.qkv_a_proj is not None:
+            both = self.qkv_a_proj(x, dtype)
+            width = both.shape[1] - self.config.latent_dim
+            return both[:, :width], both[:, width:]
+        q_proj = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
+        if q_proj is None or self.kv_a_proj_with_mqa is None:
+            raise RuntimeError("qkv_a_proj: expected it, as the matrices that it is made of are not there")
+        return q_proj(x, dtype), self.kv_a_proj_with_mqa(x, dtype)
+
+    def _queries(self, q: Tensor) -> Tensor:
+        """``[T, heads, nope + rope]`` of what `_down` gives."""
+        if self.config.q_lora_rank is not None:
+            q = self._expanded(q, self.q_a_layernorm, self.q_b_proj)
         return q.unflatten(-1, (self.config.num_attention_heads, -1))
+
+    @staticmethod
+    def _expanded(x: Tensor, norm: RMSNorm, projection: Linear) -> Tensor:
+        """The projection of a normed latent, which is quantised with the norm where that may be."""
+        return projection(norm.quantized(x), x.dtype) if projection.takes_fp8 else projection(norm(x))
+
+    def _rotated(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``q`` ``[T, heads, nope + rope]`` with its last part rotated."""
+        q_nope, q_rope = q.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), -1)
+        return torch.cat((q_nope, rotate(q_rope, cos[:, None], sin[:, None])), -1)
 
     def _prompt(self, q: Tensor, kv: Tensor, k_rope: Tensor, batch: Batch) -> Tensor:
         """Keys and values of every head are written out: fewer operations while each is used by many queries."""
         config = self.config
-        kv = self.kv_b_proj(self.kv_a_layernorm(kv)).unflatten(-1, (config.num_attention_heads, -1))
+        kv = self._expanded(kv, self.kv_a_layernorm, self.kv_b_proj)
+        kv = kv.unflatten(-1, (config.num_attention_heads, -1))
         k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), -1)
         cu = batch.cu_seqlens
         out, _ = ds.mla_prefill(q, k_nope, v, cu, cu, scale=self.scale, k_rope=k_rope)
@@ -90,8 +125,9 @@ class Attention(nn.Module):
 
     def _decode(
         self,
-        q_nope: Tensor,
-        q_rope: Tensor,
+        q: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         cache: Tensor,
         block_table: Tensor,
         lengths: Tensor,
@@ -99,10 +135,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The key's up-projection moves to the query, the value's to the output: the cache is read as it lies."""
         config = self.config
-        kv_b = self.kv_b_proj.dense(q_nope.dtype).unflatten(0, (config.num_attention_heads, -1))
+        kv_b = self.kv_b_proj.dense(q.dtype).unflatten(0, (config.num_attention_heads, -1))
         w_uk, w_uv = kv_b.split((config.qk_nope_head_dim, config.v_head_dim), 1)  # [H, nope, L], [H, V, L]
-        q_latent = torch.einsum("thn,hnl->thl", q_nope, w_uk)
-        q = torch.cat((q_latent, q_rope), -1).unflatten(0, (lengths.shape[0], -1))
+        q = ds.mla_decode_queries(q, w_uk, cos, sin).unflatten(0, (lengths.shape[0], -1))
         value_dim = config.kv_lora_rank
         out, _ = ds.mla_decode(
             q, cache, block_table, lengths, scale=self.scale, value_dim=value_dim, q_lengths=q_lengths

@@ -13,6 +13,9 @@ from dskernels.types import Fp8Tensor
 
 FP8_BLOCK = (128, 128)  # of quantised weights
 
+# What a layer takes: tokens in the model's dtype, or quantised in 1x128 tiles, by the kernel that normed or gated them.
+Activation = Tensor | Fp8Tensor
+
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension."""
@@ -25,6 +28,19 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalises ``[..., size]``."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def quantized(self, x: Tensor) -> Fp8Tensor:
+        """Normalises ``[T, size]`` and quantises it, in one launch; without a gradient."""
+        return ds.rmsnorm_quantize(x, self.weight, self.eps)
+
+    def after(self, x: Tensor, update: Tensor | None, fp8: bool) -> tuple[Activation, Tensor]:
+        """The norm of the residual stream ``x`` after ``update``, with ``fp8`` quantised at once; and that stream."""
+        if not fp8:
+            x = x if update is None else x + update
+            return self(x), x
+        if update is None:
+            return self.quantized(x), x
+        return ds.rmsnorm_quantize(x, self.weight, self.eps, update)
 
 
 class Linear(nn.Module):
@@ -52,6 +68,11 @@ class Linear(nn.Module):
         return self
 
     @property
+    def takes_fp8(self) -> bool:
+        """Whether what it takes may come quantised: kept weights, and nothing to differentiate."""
+        return self.weight_scale_inv is not None and not torch.is_grad_enabled()
+
+    @property
     def operand(self) -> Tensor | Fp8Tensor:
         """The weight as the operations take it."""
         scale = self.weight_scale_inv
@@ -66,9 +87,16 @@ class Linear(nn.Module):
             self._dense = weight.dequantize(dtype)
         return self._dense
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., inputs]`` to ``[..., outputs]``."""
-        return ds.fp8_linear(x, self.operand) if self.fp8 else F.linear(x, self.weight)
+    def forward(self, x: Activation, dtype: torch.dtype | None = None) -> Tensor:
+        """``[..., inputs]`` to ``[..., outputs]``, in ``dtype`` if the input is quantised."""
+        operand = self.operand
+        if isinstance(x, Fp8Tensor):
+            if not isinstance(operand, Fp8Tensor) or dtype is None:
+                raise ValueError(
+                    "x: expected a tensor, as the weight is not kept quantised, or the result has no dtype"
+                )
+            return ds.fp8_gemm(x, operand, out_dtype=dtype)
+        return ds.fp8_linear(x, operand) if self.fp8 else F.linear(x, self.weight)
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -89,7 +117,10 @@ class FeedForward(nn.Module):
         self.w13 = Linear(hidden, 2 * inner, fp8)
         self.w2 = Linear(inner, hidden, fp8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[T, hidden]`` to ``[T, hidden]``."""
-        gate, up = self.w13(x).chunk(2, -1)
+    def forward(self, x: Activation, dtype: torch.dtype | None = None) -> Tensor:
+        """``[T, hidden]`` to ``[T, hidden]``, in ``dtype`` if the input is quantised."""
+        gate_up = self.w13(x, dtype)
+        if self.w2.takes_fp8:
+            return self.w2(ds.swiglu_quantize(gate_up), gate_up.dtype)
+        gate, up = gate_up.chunk(2, -1)
         return self.w2(F.silu(gate) * up)

@@ -137,13 +137,13 @@ class DeepseekV3(nn.Module):
             Hidden states ``[T, hidden]`` after the final norm, and the routers' output.
         """
         cos, sin = self.rope(batch.positions)
-        x = self.embed_tokens(tokens)
+        x, update = self.embed_tokens(tokens), None
         routers = []
         for i, block in enumerate(self.layers):
-            x, router = block(x, batch, cos, sin, None if cache is None else cache[i])
+            x, update, router = block(x, update, batch, cos, sin, None if cache is None else cache[i])
             if router is not None:
                 routers.append(router)
-        return self.norm(x), routers
+        return self.norm(x if update is None else x + update), routers
 
     def predict(
         self, tokens: Tensor, hidden: Tensor, batch: Batch, cache: Tensor | None = None, *, depth: int = 1

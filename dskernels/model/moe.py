@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dskernels as ds
@@ -55,11 +54,11 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> RouterOutput:
-        """Routes ``[T, hidden]``."""
+        """Routes ``[T, hidden]``, the product in the same launch as the choice."""
         config = self.config
-        logits = F.linear(x.float(), self.weight.float())
-        routing = ds.route(
-            logits,
+        routing, logits = ds.route_hidden(
+            x,
+            self.weight,
             self.e_score_correction_bias,
             top_k=config.num_experts_per_tok,
             n_groups=config.n_group,
@@ -75,6 +74,7 @@ class Experts(nn.Module):
     """The weights of a block's routed experts, stacked: ``w13`` ``[E, 2I, H]``, gate first, ``w2`` ``[E, H, I]``.
 
     Attributes:
+        n_shared: how many shared experts stand behind them in the stacks, see `keep_in_fp8`.
         w13_scale_inv: float32, the scales of 128x128 blocks where the weights are kept quantised, see `keep_in_fp8`.
         w2_scale_inv: likewise.
     """
@@ -85,6 +85,7 @@ class Experts(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.n_shared = 0
         self.w13 = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, inner))
         self.register_buffer("w13_scale_inv", None)
@@ -104,7 +105,13 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Each token through its chosen experts and through the shared ones."""
+    """Each token through its chosen experts and through the shared ones.
+
+    Attributes:
+        gate: the router.
+        experts: the routed experts.
+        shared_experts: a network of its own; None if there is none, or if it stands in the stack of the routed ones.
+    """
 
     def __init__(self, config: Config, fp8: bool) -> None:
         super().__init__()
@@ -114,8 +121,13 @@ class MoE(nn.Module):
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = FeedForward(config.hidden_size, shared_width, fp8) if shared_width else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterOutput]:
-        """``[T, hidden]`` to ``[T, hidden]``, and how it was routed."""
+    @property
+    def takes_fp8(self) -> bool:
+        """Whether the experts take what the norm before has quantised: kept weights, and nothing to differentiate."""
+        return self.experts.w13_scale_inv is not None and not torch.is_grad_enabled()
+
+    def forward(self, x: Tensor, quantized: Fp8Tensor | None = None) -> tuple[Tensor, RouterOutput]:
+        """``[T, hidden]`` to ``[T, hidden]``, and how it was routed; ``quantized`` is ``x`` in 1x128 tiles."""
         router = self.gate(x)
         shared = self.shared_experts
         y = ds.fused_experts(
@@ -123,6 +135,8 @@ class MoE(nn.Module):
             *self.experts.operands,
             router.routing,
             shared=None if shared is None else (shared.w13.operand, shared.w2.operand),
+            n_shared=self.experts.n_shared,
+            quantized=quantized,
             fp8=self.fp8,
         )
         return y, router

@@ -40,8 +40,8 @@ class MTP(Block):
     ) -> tuple[Tensor, RouterOutput]:
         """The next hidden state ``[T, hidden]``, normed, for the head or for the next prediction."""
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
-        x, router = self(x, batch, cos, sin, cache)
-        return self.norm(x), cast(RouterOutput, router)  # its feed-forward is always a mixture of experts
+        x, update, router = self(x, None, batch, cos, sin, cache)
+        return self.norm(x + update), cast(RouterOutput, router)  # its feed-forward is always a mixture of experts
 
 
 def shift(tokens: Tensor, cu_seqlens: Tensor, k: int) -> Tensor:

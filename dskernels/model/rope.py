@@ -71,8 +71,9 @@ class Rope(nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 ``[T, qk_rope_head_dim / 2]``, of int64 ``positions`` ``[T]``."""
-        angles = positions[:, None].float() * self.frequencies
-        return angles.cos() * self.scale, angles.sin() * self.scale
+        angles = positions[:, None] * self.frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

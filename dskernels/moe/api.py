@@ -166,7 +166,8 @@ def fused_experts(
     if needs_gradient:
         quantized = None
         if n_shared:
-            weights, experts, n_shared = *_with_shared(weights, experts, w13.shape[0], n_shared), 0
+            weights, experts = _with_shared(weights, experts, w13.shape[0], n_shared)
+            n_shared = 0
     operand = (None, None) if quantized is None or not fp8 else (quantized.data, quantized.scale)
     return _fused_experts(x, *flat[:4], weights, experts, *shared_flat, fp8, keep, *operand, n_shared, impl=impl)[0]
 
@@ -296,7 +297,7 @@ def _block(block: Sequence[Any], fp8: bool) -> Tensor:
 def _fused_experts_reference(*args):
     *block, fp8, keep, data, scale, n_shared = args
     if n_shared:
-        block[5:7] = _with_shared(*block[5:7], block[1].shape[0], n_shared)
+        block[5:7] = _with_shared(block[5], block[6], block[1].shape[0], n_shared)
     x, w13, w13_scale, _, _, _, experts, shared_w13, shared_scale, *_ = block
     if data is None or scale is None:
         out = _block(block, fp8)
