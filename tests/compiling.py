@@ -1,8 +1,8 @@
 """Compile Triton and Gluon kernels for NVIDIA GPUs on a machine that has none, and read off what came of it.
 
 The kernel tests run in Triton's CPU interpreter, and a process that had TRITON_INTERPRET=1 when `@triton.jit` ran holds
-no kernel that could be compiled. So `compile_all` compiles in a child process without that variable: one child for a
-whole list of kernels, since importing torch and Triton costs seconds, and compiling a kernel mostly tenths of one.
+no kernel that could be compiled. So `compile_all` compiles in a child process without that variable: one child for all
+calls of a test process, since importing torch and Triton costs seconds, and compiling a kernel mostly tenths of one.
 
     from compiling import Compile, assert_clean, compile_all
 
@@ -24,20 +24,24 @@ whole list of kernels, since importing torch and Triton costs seconds, and compi
 
 from __future__ import annotations
 
+import functools
 import importlib
+import itertools
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -50,6 +54,8 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
 TENSOR_MEMORY_COLUMNS = 512  # sm_100
 
+# What nvdisasm calls the code that is compiled for them.
+_CODE = {"sm_80": "SM80", "sm_89": "SM89", "sm_90": "SM90a", "sm_100": "SM100a"}
 _NO_E4M3 = ("sm_80",)
 _CHILD_PATH = (Path(__file__).parent, Path(__file__).parent.parent)
 
@@ -90,7 +96,7 @@ class Compile:
         return f"{self.kernel} ({chosen}; num_warps={self.num_warps}, num_stages={self.num_stages})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """What the compiler made of one kernel for one target."""
 
@@ -103,15 +109,30 @@ class Report:
     seconds: float
     cubin: bytes = field(repr=False)
 
+    # nvdisasm takes half a second to start, and 15 ms for a kernel: the first to be asked brings all that wait with it.
+    _waiting: ClassVar[weakref.WeakSet[Report]] = weakref.WeakSet()
+
+    def __post_init__(self) -> None:
+        self._waiting.add(self)
+
+    def __reduce__(self) -> tuple[type[Report], tuple[Any, ...]]:
+        return Report, tuple(getattr(self, each.name) for each in fields(self))  # the other process's waits there too
+
+    @cached_property
+    def code(self) -> str:
+        """The instructions, one a line, without labels."""
+        together = [report for report in self._waiting if report.target == self.target and report is not self]
+        texts = disassemble([self.cubin, *(report.cubin for report in together)], self.target)
+        for report, text in zip(together, texts[1:], strict=True):
+            report.__dict__["code"] = text
+        self._waiting.difference_update((self, *together))
+        return texts[0]
+
     @cached_property
     def sass(self) -> Counter[str]:
         """How often each full opcode, such as "HGMMA.64x128x16.F32.BF16", stands in the code."""
-        text = run_tool(self.cubin, "nvdisasm", "-c", "-ndf")  # -ndf: no analysis of branches, half of its time
         # "        /*0a10*/              @!P0 STL [R1+0x4], R3 ;": an address, perhaps a predicate, the opcode.
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
-        if not opcodes:
-            raise RuntimeError("nvdisasm printed no instructions in the form expected")
-        return Counter(opcodes)
+        return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", self.code, re.MULTILINE))
 
     @property
     def spills(self) -> int:
@@ -134,31 +155,56 @@ class CompileError(Exception):
 
 
 def compile_all(kernels: Iterable[Compile]) -> list[Report]:
-    """Compile every kernel for every one of its targets in one child process; in order, kernel by kernel.
+    """Compile every kernel for every one of its targets in the child process; in order, kernel by kernel.
 
     Compiled kernels come from Triton's cache (`TRITON_CACHE_DIR`, `~/.triton/cache`) where they stand there already.
     """
     kernels = list(kernels)
     if not kernels:
         raise ValueError("kernels: nothing to compile")
+    child = _compiler()
+    try:
+        child.stdin.write(pickle.dumps(kernels))
+        child.stdin.flush()
+        results: list[Report | str] = pickle.load(child.stdout)
+    except (BrokenPipeError, EOFError) as error:
+        _compiler.cache_clear()
+        raise CompileError(f"the compiling process ended with {child.wait()}") from error
+    if failures := [result for result in results if isinstance(result, str)]:
+        raise CompileError("\n\n".join(failures))
+    return [result for result in results if isinstance(result, Report)]
+
+
+@functools.cache
+def _compiler() -> subprocess.Popen[bytes]:
+    """A process that answers pickled lists of kernels, and ends with this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     path = [*map(str, _CHILD_PATH), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    with tempfile.TemporaryDirectory() as folder:
-        request, answer = Path(folder, "request"), Path(folder, "answer")
-        request.write_bytes(pickle.dumps(kernels))
-        # Imported, not run as a script: Compile and Report are then the same classes on both sides of the pickle.
-        code = "import sys, compiling; compiling._child(*sys.argv[1:])"
-        child = subprocess.run(
-            [sys.executable, "-c", code, request, answer], env=environment, capture_output=True, text=True, check=False
-        )
-        if child.returncode:
-            raise CompileError(f"the compiling process ended with {child.returncode}\n{child.stderr}")
-        results: list[Report | str] = pickle.loads(answer.read_bytes())
-    errors = [result for result in results if isinstance(result, str)]
-    if errors:
-        raise CompileError("\n\n".join(errors))
-    return [result for result in results if isinstance(result, Report)]
+    # Imported, not run as a script: Compile and Report are then the same classes on both sides of the pickle.
+    command = [sys.executable, "-c", "import compiling; compiling._answer()"]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _answer() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints in between
+    while True:
+        try:
+            kernels: list[Compile] = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        answers.write(pickle.dumps([_compiled(kernel, target) for kernel in kernels for target in kernel.targets]))
+        answers.flush()
+
+
+def _compiled(spec: Compile, target: str) -> Report | str:
+    try:
+        module, _, name = spec.kernel.partition(":")
+        return compile_kernel(getattr(importlib.import_module(module), name), spec, target)
+    except Exception as error:  # whatever Triton raises: the parent raises it again, with the others
+        cause = f"\n{error.__cause__}" if error.__cause__ else ""
+        return f"{spec} {target}: {type(error).__name__}: {error}{cause}"
 
 
 def assert_clean(reports: Iterable[Report], *, max_registers: int = 255) -> None:
@@ -228,23 +274,36 @@ def compile_kernel(kernel: Any, spec: Compile, target: str) -> Report:
     )
 
 
-def run_tool(cubin: bytes, tool: str, *options: str) -> str:
+def run_tool(binary: bytes, tool: str, *options: str) -> str:
     """What one of the tools in Triton's wheel prints of a compiled kernel."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(binary)
         file.flush()
         return subprocess.run([folder / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def _child(request: str, answer: str) -> None:
-    results: list[Report | str] = []
-    for spec in pickle.loads(Path(request).read_bytes()):
-        for target in spec.targets:
-            try:
-                module, _, name = spec.kernel.partition(":")
-                results.append(compile_kernel(getattr(importlib.import_module(module), name), spec, target))
-            except Exception as error:  # whatever Triton raises: the parent raises it again, with the others
-                cause = f"\n{error.__cause__}" if error.__cause__ else ""
-                results.append(f"{spec} {target}: {type(error).__name__}: {error}{cause}")
-    Path(answer).write_bytes(pickle.dumps(results))
+def disassemble(cubins: Sequence[bytes], target: str) -> list[str]:
+    """The instructions of each cubin, which one nvdisasm reads as if they were one program."""
+    codes = [_code_of(cubin) for cubin in cubins]
+    lines = run_tool(b"".join(codes), "nvdisasm", "-ndf", "-b", _CODE[target]).splitlines(keepends=True)
+    # An instruction has 16 bytes, and a line that begins with its address.
+    lines = [line for line in lines if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)]
+    if 16 * len(lines) != sum(map(len, codes)):
+        raise RuntimeError("nvdisasm printed instructions in another form than expected")
+    ends = list(itertools.accumulate(len(code) // 16 for code in codes))
+    return ["".join(lines[end - len(code) // 16 : end]) for end, code in zip(ends, codes, strict=True)]
+
+
+def _code_of(cubin: bytes) -> bytes:
+    """The sections .text.* of an ELF file, one after the other."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # Of each section: where its name stands, type, flags, address, offset, length.
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + size * i) for i in range(count)]
+    names = sections[of_names][4]
+    return b"".join(
+        cubin[offset : offset + length]
+        for name, *_, offset, length in sections
+        if cubin.startswith(b".text.", names + name)
+    )

@@ -72,6 +72,14 @@ def device():
     return _DEVICE
 
 
+@pytest.fixture(scope="session")
+def sm_90(device):
+    """Return whether kernels run on a GPU of sm_90: on the CPU they do not, and any other GPU skips the test."""
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs an sm_90 GPU")
+    return device == "cuda"
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
     random.seed(0)

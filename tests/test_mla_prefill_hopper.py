@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dskernels as ds
-from compiling import assert_clean, run_tool
+from compiling import assert_clean
 from compiling_cuda import compile_cuda
 from dskernels.gemm.config import SHARED_LIMIT
 from dskernels.mla.prefill import hopper
@@ -25,8 +25,7 @@ KINDS = [(BRAIN, BRAIN, False), (HALF, HALF, False), (BRAIN, SINGLE, False), (HA
 
 def instructions(report, *opcodes):
     """These opcodes as they stand in the code, and how many of each in a row."""
-    text = run_tool(report.cubin, "nvdisasm", "-c", "-ndf")
-    found = re.findall(rf"\b({'|'.join(map(re.escape, opcodes))})\b", text)
+    found = re.findall(rf"\b({'|'.join(map(re.escape, opcodes))})\b", report.code)
     return [(name, len(list(run))) for name, run in itertools.groupby(found)]
 
 

@@ -214,11 +214,10 @@ def test_captured_in_a_graph(gemm_operands, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["triton", "hopper"])
-def test_threads(gemm_operands, monkeypatch, impl):
+def test_threads(gemm_operands, monkeypatch, request, impl):
     """Four threads, each on a stream of its own, launch the same kernels with the same shapes and other addresses."""
     if impl == "hopper":
-        if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("needs sm_90")
+        request.getfixturevalue("sm_90")
         gemm_operands = [pair for pair in gemm_operands if pair[0].shape[0] > 32]
     monkeypatch.setattr(gemm, "fp8_gemm_kernel", Through(gemm.fp8_gemm_kernel))
     want = [ds.fp8_gemm(a, b, impl=impl) for a, b in gemm_operands]
