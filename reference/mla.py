@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from dskernels.reference.fp8 import quantize
+from dskernels.reference.fp8 import quantize, rmsnorm
 
 TILE = 128  # latent elements that share one scale in an fp8 cache
 
@@ -26,11 +26,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Scale each row to a root mean square of one: ``x / sqrt(mean(x^2) + eps) * weight`` (arXiv 1910.07467, eq. 4)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def write_latent_cache(
@@ -50,7 +45,7 @@ def write_latent_cache(
     Slots outside the cache are skipped.
     """
     dtype = _compute_dtype(kv)
-    latent_TL = rms_norm(kv.to(dtype), norm_weight.to(dtype), eps)
+    latent_TL = rmsnorm(kv.to(dtype), norm_weight.to(dtype), eps)
     rope_TP = apply_rope(k_rope.to(dtype), cos.to(dtype), sin.to(dtype))
     if cache.dtype == torch.uint8:
         row = pack_fp8(latent_TL, rope_TP)

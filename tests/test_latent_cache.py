@@ -13,6 +13,7 @@ from dskernels import parity
 from dskernels.mla.cache.layout import fp8_row_bytes
 from dskernels.parity import mla_decode as cases
 from dskernels.reference import mla as reference
+from dskernels.reference.fp8 import rmsnorm
 from registering import check_registration
 
 WRITE_CASES = [case for case in cases.CASES if case.op == "write_latent_cache"]
@@ -36,7 +37,7 @@ def new_tokens(tokens, latent, rope, dtype, device="cpu"):
 
 def row64(kv, k_rope, weight, cos, sin, eps):
     kv, k_rope, weight, cos, sin = (x.double().cpu() for x in (kv, k_rope, weight, cos, sin))
-    return reference.rms_norm(kv, weight, eps), reference.apply_rope(k_rope, cos, sin)
+    return rmsnorm(kv, weight, eps), reference.apply_rope(k_rope, cos, sin)
 
 
 @IMPLS

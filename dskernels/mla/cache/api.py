@@ -46,8 +46,8 @@ def write_latent_cache(
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
-        `cache` itself. An e4m3 row agrees with the reference's (another order of the sum) within one e4m3 step and 4
-        ulp of scale.
+        `cache` itself. The Hopper kernel's rows are the reference's to the bit; e4m3 rows of the portable one agree
+        with them (another order of the sum) within one e4m3 step and 4 ulp of scale.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -92,5 +92,6 @@ _write_latent_cache = Operation(
     "write_latent_cache(Tensor kv, Tensor k_rope, Tensor norm_weight, Tensor cos, Tensor sin, Tensor(a!) cache, "
     "Tensor slots, float eps) -> ()",
     reference=_reference,
+    hopper="dskernels.mla.cache.hopper:write_latent_cache",
     triton="dskernels.mla.cache.triton:write_latent_cache",
 )

@@ -1,0 +1,102 @@
+"""Launcher of hopper.cu: the latent cache written on sm_90a, in CUDA C++."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dskernels.cuda.compiler import kernel, reason_against_cuda
+from dskernels.cuda.driver import Plan, Planned, Pointer
+from dskernels.mla.cache.config import WIDEST_LATENT, HopperConfig, choose_hopper
+from dskernels.validate import ceil_div
+
+SOURCE = Path(__file__).with_name("hopper.cu")
+
+
+@Planned
+def write_latent_cache(
+    kv: Tensor,
+    k_rope: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> Plan:
+    """Write the rows of `kv` [T, latent] and `k_rope` [T, rope] to their slots."""
+    return plan(choose_hopper(cache.dtype == torch.uint8), kv, k_rope, norm_weight, cos, sin, cache, slots, eps)
+
+
+def plan(
+    config: HopperConfig,
+    kv: Tensor,
+    k_rope: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> Plan:
+    """The launch with a given config."""
+    tokens, latent = kv.shape
+    pages, page_size, _ = cache.shape
+    options = options_of(config, cache.dtype == torch.uint8, latent, k_rope.shape[1])
+    return Plan(
+        kernel(SOURCE, "write_latent_cache", options, 0, kv.device.index),
+        arguments=(
+            *map(Pointer, ("kv", "k_rope", "norm_weight", "cos", "sin", "cache", "slots")),
+            *(ctypes.c_longlong(x.stride(0)) for x in (kv, k_rope, cos, sin)),
+            *(ctypes.c_longlong(cache.stride(i) * cache.element_size()) for i in (0, 1)),
+            *map(ctypes.c_int, (tokens, pages * page_size, page_size)),
+            ctypes.c_float(eps),
+        ),
+        grid=ceil_div(tokens, 2 * config.warps),
+        threads=32 * config.warps,
+        shared=0,
+        device=kv.device,
+    )
+
+
+def options_of(config: HopperConfig, fp8: bool, latent: int, rope: int) -> dict[str, int]:
+    """What hopper.cu is specialised by."""
+    return {
+        "FP8": int(fp8),
+        "LATENT": latent,
+        "ROPE": rope,
+        "WARPS": config.warps,
+        "BLOCKS": config.blocks,
+        "UE8M0": 0,
+    }
+
+
+def write_latent_cache_supports(
+    kv: Tensor,
+    k_rope: Tensor,
+    norm_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> str | None:
+    """Why the kernel does not take these arguments, or None."""
+    tokens, latent = kv.shape
+    if tokens == 0 or cache.numel() == 0:
+        return "there is nothing to write"
+    for name, x in (("kv", kv), ("norm_weight", norm_weight), ("cache", cache)):
+        if x.dtype != torch.bfloat16 and not (x is cache and x.dtype == torch.uint8):
+            return f"it takes bf16, {name} is {str(x.dtype).removeprefix('torch.')}"
+        if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:-1]):
+            return f"rows of {name} must be aligned to 16 bytes, its strides are {list(x.stride())}"
+    if k_rope.data_ptr() % 4 or k_rope.stride(0) % 2:
+        return f"pairs of k_rope must be aligned to 4 bytes, its strides are {list(k_rope.stride())}"
+    if latent % 8 or latent > WIDEST_LATENT:
+        return f"it takes latents of multiples of 8 columns up to {WIDEST_LATENT}, and there are {latent}"
+    if cache.shape[0] * cache.shape[1] >= 2**31 or tokens >= 2**31:
+        return "there are 2^31 slots or tokens, or more"
+    return reason_against_cuda()
