@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import count
 from weakref import WeakKeyDictionary
 
@@ -38,6 +38,7 @@ class LatentCache:
 
     Attributes:
         data: ``[layers, pages, page_size, latent]``, uint8 rows with fp8.
+        kept: what one generation leaves for the next that is like it: CUDA graphs, which know this tensor's address.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LatentCache:
         self._key_of: dict[int, bytes] = {}
         self._models: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._serial = count()
+        self.kept: dict[Hashable, object] = {}
 
     @property
     def pages(self) -> int:

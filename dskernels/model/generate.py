@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -10,8 +11,9 @@ import torch
 from dskernels.model.cache import LatentCache, page_keys
 from dskernels.model.chance import streams
 from dskernels.model.model import DeepseekV3
-from dskernels.model.passes import Passes, Slots
+from dskernels.model.passes import Passes
 from dskernels.model.sampling import Sampling
+from dskernels.model.slots import Coming, Slots
 
 
 def generate(
@@ -33,7 +35,7 @@ def generate(
     prefill_tokens: int = 8192,
     prefix_sharing: bool = True,
     batch_invariant: bool = False,
-    graphs: bool = False,
+    graphs: bool | None = None,
 ) -> Generation:
     """Continues each prompt; iterate over the result to get the tokens as they come.
 
@@ -77,11 +79,18 @@ def generate(
             has ``max_batch`` rows. So texts are the same for the same ``max_batch``, ``prefill_tokens`` and
             ``page_size``, as far as the operations give a row the same bits in each place of a batch. Sampling needs
             a seed for each prompt.
-        graphs: replay the step as a CUDA graph, one for each power of two of running prompts.
+        graphs: replay the step as a CUDA graph, one for each power of two of running prompts, made when it is first
+            needed; by default on a GPU. They stay with the cache: who generates often in one cache makes them once.
+            Hooks of modules run when a graph is made, not when it is replayed.
+
+    On a GPU a step is begun before the tokens of the one before are read, so that the device does not wait for the
+    host: a weight that changes between two tokens counts one step later, and a text that ends early (`abort`) is run a
+    step further, for nobody.
 
     Raises:
         ValueError: no prompt or an empty one, an unknown token, more tokens than the model's context or the cache hold,
             drafting without an MTP module, graphs without a GPU, or a number out of range.
+        RuntimeError: while it goes on: a step cannot be made a graph, and why.
     """
     return Generation(
         model,
@@ -134,7 +143,7 @@ class Generation:
         prefill_tokens: int,
         prefix_sharing: bool,
         batch_invariant: bool,
-        graphs: bool,
+        graphs: bool | None,
     ) -> None:
         self._waiting: deque[int] = deque()
         self._running: list[int] = []  # in the order of their rows
@@ -158,6 +167,7 @@ class Generation:
             if cache.pages_for(tokens) > cache.pages:
                 raise ValueError(f"cache: prompt {i} needs {cache.pages_for(tokens)} pages, there are {cache.pages}")
         device = cache.data.device
+        graphs = device.type == "cuda" if graphs is None else graphs
         if graphs and device.type != "cuda":
             raise ValueError(f"graphs: expected a cache on a GPU, got one on {device}")
         if batch_invariant and not sampling.greedy and (seed is None or isinstance(seed, int)):
@@ -172,12 +182,16 @@ class Generation:
         self.steps = self.drafted = self.accepted = self.shared_tokens = 0
         self._reserved = reserved
         self._stream = streams(seed, generator, len(prompts), device)
-        self._passes = Passes(model, cache, sampling, drafts)
+        self._passes = Passes(model, cache, sampling, drafts, tuple(sorted(eos)))
+        self._ahead = device.type == "cuda"  # begin a step before the tokens of the last one are read
+        self._coming: tuple[list[int], Coming] | None = None
         self._slots = Slots(
             self._passes,
             slots=max_batch if batch_invariant else min(max_batch, len(prompts)),
             # Kernels split a sequence by what its row of the table could hold: that is not to depend on the others.
-            pages=cache.pages_for(model.config.max_position_embeddings + drafts if batch_invariant else max(reserved)),
+            pages=cache.pages_for(model.config.max_position_embeddings + drafts)
+            if batch_invariant
+            else rounded(cache.pages_for(max(reserved)), cache.pages),
             graphs=graphs,
             all_rows=batch_invariant,
         )
@@ -195,12 +209,14 @@ class Generation:
         if not admitted and not self._running:
             if self._waiting:
                 raise RuntimeError(f"cache: prompt {self._waiting[0]} waits for pages that somebody else holds")
+            self.close()
             raise StopIteration
         try:
             if admitted:
                 return self._take(list(admitted), self._prefill(admitted))
-            return self._take(self._running, self._step())
+            return self._take(*self._step())
         except BaseException:
+            self._slots.drop_graphs()  # whatever failed, they are not to be trusted
             self.close()
             raise
 
@@ -214,6 +230,10 @@ class Generation:
         self._pages.clear()
         self._waiting.clear()
         self._running.clear()
+        self._coming = None
+        slots: Slots | None = getattr(self, "_slots", None)  # not there where the constructor raised
+        if slots is not None and not sys.is_finalizing():
+            slots.close()
 
     def abort(self, index: int) -> None:
         """Ends one prompt with the tokens it has; its pages and its place go to the next that waits."""
@@ -273,7 +293,9 @@ class Generation:
         pages = [self._pages[index] for index in cached]
         table = self.cache.block_table(pages, self._slots.sequences.block_table.shape[1])
         stream = self._stream[torch.tensor(list(cached), device=self._stream.device)]
-        begun = self._passes.prefill(prompts, list(cached.values()), table, stream, self.prefill_tokens)
+        begun = self._passes.prefill(
+            prompts, list(cached.values()), table, stream, piece=self.prefill_tokens, left=self.max_new_tokens - 1
+        )
         for index in cached:
             keys = self._prompt_keys[index]
             self.cache.remember(self._pages[index], keys[: self._whole(len(keys))])
@@ -281,18 +303,27 @@ class Generation:
         self._slots.append(begun)
         return [[token] for token in begun.last.tolist()]
 
-    def _step(self) -> list[list[int]]:
-        """The new tokens of each running sequence."""
-        new = self._slots.step()
+    def _step(self) -> tuple[list[int], list[list[int]]]:
+        """The sequences of a step, and the new tokens of each."""
+        sequences, coming = self._coming or self._begin()
+        # Whether one ends by an end token is seen only when the step is done; on the device it has ended then.
+        goes_on = any(len(self.tokens[index]) + 1 < self.max_new_tokens for index in self._running)
+        self._coming = self._begin() if self._ahead and goes_on else None
+        tokens, accepted = coming.tokens()
         self.steps += 1
-        self.drafted += self._passes.drafts * len(new)
-        self.accepted += sum(map(len, new)) - len(new)
-        return new
+        self.drafted += self._passes.drafts * sum(map(bool, tokens))
+        self.accepted += accepted
+        return sequences, tokens
+
+    def _begin(self) -> tuple[list[int], Coming]:
+        return list(self._running), self._slots.step()
 
     def _take(self, sequences: Sequence[int], tokens: list[list[int]]) -> list[list[int]]:
         """Gives each sequence its tokens, up to the end of the text or the limit; ends those that are there."""
         new: list[list[int]] = [[] for _ in self.prompts]
         for index, given in zip(sequences, tokens, strict=True):
+            if index not in self._pages:  # ended after this step was begun
+                continue
             for token in given:
                 new[index].append(token)
                 self.tokens[index].append(token)
@@ -350,3 +381,9 @@ def _check(model: DeepseekV3, prompts: list[list[int]], drafts: int, max_new_tok
                 f"prompts: prompt {i} has {len(prompt)} tokens and may get {max_new_tokens} more, "
                 f"the context is {config.max_position_embeddings}"
             )
+
+
+def rounded(pages: int, most: int) -> int:
+    """A number of pages with few others that are rounded alike, at most a quarter more: what was made for one fits."""
+    step = max(1, (1 << (pages - 1).bit_length()) // 8)
+    return min(-(-pages // step) * step, max(pages, most))

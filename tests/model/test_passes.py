@@ -1,5 +1,6 @@
 """The sequences that run: tensors that stay in place, rows without a sequence, prompts that are dropped on the way."""
 
+import copy
 import gc
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tiny import SMALL, echo_model, random_prompts
 
 from dskernels.model import Config, DeepseekV3, LatentCache, Sampling, generate
+from dskernels.model.generate import rounded
 from dskernels.model.passes import Passes, Sequences
 
 
@@ -188,13 +190,178 @@ def test_graphs_need_a_gpu(model):
         generate(model, [[1]], graphs=True)
 
 
+AHEAD = (
+    {},
+    {"drafts": 2},
+    {"drafts": 4, "max_batch": 2},
+    {"temperature": 1.0, "seed": 3, "drafts": 1},
+    {"temperature": 0.7, "seed": 3, "top_p": 0.9, "top_k": 20, "min_p": 0.01},
+)
+
+
+@pytest.mark.parametrize("options", AHEAD, ids=str)
+@pytest.mark.parametrize("eos", [(), tuple(range(6))], ids=["limit", "eos"])
+def test_a_step_begun_before_the_last_one_is_read(model, prompts, options, eos):
+    """As on a GPU: the same tokens from the same steps, the pages come back, and no page of others is touched."""
+    options = {"max_new_tokens": 9, "max_batch": 3, "eos": eos, "page_size": 4, **options}
+    plain = generate(model, prompts, **options)
+    texts = plain.finish()
+    cache = LatentCache(model.config, pages=12, page_size=4, dtype=torch.float32)
+    ahead = generate(model, prompts, **options, cache=cache)
+    ahead._ahead = True
+    assert ahead.finish() == texts
+    assert ahead.tokens == texts
+    assert cache.free_pages == cache.pages
+    if not eos:
+        assert (ahead.drafted, ahead.accepted) == (plain.drafted, plain.accepted)
+    assert sorted(map(len, texts)) == [9] * 6 if not eos else len({len(text) for text in texts}) > 1
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_what_ends_while_the_next_step_runs(model, prompts, drafts):
+    """Aborted ones get nothing more, the others what they get without; a dropped generation gives its pages back."""
+    texts = texts_of(model, prompts)
+    cache = LatentCache(model.config, pages=40, page_size=4, dtype=torch.float32)
+    generation = generate(model, prompts, max_new_tokens=10, max_batch=4, drafts=drafts, cache=cache)
+    generation._ahead = True
+    next(generation)
+    next(generation)
+    assert generation._coming is not None
+    generation.abort(0)
+    generation.abort(2)
+    assert next(generation)[0] == []
+    generation.finish()
+    for i, text in enumerate(texts):
+        short = i in (0, 2)
+        assert generation.tokens[i] == (text[: len(generation.tokens[i])] if short else text)
+    assert len(generation.tokens[0]) < 10
+    assert cache.free_pages == 40
+    generation = generate(model, prompts, max_new_tokens=10, cache=cache)
+    generation._ahead = True
+    next(generation)
+    next(generation)
+    del generation
+    assert cache.free_pages == 40
+
+
+def test_widths_of_tables_are_few():
+    widths = [rounded(pages, 1000) for pages in range(1, 101)]
+    assert all(n <= width <= max(1.25 * n, n + 1) for n, width in zip(range(1, 101), widths, strict=True))
+    assert len(set(widths)) < 25
+    assert rounded(33, 35) == 35
+    assert rounded(33, 20) == 33
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+GRAPHS = (
+    {},
+    {"drafts": 1},
+    {"drafts": 2},
+    {"drafts": 4},
+    {"temperature": 1.0, "seed": 3, "drafts": 1},
+    {"temperature": 0.8, "seed": 3, "top_p": 0.9, "top_k": 30, "min_p": 0.01},
+)
+
+
+@pytest.fixture(scope="module")
+def cuda_model(model):
+    return copy.deepcopy(model).to("cuda")
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"drafts": 2}, {"temperature": 1.0, "seed": 3, "drafts": 1}], ids=str)
-def test_a_graph_gives_what_the_step_gives(prompts, options):
-    """Texts of several lengths, so that the graphs of 4, 2 and 1 rows run, with rows that have no sequence."""
-    torch.manual_seed(3)
-    model = echo_model(0.05, **SMALL).to("cuda")
-    options = {"max_new_tokens": 12, "max_batch": 4, "batch_invariant": False, **options}
-    generation = generate(model, prompts, graphs=True, **options)
-    assert generation.finish() == generate(model, prompts, **options).finish()
-    assert {1, 2, 4} <= set(generation._slots._graphs)
+@pytest.mark.parametrize("options", GRAPHS, ids=str)
+@pytest.mark.parametrize("eos", [(), tuple(range(6))], ids=["limit", "eos"])
+def test_a_graph_gives_what_the_step_gives(cuda_model, prompts, options, eos):
+    """Sequences begin and end, lengths and tables change, some rows have no sequence; with the same rows, the same bits
+    are computed, so that texts are equal whatever their probabilities are."""
+    options = {"max_new_tokens": 12, "max_batch": 4, "eos": eos, "page_size": 4, **options}
+    plain = generate(cuda_model, prompts, graphs=False, **options)
+    plain._slots._rows = lambda: min(4, 1 << (plain._slots.running - 1).bit_length())  # as with graphs
+    generation = generate(cuda_model, prompts, **options)  # by default they are on
+    graphs = generation._slots._graphs.graphs
+    ran = set()
+    replay = generation._slots._graphs.replay
+    generation._slots._graphs.replay = lambda passes, rows: (ran.add(rows), replay(passes, rows))
+    assert generation.finish() == plain.finish()
+    assert ran == set(graphs) >= {2, 4}
+    assert generation.accepted == plain.accepted
+    assert generation.cache.free_pages == generation.cache.pages
+
+
+@pytest.mark.gpu
+def test_graphs_stay_with_the_cache(cuda_model, prompts):
+    """Not captured again by the next generation, whatever its prompts; other options make their own."""
+    cache = LatentCache(cuda_model.config, pages=60, page_size=4, dtype=torch.float32, device="cuda")
+    options = {"max_new_tokens": 10, "max_batch": 4, "cache": cache}
+    generate(cuda_model, prompts, **options).finish()
+    (kept,) = cache.kept.values()
+    made = dict(kept.graphs)
+    generation = generate(cuda_model, prompts[::-1], **options)
+    assert generation._slots._graphs is kept
+    assert generation.finish() == generate(cuda_model, prompts[::-1], graphs=False, **options).finish()
+    assert cache.kept == {}  # the last one, without graphs, made none; the first still has them
+    assert {rows: kept.graphs[rows] for rows in made} == made
+    del generation
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fp8", [False, True])
+def test_weights_that_change_are_seen(model, prompts, fp8):
+    """Between two generations and between two tokens, also where a quantised copy of them is computed with."""
+    changed = DeepseekV3(model.config, fp8=fp8, device="cuda", dtype=torch.bfloat16 if fp8 else torch.float32)
+    changed.load_state_dict(model.state_dict())
+    changed.requires_grad_(False)
+    cache = LatentCache(model.config, pages=60, page_size=4, dtype=changed.lm_head.weight.dtype, device="cuda")
+    options = {"max_new_tokens": 10, "max_batch": 1, "cache": cache, "prefix_sharing": False}
+
+    def text(graphs):
+        return generate(changed, prompts[:1], graphs=graphs, **options).finish()
+
+    before = text(True)
+    assert before == text(False)
+    torch.manual_seed(11)
+    other = echo_model(0.05, **SMALL).state_dict()
+    changed.load_state_dict(other)
+    after = text(True)
+    assert after == text(False)
+    assert after != before
+    generation = generate(changed, prompts[:1], **options)
+    for _ in range(4):
+        next(generation)
+    changed.load_state_dict(model.state_dict())
+    generation.finish()
+    assert generation.tokens[0][:4] == after[0][:4]
+    assert generation.tokens[0] != after[0]
+
+
+@pytest.mark.gpu
+def test_a_step_that_cannot_be_captured_says_why(cuda_model, prompts):
+    """And nothing is left behind: the pages are free, the device works on."""
+    cache = LatentCache(cuda_model.config, pages=60, page_size=4, dtype=torch.float32, device="cuda")
+    handle = cuda_model.layers[1].register_forward_hook(lambda module, args, out: out[0].sum().item() and None)
+    try:
+        generation = generate(cuda_model, prompts, max_new_tokens=10, cache=cache)
+        with pytest.raises(RuntimeError, match=r"graphs: a step of .* cannot be captured .*graphs=False"):
+            generation.finish()
+    finally:
+        handle.remove()
+    assert cache.free_pages == 60
+    options = {"max_new_tokens": 10, "cache": cache}
+    assert generate(cuda_model, prompts, **options).finish() == texts_of(cuda_model, prompts)
+
+
+@pytest.mark.gpu
+def test_a_dropped_generation_frees_its_pages_on_a_gpu(cuda_model, prompts):
+    """Though a step is under way; what comes next on the cache is right."""
+    cache = LatentCache(cuda_model.config, pages=60, page_size=4, dtype=torch.float32, device="cuda")
+    options = {"max_new_tokens": 10, "cache": cache, "prefix_sharing": False}
+    for _ in range(3):
+        generation = generate(cuda_model, prompts, drafts=1, **options)
+        for _ in range(3):
+            next(generation)
+        assert generation._coming is not None
+        assert cache.free_pages < 60
+        del generation
+        assert cache.free_pages == 60
+    assert generate(cuda_model, prompts, **options).finish() == texts_of(cuda_model, prompts)
