@@ -40,7 +40,7 @@ LINES = [  # of plan_groups, which is otherwise kept
 INTEGERS = {
     "mla_decode": "long long stride_page, long long stride_row, int stride_table, int pages, int page, int requests, "
     "int capacity, int q_tokens, int heads, int row_blocks, int box_rows, float scale",
-    "combine": "int requests, int q_tokens, int heads, int row_blocks, int parts, int share",
+    "combine": "int requests, int q_tokens, int heads, int row_blocks, int parts",
 }
 POINTERS = {
     "mla_decode": "TensorMap* q, TensorMap* k, u8* cache, int* table, int* lengths, int* q_lengths, Element* out, "
@@ -114,7 +114,7 @@ def decode(folder, q, cache, table, lengths, new, scale, parts, wide):
     batch, q_tokens, heads, _ = q.shape
     row_blocks, rows = ceil_div(q_tokens * heads, BLOCK), batch * q_tokens * heads
     out, lse = q.new_full((batch, q_tokens, heads, 512), math.nan), torch.full((batch, heads, q_tokens), math.nan)
-    work = torch.full((2 * parts * row_blocks * BLOCK * 513 + 2 * batch,), math.nan)
+    work = torch.full((2 * parts * row_blocks * BLOCK * 513 + 4 * batch,), math.nan)
     config = choose_hopper_config(q_tokens * heads, cache.shape[1], cache.dtype == torch.uint8)
     config = replace(config, cluster=1)
     packed = q.view(batch, q_tokens * heads, 576)
@@ -127,9 +127,8 @@ def decode(folder, q, cache, table, lengths, new, scale, parts, wide):
     call(attend, parts * row_blocks, *arguments, config.box_rows, scale * hopper.LOG2_E)
     options = (("OUT", hopper.KINDS[q.dtype]), ("WIDE", wide))
     join = library(hopper.COMBINE, options, "combine", 32 * hopper.COMBINE_WARPS, folder)
-    share = 1 if wide > 1 else 2
-    blocks = rows if wide > 1 else ceil_div(rows, hopper.COMBINE_WARPS * share)
-    call(join, blocks, work, out, lse, batch, q_tokens, heads, row_blocks, parts, share)
+    blocks = ceil_div(rows, hopper.COMBINE_WARPS // wide)
+    call(join, blocks, work, out, lse, batch, q_tokens, heads, row_blocks, parts)
     return out, lse
 
 

@@ -24,8 +24,9 @@ __device__ __forceinline__ u32 empty(u32 base, int stage, int half) { return bas
 __device__ __forceinline__ u32 q_full(u32 base) { return base + OFFSET_BARRIERS + (2 * TILE_GROUPS + 4) * 8; }
 __device__ __forceinline__ u32 q_empty(u32 base) { return base + OFFSET_BARRIERS + (2 * TILE_GROUPS + 5) * 8; }
 
-// The order in which the tiles of a stage are loaded and multiplied by: of stage 1 the right half comes first, as it is free first.
-__device__ __forceinline__ int group_at(int stage, int i) { return stage == 0 ? i : (i + 2) % TILE_GROUPS; }
+// The order in which the tiles of a stage are loaded and multiplied by: of stage 1 the right half comes first, as it is free first; the rope
+// part comes last.
+__device__ __forceinline__ int group_at(int stage, int i) { return i < 4 ? (i + 2 * stage) % 4 : 4; }
 
 // ---- products ------------------------------------------------------------------------------------------------------
 

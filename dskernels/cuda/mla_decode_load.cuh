@@ -34,13 +34,17 @@ struct Cache {
     const int* table;
     long long stride_page, stride_row;  // in bytes
     int stride_table, pages, page;
-    // Of a position: its page, made one of those that there are, and its row there.
-    __device__ __forceinline__ int2 find(int request, int position) const {
+    // Of a position: its page, as the table has it, and its row there.
+    __device__ __forceinline__ int2 ask(int request, int position) const {
         const int index = position / page;
-        const int id = __ldg(table + (long long)request * stride_table + index);
-        return make_int2(min(max(id, 0), pages - 1), position - index * page);
+        return make_int2(__ldg(table + (long long)request * stride_table + index), position - index * page);
     }
-    __device__ __forceinline__ const u8* row(int2 place) const { return data + place.x * stride_page + place.y * stride_row; }
+    // The page made one of those that there are. This waits for the table.
+    __device__ __forceinline__ int2 find(int2 place) const { return make_int2(min(max(place.x, 0), pages - 1), place.y); }
+    __device__ __forceinline__ const u8* row(int2 place) const {
+        const int2 at = find(place);
+        return data + at.x * stride_page + at.y * stride_row;
+    }
 };
 
 // Phases of the barriers that say a half of a stage is empty, and the queries are read; at first they all are.
@@ -85,7 +89,7 @@ __device__ __forceinline__ void load_boxes(Share share, const Batch& batch, cons
             const int block = number * window + lane / boxes;
             if (block >= piece.blocks) return make_int2(0, 0);
             const int last = (piece.length - 1) / box_rows * box_rows;
-            return cache.find(piece.request, min((piece.first + block) * BLOCK + lane % boxes * box_rows, last));
+            return cache.find(cache.ask(piece.request, min((piece.first + block) * BLOCK + lane % boxes * box_rows, last)));
         };
         int2 even = places(0), odd = places(1);  // windows
         auto place = [&](int i) {
@@ -95,7 +99,7 @@ __device__ __forceinline__ void load_boxes(Share share, const Batch& batch, cons
             return i / window % 2 ? b : a;
         };
         if (elected) {
-            if (count > 0 && row_block == 0) begins(piece.request, count);
+            if (count > 0) begins(piece.request, count);
             announce(base, map_q, row_block, piece, phases.piece());
         }
         __syncwarp();
@@ -134,44 +138,52 @@ __device__ __forceinline__ void load_boxes(Share share, const Batch& batch, cons
 
 // ---- row by row ----------------------------------------------------------------------------------------------------
 
-// A warpgroup's work: rows of any page size, 16 bytes at a time. A thread has column `lane % 8` of each tile, of four rows; or of e4m3, 16
-// columns of the 128 of two tiles.
+// A warpgroup's work: rows of any page size, 16 bytes at a time. A warp has 16 rows of a block, a thread two of them, 8 apart; and of each 16 bytes
+// of the left half of a tile's 128 and 16 of the right one, that of odd rows first: so eight lanes, of two rows, write to all banks.
 struct Rows {
-    const u8* at[4];
-    __device__ __forceinline__ void find(const Cache& cache, const Piece& piece, int block, int warp, int lane) {
+    const u8* at[2];
+    // The places of the 16 rows are asked for by the lanes, one each, before they are needed here.
+    __device__ __forceinline__ void find(const Cache& cache, int2 place, int lane) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const int position = (piece.first + block) * BLOCK + warp * 16 + k * 4 + lane / 8;
-            at[k] = cache.row(cache.find(piece.request, min(position, piece.length - 1)));
+        for (int h = 0; h < 2; ++h) {
+            const int from = h * 8 + lane / 4;
+            at[h] = cache.row(make_int2(__shfl_sync(0xffffffffu, place.x, from), __shfl_sync(0xffffffffu, place.y, from)));
         }
     }
 };
+__device__ __forceinline__ int2 ask_row(const Cache& cache, const Piece& piece, int block, int warp, int lane) {
+    return cache.ask(piece.request, min((piece.first + block) * BLOCK + warp * 16 + lane % 16, piece.length - 1));
+}
 
-// 16 bytes of a tile, in the 128-byte swizzle; and those of the same column 4 * k rows on, where `row` is less than 4 above a multiple of 8.
+// 16 bytes of a tile, in the 128-byte swizzle.
 __device__ __forceinline__ u32 chunk(u32 tile, int row, int column) { return tile + row * 128 + (column ^ row % 8) * 16; }
-__device__ __forceinline__ u32 four_rows_on(u32 chunk, int k) { return (chunk ^ k % 2 * 64) + k * 512; }
+// The four chunks of a tile that a thread has, in shared memory and in its rows.
+__device__ __forceinline__ u32 own_chunk(u32 tile, int k, int warp, int lane) {
+    return (chunk(tile, warp * 16 + lane / 4, lane / 4 % 2 * 4 + lane % 4) ^ k / 2 * 64) + k % 2 * 8 * 128;
+}
+__device__ __forceinline__ const u8* own_bytes(const Rows& rows, int k, int lane) { return rows.at[k % 2] + ((lane / 4 + k / 2) % 2 * 4 + lane % 4) * 16; }
 
 template <class Meta>
 __device__ __forceinline__ void load_rows(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, int part, int row_block,
                                           Meta begins) {
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, c = lane % 8;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     Phases phases;
     for (;; phases.next_piece()) {
         int count;
         const Piece piece = share.next(batch, part, count);
         if (threadIdx.x % 128 == 0) {
-            if (count > 0 && row_block == 0) begins(piece.request, count);
+            if (count > 0) begins(piece.request, count);
             announce(base, map_q, row_block, piece, phases.piece());
         }
         if (piece.blocks < 0) return;
         if (piece.blocks == 0) continue;
-        Rows rows, next;
-        next.find(cache, piece, 0, warp, lane);
+        Rows rows;
+        int2 next = ask_row(cache, piece, 0, warp, lane);
 #pragma unroll 1
         for (int i = 0; i < piece.blocks; ++i) {
             const int s = i % 2;
-            rows = next;
-            next.find(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
+            rows.find(cache, next, lane);
+            next = ask_row(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
 #pragma unroll 1
             for (int j = 0; j < TILE_GROUPS; ++j) {
                 const int g = group_at(s, j);
@@ -182,8 +194,7 @@ __device__ __forceinline__ void load_rows(Share share, const Batch& batch, const
                     if (t >= tiles_of(g)) continue;
 #pragma unroll
                     for (int k = 0; k < 4; ++k)
-                        copy16_async(four_rows_on(chunk(base + OFFSET_K + s * ROWS + (2 * g + t) * TILE, warp * 16 + lane / 8, c), k),
-                                     rows.at[k] + (2 * g + t) * 128 + c * 16);
+                        copy16_async(own_chunk(base + OFFSET_K + s * ROWS + (2 * g + t) * TILE, k, warp, lane), own_bytes(rows, k, lane) + (2 * g + t) * 128);
                 }
                 barrier_arrive_after_copies(full(base, s, g));
             }
@@ -201,64 +212,63 @@ __device__ __forceinline__ u32 unpack_pair(u16 pair, float scale) {
     return pack(widen((u16)halves, 1) * scale, widen((u16)(halves >> 16), 1) * scale);
 }
 
-// A group of two tiles of a thread's four rows, on its way from memory.
+// A group of two tiles of a thread's two rows, on its way from memory: 16 columns of each tile, which become two chunks.
 struct Loaded {
     uint4 bytes[4];
-    float scale[4];
-    __device__ __forceinline__ void load(const Rows& rows, int group, int c) {
+    float scale[2];
+    __device__ __forceinline__ void load(const Rows& rows, int group, int lane) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            bytes[k] = global_load16(rows.at[k] + group * 128 + c * 16);
-            scale[k] = __ldg((const float*)(rows.at[k] + VALUE) + group);
-        }
+        for (int k = 0; k < 4; ++k) bytes[k] = global_load16(rows.at[k % 2] + group * 128 + k / 2 * 64 + lane % 4 * 16);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) scale[h] = __ldg((const float*)(rows.at[h] + VALUE) + group);
     }
-    // 16 columns become two chunks of 16 bytes. Lanes 4 to 7 of 8 write theirs the other way round: both tiles have the same banks.
     __device__ __forceinline__ void unpack(u32 tiles, int warp, int lane) const {
-        const int first = lane / 4 % 2;
-        const u32 to = chunk(tiles + first * TILE, warp * 16 + lane / 8, lane % 4 * 2 + first);
+        const u32 to = chunk(tiles, warp * 16 + lane / 4, lane % 4 * 2);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            const u32 words[4] = {bytes[k].x, bytes[k].y, bytes[k].z, bytes[k].w};
+            const u32 words[4] = {bytes[k].x, bytes[k].y, bytes[k].z, bytes[k].w}, at = to + k / 2 * TILE + k % 2 * 8 * 128;
             u32 x[8];
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
-                x[2 * w] = unpack_pair((u16)words[w], scale[k]);
-                x[2 * w + 1] = unpack_pair((u16)(words[w] >> 16), scale[k]);
+                x[2 * w] = unpack_pair((u16)words[w], scale[k % 2]);
+                x[2 * w + 1] = unpack_pair((u16)(words[w] >> 16), scale[k % 2]);
             }
-            const u32 at = four_rows_on(to, k);
-            smem_store16(at, first ? x[4] : x[0], first ? x[5] : x[1], first ? x[6] : x[2], first ? x[7] : x[3]);
-            smem_store16(at ^ 16, first ? x[0] : x[4], first ? x[1] : x[5], first ? x[2] : x[6], first ? x[3] : x[7]);
+            smem_store16(at, x[0], x[1], x[2], x[3]);
+            smem_store16(at ^ 16, x[4], x[5], x[6], x[7]);
         }
     }
 };
 
-// A warpgroup's work. Rows are asked for two blocks ahead, into the L2, and loaded two groups ahead, into registers.
+// A warpgroup's work. Rows are asked for two blocks ahead, into the L2, and loaded two groups ahead, into registers; their places a while
+// before. No fence stands here, which would wait for all that: whoever multiplies has one.
 template <class Meta>
 __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, int part, int row_block,
                                           Meta begins) {
     constexpr int ROW_BYTES = VALUE + VALUE / 128 * 4 + ROPE * 2;
-    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, c = lane % 8;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     Phases phases;
     for (;; phases.next_piece()) {
         int count;
         const Piece piece = share.next(batch, part, count);
-        auto prefetch = [&](int block) {  // two threads a row, three lines each
+        auto prefetch = [&](int block, int2 place) {  // two lanes have a row, and ask for three lines each
             if (block >= piece.blocks) return;
-            const int position = min((piece.first + block) * BLOCK + (int)threadIdx.x % 128 / 2, piece.length - 1);
-            const u8* row = cache.row(cache.find(piece.request, position)) + threadIdx.x % 2 * 384;
+            const u8* row = cache.row(place) + lane / 16 * 384;
 #pragma unroll
             for (int i = 0; i < 3; ++i) prefetch_line(row + i * 128);
         };
-        for (int i = 1; i < 1 + PREFETCH; ++i) prefetch(i);
         Rows rows;
         Loaded loaded[2];
+        int2 next, ahead;
         if (piece.blocks > 0) {
-            rows.find(cache, piece, 0, warp, lane);
-            loaded[0].load(rows, 0, c);
-            loaded[1].load(rows, 1, c);
+            next = ask_row(cache, piece, 0, warp, lane);
+            for (int i = 1; i < 1 + PREFETCH; ++i) prefetch(i, ask_row(cache, piece, i, warp, lane));
+            ahead = ask_row(cache, piece, 1 + PREFETCH, warp, lane);
+            rows.find(cache, next, lane);
+            loaded[0].load(rows, 0, lane);
+            loaded[1].load(rows, 1, lane);
         }
         if (threadIdx.x % 128 == 0) {
-            if (count > 0 && row_block == 0) begins(piece.request, count);
+            if (count > 0) begins(piece.request, count);
             announce(base, map_q, row_block, piece, phases.piece());
         }
         __syncwarp();
@@ -267,36 +277,38 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
         for (int i = 0; i < piece.blocks; ++i) {
             const int s = i % 2;
             const u32 stage = base + OFFSET_K + s * ROWS;
-            if (PREFETCH > 0) prefetch(i + 1 + PREFETCH);
-            uint4 rope[4];  // it goes with the right half
-#pragma unroll
-            for (int k = 0; k < 4; ++k) rope[k] = global_load16(rows.at[k] + ROW_BYTES - ROPE * 2 + c * 16);
+            if (PREFETCH > 0) {
+                prefetch(i + 1 + PREFETCH, ahead);
+                ahead = ask_row(cache, piece, i + 2 + PREFETCH, warp, lane);
+            }
+            next = ask_row(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
+            uint4 rope[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int g = (j + 2 * s) % 4;  // stage 1 begins with its right half
+                const int g = group_at(s, j);
                 if (j % 2 == 0) barrier_wait(empty(base, s, g / 2), phases.of(s));
+                if (j == 2) {
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) rope[k] = global_load16(own_bytes(rows, k, lane) + ROW_BYTES - ROPE * 2);
+                    rows.find(cache, next, lane);
+                }
                 loaded[j % 2].unpack(stage + 2 * g * TILE, warp, lane);
-                proxy_fence();
                 __syncwarp();
                 if (lane == 0) barrier_arrive(full(base, s, g));
-                if (j == 2) rows.find(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
                 // Of this block two groups on, or of the next, which begins with the other half.
-                loaded[j % 2].load(rows, (j + 2 + 2 * s) % 4 ^ (j < 2 ? 0 : 2), c);
-                if (j == 3 - 2 * s) {
-#pragma unroll
-                    for (int k = 0; k < 4; ++k) {
-                        uint4 x = rope[k];
-                        if (OUT == 1) {
-                            auto half = [](u32 two) { return pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
-                            x = make_uint4(half(x.x), half(x.y), half(x.z), half(x.w));
-                        }
-                        smem_store16(four_rows_on(chunk(stage + 8 * TILE, warp * 16 + lane / 8, c), k), x.x, x.y, x.z, x.w);
-                    }
-                    proxy_fence();
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(full(base, s, 4));
-                }
+                loaded[j % 2].load(rows, group_at(j < 2 ? s : 1 - s, (j + 2) % 4), lane);
             }
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                uint4 x = rope[k];
+                if (OUT == 1) {
+                    auto half = [](u32 two) { return pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
+                    x = make_uint4(half(x.x), half(x.y), half(x.z), half(x.w));
+                }
+                smem_store16(own_chunk(stage + 8 * TILE, k, warp, lane), x.x, x.y, x.z, x.w);
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(full(base, s, 4));
             phases.advance(s);
         }
     }

@@ -22,14 +22,16 @@ __device__ __forceinline__ float base_of(float largest) { return largest == noth
 
 // Where results go that are to be combined: two slots for each part, for the request that it goes on with and the one that it begins.
 struct Work {
-    float* sums;  // [2 * parts, padded_rows, VALUE]
-    float* lse;   // [2 * parts, padded_rows], in powers of 2
-    int2* begins;  // [requests]: the first part that has a request, and how many have it
+    float* sums;   // [2 * parts, padded_rows, VALUE]
+    float* lse;    // [2 * parts, padded_rows], in powers of 2
+    int4* spans;   // [spans(requests, parts)]: a request, the first part that has it, and how many do; what they say of one part or none is not used
     int padded_rows;
     __device__ __forceinline__ Work(float* work, int row_blocks, int parts) {
         padded_rows = row_blocks * BLOCK;
         sums = work;
         lse = work + 2ll * parts * padded_rows * VALUE;
-        begins = (int2*)(lse + 2 * parts * padded_rows);
+        spans = (int4*)(lse + 2 * parts * padded_rows);
     }
 };
+// Of several parts are as many requests as there are, at most, and one that begins in each part: so a span is a request's, or a part's.
+__device__ __forceinline__ int spans_of(int requests, int parts) { return min(requests, parts); }

@@ -94,7 +94,7 @@ class HopperConfig:
     prefetch: int = 0
     cluster: int = 1
     boundary: int = 2
-    whole: int = 6
+    whole: int = 8
     registers: int = 232
 
 

@@ -65,7 +65,7 @@ template <int STAGE> __device__ __forceinline__ void start_scores(float (&scores
     for (int j = 0; j < TILE_GROUPS; ++j) {
         const int g = group_at(STAGE, j);
         barrier_wait(full(base, STAGE, g), phase);
-        if (LOADER == 1) proxy_fence();  // who loads does not wait for its copies
+        if (LOADER != 0) proxy_fence();  // threads wrote it, which do not wait for their copies or loads on the way
         wgmma_begin();
 #pragma unroll
         for (int t = 2 * g; t < 2 * g + tiles_of(g); ++t)
@@ -376,6 +376,7 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
         barrier_init(q_full(base), 1);
         barrier_init(q_empty(base), 8);
         barrier_init_fence();
+        if (requests > parts && row_block == 0) Work(work, row_blocks, parts).spans[index] = make_int4(0, 0, 0, 0);
     }
     share.plan(batch, index, parts, base + OFFSET_K);
     proxy_fence();
@@ -391,10 +392,12 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
         registers_shrink<504 - 2 * REGISTERS>();
         const Cache rows{cache, table, stride_page, stride_row, stride_table, pages, page};
         const Work results(work, row_blocks, parts);
-        auto meta = [&](int request, int count) { results.begins[request] = make_int2(index, count); };
-        if (LOADER == 0 && warp == 0) load_boxes(share, batch, rows, base, &map_q, &map_k, index, row_block, box_rows, meta);
-        if (LOADER == 1) load_rows(share, batch, rows, base, &map_q, index, row_block, meta);
-        if (LOADER == 2) load_e4m3(share, batch, rows, base, &map_q, index, row_block, meta);
+        auto begins = [&](int request, int count) {
+            if (row_block == 0 && (count > 1 || requests <= parts)) results.spans[requests > parts ? index : request] = make_int4(request, index, count, 0);
+        };
+        if (LOADER == 0 && warp == 0) load_boxes(share, batch, rows, base, &map_q, &map_k, index, row_block, box_rows, begins);
+        if (LOADER == 1) load_rows(share, batch, rows, base, &map_q, index, row_block, begins);
+        if (LOADER == 2) load_e4m3(share, batch, rows, base, &map_q, index, row_block, begins);
     } else {
         registers_grow<REGISTERS>();
         const Results results{out, lse, Work(work, row_blocks, parts), heads, q_tokens};

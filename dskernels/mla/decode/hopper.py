@@ -159,18 +159,15 @@ def combine(work: Tensor, out: Tensor, lse: Tensor) -> Plan:
     """Fill `out` and `lse` for the requests that several parts had."""
     batch, q_tokens, heads, _ = out.shape
     row_blocks, parts = _grid(out)
-    rows = batch * q_tokens * heads
-    # Few rows: each has several parts, most likely, and a block of its own. Many: most requests are whole.
-    wide = rows <= 4 * multiprocessors(out.device)
-    share = 1 if wide else ceil_div(rows, COMBINE_WARPS * 4 * multiprocessors(out.device))
-    options = {"OUT": KINDS[out.dtype], "WIDE": COMBINE_WARPS if wide else 1}
+    # Few rows: each has several parts, most likely, and a block of its own.
+    wide = COMBINE_WARPS if batch * q_tokens * heads <= 4 * multiprocessors(out.device) else 1
     return Plan(
-        kernel(COMBINE, "combine", options, 0, out.device.index),
+        kernel(COMBINE, "combine", {"OUT": KINDS[out.dtype], "WIDE": wide}, 0, out.device.index),
         arguments=(
             *map(Pointer, ("work", "out", "lse")),
-            *map(ctypes.c_int, (batch, q_tokens, heads, row_blocks, parts, share)),
+            *map(ctypes.c_int, (batch, q_tokens, heads, row_blocks, parts)),
         ),
-        grid=rows if wide else ceil_div(rows, COMBINE_WARPS * share),
+        grid=ceil_div(min(batch, parts) * q_tokens * heads, COMBINE_WARPS // wide),
         threads=COMBINE_WARPS * 32,
         shared=0,
         device=out.device,
@@ -199,9 +196,9 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 
 def work_size(q: Tensor) -> int:
-    """Elements of `work`: of each part two partial results and their log-sum-exps; of each request two integers."""
+    """Elements of `work`: of each part two partial results and their log-sum-exps, and four integers."""
     row_blocks, parts = _grid(q)
-    return 2 * parts * row_blocks * BLOCK * (VALUE + 1) + 2 * q.shape[0]
+    return 2 * parts * row_blocks * BLOCK * (VALUE + 1) + 4 * min(q.shape[0], parts)
 
 
 def _positive(stride: int) -> int:
