@@ -251,8 +251,8 @@ class _Reader:
         if parameter.dtype == E4M3:
             if scale is None:
                 tensor, scale, _ = quantize_weight(tensor, self.model.scale_format)
-            part.copy_(tensor)
-            self.parameters[entry.parameter + SCALE_SUFFIX][entry.scale_part].copy_(scale)
+            part.copy_(entry.to_part(tensor))
+            self.parameters[entry.parameter + SCALE_SUFFIX][entry.scale_part].copy_(entry.to_part(scale))
         else:
             part.copy_(tensor if scale is None else Fp8Tensor(tensor, scale, self.block).dequantize())
 

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 import dskernels as ds
 from dskernels.model.attention import Attention
+from dskernels.model.config import Config
+from dskernels.model.hf_names import stacks_down, stacks_shared
 from dskernels.model.layers import FP8_BLOCK, FeedForward, Linear
 from dskernels.model.model import DeepseekV3
-from dskernels.model.moe import Experts
+from dskernels.model.moe import MoE
 from dskernels.types import Fp8Tensor
 
 SCALE_SUFFIX = "_scale_inv"
@@ -39,15 +41,17 @@ def keep_in_fp8(model: DeepseekV3, *, scale_format: str = "fp32") -> DeepseekV3:
         raise ValueError(f'scale_format: expected "fp32" or "ue8m0", got {scale_format!r}')
     model.scale_format = scale_format
     paired = {part for module in model.modules() if isinstance(module, FeedForward) for part in (module.w13, module.w2)}
+    for module in list(model.modules()):
+        if isinstance(module, MoE) and module.experts.w13_scale_inv is None:
+            _keep_experts(module, model.config, scale_format)
+        elif isinstance(module, Attention) and stacks_down(model.config) and module.qkv_a_proj is None:
+            _keep_down(module, scale_format)
     for module in model.modules():
-        if isinstance(module, Experts) and module.w13_scale_inv is None:
-            _keep(module, "w13", _whole_halves(module.w13), scale_format)
-            _keep(module, "w2", _whole_columns(module.w2), scale_format)
-        elif isinstance(module, FeedForward) and module.w13.fp8 and module.w13.weight_scale_inv is None:
-            _keep(module.w13, "weight", _whole_halves(module.w13.weight), scale_format)
-            _keep(module.w2, "weight", _whole_columns(module.w2.weight), scale_format)
+        if isinstance(module, FeedForward) and module.w13.fp8 and module.w13.weight_scale_inv is None:
+            _keep(module.w13, "weight", [_whole_halves(module.w13.weight)], scale_format)
+            _keep(module.w2, "weight", [_whole_columns(module.w2.weight)], scale_format)
         elif isinstance(module, Linear) and module not in paired and module.fp8 and module.weight_scale_inv is None:
-            _keep(module, "weight", module.weight, scale_format)
+            _keep(module, "weight", [module.weight], scale_format)
     write_out_for_decode(model)
     return model
 
@@ -78,17 +82,52 @@ def quantize_weight(weight: Tensor, scale_format: str = "fp32") -> Fp8Tensor:
     return Fp8Tensor(data, scale, FP8_BLOCK)
 
 
-def _keep(module: nn.Module, name: str, weight: Tensor, scale_format: str) -> None:
-    """Puts a quantised weight where a plain one was."""
-    if weight.device.type == "meta":
-        *stack, rows, columns = weight.shape
-        grid = [*stack, whole_blocks(rows) // FP8_BLOCK[0], whole_blocks(columns) // FP8_BLOCK[1]]
-        data = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
-        scale = torch.empty(grid, dtype=torch.float32, device="meta")
+def _keep_experts(moe: MoE, config: Config, scale_format: str) -> None:
+    """Quantises the routed experts, and shared ones as further experts of the stack, which share their launches."""
+    shared, n_shared = moe.shared_experts, config.n_shared_experts
+    w13, w2 = [moe.experts.w13.detach()], [moe.experts.w2.detach()]
+    if shared is not None and stacks_shared(config):
+        gate, up = (half.unflatten(0, (n_shared, -1)) for half in shared.w13.weight.detach().chunk(2))
+        w13.append(torch.cat((gate, up), 1))
+        w2.append(shared.w2.weight.detach().unflatten(1, (n_shared, -1)).movedim(1, 0))
+        moe.shared_experts, moe.experts.n_shared = None, n_shared
+    _keep(moe.experts, "w13", [_whole_halves(part) for part in w13], scale_format)
+    _keep(moe.experts, "w2", [_whole_columns(part) for part in w2], scale_format)
+
+
+def _keep_down(attention: Attention, scale_format: str) -> None:
+    """Quantises what multiplies the hidden state as one matrix: the rows of the query, then of latent and key."""
+    config = attention.config
+    query = attention.q_proj if config.q_lora_rank is None else attention.q_a_proj
+    parts = [
+        projection.weight.detach() for projection in (query, attention.kv_a_proj_with_mqa) if projection is not None
+    ]
+    with torch.device("meta"):
+        attention.qkv_a_proj = Linear(config.hidden_size, sum(map(len, parts)), fp8=True)
+    _keep(attention.qkv_a_proj, "weight", parts, scale_format)
+    if config.q_lora_rank is None:
+        attention.q_proj = None
     else:
-        data, scale, _ = quantize_weight(weight, scale_format)
+        attention.q_a_proj = None
+    attention.kv_a_proj_with_mqa = None
+
+
+def _keep(module: nn.Module, name: str, weights: list[Tensor], scale_format: str) -> None:
+    """Puts quantised weights, one behind the other, where a plain one was."""
+    quantized = [_quantized_or_meta(weight, scale_format) for weight in weights]
+    data, scale = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*quantized, strict=True))
     setattr(module, name, nn.Parameter(data, requires_grad=False))
     module.register_buffer(name + SCALE_SUFFIX, scale.contiguous())
+
+
+def _quantized_or_meta(weight: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
+    """Data and scales of a weight; on the meta device their shapes alone."""
+    if weight.device.type != "meta":
+        return quantize_weight(weight, scale_format)[:2]
+    *stack, rows, columns = weight.shape
+    grid = [*stack, whole_blocks(rows) // FP8_BLOCK[0], whole_blocks(columns) // FP8_BLOCK[1]]
+    data = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    return data, torch.empty(grid, dtype=torch.float32, device="meta")
 
 
 def _whole_halves(w13: Tensor) -> Tensor:

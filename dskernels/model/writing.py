@@ -129,9 +129,9 @@ def _tensors(
         return name, tensor
 
     for done, entry in enumerate(table, 1):
-        tensor = parameters[entry.parameter].detach()[entry.part]
+        tensor = entry.from_part(parameters[entry.parameter].detach()[entry.part])
         if tensor.dtype == E4M3:
-            scale = parameters[entry.parameter + SCALE_SUFFIX][entry.scale_part]
+            scale = entry.from_part(parameters[entry.parameter + SCALE_SUFFIX][entry.scale_part])
             if fp8:
                 yield stored(entry.name, tensor)
                 yield stored(entry.name + SCALE_SUFFIX, scale)
