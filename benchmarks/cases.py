@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import Peer
-from benchmarks.roofline import Work
+from benchmarks.roofline import Chain, Work
 from benchmarks.workloads import Workload
 from dskernels import Fp8Tensor
 
@@ -49,7 +49,7 @@ class Case:
         workload: Workload = self.workload
         return f"{self.op} {workload.name}"
 
-    def work(self) -> Work:
+    def work(self) -> Work | Chain:
         """Operations and bytes."""
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.roofline import Roofs, Work
+from benchmarks.roofline import Chain, Roofs, Work
 from benchmarks.timing import Times
 
 FOLDER = Path(__file__).parent / "results"
@@ -42,7 +42,7 @@ class Row:
         workload: str,
         impl: str,
         times: Times,
-        work: Work,
+        work: Work | Chain,
         roofs: Roofs,
         peers: dict[str, float],
         host_us: float | None = None,

@@ -36,6 +36,31 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """Jobs one after the other, each with a roof of its own: what binds one does not wait for what binds another."""
+
+    parts: tuple[Work, ...]
+
+    @property
+    def flops(self) -> int:
+        """Of all of them."""
+        return sum(part.flops or 0 for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        """Of all of them."""
+        return sum(part.bytes for part in self.parts)
+
+    def tflops(self, us: float) -> float:
+        """Rate in TFLOP/s at `us` microseconds."""
+        return self.flops / us / 1e6
+
+    def gbs(self, us: float) -> float:
+        """Rate in GB/s at `us` microseconds."""
+        return self.bytes / us / 1e3
+
+
+@dataclass(frozen=True)
 class Roofs:
     """The measured ceilings of a machine."""
 
@@ -43,8 +68,10 @@ class Roofs:
     bf16_tflops: float
     fp8_tflops: float | None
 
-    def floor_us(self, work: Work) -> float:
+    def floor_us(self, work: Work | Chain) -> float:
         """The time that no implementation stays below: of moving the bytes, or of the matrix products."""
+        if isinstance(work, Chain):
+            return sum(self.floor_us(part) for part in work.parts)
         floor = work.bytes / self.copy_gbs / 1e3
         if work.flops is not None:
             rate = self.fp8_tflops if work.unit == "fp8" and self.fp8_tflops else self.bf16_tflops
@@ -171,10 +198,10 @@ def expected_experts(x: w.Moe) -> float:
     return x.e * (1 - (1 - x.k / x.e) ** x.t)
 
 
-def fused_experts(x: w.Moe, *, shared: bool = False) -> Work:
-    """fp8 weights of the chosen experts, and of a shared one of their width; bf16 tokens in and out."""
+def fused_experts(x: w.Moe, *, shared: int = 0) -> Work:
+    """fp8 weights of the chosen experts, and of so many shared ones of their width; bf16 tokens in and out."""
     tokens = 2 * x.t * x.h * BF16 + x.t * x.k * (FP32 + INT)
-    weights = _chosen_weights(x) + (_expert_bytes(x) if shared else 0)
+    weights = _chosen_weights(x) + shared * _expert_bytes(x)
     return Work(6 * x.t * (x.k + shared) * x.h * x.i, weights + tokens, "fp8")
 
 
@@ -206,6 +233,18 @@ def decode(x: w.Decode, *, row_bytes: int = ROW_DIM * BF16) -> Work:
     queries = x.b * x.q * x.h
     moved = sum(x.lengths) * row_bytes + queries * (ROW_DIM + LATENT_DIM) * BF16 + queries * FP32
     return Work(2 * x.h * (ROW_DIM + LATENT_DIM) * pairs, moved, "bf16")
+
+
+def decode_with_prefix(x: w.SharedPrefix) -> Work:
+    """As `decode`, but the rows of the prefix in once."""
+    moved = (x.prefix + x.b * x.own) * ROW_DIM * BF16 + x.b * x.h * ((ROW_DIM + LATENT_DIM) * BF16 + FP32)
+    return Work(2 * x.h * (ROW_DIM + LATENT_DIM) * x.b * (x.prefix + x.own), moved, "bf16")
+
+
+def decode_queries(x: w.Tokens) -> Work:
+    """Queries, W^UK, fp32 cos and sin in; absorbed queries out."""
+    weights = x.h * NOPE_DIM * LATENT_DIM * BF16
+    return Work(None, weights + x.t * (x.h * (QK_DIM + ROW_DIM) * BF16 + ROPE_DIM * FP32))
 
 
 def _causal_pairs(lengths: Sequence[int]) -> int:

@@ -188,6 +188,21 @@ class Decode:
 
 
 @dataclass(frozen=True)
+class SharedPrefix:
+    """`b` requests that begin with the same `prefix` tokens, of `own` more each, one of them new; `h` heads."""
+
+    b: int
+    prefix: int
+    own: int
+    h: int = HEADS
+    page: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"b{self.b}_prefix{self.prefix}_own{self.own}_h{self.h}"
+
+
+@dataclass(frozen=True)
 class Prefill:
     """`b` packed sequences of `s` tokens each and `h` heads, causal."""
 
@@ -254,6 +269,58 @@ class Tokens:
         return f"t{self.t}" + (f"_h{self.h}" if self.h else "")
 
 
+MODEL_V3_SLICE = "v3-slice"  # DeepSeek-V3's dimensions: one dense layer and two of 256 experts
+MODEL_TINY = "tiny"
+
+
+@dataclass(frozen=True)
+class ModelDecode:
+    """A decode step of a whole model: `b` sequences of context `s`, the new token of each included."""
+
+    model: str
+    b: int
+    s: int
+    page: int = 64
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}_b{self.b}_s{self.s}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.b
+
+    @property
+    def pages(self) -> int:
+        """Entries of a sequence's row of the block table."""
+        return -(-self.s // self.page)
+
+
+@dataclass(frozen=True)
+class ModelPrefill:
+    """A prompt of `s` tokens through a whole model."""
+
+    model: str
+    s: int
+    page: int = 64
+    b: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}_s{self.s}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.s
+
+    @property
+    def pages(self) -> int:
+        """Entries of the row of the block table."""
+        return -(-self.s // self.page)
+
+
 # The linears of one layer, (N, K). Attention: the joint down-projection of q and kv, the up-projections, the output.
 # A routed (and the shared) expert: gate and up together, and down.
 Q_AND_KV_DOWN = (2112, 7168)
@@ -315,5 +382,17 @@ PREFILLS = (Prefill(1, 4096), Prefill(1, 8192), Prefill(4, 4096, h=16))
 PACKED_PREFILLS = (PackedPrefill(32768), PackedPrefill(32768, h=16))
 EQUAL_PREFILLS = (Prefill(32, 1024), Prefill(32, 1024, h=16))
 CHUNKED_PREFILLS = (ChunkedPrefill(4, 8192, 1024, h=16), ChunkedPrefill(1, 32768, 4096))
-CACHE_WRITES = (Tokens(128), Tokens(4096))
+SHARED_PREFIXES = tuple(SharedPrefix(64, 8192, 512, h=h) for h in (16, HEADS))
+CACHE_WRITES = (Tokens(128), Tokens(4096), Tokens(65536))
+DECODE_QUERIES = (*(Tokens(t, HEADS) for t in (1, 16, 64, 128)), Tokens(128, 16))
 MERGES = (Tokens(128, HEADS), Tokens(4096, HEADS))
+
+# Moonlight has the shape of a 16B-A3B model.
+MODEL_DECODES = (
+    ModelDecode(MODEL_V3_SLICE, 32, 2048),
+    ModelDecode(MODEL_V3_SLICE, 64, 4096),
+    ModelDecode(MODEL_V3_SLICE, 1, 4096),
+    ModelDecode("moonlight", 1, 1024),
+    ModelDecode("moonlight", 128, 1024),
+)
+MODEL_PREFILLS = (ModelPrefill(MODEL_V3_SLICE, 4096), ModelPrefill("moonlight", 4096))

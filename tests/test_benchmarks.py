@@ -34,10 +34,13 @@ SMALL = {
     "RouteHidden": {"t": 12, "e": 16, "k": 4, "h": 72},
     "Moe": {"t": 9, "e": 4, "k": 2, "h": 256, "i": 128},
     "Decode": {"b": 3, "s": 70, "h": 3},
+    "SharedPrefix": {"b": 3, "prefix": 64, "own": 70, "h": 3},
     "Prefill": {"b": 2, "s": 33, "h": 3},
     "PackedPrefill": {"t": 70, "mean": 20, "h": 3},
     "ChunkedPrefill": {"b": 2, "s": 70, "q": 5, "h": 3},
     "Tokens": {"t": 9, "h": 3},
+    "ModelDecode": {"b": 3, "s": 70},
+    "ModelPrefill": {"s": 70},
 }
 
 
@@ -46,6 +49,8 @@ def shrunk(case):
     sizes = {name: min(getattr(case.workload, name), limit) for name, limit in limits.items()}
     if getattr(case.workload, "uneven", ()):
         sizes["uneven"] = (7, sizes["s"], 5)[: sizes["b"]]  # no fewer than new tokens
+    if hasattr(case.workload, "model"):
+        sizes["model"] = workloads.MODEL_TINY
     return dataclasses.replace(case, workload=dataclasses.replace(case.workload, **sizes))
 
 

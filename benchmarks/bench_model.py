@@ -1,0 +1,80 @@
+"""A decode step, in a CUDA graph, and a prompt, through a whole model with random fp8 weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import dskernels as ds
+from benchmarks import model_roofline, models, workloads
+from benchmarks.cases import Call, Case
+from benchmarks.peers import model as model_peers
+
+
+@dataclass(frozen=True)
+class DecodeStep(Case):
+    """The layout of the batch, embedding, blocks, final norm and the head in bf16, for one new token a sequence."""
+
+    workload: workloads.ModelDecode
+    # Of logits. Each product rounds its operands to e4m3, a step of which may turn at a sum in another order, and where
+    # two experts are nearly alike another one may be chosen.
+    tolerance = 5e-3
+    peer_tolerance = 3e-2  # bf16 peers do not quantise activations at all
+
+    @property
+    def op(self) -> str:
+        return "decode_step"
+
+    def work(self):
+        return model_roofline.decode_step(models.config_of(self.workload.model), self.workload)
+
+    def inputs(self, device):
+        return models.Inputs.of(self.workload, device)
+
+    def ours(self, x, impl) -> Call:
+        call = self.forward(x, impl)
+        return models.graph_of(call) if x.tokens.is_cuda and impl != "reference" else call
+
+    def forward(self, x, impl) -> Call:
+        return _under(impl, x.decode)
+
+    def peers(self, x):
+        return {"transformers": lambda: model_peers.transformers_decode(x)}
+
+
+@dataclass(frozen=True)
+class Prefill(Case):
+    """A prompt through all blocks, its latents written to the cache, and the logits after its last token."""
+
+    workload: workloads.ModelPrefill
+    tolerance = 5e-3
+    peer_tolerance = 3e-2
+
+    @property
+    def op(self) -> str:
+        return "prefill"
+
+    def work(self):
+        return model_roofline.prefill(models.config_of(self.workload.model), self.workload)
+
+    def inputs(self, device):
+        return models.Inputs.of(self.workload, device)
+
+    def ours(self, x, impl) -> Call:
+        return _under(impl, x.prefill)
+
+    def peers(self, x):
+        return {"transformers": lambda: model_peers.transformers_prefill(x)}
+
+
+def _under(impl: str | None, call: Call) -> Call:
+    def run():
+        with ds.use_impl(impl):
+            return call()
+
+    return call if impl is None else run
+
+
+CASES: list[Case] = [
+    *(DecodeStep(w) for w in workloads.MODEL_DECODES),
+    *(Prefill(w) for w in workloads.MODEL_PREFILLS),
+]

@@ -1,0 +1,112 @@
+"""Random models of published shapes, their weights made on the device straight in fp8, and passes to be timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import inputs
+from benchmarks.workloads import MODEL_TINY, MODEL_V3_SLICE, ModelDecode, ModelPrefill
+from dskernels.model import Batch, Config, DeepseekV3, LatentCache, keep_in_fp8
+from dskernels.model.fp8_weights import SCALE_SUFFIX, write_out_for_decode
+
+E4M3 = torch.float8_e4m3fn
+SPREAD = 64.0  # of the random e4m3 values: 448 is seven times as much
+AT_ONCE = 1 << 27  # elements
+
+
+def config_of(name: str) -> Config:
+    """The shape that a workload names: a preset, or a slice of one, without its MTP module."""
+    if name == MODEL_V3_SLICE:
+        changes = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+        return dataclasses.replace(Config.from_name("deepseek-v3"), num_nextn_predict_layers=0, **changes)
+    # Whole blocks of fp8, as the published shapes have them, so that transformers' matrices have the size of ours.
+    tiny = {"num_hidden_layers": 2, "vocab_size": 64, "moe_intermediate_size": 128, "q_lora_rank": 128}
+    changes = tiny if name == MODEL_TINY else {}
+    return dataclasses.replace(Config.from_name(name), num_nextn_predict_layers=0, **changes)
+
+
+@functools.lru_cache(maxsize=1)
+def random_model(name: str, device: torch.device) -> DeepseekV3:
+    """A model whose matrices keep the size of what they multiply; embedding, head, routers and norms in bf16."""
+    with torch.no_grad():
+        model = keep_in_fp8(DeepseekV3(config_of(name), fp8=True, device="meta", dtype=torch.bfloat16))
+        model.to_empty(device=device)
+        buffers = dict(model.named_buffers())
+        for parameter_name, parameter in model.named_parameters():
+            scale = buffers.get(parameter_name + SCALE_SUFFIX)
+            if scale is not None:
+                scale.fill_(parameter.shape[-1] ** -0.5 / SPREAD)
+                for part in parameter.view(-1).split(AT_ONCE):
+                    part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=device).mul_(SPREAD).to(E4M3))
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                spread = 1.0 if parameter_name.startswith("embed") else parameter.shape[-1] ** -0.5
+                parameter.normal_(0.0, spread)
+        for buffer_name, buffer in buffers.items():
+            if buffer_name.endswith("e_score_correction_bias"):
+                buffer.zero_()
+        write_out_for_decode(model)
+    return model
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A model, the pages of its cache, and what a pass is told on the device."""
+
+    model: DeepseekV3
+    cache: LatentCache
+    tokens: Tensor
+    lengths: Tensor
+    table: Tensor
+
+    @classmethod
+    def of(cls, w: ModelDecode | ModelPrefill, device: torch.device) -> Inputs:
+        """Room for every token, and whatever is there already random."""
+        model = random_model(w.model, device)
+        pages = w.b * w.pages
+        cache = LatentCache(model.config, pages=pages, page_size=w.page, device=device)
+        cache.data.normal_()
+        tokens = torch.randint(0, model.config.vocab_size, (w.tokens,), device=device)
+        lengths = torch.full((w.b,), w.s, dtype=torch.int32, device=device)
+        return cls(model, cache, tokens, lengths, inputs.block_table(w.b, w.pages, device))
+
+    @torch.no_grad()
+    def decode(self) -> Tensor:
+        """A step, one new token a sequence: its layout, embedding, blocks, final norm and head; logits."""
+        batch = Batch.decode(self.lengths, 1, self.table, self.cache.page_size)
+        hidden, _ = self.model.trunk(self.tokens, batch, self.cache.data)
+        return self.model.lm_head(hidden)
+
+    @torch.no_grad()
+    def prefill(self) -> Tensor:
+        """All tokens of one sequence, written to the cache, and the logits after the last."""
+        cu_seqlens = torch.nn.functional.pad(self.lengths, (1, 0))
+        batch = Batch.prompt(cu_seqlens, self.tokens.shape[0], self.table, self.cache.page_size)
+        hidden, _ = self.model.trunk(self.tokens, batch, self.cache.data)
+        return self.model.lm_head(hidden[-1:])
+
+
+def graph_of(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same work as one CUDA graph; its result is written over by every call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # what is compiled or allocated for ever cannot be within a capture
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay

@@ -1,0 +1,94 @@
+"""Whole models in the benchmark suite: their random weights, their roofs by hand, and transformers on their weights."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import model_roofline, models, workloads
+from benchmarks.bench_model import DecodeStep, Prefill
+from benchmarks.cases import difference
+from benchmarks.roofline import Chain, Roofs, Work
+from benchmarks.workloads import ModelDecode, ModelPrefill
+from dskernels.model import Config
+
+CPU = torch.device("cpu")
+ROOFS = Roofs(copy_gbs=3000.0, bf16_tflops=700.0, fp8_tflops=1400.0)
+E4M3 = torch.float8_e4m3fn
+
+
+def test_the_floor_of_a_chain_is_the_sum_of_floors():
+    moves, multiplies = Work(None, 3_000_000), Work(1_400_000_000, 1, "fp8")
+    chain = Chain((moves, multiplies))
+    assert ROOFS.floor_us(chain) == pytest.approx(1 + 1)
+    assert chain.bytes == 3_000_001
+    assert chain.gbs(1.0) == pytest.approx(3000, rel=1e-6)
+    assert chain.tflops(1.0) == pytest.approx(1400)
+
+
+def test_weights_of_a_decode_step():
+    """With one token and hardly a cache, a step reads the weights that it is multiplied by, each once."""
+    config = models.config_of(workloads.MODEL_V3_SLICE)
+    work = model_roofline.decode_step(config, ModelDecode(workloads.MODEL_V3_SLICE, 1, 1))
+    vectors = config.hidden_size * config.n_routed_experts * 2  # of both routers, in bf16 and counted once as active
+    head = config.vocab_size * config.hidden_size
+    absorbed = 3 * config.kv_lora_rank * config.num_attention_heads * 256
+    active = config.parameter_count().active
+    assert work.bytes == pytest.approx(active + head + absorbed + vectors, rel=2e-3)  # and activations, and scales
+    assert work.flops == pytest.approx(2 * active, rel=2e-3)
+
+
+def test_the_floors_of_the_slice():
+    """Milliseconds that bytes and operations alone take on an H100."""
+    config = models.config_of(workloads.MODEL_V3_SLICE)
+    decode = model_roofline.decode_step(config, ModelDecode(workloads.MODEL_V3_SLICE, 32, 2048))
+    assert ROOFS.floor_us(decode) / 1e3 == pytest.approx(5.8, abs=0.2)
+    prefill = model_roofline.prefill(config, ModelPrefill(workloads.MODEL_V3_SLICE, 4096))
+    # 17 are of weights and products; the rest is between them.
+    assert ROOFS.floor_us(prefill) / 1e3 == pytest.approx(17.8, abs=0.1)
+
+
+def test_cached_rows_and_touched_experts_count():
+    config = Config.from_name("moonlight")
+    few, many, long = (
+        model_roofline.decode_step(config, ModelDecode("moonlight", b, s)) for b, s in ((1, 64), (128, 64), (1, 6464))
+    )
+    expert = 3 * config.moe_intermediate_size * config.hidden_size
+    assert many.bytes - few.bytes == pytest.approx(26 * (64 - 6) * expert, rel=0.1)
+    assert long.bytes - few.bytes == 6400 * 27 * 576 * 2
+
+
+def test_random_weights():
+    model = models.random_model(workloads.MODEL_TINY, CPU)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert tensor.float().isfinite().all(), name
+        if name.endswith(("weight", "w13", "w2")) and "norm" not in name and "embed" not in name:
+            assert tensor.dtype == (E4M3 if name.split(".")[-2] not in ("gate", "lm_head") else torch.bfloat16), name
+            assert tensor.float().std() > 0, name
+    assert not model.layers[1].mlp.gate.e_score_correction_bias.any()
+
+
+@pytest.mark.parametrize("case", [DecodeStep(ModelDecode("tiny", 3, 70)), Prefill(ModelPrefill("tiny", 70))])
+def test_transformers_on_our_weights_agrees(case):
+    """Its bf16 products against ours in e4m3; and again, its cache being longer by what the first call added."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    x = case.inputs(CPU)
+    expected = case.ours(x, "reference")()
+    (prepare,) = case.peers(x).values()
+    peer = prepare()
+    for _ in range(2):
+        assert difference(peer.result(peer.run()), expected) < case.peer_tolerance
+
+
+@pytest.mark.parametrize("case", [DecodeStep(ModelDecode("tiny", 3, 70)), Prefill(ModelPrefill("tiny", 70))])
+def test_a_pass_again_is_the_same(case):
+    x = case.inputs(CPU)
+    call = case.ours(x, None)
+    assert torch.equal(call(), call())
+
+
+def test_sizes_are_named():
+    assert ModelDecode("moonlight", 128, 1024).name == "moonlight_b128_s1024"
+    assert ModelPrefill("v3-slice", 4096).name == "v3-slice_s4096"
+    assert dataclasses.replace(models.config_of("v3-slice"), num_hidden_layers=61).hidden_size == 7168
