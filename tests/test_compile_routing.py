@@ -138,7 +138,7 @@ def test_the_gate_compiles_without_spills(m, n):
                 "dskernels.routing.triton_gate:gate_kernel",
                 signature={
                     **{"p_a": POINTERS[a], "p_b": POINTERS[b], "p_out": "*fp32", "M": "i32", "N": "i32", "K": "i32"},
-                    **{"K_of_part": "i32", "stride_am": "i32", "stride_bn": "i32"},
+                    **{"K_of_part": "i32", "one": "fp32", "stride_am": "i32", "stride_bn": "i32"},
                 },
                 constants={
                     **{"stride_ak": 1, "stride_bk": 1, "PIECES_A": a, "PIECES_B": b},

@@ -139,6 +139,7 @@ template <class T> static T shuffled(Kind kind, int line, T x, int lane) { retur
 #define __shfl_xor_sync(mask, x, distance) shuffled(SHUFFLE_XOR, __LINE__, x, distance)
 #define __syncwarp() collective(SYNC_WARP, __LINE__)
 #define __syncthreads() collective(SYNC_BLOCK, __LINE__)
+static inline int __vimax3_s32(int a, int b, int c) { return max(a, max(b, c)); }
 static inline int __ffs(u32 x) { return __builtin_ffs(x); }
 static inline int __popc(u32 x) { return __builtin_popcount(x); }
 static inline float __fadd_rn(float a, float b) { return a + b; }

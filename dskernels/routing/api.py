@@ -293,8 +293,6 @@ def like_logits(grad: Tensor, logits: Tensor, *args: object) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-# The kernels' first version ran on an H200, right everywhere; they have been changed since, and but emulated.
-ON_REQUEST = {"hopper": "it has not been run as it stands, and runs when asked for by impl='hopper'"}
 CHOICE = "int top_k, int n_groups, int top_groups, bool softmax, bool normalize, float scale"
 
 _route = _Repeatable(
@@ -303,7 +301,6 @@ _route = _Repeatable(
     triton="dskernels.routing.triton:route",
     hopper="dskernels.routing.hopper:route",
     fake=_empty_routing,
-    on_request=ON_REQUEST,
 )
 _route_replicated = Operation(
     f"route_replicated(Tensor logits, Tensor? bias, Tensor physical, {CHOICE})"
@@ -312,7 +309,6 @@ _route_replicated = Operation(
     triton="dskernels.routing.triton:route_replicated",
     hopper="dskernels.routing.hopper:route_replicated",
     fake=_empty_replicated,
-    on_request=ON_REQUEST,
 )
 _route_hidden = Operation(
     f"route_hidden(Tensor x, Tensor weight, Tensor? bias, Tensor? physical, {CHOICE})"
@@ -321,7 +317,6 @@ _route_hidden = Operation(
     triton="dskernels.routing.triton:route_hidden",
     hopper="dskernels.routing.hopper:route_hidden",
     fake=_empty_hidden,
-    on_request=ON_REQUEST,
 )
 _route_backward = Operation(
     "route_backward(Tensor grad, Tensor logits, Tensor weights, Tensor experts, bool softmax, bool normalize,"
@@ -330,7 +325,6 @@ _route_backward = Operation(
     triton="dskernels.routing.triton:route_backward",
     hopper="dskernels.routing.hopper:route_backward",
     fake=like_logits,
-    on_request=ON_REQUEST,
 )
 _gate_backward = Operation(
     "gate_backward(Tensor dlogits, Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",

@@ -1,10 +1,9 @@
-"""Launchers of hopper.cu, the choice of experts and its gradient for sm_90a, in CUDA C++.
+"""Launchers of hopper.cu and hopper_backward.cu, the choice of experts and its gradient for sm_90a, in CUDA C++.
 
 CUDA C++ because Triton has neither the vote nor the reduction of a whole warp that find candidates and their places: it
 takes the best one by one, each by two reductions of shuffles. On an H200, 256 experts in 8 groups, in a CUDA graph,
-Triton's time (with two launches that zero counters) first: 5.9 us and 3.1 for one token, 16.7 and 6.5 for 4,096, 26.6
-and 9.6 for 8,192, 87.1 and 26.6 for 32,768; the gradient 5.8 and 3.5, 9.2 and 5.0, 29.4 and 15.1. These are times of
-the kernel's first version; this one has a quarter fewer instructions, and has not been timed.
+Triton's time (with two launches that zero counters) first: 6.0 us and 2.2 for one token, 16.8 and 4.6 for 4,096, 26.2
+and 6.4 for 8,192, 85.8 and 16.5 for 32,768; the gradient 5.9 and 2.9, 9.3 and 4.4, 29.6 and 14.4.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from dskernels.routing.triton_gate import gate_parts
 from dskernels.validate import ceil_div
 
 SOURCE = Path(__file__).with_name("hopper.cu")
+BACKWARD_SOURCE = Path(__file__).with_name("hopper_backward.cu")
 DTYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 BACKWARD_WARPS = 8
 # Launches of several blocks that may be under way at once, captured ones included: 256 KB.
@@ -122,13 +122,14 @@ def _launch_route(
             *map(Pointer, ("logits", "bias", "physical", "weights", "experts", "placed", "sums", "load", "nonfinite")),
             Pointer("slot"),
             ctypes.c_longlong(logits.stride(-2)),
-            *map(ctypes.c_int, (T, parts, 0 if physical is None else physical.shape[1])),
+            *map(ctypes.c_int, (T, config.rows, parts, 0 if physical is None else physical.shape[1])),
             ctypes.c_float(scale),
         ),
         grid=config.blocks,
         threads=32 * config.warps,
         shared=0,
         device=logits.device,
+        programmatic=True,
     )
 
 
@@ -146,7 +147,6 @@ def options(
     vector: int,
     parts: bool = False,
     replicas: bool = False,
-    backward: bool = False,
 ) -> dict[str, int]:
     """The -D options that hopper.cu describes."""
     return {
@@ -164,7 +164,6 @@ def options(
         "MOST_THREADS": 32 * config.most_warps,
         "BLOCKS": config.resident,
         "ARRIVALS": ARRIVALS,
-        "BACKWARD": int(backward),
     }
 
 
@@ -306,21 +305,10 @@ def _launch_backward(
 ) -> Plan:
     """Fill `dlogits` [T, E]."""
     (T, E), top_k = logits.shape, experts.shape[1]
-    chosen = options(
-        backward_config(E),
-        E,
-        top_k,
-        n_groups=1,
-        top_groups=1,
-        softmax=softmax,
-        normalize=normalize,
-        bias=False,
-        dtype=logits.dtype,
-        vector=_row_vector(E, logits if softmax else dlogits),
-        backward=True,
-    )
+    vector = _row_vector(E, logits if softmax else dlogits)
+    chosen = backward_options(E, top_k, softmax=softmax, normalize=normalize, dtype=logits.dtype, vector=vector)
     return Plan(
-        kernel(SOURCE, "route_backward", chosen, 0, logits.device.index),
+        kernel(BACKWARD_SOURCE, "route_backward", chosen, 0, logits.device.index),
         arguments=(
             *map(Pointer, ("grad", "logits", "weights", "experts", "dlogits")),
             ctypes.c_longlong(logits.stride(0)),
@@ -331,12 +319,24 @@ def _launch_backward(
         threads=32 * BACKWARD_WARPS,
         shared=0,
         device=logits.device,
+        programmatic=True,
     )
 
 
-def backward_config(n_experts: int) -> HopperConfig:
-    """Blocks of the backward kernel: a warp a token, as many as the row's registers allow."""
-    return HopperConfig(BACKWARD_WARPS, resident=6 if n_experts <= 256 else 2, warps=BACKWARD_WARPS, blocks=0)
+def backward_options(
+    n_experts: int, top_k: int, *, softmax: bool, normalize: bool, dtype: torch.dtype, vector: int
+) -> dict[str, int]:
+    """The -D options that hopper_backward.cu describes; blocks to an SM as the row's registers allow."""
+    return {
+        "E": n_experts,
+        "TOP_K": top_k,
+        "SOFTMAX": int(softmax),
+        "NORMALIZE": int(normalize),
+        "DTYPE": DTYPE[dtype],
+        "VECTOR": vector,
+        "MOST_THREADS": 32 * BACKWARD_WARPS,
+        "BLOCKS": 6 if n_experts <= 256 else 2,
+    }
 
 
 def _row_vector(n_experts: int, rows: Tensor) -> int:

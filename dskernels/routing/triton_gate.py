@@ -32,17 +32,19 @@ def piece(x, i: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, total, PIECES_A: tl.constexpr, PIECES_B: tl.constexpr):
-    """`total` + a b, in the pieces that count: the i-th by the j-th is 2^(-8 (i + j)) of the whole."""
+def multiply(a, b, PIECES_A: tl.constexpr, PIECES_B: tl.constexpr):
+    """a b, in the pieces that count, the small ones first: the i-th by the j-th is 2^(-8 (i + j)) of the whole."""
     if PIECES_A == 1 and PIECES_B == 1:
-        return total + dot(a, b)
+        return dot(a, b)
     a = a.to(tl.float32)
     b = b.to(tl.float32)
-    for i in tl.static_range(PIECES_A):
-        for j in tl.static_range(PIECES_B):
-            if i + j <= 2:
-                total += dot(piece(a, i), piece(b, j))
-    return total
+    product = tl.zeros([a.shape[0], b.shape[1]], tl.float32)
+    for rank in tl.static_range(2, -1, -1):
+        for i in tl.static_range(PIECES_A):
+            for j in tl.static_range(PIECES_B):
+                if i + j == rank:
+                    product += dot(piece(a, i), piece(b, j))
+    return product
 
 
 @triton.jit(do_not_specialize=["M", "N", "K"])
@@ -54,6 +56,7 @@ def gate_kernel(
     N,
     K,
     K_of_part,
+    one,
     stride_am,
     stride_ak,
     stride_bn,
@@ -68,6 +71,8 @@ def gate_kernel(
     """One part's tile of a @ b.T, a being [M, K] and b [N, K] by their strides; out is [parts, M, N], contiguous.
 
     WHOLE: K is a multiple of BLOCK_K. With a mask along K loads are not of 16 bytes, nor asynchronous.
+    one: 1.0, which the compiler must not know: it would let tensor cores add up all of K, and they cut off what they
+    should round.
     """
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
@@ -92,7 +97,7 @@ def gate_kernel(
             m_k = o_k < left
             a = tl.load(p_a_tile, mask=m_k[None, :], other=0.0)
             b = tl.load(p_b_tile, mask=m_k[:, None], other=0.0)
-        total = multiply(a, b, total, PIECES_A, PIECES_B)
+        total += multiply(a, b, PIECES_A, PIECES_B) * one
         p_a_tile += BLOCK_K * stride_ak
         p_b_tile += BLOCK_K * stride_bk
     p_tile = p_out + part.to(tl.int64) * M * N + o_m[:, None] * N + o_n[None, :]
@@ -173,6 +178,7 @@ def _product(
         n,
         k,
         blocks * config.block_k,
+        1.0,
         *a_strides,
         *b_strides,
         PIECES_A=PIECES[a.dtype],
