@@ -136,6 +136,10 @@ __device__ __forceinline__ void tma_load_ragged(u32 dst, const TensorMap* map, u
         "l"(map), "r"(barrier), "r"(x), "r"(RAGGED + row - end), "r"(RAGGED), "r"(end), "r"(matrix)
         : "memory");
 }
+__device__ __forceinline__ void tma_store(const TensorMap* map, u32 src, int x, int y, int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(src), "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
 // A tile that nobody reads again soon: it leaves the L2 first.
 __device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y) {
     asm volatile(
@@ -228,6 +232,11 @@ __device__ __forceinline__ void smem_store4(u32 addr, float x, float y, float z,
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void smem_store_matrix(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+// The same, transposed: lane i gives the address where column i % 8 of matrix i / 8 becomes a row.
+__device__ __forceinline__ void smem_store_transposed(u32 addr, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
 

@@ -65,6 +65,7 @@ def _fake(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 _mla_decode_queries = Operation(
     "mla_decode_queries(Tensor q, Tensor w_uk, Tensor cos, Tensor sin) -> Tensor",
     reference=reference.mla_decode_queries,
+    hopper="dskernels.mla.absorb.hopper:mla_decode_queries",
     triton="dskernels.mla.absorb.triton:mla_decode_queries",
     fake=_fake,
 )
