@@ -12,6 +12,7 @@ from benchmarks import inputs, peers, roofline, workloads
 from benchmarks.cases import Call, Case
 from benchmarks.peers import Peer
 from benchmarks.peers import attention as attention_peers
+from benchmarks.prefix_sharing import decode_with_prefix
 from benchmarks.workloads import FP8_ROW_BYTES, LATENT_DIM, NOPE_DIM, QK_DIM, ROPE_DIM, ROW_DIM, VALUE_DIM
 
 SCALE = QK_DIM**-0.5
@@ -93,6 +94,88 @@ class Decode(_Attention):
             "flashinfer": lambda: attention_peers.flashinfer_decode(*job),
             "torch": peers.eager(lambda: attention_peers.eager_decode(*job)),
         }
+
+
+@dataclass(frozen=True)
+class DecodeWithPrefix(_Attention):
+    """The recipe of docs/prefix_sharing.md, beside decode that does not know of the common prefix."""
+
+    workload: workloads.SharedPrefix
+
+    @property
+    def op(self) -> str:
+        return "mla_decode_with_prefix"
+
+    def work(self):
+        return roofline.decode_with_prefix(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        prefix, own = -(-w.prefix // w.page), -(-w.own // w.page)
+        pages = torch.randperm(prefix + w.b * own, device=device).int()
+        rows = inputs.bf16(len(pages) * w.page, ROW_DIM, device=device)
+        return SimpleNamespace(
+            q=inputs.bf16(w.b, 1, w.h, ROW_DIM, device=device),
+            cache=latent_cache(rows, w.page, fp8=False),
+            prefix_table=pages[:prefix].view(1, -1),
+            prefix_length=torch.tensor([w.prefix], dtype=torch.int32, device=device),
+            own_table=pages[prefix:].view(w.b, own),
+            own_lengths=torch.full((w.b,), w.own, dtype=torch.int32, device=device),
+        )
+
+    def ours(self, x, impl) -> Call:
+        job = (x.q, x.cache, x.prefix_table, x.prefix_length, x.own_table, x.own_lengths)
+
+        def decode():
+            with ds.use_impl(impl):
+                return decode_with_prefix(*job, scale=SCALE)
+
+        return decode
+
+    def part(self, x):
+        few = spread(self.workload.b)
+        own = {name: getattr(x, name)[few] for name in ("q", "own_table", "own_lengths")}
+        return SimpleNamespace(**{**vars(x), **own})
+
+    def part_of_output(self, out, x):
+        few = spread(self.workload.b)
+        return out[few] if isinstance(out, torch.Tensor) else tuple(o[few] for o in out)
+
+    def peers(self, x):
+        return {"unshared": lambda: self.unshared(x)}
+
+    def unshared(self, x) -> Peer:
+        """Each request reads the prefix for itself."""
+        table = torch.cat((x.prefix_table.expand(self.workload.b, -1), x.own_table), 1)
+        lengths = x.own_lengths + x.prefix_length
+        return Peer(lambda: ds.mla_decode(x.q, x.cache, table, lengths, scale=SCALE))
+
+
+@dataclass(frozen=True)
+class DecodeQueries(Case):
+    """`mla_decode_queries`: the key's up-projection, absorbed, and the rotation."""
+
+    workload: workloads.Tokens
+
+    @property
+    def op(self) -> str:
+        return "mla_decode_queries"
+
+    def work(self):
+        return roofline.decode_queries(self.workload)
+
+    def inputs(self, device):
+        t, h = self.workload.t, self.workload.h
+        angle = torch.rand(t, ROPE_DIM // 2, device=device) * 6.28
+        kv_b = inputs.bf16(h, NOPE_DIM + VALUE_DIM, LATENT_DIM, device=device, scale=NOPE_DIM**-0.5)
+        q = inputs.bf16(t, h, QK_DIM, device=device)
+        return SimpleNamespace(q=q, w_uk=kv_b[:, :NOPE_DIM], cos=angle.cos(), sin=angle.sin())
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.mla_decode_queries(x.q, x.w_uk, x.cos, x.sin, impl=impl)
+
+    def peers(self, x):
+        return {"torch": peers.eager(lambda: attention_peers.eager_queries(x.q, x.w_uk, x.cos, x.sin))}
 
 
 @dataclass(frozen=True)
@@ -337,7 +420,9 @@ CASES: list[Case] = [
     *(PackedPrefill(w) for w in workloads.PACKED_PREFILLS),
     *(PrefillBackward(w) for w in workloads.PREFILLS),
     *(PrefillCached(w) for w in workloads.CHUNKED_PREFILLS),
+    *(DecodeWithPrefix(w) for w in workloads.SHARED_PREFIXES),
+    *(DecodeQueries(w) for w in workloads.DECODE_QUERIES),
     *(WriteLatentCache(w) for w in workloads.CACHE_WRITES),
-    WriteLatentCache(workloads.CACHE_WRITES[-1], fp8=True),
+    *(WriteLatentCache(w, fp8=True) for w in workloads.CACHE_WRITES[1:]),
     *(MergeStates(w) for w in workloads.MERGES),
 ]

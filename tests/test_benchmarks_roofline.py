@@ -135,6 +135,7 @@ def test_expert_block_reads_the_experts_that_somebody_chose():
         (roofline.permute(workloads.Moe(10, e=4, k=2, h=128)), 3 * 10 * 128 * 2 + 2 * 10 * 2 * 4 + 5 * 4),
         (roofline.combine(workloads.Moe(10, e=4, k=2, h=128)), 3 * 10 * 128 * 2 + 10 * 2 * 8),
         (roofline.write_cache(workloads.Tokens(10)), 10 * (1152 + 256 + 8 + 1152) + 1024),
+        (roofline.decode_queries(workloads.Tokens(10, 2)), 2 * 128 * 512 * 2 + 10 * (2 * (192 + 576) * 2 + 256)),
         (roofline.merge_states(workloads.Tokens(10, 2)), 3 * 20 * (256 + 4)),
     ],
 )

@@ -31,7 +31,7 @@ MODULES = {
     "vllm": "vllm",
     "transformers": "transformers",
 }
-NAMES = ("cublaslt", "cudnn", "torch", "torch_compile", "grouped_mm", "uncached", *MODULES)
+NAMES = ("cublaslt", "cudnn", "torch", "torch_compile", "grouped_mm", "uncached", "unshared", "plain", *MODULES)
 
 
 class Peer(NamedTuple):

@@ -24,6 +24,18 @@ def eager_decode(q: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor,
     return torch.bmm(p.flatten(1, 2), rows[..., :512]).view(b, n_q, h, 512)
 
 
+def eager_queries(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A batched product straight into its place, and the rotation written out."""
+    tokens, heads, width = q.shape
+    _, nope, latent = w_uk.shape
+    out = q.new_empty(tokens, heads, latent + width - nope)
+    torch.bmm(q[..., :nope].transpose(0, 1), w_uk, out=out[..., :latent].transpose(0, 1))
+    even, odd = q[..., nope:].float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    out[..., latent:] = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+    return out
+
+
 def flashmla_decode(q: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, scale: float) -> Peer:
     """FlashMLA's dense decode, partial results and combine together."""
     decode, plan = attribute("flash_mla", "flash_mla_with_kvcache"), attribute("flash_mla", "get_mla_metadata")
