@@ -29,6 +29,7 @@ dskernels generate DeepSeek-V2-Lite-Chat --chat --temperature 0.7 --top-p 0.95 -
 
 dskernels generate run --batch prompts.jsonl --out texts.jsonl --stop "\\n\\n"
 """
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAGE = 64
 CONVERSATION = 8192  # tokens that a conversation has room for at first, 0.58 GB of DeepSeek-V3
 # Text goes to stdout and nothing else does.
@@ -72,8 +73,12 @@ def generate(
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 64,
     graphs: Annotated[
-        bool, typer.Option("--graphs/--no-graphs", help="Replay each step as a CUDA graph; needs a GPU.")
-    ] = False,
+        bool | None,
+        typer.Option("--graphs/--no-graphs", help="Replay each step as a CUDA graph; by default on a GPU."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32: what to compute in; by default what the checkpoint is in.")
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cuda:1 or cpu; by default the GPU if there is one.")
     ] = None,
@@ -95,7 +100,10 @@ def generate(
     if "" in (stop or ()):
         raise ValueError("--stop: expected a text, got an empty one")
     Sampling(temperature, top_k, top_p, min_p)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype}")
     config, settings = _description(path, fp8, draft)
+    settings["dtype"] = None if dtype is None else DTYPES[dtype]
     where = _device(device)
     if graphs and where.type != "cuda":
         raise ValueError(f"--graphs: needs a GPU, the model would run on {where.type}")

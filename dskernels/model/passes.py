@@ -46,7 +46,7 @@ class Passes:
         piece: int,
         left: int,
     ) -> Sequences:
-        """Runs prompts, chooses the first token after each, and drafts.
+        """Runs prompts, and chooses the first token after each.
 
         Args:
             prompts: tokens.
@@ -91,19 +91,21 @@ class Passes:
         for i, token in enumerate(self.eos):
             sequences.eos[:, i] = token
         sequences.block_table.copy_(block_table)
-        self._draft(sequences, hidden[last_rows])
+        if sequences.hidden is not None:
+            sequences.hidden.copy_(hidden[last_rows])
         return sequences
 
     @torch.no_grad()
     def step(self, sequences: Sequences) -> None:
-        """One pass: checks the drafts, adds a token to those that stood, drafts again. Writes in place alone.
+        """One pass: drafts, checks the drafts, adds a token to those that stood. Writes in place alone.
 
         All is done on the device and nothing depends on what runs, so that a CUDA graph can be made of it; the device
         also ends what ends, so that the next step can begin before anybody has looked at this one.
         """
         s, model, k, page_size = sequences, self.model, self.drafts, self.cache.page_size
         B = s.last.shape[0]
-        placed = place(s.last, s.drafts, s.lengths, s.active, s.block_table, page_size=page_size)
+        drafts, draft_p = self._draft(s)
+        placed = place(s.last, drafts, s.lengths, s.active, s.block_table, page_size=page_size)
         hidden, _ = model.trunk(placed.tokens, placed.batch(s.block_table), self.cache.data)
         logits = model.lm_head(hidden).unflatten(0, (B, k + 1))
         accepted: Tensor | None = None
@@ -111,26 +113,36 @@ class Passes:
             chosen = logits.argmax(-1)
         else:
             u = chances(s.stream, s.lengths, 1, k + 1, 2, STANDS)
-            accepted, chosen = self.sampling.verify(logits, s.drafts, s.draft_p, u)
+            accepted, chosen = self.sampling.verify(logits, drafts, draft_p, u)
         state = (s.last, s.lengths, s.active, s.left, s.new)
-        advanced = advance(chosen, accepted, s.drafts, s.eos, s.block_table, *state, page_size=page_size)
+        advanced = advance(chosen, accepted, drafts, s.eos, s.block_table, *state, page_size=page_size)
         # Crop: what was cached of rejected drafts lies behind the length and is overwritten.
-        if k:
+        if s.hidden is not None:
             batch = advanced.placed.batch(s.block_table, advanced.q_lengths)
             hidden, _ = model.predict(advanced.placed.tokens, hidden, batch, self.cache.data)
-            self._draft(s, hidden[advanced.rows])
+            torch.index_select(hidden, 0, advanced.rows, out=s.hidden)
 
-    def _draft(self, s: Sequences, hidden: Tensor) -> None:
-        """Further tokens from the MTP module's hidden state ``[B, hidden]`` at the last cached position."""
-        none = s.drafts[:, :0]
-        for j in range(self.drafts):
-            token, p = self._choose(hidden, s.stream, s.lengths, 1 + j, DRAFTED)
-            s.drafts[:, j] = token
-            if s.draft_p is not None and p is not None:
-                s.draft_p[:, j] = p
-            if j + 1 < self.drafts:
-                placed = place(token, none, s.lengths, s.active, s.block_table, page_size=self.cache.page_size, ahead=j)
+    def _draft(self, s: Sequences) -> tuple[Tensor, Tensor | None]:
+        """Guesses of what follows the last token, int64 ``[B, k]``, and what they were drawn from, float32
+        ``[B, k, vocab]``; None if greedy."""
+        rows, k = s.last.shape[0], self.drafts
+        drafts = s.last.new_empty(rows, k)
+        draft_p: Tensor | None = None
+        if not self.sampling.greedy:
+            draft_p = torch.empty(rows, k, self.model.config.vocab_size, device=drafts.device)
+        if s.hidden is None:
+            return drafts, draft_p
+        hidden, token = s.hidden, s.last
+        for j in range(k):
+            if j:
+                before = token, drafts[:, :0], s.lengths, s.active, s.block_table
+                placed = place(*before, page_size=self.cache.page_size, ahead=j - 1)
                 hidden, _ = self.model.predict(token, hidden, placed.batch(s.block_table), self.cache.data)
+            token, p = self._choose(hidden, s.stream, s.lengths, 1 + j, DRAFTED)
+            drafts[:, j] = token
+            if draft_p is not None and p is not None:
+                draft_p[:, j] = p
+        return drafts, draft_p
 
     def _choose(
         self, hidden: Tensor, stream: Tensor, places: Tensor, ahead: int, purpose: int
@@ -144,7 +156,7 @@ class Passes:
 class Sequences:
     """What a step needs of each sequence, and what it gives: a row of every tensor belongs to one.
 
-    ``last`` is known but not cached yet, ``drafts`` are guesses of what follows it; ``lengths`` tokens are cached.
+    ``last`` is known but not cached yet; ``lengths`` tokens are cached.
     A row of zeros has no sequence; it is run and changes nothing.
     """
 
@@ -155,8 +167,7 @@ class Sequences:
     stream: Tensor  # int64 [B], of random numbers
     eos: Tensor  # int64 [B, n], tokens that end it
     block_table: Tensor  # int32 [B, pages]
-    drafts: Tensor  # int64 [B, k]
-    draft_p: Tensor | None  # fp32 [B, k, vocab], what they were drawn from; None if greedy
+    hidden: Tensor | None  # [B, hidden], the MTP module's at the last cached position; None without drafts
     new: Tensor  # int64 [B, k + 3], the tokens of the last step, how many there are, and how many drafts stood
 
     @classmethod
@@ -166,7 +177,7 @@ class Sequences:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=passes.cache.data.device)
 
-        k, vocab = passes.drafts, passes.model.config.vocab_size
+        width, dtype = passes.model.config.hidden_size, passes.model.embed_tokens.weight.dtype
         return cls(
             last=zeros(),
             lengths=zeros(dtype=torch.int32),
@@ -175,9 +186,8 @@ class Sequences:
             stream=zeros(),
             eos=zeros(len(passes.eos)),
             block_table=zeros(pages, dtype=torch.int32),
-            drafts=zeros(k),
-            draft_p=None if passes.sampling.greedy else zeros(k, vocab, dtype=torch.float32),
-            new=zeros(k + 3),
+            hidden=zeros(width, dtype=dtype) if passes.drafts else None,
+            new=zeros(passes.drafts + 3),
         )
 
     def tensors(self) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -146,21 +147,25 @@ class StepGraphs:
         """
         device = self.sequences.last.device
         if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)
+        if not self.graphs:
+            self._pool = torch.cuda.graph_pool_handle()  # torch gives a pool up with the last graph in it
+        graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):
-            # What is to be compiled, loaded or kept cannot be within a capture: a step of rows without sequences
-            # changes nothing.
-            passes.step(Sequences.empty(passes, rows, self.sequences.block_table.shape[1]))
-            graph = torch.cuda.CUDAGraph()
-            try:
+        try:
+            with torch.cuda.stream(self._stream):
+                # A step of rows without sequences, which changes nothing: what is compiled, loaded or kept cannot be
+                # within a capture.
+                passes.step(Sequences.empty(passes, rows, self.sequences.block_table.shape[1]))
                 with _capturing(graph, self._pool):
                     passes.step(self.sequences.rows(0, rows))
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
-                raise RuntimeError(
-                    f"graphs: a step of {rows} rows cannot be captured ({reason}); graphs=False runs without them"
-                ) from error
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"graphs: a step of {rows} rows cannot be captured ({reason}); graphs=False runs without them"
+            ) from error
         torch.cuda.current_stream(device).wait_stream(self._stream)
         weights = tensors_of(passes.model)
         self._model, self._weights = ref(passes.model), [ref(t) for t in weights]
@@ -184,8 +189,19 @@ class _capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph
         try:
             self._graph.capture_end()
         except RuntimeError:
+            self._repair()
             if error is None:
                 raise
+
+    def _repair(self) -> None:
+        """After a capture that failed torch believes that it goes on: memory would still be taken from its pool, and
+        random numbers be refused outside of it. A capture of nothing ends that."""
+        with suppress(RuntimeError):  # not all versions of torch need it
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        nothing = torch.cuda.CUDAGraph()
+        nothing.capture_begin(capture_error_mode="thread_local")
+        torch.cuda._sleep(1)
+        nothing.capture_end()
 
 
 def tensors_of(model: DeepseekV3) -> list[Tensor]:
