@@ -55,5 +55,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV), once; most of the time goes to downloading torch."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt setuptools
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint,plot,transformers]'
+	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint,plot,transformers,tiktoken]'
 	@touch $@

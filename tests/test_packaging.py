@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 import dskernels
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("test", "lint", "plot", "transformers")  # what the Makefile installs
+EXTRAS = ("test", "lint", "plot", "transformers", "tiktoken")  # what the Makefile installs
 NOT_OURS = re.compile(r"nvidia-(?!cuda-nvrtc)|cuda-")  # what a CUDA build of torch brings
 
 

@@ -9,6 +9,7 @@ from typing import Protocol
 from dskernels.model.chat import special_tokens
 from dskernels.model.config import Config, read_json
 from dskernels.model.data import BOUNDARY, VOCAB_SIZE, decode, encode
+from dskernels.model.tiktoken import TiktokenTokenizer
 
 # What a folder has for text, beside its weights.
 TOKENIZER_FILES = (
@@ -80,12 +81,13 @@ class FileTokenizer:
 
 
 def tokenizer_of(folder: str | Path, config: Config) -> Tokenizer:
-    """The tokenizer of a checkpoint: its ``tokenizer.json``; without one, bytes where the vocabulary is that of bytes.
+    """The tokenizer of a checkpoint: its ``tokenizer.json``, else its ``tiktoken.model``; without them, bytes where the
+    vocabulary is that of bytes.
 
     Raises:
-        FileNotFoundError: there is no ``tokenizer.json`` and the vocabulary is not that of bytes.
+        FileNotFoundError: there is neither and the vocabulary is not that of bytes.
         ValueError: it is damaged, or it has tokens that the model does not have.
-        ImportError: the package `tokenizers` is missing.
+        ImportError: the package `tokenizers`, or `tiktoken`, is missing.
     """
     file = Path(folder) / "tokenizer.json"
     if file.is_file():
@@ -94,10 +96,11 @@ def tokenizer_of(folder: str | Path, config: Config) -> Tokenizer:
         if largest >= config.vocab_size:
             raise ValueError(f"{file}: has a token {largest}, the model's vocabulary ends at {config.vocab_size - 1}")
         return tokenizer
+    if (ranks := file.with_name("tiktoken.model")).is_file():
+        return TiktokenTokenizer(ranks, config.vocab_size)
     if config.vocab_size == VOCAB_SIZE:
         return ByteTokenizer()
-    hint = " (tiktoken.model is not read)" if (file.parent / "tiktoken.model").is_file() else ""
-    raise FileNotFoundError(f"{file}: no such file{hint}, and a vocabulary of {config.vocab_size} is not that of bytes")
+    raise FileNotFoundError(f"{file}: no such file, and a vocabulary of {config.vocab_size} is not that of bytes")
 
 
 def end_tokens(folder: str | Path, config: Config) -> tuple[int, ...]:
