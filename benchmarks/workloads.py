@@ -271,6 +271,7 @@ class Tokens:
 
 MODEL_V3_SLICE = "v3-slice"  # DeepSeek-V3's dimensions: one dense layer and two of 256 experts
 MODEL_TINY = "tiny"
+MODEL_DEMO = "demo"  # what `make demo` trains
 
 
 @dataclass(frozen=True)
@@ -319,6 +320,24 @@ class ModelPrefill:
     def pages(self) -> int:
         """Entries of the row of the block table."""
         return -(-self.s // self.page)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Texts of `n` new tokens behind as many prompts, `b` at a time, with `drafts` drafted tokens a step."""
+
+    model: str
+    dtype: str
+    b: int
+    prompts: int
+    n: int
+    drafts: int = 0
+    invariant: bool = False
+
+    @property
+    def name(self) -> str:
+        draft = f"_draft{self.drafts}" if self.drafts else ""
+        return f"{self.model}_{self.dtype}_b{self.b}_p{self.prompts}_n{self.n}{draft}{'_invariant' * self.invariant}"
 
 
 # The linears of one layer, (N, K). Attention: the joint down-projection of q and kv, the up-projections, the output.
@@ -396,3 +415,8 @@ MODEL_DECODES = (
     ModelDecode("moonlight", 128, 1024),
 )
 MODEL_PREFILLS = (ModelPrefill(MODEL_V3_SLICE, 4096), ModelPrefill("moonlight", 4096))
+GENERATIONS = (
+    *(Generation(MODEL_DEMO, "fp32", 1, 3, 512, drafts) for drafts in (1, 3)),
+    *(Generation(MODEL_DEMO, "bf16", 1, 3, 512, drafts) for drafts in (1, 2, 3, 4)),
+    Generation(MODEL_DEMO, "bf16", 16, 32, 128, invariant=True),
+)

@@ -31,6 +31,7 @@ SMALL = {
     "GroupedGemm": {"g": 3, "m": 6, "n": 136, "k": 256},
     "GroupedRows": {"g": 3, "m": 6, "n": 136},
     "Route": {"t": 12, "e": 16, "k": 4},
+    "Replayed": {"t": 12, "e": 16, "k": 4, "calls": 2},
     "RouteHidden": {"t": 12, "e": 16, "k": 4, "h": 72},
     "Moe": {"t": 9, "e": 4, "k": 2, "h": 256, "i": 128},
     "Decode": {"b": 3, "s": 70, "h": 3},
@@ -41,6 +42,7 @@ SMALL = {
     "Tokens": {"t": 9, "h": 3},
     "ModelDecode": {"b": 3, "s": 70},
     "ModelPrefill": {"s": 70},
+    "Generation": {"b": 2, "prompts": 3, "n": 5, "drafts": 1},
 }
 
 
