@@ -177,19 +177,22 @@ class _Writer:
     def write(self, tokens: list[int], before: str = "") -> str:
         """Prints a continuation behind what comes before it, or an answer, as it comes, then the speed."""
         start, first, count, answer = time.perf_counter(), 0.0, 0, ""
+        warm, before_that = start, 0  # when the second step was there, before which graphs are made, and tokens by then
         stream = self._stream([tokens], cache=self.cache)
         print(before, end="", flush=True)
         try:
-            for step in stream:
+            for i, step in enumerate(stream):
                 first = first or time.perf_counter() - start
                 count += step.count
+                if i == 2:
+                    warm, before_that = time.perf_counter(), count
                 print(step.deltas[0], end="", flush=True)
                 answer += step.deltas[0]
         finally:  # Ctrl-C too ends the line and gives the pages back
             stream.close()
             print(flush=True)
-        seconds = time.perf_counter() - start
-        self._report(f"{count} tokens, {count / seconds:.1f} tokens/s, the first after {first:.2f} s", stream)
+        speed = (count - before_that) / (time.perf_counter() - warm)
+        self._report(f"{count} tokens, {speed:,.1f} tokens/s, the first after {first:.2f} s", stream)
         return answer
 
     def talk(self, said: str | None) -> None:

@@ -240,16 +240,22 @@ def resident(name):
     with open("/proc/self/status") as status:
         return 1024 * next(int(line.split()[1]) for line in status if line.startswith(name))
 
-folder, fp8 = sys.argv[1], sys.argv[2] == "fp8"
-load(sys.argv[3], fp8=fp8)  # whatever is loaded or allocated once
+folder, fp8, device = sys.argv[1], sys.argv[2] == "fp8", sys.argv[4]
+load(sys.argv[3], fp8=fp8, device=device)  # whatever is loaded or allocated once
 before, peak = resident("VmRSS"), 0
 def look(done, total):
     global peak
     peak = max(peak, resident("VmRSS"))
-model = load(folder, fp8=fp8, progress=look)
-held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+model = load(folder, fp8=fp8, device=device, progress=look)
+held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu")
 print(peak - before - held)
 """
+
+
+def beyond_the_model(folder, small, kind, device):
+    """Bytes that are resident at most while a model is read, less those of the model."""
+    command = [sys.executable, "-c", MEASURE, folder, kind, small, device]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -263,7 +269,22 @@ def test_the_host_holds_less_than_two_shards(tmp_path, kind):
     files = len(list((tmp_path / "a").glob("*.safetensors")))
     assert files > 10
     save(tiny_model().bfloat16(), tmp_path / "small", fp8=kind == "fp8")
-    command = [sys.executable, "-c", MEASURE, tmp_path / "a", kind, tmp_path / "small"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    beyond = int(result.stdout)
+    beyond = beyond_the_model(tmp_path / "a", tmp_path / "small", kind, "cpu")
+    assert beyond < 2 * shard, f"{beyond:,} bytes beyond the model with {files} shards of {shard:,}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stored", ["bf16", "fp8"])
+def test_the_host_holds_less_than_two_shards_of_what_goes_to_a_gpu(tmp_path, stored):
+    """Straight to the device in fp8, kept as it is or quantised there: shards of 64 MB, a dozen and more."""
+    shard = 64_000_000
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 1024, "n_routed_experts": 64}
+    model = DeepseekV3(Config.from_name("tiny", **sizes), device="cuda", dtype=torch.bfloat16)
+    save(model, tmp_path / "a", fp8=stored == "fp8", shard_size=shard)
+    files = len(list((tmp_path / "a").glob("*.safetensors")))
+    assert files > 10
+    del model
+    save(tiny_model().bfloat16(), tmp_path / "small", fp8=stored == "fp8")
+    beyond = beyond_the_model(tmp_path / "a", tmp_path / "small", "fp8", "cuda")
     assert beyond < 2 * shard, f"{beyond:,} bytes beyond the model with {files} shards of {shard:,}"

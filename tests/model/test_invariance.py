@@ -15,19 +15,24 @@ def model():
     return tiny_model(**SMALL)
 
 
+def a_thousand_prompts(**changes):
+    """A narrow model and prompts, most of which begin like others."""
+    torch.manual_seed(6)
+    narrow = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_nextn_predict_layers": 0}
+    narrow["max_position_embeddings"] = 32
+    model = randomize(DeepseekV3(Config.from_name("tiny", **{**SMALL, **narrow, **changes})))
+    beginnings = random_prompts(4, 8, 9, 8, vocab_size=64)
+    lengths = torch.randint(1, 7, (1000,)).tolist()
+    ends = random_prompts(*lengths, vocab_size=64)
+    return model, [beginnings[i % 4] + end if i % 5 else end for i, end in enumerate(ends)]
+
+
 def test_a_thousand_prompts_through_sixteen_slots():
     """The same texts as one by one, though places, pages and prefixes change hands; fewer without, or in any company.
 
     Texts end at different steps, most prompts begin like others, and there are pages for a part of the slots only.
     """
-    torch.manual_seed(6)
-    narrow = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_nextn_predict_layers": 0}
-    narrow["max_position_embeddings"] = 32
-    model = randomize(DeepseekV3(Config.from_name("tiny", **{**SMALL, **narrow})))
-    beginnings = random_prompts(4, 8, 9, 8, vocab_size=64)
-    lengths = torch.randint(1, 7, (1000,)).tolist()
-    ends = random_prompts(*lengths, vocab_size=64)
-    prompts = [beginnings[i % 4] + end if i % 5 else end for i, end in enumerate(ends)]
+    model, prompts = a_thousand_prompts()
     options = {"max_new_tokens": 3, "eos": range(24)}
 
     alone = LatentCache(model.config, pages=8, page_size=4, dtype=torch.float32)
@@ -44,6 +49,25 @@ def test_a_thousand_prompts_through_sixteen_slots():
         assert generation.finish() == one_by_one[:count]
         assert (generation.shared_tokens > 2 * count) == sharing
         assert cache.free_pages == 64
+
+
+@pytest.mark.gpu
+def test_a_thousand_prompts_through_sixteen_slots_on_a_gpu():
+    """In bf16 and graphs, where only batch-invariant texts are the same as one by one."""
+    model, prompts = a_thousand_prompts(hidden_size=128, moe_intermediate_size=128, kv_lora_rank=64)
+    model = model.to("cuda", torch.bfloat16)
+    options = {"max_new_tokens": 3, "eos": range(24), "max_batch": SLOTS, "batch_invariant": True, "prefill_tokens": 8}
+    alone = LatentCache(model.config, pages=16, page_size=4, device="cuda")
+    one_by_one = [
+        generate(model, [prompt], cache=alone, prefix_sharing=False, **options).finish()[0] for prompt in prompts
+    ]
+    assert len({len(text) for text in one_by_one}) == 3
+    assert len(set(map(tuple, one_by_one))) > 150
+    cache = LatentCache(model.config, pages=64, page_size=4, device="cuda")
+    generation = generate(model, prompts, cache=cache, **options)
+    assert generation.finish() == one_by_one
+    assert generation.shared_tokens > 2000
+    assert cache.free_pages == 64
 
 
 def logits_of(model, run):
