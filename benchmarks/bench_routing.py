@@ -1,4 +1,8 @@
-"""Choosing experts and keeping them balanced. Bound by memory, and at small batches by the launch."""
+"""Choosing experts and keeping them balanced. Bound by memory, and at small batches by the launch.
+
+A launch alone takes longer than most of these calls, so `route` is also timed as a model runs it, in a CUDA graph: the
+rows of ``route_in_graph`` are of so many calls, one behind the other.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ import torch
 import dskernels as ds
 from benchmarks import peers, roofline, workloads
 from benchmarks.cases import Call, Case
+from benchmarks.models import graph_of
 from benchmarks.peers import moe as moe_peers
+from dskernels.dispatch import OPERATIONS
 
 SCALE = 2.5
 COMPILED = (4096, 32768)  # tokens
@@ -96,6 +102,81 @@ class RouteBackward(Route):
             return peers.Peer(lambda: torch.autograd.grad(weights, logits, x.d_weights, retain_graph=True))
 
         return {"torch": prepare}
+
+
+@dataclass(frozen=True)
+class Replayed(workloads.Route):
+    """`calls` calls in one CUDA graph, each on inputs of its own."""
+
+    calls: int = 20
+
+    @property
+    def name(self) -> str:
+        return f"{self.calls}x_{super().name}"
+
+
+class InGraph(Case):
+    """The calls of a `Replayed` workload, of which the reference is asked to do the first."""
+
+    workload: Replayed
+
+    @property
+    def op(self) -> str:
+        return f"{super().op}_in_graph"
+
+    def work(self):
+        return roofline.Work(None, self.workload.calls * super().work().bytes)
+
+    def inputs(self, device):
+        each = super().inputs
+        return [each(device) for _ in range(self.workload.calls)]
+
+    def part(self, x):
+        return x[:1]
+
+    def part_of_output(self, out, x):
+        return out[:1]
+
+    def comparable(self, out):
+        each = super().comparable
+        return [each(one) for one in out]
+
+    def calls(self, x, impl) -> list[Call]:
+        """A call for each of the inputs."""
+        each = super().ours
+        return [each(one, impl) for one in x]
+
+    def ours(self, x, impl) -> Call:
+        calls = self.calls(x, impl)
+
+        def run():
+            return [call() for call in calls]
+
+        return graph_of(run) if x[0].logits.is_cuda and impl != "reference" else run
+
+    def forward(self, x, impl) -> Call:
+        one = x[0]
+        return lambda: ds.route(one.logits, one.bias, **self._options, impl=impl)
+
+    def peers(self, x):
+        return {}
+
+
+class RouteInGraph(InGraph, Route):
+    """`route`, replayed."""
+
+
+class RouteBackwardInGraph(InGraph, RouteBackward):
+    """Its gradient, replayed: the registered operation, as a graph has no part in what autograd does around it."""
+
+    def calls(self, x, impl) -> list[Call]:
+        backward = OPERATIONS["route_backward"]
+        calls = []
+        for one in x:
+            routed = ds.route(one.logits, one.bias, **self._options, impl=impl)
+            given = one.d_weights, one.logits, routed.weights, routed.experts
+            calls.append(lambda given=given: backward(*given, False, True, SCALE, impl=impl))
+        return calls
 
 
 @dataclass(frozen=True)
@@ -198,6 +279,8 @@ class UpdateBias(Case):
 CASES: list[Case] = [
     *(Route(w) for w in workloads.ROUTES),
     *(RouteBackward(w) for w in workloads.ROUTE_GRADIENTS),
+    *(RouteInGraph(Replayed(t)) for t in (1, 128, 4096, 8192, 32768)),
+    *(RouteBackwardInGraph(Replayed(t)) for t in (128, 4096, 8192, 32768)),
     *(RouteHidden(w) for w in workloads.ROUTES_HIDDEN),
     BalanceLoss(workloads.Route(4096)),
     UpdateBias(workloads.Route(4096)),

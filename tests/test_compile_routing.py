@@ -6,6 +6,7 @@ import pytest
 
 from compiling import Compile, assert_clean, compile_all
 from dskernels.routing.config import RowConfig, choose_config, choose_gate_config
+from dskernels.routing.triton_gate import OPTIONS
 
 ROW = {"T": "i32", "stride_lt": "i32", "p_logits": "*fp32"}
 SEQUENCES = dict.fromkeys(("p_sequence", "p_tokens", "p_counts"), "*i32")
@@ -147,6 +148,7 @@ def test_the_gate_compiles_without_spills(m, n):
                 divisible=("K_of_part", "stride_am", "stride_bn"),
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
+                options=OPTIONS,
             )
         )
     reports = compile_all(kernels)

@@ -79,7 +79,7 @@ def emulate(x, bias, structure, *, parts=None, physical=None, blocks=2, threads=
     return weights, experts, placed, sums, load, nonfinite
 
 
-EMULATED = [STRUCTURES[i] for i in (0, 3, 5, 8, 9, 11, 12, 14)]
+EMULATED = [STRUCTURES[i] for i in (0, 3, 5, 8, 9, 11, 12, 14, 18)]
 
 
 @pytest.mark.parametrize("structure", EMULATED, ids=str)

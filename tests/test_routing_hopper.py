@@ -8,6 +8,7 @@ import torch
 import dskernels as ds
 from compiling import assert_clean
 from compiling_cuda import compile_cuda
+from dskernels import dispatch
 from dskernels.parity import difference
 from dskernels.reference import routing as reference
 from dskernels.routing import hopper
@@ -36,6 +37,7 @@ STRUCTURES = [
     (1020, 9, 17, 5, "sigmoid"),  # 60 experts a lane
     (1024, 8, 1024, 700, "sigmoid"),  # 32 groups a lane
     (1024, 32, 1, 1, "sigmoid"),
+    (160, 6, 8, 3, "sigmoid"),  # quick scores in lanes of five, loaded one by one
 ]
 
 
@@ -119,6 +121,23 @@ def test_what_it_does_not_take():
     assert "at most 32 of them, got 33" in reason(4, 64, 33)
 
 
+def test_what_is_said_without_cupy(monkeypatch):
+    """The portable kernel runs on a GPU of Hopper's then, and `explain` gives the reason; with CuPy CUDA C++ does."""
+    monkeypatch.setattr(dispatch, "_reason_of_device", lambda *args: None)
+    logits = torch.empty(4, 64)
+    calls = {
+        "route": (logits, None, 8, 1, 1, False, True, 1.0),
+        "route_backward": (torch.empty(4, 8), logits, torch.empty(4, 8), torch.empty(4, 8).int(), False, True, 1.0),
+    }
+    for installed in (False, True):
+        reason = None if installed else "CUDA C++ kernels are compiled by CuPy, which is not installed"
+        monkeypatch.setattr(hopper, "reason_against_cuda", lambda reason=reason: reason)
+        for name, args in calls.items():
+            choice = dispatch.OPERATIONS[name].choose(args, None)
+            assert choice.impl == ("hopper" if installed else "triton")
+            assert installed or f"not hopper: {reason}" in str(choice)
+
+
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 KINDS = ("plain", "large bias", "ties", "infinite", "nan")
@@ -180,7 +199,7 @@ def _hopper(device):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("_hopper")
 def test_many_random_configurations(structure):
-    """600 draws of logits and bias for each structure, 10,800 in all, of 16 tokens or (every tenth) of 200.
+    """600 draws of logits and bias for each structure, 11,400 in all, of 16 tokens or (every tenth) of 200.
 
     sigmoid is computed to the bit of torch's, so ids and loads are those of the reference whatever the gap; softmax
     differs from torch's by the order of its sum, and ids may differ where the gap is below 1e-6.

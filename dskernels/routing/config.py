@@ -36,6 +36,10 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+# Warps of a block, by the most experts that a lane may hold: with one more an SM's registers do not suffice.
+MOST_WARPS = {8: 32, 12: 24, 32: 16, MAX_EXPERTS: 8}
+
+
 @dataclass(frozen=True)
 class HopperConfig:
     """What the Hopper kernel is compiled for, and its grid.
@@ -58,7 +62,7 @@ def choose_hopper_config(n_tokens: int, experts_a_lane: int, multiprocessors: in
     each block adds its counts to the same 1 KB. Where there is room for a warp without tokens, the last one zeroes and
     waits (see hopper.cu) while the others work: 128 tokens took 2.4 us instead of 2.9.
     """
-    most_warps, resident = (32 if experts_a_lane <= 12 else 16 if experts_a_lane <= 32 else 8), 1
+    most_warps, resident = next(n for most, n in MOST_WARPS.items() if experts_a_lane <= most), 1
     if n_tokens <= 8:
         return HopperConfig(most_warps, resident, warps=8, rows=8, blocks=1)
     rows = max(4, ceil_div(n_tokens, resident * multiprocessors))
