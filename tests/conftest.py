@@ -26,6 +26,9 @@ _DEVICE = _FORCED or ("cuda" if torch.cuda.is_available() else "cpu")
 # Triton reads this when @triton.jit runs: before any module with a kernel is imported.
 if _DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+    import interpreting
+
+    interpreting.make_faster()
 else:
     os.environ.pop("TRITON_INTERPRET", None)
 

@@ -22,21 +22,22 @@ KINDS = [
     *((MASKED, 0, 0, 0, 0), (MASKED, 1, 1, 2, 0)),
     *((WGRAD, 0, 1, 2, 0), (WGRAD, 0, 1, 2, 1), (WGRAD, 1, 1, 1, 0)),
 ]
-
-
+ONE_OF_EACH_FORM = [next(kind for kind in KINDS if kind[0] == form) for form in (CONTIGUOUS, MASKED, WGRAD)]
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"128x{config.block_n}")
 
 
 @every_config
 def test_compiles_without_spills(config):
     stages = config.stages(8)
+    # A narrower tile has fewer registers to write out, by the same code.
+    kinds = KINDS if config == CONFIGS[0] else ONE_OF_EACH_FORM
     reports = [
         compile_cuda(
             hopper_half.SOURCE,
             hopper_half.options_of(config, stages, *kind),
             config.shared_bytes(stages, 8),
         )
-        for kind in KINDS
+        for kind in kinds
     ]
     # 384 threads enter with 168 registers; setmaxnreg then moves them from the loading warpgroup to the other two.
     assert_clean(reports, max_registers=168)
