@@ -60,6 +60,8 @@ def test_what_it_does_not_take():
     assert "rows of kv must be aligned to 16 bytes" in reason(kv=torch.zeros(3, 48).bfloat16()[:, 1:33])
     assert "rows of cache must be aligned to 16 bytes" in reason(cache=new_cache(2, 4, 32, 16, True))
     assert "pairs of k_rope must be aligned to 4 bytes" in reason(k_rope=torch.zeros(3, 17).bfloat16()[:, :16])
+    far = torch.empty_strided((3, 32), (2**31, 1), dtype=torch.bfloat16, device="meta")
+    assert "strides of kv must be below 2^32 bytes" in reason(kv=far)
     assert "multiples of 8 columns up to 512, and there are 520" in reason(
         kv=torch.zeros(3, 520).bfloat16(), norm_weight=torch.zeros(520).bfloat16()
     )
@@ -104,7 +106,7 @@ def test_what_is_not_finite(device, fp8):
     inputs = new_tokens(8, 512, 64, device)
     kv, k_rope = (x.clone() for x in inputs[:2])
     kv[1] = 0  # scale 1
-    kv[2, 5], kv[3, 300], kv[5] = math.nan, math.inf, 1e-38
+    kv[2, 5], kv[3, 300], kv[5] = math.nan, math.inf, 1e-30
     k_rope[4, 3] = math.nan
     caches = [new_cache(8, 1, 512, 64, fp8, device) for _ in range(2)]
     for cache, impl in zip(caches, ("hopper", "reference"), strict=True):

@@ -7,6 +7,23 @@
 // What is below 2^-126 becomes about 2^-127, whose square no mean of fp32 can tell from 0; infinity becomes 2^128, whose square is infinite in it.
 __device__ __forceinline__ double widened(float x) { return __hiloint2double(((__float_as_uint(x) & ~(1u << 31)) >> 3) + (896u << 20), 0); }
 
+// Adds the squares of a pair of bf16, each widened as above. The masks are spelt out, or the compiler would shift first, and need an instruction more.
+__device__ __forceinline__ void add_squares(double& sum, u32 pair) {
+    u32 x, y;
+    asm("and.b32 %0, %1, 0x7fff;" : "=r"(x) : "r"(pair));
+    asm("and.b32 %0, %1, 0x7fff0000;" : "=r"(y) : "r"(pair));
+    const double a = __hiloint2double((x << 13) + (896u << 20), 0), b = __hiloint2double((y >> 3) + (896u << 20), 0);
+    sum = __fma_rn(a, a, sum);
+    sum = __fma_rn(b, b, sum);
+}
+// Of two pairs the larger magnitudes, NaN where there is one; and whether a pair has it.
+__device__ __forceinline__ u32 larger_or_nan(u32 a, u32 b) {
+    u32 c;
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+__device__ __forceinline__ bool has_nan(u32 pair) { return (pair & 0x7fffu) > 0x7f80u || (pair & 0x7fff0000u) > 0x7f800000u; }
+
 // 1 / sqrt(mean + eps), each operation rounded to nearest.
 __device__ __forceinline__ float factor_of(double mean, float eps) {
     float x;

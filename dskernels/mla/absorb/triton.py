@@ -53,16 +53,16 @@ def queries_kernel(
         out = cast(dot(q, w), p_out.dtype.element_ty)
         tl.store(p_out + o_l[None, :], out, mask=m_t & (o_l < LATENT)[None, :])
     else:
+        # [BLOCK_T, PAIRS, 2]: whole rows; even and odd columns apart were 18 us more of 14, for 64 tokens of 128 heads.
         o_i = tl.arange(0, PAIRS)
+        o_x = o_i[:, None] * 2 + tl.arange(0, 2)[None, :]
+        m_x = m_t[:, :, None] & (o_x < ROPE)[None, :, :]
+        even, odd = tl.split(tl.load(p_q[:, :, None] + NOPE + o_x[None, :, :], mask=m_x, other=0.0).to(tl.float32))
         mask = m_t & (o_i < ROPE // 2)[None, :]
-        p_pair = p_q + NOPE + 2 * o_i[None, :]
-        even = tl.load(p_pair, mask=mask, other=0.0).to(tl.float32)
-        odd = tl.load(p_pair + 1, mask=mask, other=0.0).to(tl.float32)
         cos = tl.load(p_cos + o_t[:, None] * stride_cos + o_i[None, :], mask=mask, other=0.0)
         sin = tl.load(p_sin + o_t[:, None] * stride_sin + o_i[None, :], mask=mask, other=0.0)
-        p_pair = p_out + LATENT + 2 * o_i[None, :]
-        tl.store(p_pair, cast(even * cos - odd * sin, p_out.dtype.element_ty), mask=mask)
-        tl.store(p_pair + 1, cast(even * sin + odd * cos, p_out.dtype.element_ty), mask=mask)
+        y = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+        tl.store(p_out[:, :, None] + LATENT + o_x[None, :, :], cast(y, p_out.dtype.element_ty), mask=m_x)
 
 
 def mla_decode_queries(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ def plan(
         kernel(SOURCE, "write_latent_cache", options, 0, kv.device.index),
         arguments=(
             *map(Pointer, ("kv", "k_rope", "norm_weight", "cos", "sin", "cache", "slots")),
-            *(ctypes.c_longlong(x.stride(0)) for x in (kv, k_rope, cos, sin)),
-            *(ctypes.c_longlong(cache.stride(i) * cache.element_size()) for i in (0, 1)),
+            *(ctypes.c_uint(x.stride(0) * x.element_size()) for x in (kv, k_rope, cos, sin)),
+            *(ctypes.c_uint(cache.stride(i) * cache.element_size()) for i in (0, 1)),
             *map(ctypes.c_int, (tokens, pages * page_size, page_size)),
             ctypes.c_float(eps),
         ),
@@ -99,4 +99,7 @@ def write_latent_cache_supports(
         return f"it takes latents of multiples of 8 columns up to {WIDEST_LATENT}, and there are {latent}"
     if cache.shape[0] * cache.shape[1] >= 2**31 or tokens >= 2**31:
         return "there are 2^31 slots or tokens, or more"
+    for name, x in (("kv", kv), ("k_rope", k_rope), ("cos", cos), ("sin", sin), ("cache", cache)):
+        if any(not 0 <= stride * x.element_size() < 2**32 for stride in x.stride()):
+            return f"strides of {name} must be below 2^32 bytes, they are {list(x.stride())}"
     return reason_against_cuda()

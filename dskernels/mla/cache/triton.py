@@ -59,16 +59,15 @@ def write_kernel(
         else:
             tl.store(p_latent + o_row + o_c, cast(y, p_latent.dtype.element_ty), mask=m_c)
 
+        # [PAIRS, 2]: two bytes of each four would be written, and then the others.
         o_i = tl.arange(0, PAIRS)
+        o_x = o_i[:, None] * 2 + tl.arange(0, 2)[None, :]
+        even, odd = tl.split(tl.load(p_k_rope + i_t * stride_k_rope + o_x, mask=o_x < ROPE, other=0.0).to(tl.float32))
         m_i = o_i < ROPE // 2
-        p_pair = p_k_rope + i_t * stride_k_rope + 2 * o_i
-        even = tl.load(p_pair, mask=m_i, other=0.0).to(tl.float32)
-        odd = tl.load(p_pair + 1, mask=m_i, other=0.0).to(tl.float32)
         cos = tl.load(p_cos + i_t * stride_cos + o_i, mask=m_i, other=0.0)
         sin = tl.load(p_sin + i_t * stride_sin + o_i, mask=m_i, other=0.0)
-        p_pair = p_rope + o_row + 2 * o_i
-        tl.store(p_pair, cast(even * cos - odd * sin, p_rope.dtype.element_ty), mask=m_i)
-        tl.store(p_pair + 1, cast(even * sin + odd * cos, p_rope.dtype.element_ty), mask=m_i)
+        y = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+        tl.store(p_rope + o_row + o_x, cast(y, p_rope.dtype.element_ty), mask=o_x < ROPE)
 
 
 def write_latent_cache(
