@@ -12,11 +12,13 @@ from dskernels.fp8 import (
 from dskernels.gemm import fp8_gemm, fp8_linear
 from dskernels.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
 from dskernels.mla import (
+    apply_rope,
     merge_states,
     mla_decode,
     mla_decode_queries,
     mla_prefill,
     mla_prefill_cached,
+    mla_values_quantize,
     write_latent_cache,
 )
 from dskernels.moe import combine, fused_experts, permute
@@ -30,6 +32,7 @@ __all__ = [
     "LoadStatistics",
     "Permuted",
     "Routing",
+    "apply_rope",
     "balance_loss",
     "combine",
     "explain",
@@ -45,6 +48,7 @@ __all__ = [
     "mla_decode_queries",
     "mla_prefill",
     "mla_prefill_cached",
+    "mla_values_quantize",
     "permute",
     "quantize",
     "quantize_both",

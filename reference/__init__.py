@@ -11,17 +11,20 @@ from dskernels.reference.fp8 import (
 from dskernels.reference.gemm import fp8_gemm, fp8_linear
 from dskernels.reference.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
 from dskernels.reference.mla import (
+    apply_rope,
     merge_states,
     mla_decode,
     mla_decode_queries,
     mla_prefill,
     mla_prefill_cached,
+    mla_values_quantize,
     write_latent_cache,
 )
 from dskernels.reference.moe import combine, fused_experts, permute
 from dskernels.reference.routing import balance_loss, load_statistics, route, route_hidden, update_bias
 
 __all__ = [
+    "apply_rope",
     "balance_loss",
     "combine",
     "fp8_gemm",
@@ -36,6 +39,7 @@ __all__ = [
     "mla_decode_queries",
     "mla_prefill",
     "mla_prefill_cached",
+    "mla_values_quantize",
     "permute",
     "quantize",
     "quantize_both",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dskernels.reference.fp8 import quantize, rmsnorm
+from dskernels.types import Fp8Tensor
 
 TILE = 128  # latent elements that share one scale in an fp8 cache
 
@@ -110,6 +111,16 @@ def mla_decode_queries(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Ten
     latent_THL = torch.einsum("thn,hnl->thl", q[..., :nope].to(dtype), w_uk.to(dtype))
     rope_THP = apply_rope(q[..., nope:].to(dtype), cos[:, None].to(dtype), sin[:, None].to(dtype))
     return torch.cat([latent_THL, rope_THP], dim=-1).to(q.dtype)
+
+
+def mla_values_quantize(latents: Tensor, w_uv: Tensor) -> Fp8Tensor:
+    """e4m3 of each head's values ``W^UV c`` [T, H * V] in 1x128 tiles, W^UV absorbed into the output's side.
+
+    DeepSeek-V2 (arXiv 2405.04434), 2.1.2.
+    """
+    dtype = _compute_dtype(latents)
+    values_THV = torch.einsum("thl,hvl->thv", latents.to(dtype), w_uv.to(dtype))
+    return quantize(values_THV.flatten(1))
 
 
 def mla_decode(

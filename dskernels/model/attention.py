@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import dskernels as ds
 from dskernels.model.batch import Batch
 from dskernels.model.config import Config
-from dskernels.model.layers import Activation, Linear, RMSNorm
+from dskernels.model.layers import FP8_BLOCK, Activation, Linear, RMSNorm
 from dskernels.model.rope import rotate, softmax_scale
 
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
             ds.write_latent_cache(kv, k_rope, norm.weight, cos, sin, cache, batch.slots, eps=norm.eps)
 
         if batch.kind == "prompt":
-            out = self._prompt(self._rotated(q, cos, sin), kv, rotate(k_rope, cos, sin), batch)
+            out = self._prompt(self._rotated(q, cos, sin), kv, self._turned(k_rope[:, None], cos, sin)[:, 0], batch)
         elif cache is None or batch.block_table is None or batch.lengths is None:
             raise ValueError(f'cache: a batch of kind "{batch.kind}" attends to cached tokens, got None')
         elif batch.kind == "extend":
@@ -82,7 +82,7 @@ class Attention(nn.Module):
             q = self._rotated(q, cos, sin)
             out, _ = ds.mla_prefill_cached(q, kv_b, cache, table, batch.lengths, cu_seqlens, scale=self.scale)
         else:
-            out = self._decode(q, cos, sin, cache, batch.block_table, batch.lengths, batch.q_lengths)
+            return self._decode(q, cos, sin, cache, batch.block_table, batch.lengths, batch.q_lengths)
         return self.o_proj(out.flatten(1))
 
     def _down(self, x: Activation) -> tuple[Tensor, Tensor]:
@@ -109,9 +109,19 @@ class Attention(nn.Module):
         return projection(norm.quantized(x), x.dtype) if projection.takes_fp8 else projection(norm(x))
 
     def _rotated(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``q`` ``[T, heads, nope + rope]`` with its last part rotated."""
+        """``q`` ``[T, heads, nope + rope]`` with its last part rotated: in place where nothing is differentiated."""
         q_nope, q_rope = q.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), -1)
-        return torch.cat((q_nope, rotate(q_rope, cos[:, None], sin[:, None])), -1)
+        if torch.is_grad_enabled():
+            return torch.cat((q_nope, self._turned(q_rope, cos, sin)), -1)
+        ds.apply_rope(q_rope, cos, sin, out=q_rope)
+        return q
+
+    @staticmethod
+    def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``x`` ``[T, heads, rope]`` rotated."""
+        if torch.is_grad_enabled():
+            return rotate(x, cos[:, None], sin[:, None])
+        return ds.apply_rope(x, cos, sin)
 
     def _prompt(self, q: Tensor, kv: Tensor, k_rope: Tensor, batch: Batch) -> Tensor:
         """Keys and values of every head are written out: fewer operations while each is used by many queries."""
@@ -133,7 +143,8 @@ class Attention(nn.Module):
         lengths: Tensor,
         q_lengths: Tensor | None,
     ) -> Tensor:
-        """The key's up-projection moves to the query, the value's to the output: the cache is read as it lies."""
+        """The key's up-projection moves to the query, the value's to the output: the cache is read as it lies. With the
+        output projection."""
         config = self.config
         kv_b = self.kv_b_proj.dense(q.dtype).unflatten(0, (config.num_attention_heads, -1))
         w_uk, w_uv = kv_b.split((config.qk_nope_head_dim, config.v_head_dim), 1)  # [H, nope, L], [H, V, L]
@@ -142,4 +153,7 @@ class Attention(nn.Module):
         out, _ = ds.mla_decode(
             q, cache, block_table, lengths, scale=self.scale, value_dim=value_dim, q_lengths=q_lengths
         )
-        return torch.einsum("thl,hvl->thv", out.flatten(0, 1), w_uv)
+        out = out.flatten(0, 1)
+        if self.o_proj.takes_fp8 and config.v_head_dim % FP8_BLOCK[1] == 0:
+            return self.o_proj(ds.mla_values_quantize(out, w_uv), out.dtype)
+        return self.o_proj(torch.einsum("thl,hvl->thv", out, w_uv).flatten(1))

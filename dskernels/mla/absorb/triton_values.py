@@ -1,0 +1,105 @@
+"""Portable Triton kernel of values out of latents: a product for each head, quantised where it is made."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dskernels.device import capability, empty
+from dskernels.fp8.layout import empty_scale
+from dskernels.fp8.triton import store_rows
+from dskernels.portable import dot, launch, reason_against_e4m3
+from dskernels.validate import ceil_div
+
+
+@triton.jit(do_not_specialize=["tokens", "stride_sc"])
+def values_kernel(
+    p_x,
+    p_w,
+    p_q,
+    p_s,
+    stride_token,
+    stride_head,
+    stride_w_head,
+    stride_w_row,
+    stride_qr,
+    stride_sc,
+    tokens,
+    TILES: tl.constexpr,
+    LATENT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):
+    """One tile of 128 values (program 1) of BLOCK_T tokens (program 0): a head has TILES of them."""
+    i_tile = tl.program_id(1)
+    i_h = (i_tile // TILES).to(tl.int64)
+    o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_v = i_tile % TILES * 128 + tl.arange(0, 128)
+    p_x += o_t.to(tl.int64)[:, None] * stride_token + i_h * stride_head
+    p_w += i_h * stride_w_head + o_v.to(tl.int64)[None, :] * stride_w_row
+    total = tl.zeros([BLOCK_T, 128], tl.float32)
+    for first in range(0, LATENT, BLOCK_L):
+        o_l = first + tl.arange(0, BLOCK_L)
+        # [BLOCK_T, BLOCK_L], [BLOCK_L, 128]
+        x = tl.load(p_x + o_l[None, :], mask=(o_t < tokens)[:, None] & (o_l < LATENT)[None, :], other=0.0)
+        w = tl.load(p_w + o_l[:, None], mask=(o_l < LATENT)[:, None], other=0.0)
+        total += dot(x, w)
+    columns = tl.num_programs(1) * 128
+    store_rows(
+        total, p_q, p_s, tl.program_id(0) * BLOCK_T, i_tile, tokens, columns, stride_qr, stride_sc, False, BLOCK_T
+    )
+
+
+def mla_values_quantize(latents: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
+    """Data and scale of the values [T, H * V] of `latents` [T, H, latent]."""
+    tokens, heads, latent = latents.shape
+    columns = heads * w_uv.shape[1]
+    data = empty(latents, (tokens, columns), torch.float8_e4m3fn)
+    scale = empty_scale(latents, (tokens, columns // 128), (1, 128))
+    if data.numel() == 0:
+        return data, scale
+    block_t = choose_tokens(tokens, latents.element_size())
+    launch(
+        values_kernel,
+        (ceil_div(tokens, block_t), columns // 128),
+        latents,
+        w_uv,
+        data,
+        scale,
+        latents.stride(0),
+        latents.stride(1),
+        w_uv.stride(0),
+        w_uv.stride(1),
+        data.stride(0),
+        scale.stride(1),
+        tokens,
+        TILES=w_uv.shape[1] // 128,
+        LATENT=latent,
+        BLOCK_T=block_t,
+        **options(latents.element_size(), capability(latents.device) if latents.is_cuda else (0, 0)),
+    )
+    return data, scale
+
+
+def choose_tokens(tokens: int, itemsize: int) -> int:
+    """Tokens of a program: few are one tile, so that the weights of a head are read once."""
+    return 16 if itemsize == 4 else min(max(16, triton.next_power_of_2(tokens)), 64)
+
+
+def options(itemsize: int, arch: tuple[int, int]) -> dict[str, int]:
+    """Columns of the latent that are multiplied at a time.
+
+    With 16 bits 48 KB of the weights are on their way, where shared memory allows it 96: the few CTAs of 16 heads have
+    to ask for all of them.
+    """
+    if itemsize == 4:
+        return {"BLOCK_L": 32, "num_stages": 4, "num_warps": 8}
+    deep = (9, 0) <= arch <= (10, 9)
+    return {"BLOCK_L": 128 if deep else 64, "num_stages": 4, "num_warps": 8}
+
+
+def mla_values_quantize_supports(latents: Tensor, w_uv: Tensor) -> str | None:
+    """Why the GPU of these cannot make e4m3, or None."""
+    return reason_against_e4m3(latents.device)
