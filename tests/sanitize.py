@@ -48,12 +48,16 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "grouped_gemm, few rows", few_ragged_rows
     yield "grouped_gemm and its gradients, bf16", half_precision
     yield "route and its gradient", route
+    for dtype in (torch.bfloat16, torch.uint8):
+        yield f"write_latent_cache, {dtype}", functools.partial(write_cache, dtype)
     if not racecheck:  # which would take the arrival of one lane for the reads of that lane alone; not tried
         yield "mla_prefill", prefill
         yield "mla_prefill_cached", prefill_cached
         for page, cache in ((64, torch.bfloat16), (16, torch.bfloat16), (3, torch.bfloat16), (64, torch.uint8)):
             name = f"mla_decode, pages of {page}, {cache}"
             yield name, functools.partial(decode, page, cache)
+        for tokens in (5, 130):
+            yield f"mla_decode_queries, {tokens} tokens", functools.partial(decode_queries, tokens)
     yield "mla_prefill's gradient", prefill_backward
 
 
@@ -165,6 +169,25 @@ def decode(page: int, dtype: torch.dtype) -> bool:
         got, want = ds.mla_decode(q, *cache, **options, impl="hopper"), ds.reference.mla_decode(q, *cache, **options)
         right &= parity.difference(got[0], want[0]) < 1e-5
     return right
+
+
+def write_cache(dtype: torch.dtype) -> bool:
+    # An odd number of tokens; slots that are skipped.
+    kv, k_rope = torch.randn(21, 576, device="cuda").bfloat16().split([512, 64], -1)
+    angle = torch.rand(21, 32, device="cuda") * 6
+    inputs = kv, k_rope, torch.rand(512, device="cuda").bfloat16(), angle.cos(), angle.sin()
+    slots = torch.tensor([-1, 25, 2**40, *range(18)], device="cuda")
+    caches = [torch.zeros(5, 5, 656 if dtype == torch.uint8 else 576, dtype=dtype, device="cuda") for _ in range(2)]
+    for cache, impl in zip(caches, ("hopper", "reference"), strict=True):
+        ds.write_latent_cache(*inputs, cache, slots, eps=1e-6, impl=impl)
+    return torch.equal(*(cache.view(torch.uint8) for cache in caches))
+
+
+def decode_queries(tokens: int) -> bool:
+    q, w_uk = (torch.randn(shape, device="cuda").bfloat16() / 4 for shape in ((tokens, 2, 192), (2, 128, 512)))
+    angle = torch.rand(tokens, 32, device="cuda") * 6
+    got, want = (ds.mla_decode_queries(q, w_uk, angle.cos(), angle.sin(), impl=i) for i in ("hopper", "reference"))
+    return parity.difference(got, want) < 5e-6
 
 
 def prefill() -> bool:
