@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from dskernels import cli
@@ -81,6 +82,16 @@ def test_fp8_checkpoints_run_in_fp8(here, run):
     ids = tokenizer_of("fp8", load("fp8").config).encode("def ")
     assert run(*arguments)[1] == "def " + expected("fp8", ids, 8, fp8=True) + "\n"
     assert run(*arguments, "--no-fp8")[1] == "def " + expected("fp8", ids, 8) + "\n"
+
+
+def test_a_type_to_compute_in(here, run):
+    status, out, error = run("generate", "chat", "--prompt", "def ", "--max-new-tokens", 4, "--dtype", "bf16")
+    assert status == 0, error
+    ids = tokenizer_of("chat", load("chat").config).encode("def ")
+    assert out == "def " + expected("chat", ids, 4, dtype=torch.bfloat16) + "\n"
+    status, _, error = run("generate", "chat", "--prompt", "def ", "--dtype", "int8")
+    assert status == 1
+    assert "--dtype: expected one of bf16, fp16, fp32, got int8" in error
 
 
 def test_sampling_repeats_with_its_seed(here, run):
