@@ -174,6 +174,7 @@ route(const Element* __restrict__ logits, const float* __restrict__ bias, const 
             if (sure) candidates = gather<false>(choice, largest, first_id, slack, lane, shared);
         }
         if (candidates > 32) {
+            __syncwarp();  // what a quick attempt has read is written again
             float b[V];
             load_bias(kept_in_a_register(bias), b);
 #pragma unroll
