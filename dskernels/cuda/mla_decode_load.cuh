@@ -21,7 +21,7 @@ __device__ __forceinline__ uint4 global_load16(const void* p) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
     return x;
 }
-// 128 bytes into the L2.
+// A line, or half of one, into the L2.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ void smem_store16(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
@@ -138,30 +138,31 @@ __device__ __forceinline__ void load_boxes(Share share, const Batch& batch, cons
 
 // ---- row by row ----------------------------------------------------------------------------------------------------
 
-// A warpgroup's work: rows of any page size, 16 bytes at a time. A warp has 16 rows of a block, a thread two of them, 8 apart; and of each 16 bytes
-// of the left half of a tile's 128 and 16 of the right one, that of odd rows first: so eight lanes, of two rows, write to all banks.
+// A warpgroup's work: rows of any page size, 16 bytes at a time. A warp has 16 rows of a block, a thread two of them, 8 apart; and of each 16
+// bytes of the left half of a tile's 128 and 16 of the right one, that of odd rows first: so eight lanes, of two rows, write to all banks.
+constexpr int ROWS_OF_WARP = BLOCK / 4, OWN_ROWS = 2;
 struct Rows {
-    const u8* at[2];
-    // The places of the 16 rows are asked for by the lanes, one each, before they are needed here.
+    const u8* at[OWN_ROWS];
+    // The places of a warp's rows are asked for by its lanes, one each, before they are needed here.
     __device__ __forceinline__ void find(const Cache& cache, int2 place, int lane) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
+        for (int h = 0; h < OWN_ROWS; ++h) {
             const int from = h * 8 + lane / 4;
             at[h] = cache.row(make_int2(__shfl_sync(0xffffffffu, place.x, from), __shfl_sync(0xffffffffu, place.y, from)));
         }
     }
 };
 __device__ __forceinline__ int2 ask_row(const Cache& cache, const Piece& piece, int block, int warp, int lane) {
-    return cache.ask(piece.request, min((piece.first + block) * BLOCK + warp * 16 + lane % 16, piece.length - 1));
+    return cache.ask(piece.request, min((piece.first + block) * BLOCK + warp * ROWS_OF_WARP + lane % ROWS_OF_WARP, piece.length - 1));
 }
 
 // 16 bytes of a tile, in the 128-byte swizzle.
 __device__ __forceinline__ u32 chunk(u32 tile, int row, int column) { return tile + row * 128 + (column ^ row % 8) * 16; }
-// The four chunks of a tile that a thread has, in shared memory and in its rows.
-__device__ __forceinline__ u32 own_chunk(u32 tile, int k, int warp, int lane) {
-    return (chunk(tile, warp * 16 + lane / 4, lane / 4 % 2 * 4 + lane % 4) ^ k / 2 * 64) + k % 2 * 8 * 128;
+// The chunks of a tile that a thread has, in shared memory and in its rows: of each row, h, two, k.
+__device__ __forceinline__ u32 own_chunk(u32 tile, int h, int k, int warp, int lane) {
+    return (chunk(tile, warp * ROWS_OF_WARP + lane / 4, lane / 4 % 2 * 4 + lane % 4) ^ k * 64) + h * 8 * 128;
 }
-__device__ __forceinline__ const u8* own_bytes(const Rows& rows, int k, int lane) { return rows.at[k % 2] + ((lane / 4 + k / 2) % 2 * 4 + lane % 4) * 16; }
+__device__ __forceinline__ const u8* own_bytes(const Rows& rows, int h, int k, int lane) { return rows.at[h] + ((lane / 4 + k) % 2 * 4 + lane % 4) * 16; }
 
 template <class Meta>
 __device__ __forceinline__ void load_rows(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, int part, int row_block,
@@ -171,7 +172,7 @@ __device__ __forceinline__ void load_rows(Share share, const Batch& batch, const
     for (;; phases.next_piece()) {
         int count;
         const Piece piece = share.next(batch, part, count);
-        if (threadIdx.x % 128 == 0) {
+        if (threadIdx.x == 256) {
             if (count > 0) begins(piece.request, count);
             announce(base, map_q, row_block, piece, phases.piece());
         }
@@ -193,8 +194,9 @@ __device__ __forceinline__ void load_rows(Share share, const Batch& batch, const
                 for (int t = 0; t < 2; ++t) {
                     if (t >= tiles_of(g)) continue;
 #pragma unroll
-                    for (int k = 0; k < 4; ++k)
-                        copy16_async(own_chunk(base + OFFSET_K + s * ROWS + (2 * g + t) * TILE, k, warp, lane), own_bytes(rows, k, lane) + (2 * g + t) * 128);
+                    for (int n = 0; n < 2 * OWN_ROWS; ++n)
+                        copy16_async(own_chunk(base + OFFSET_K + s * ROWS + (2 * g + t) * TILE, n / 2, n % 2, warp, lane),
+                                     own_bytes(rows, n / 2, n % 2, lane) + (2 * g + t) * 128);
                 }
                 barrier_arrive_after_copies(full(base, s, g));
             }
@@ -212,26 +214,29 @@ __device__ __forceinline__ u32 unpack_pair(u16 pair, float scale) {
     return pack(widen((u16)halves, 1) * scale, widen((u16)(halves >> 16), 1) * scale);
 }
 
-// A group of two tiles of a thread's two rows, on its way from memory: 16 columns of each tile, which become two chunks.
+// A group of two tiles of a thread's rows, on its way from memory: 16 columns of each tile, which become two chunks.
 struct Loaded {
-    uint4 bytes[4];
-    float scale[2];
+    uint4 bytes[OWN_ROWS][2];
+    float scale[OWN_ROWS];
     __device__ __forceinline__ void load(const Rows& rows, int group, int lane) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) bytes[k] = global_load16(rows.at[k % 2] + group * 128 + k / 2 * 64 + lane % 4 * 16);
+        for (int h = 0; h < OWN_ROWS; ++h) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) scale[h] = __ldg((const float*)(rows.at[h] + VALUE) + group);
+            for (int t = 0; t < 2; ++t) bytes[h][t] = global_load16(rows.at[h] + group * 128 + t * 64 + lane % 4 * 16);
+            scale[h] = __ldg((const float*)(rows.at[h] + VALUE) + group);
+        }
     }
     __device__ __forceinline__ void unpack(u32 tiles, int warp, int lane) const {
-        const u32 to = chunk(tiles, warp * 16 + lane / 4, lane % 4 * 2);
+        const u32 to = chunk(tiles, warp * ROWS_OF_WARP + lane / 4, lane % 4 * 2);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const u32 words[4] = {bytes[k].x, bytes[k].y, bytes[k].z, bytes[k].w}, at = to + k / 2 * TILE + k % 2 * 8 * 128;
+        for (int n = 0; n < 2 * OWN_ROWS; ++n) {
+            const int h = n / 2, t = n % 2;
+            const u32 words[4] = {bytes[h][t].x, bytes[h][t].y, bytes[h][t].z, bytes[h][t].w}, at = to + t * TILE + h * 8 * 128;
             u32 x[8];
 #pragma unroll
             for (int w = 0; w < 4; ++w) {
-                x[2 * w] = unpack_pair((u16)words[w], scale[k % 2]);
-                x[2 * w + 1] = unpack_pair((u16)(words[w] >> 16), scale[k % 2]);
+                x[2 * w] = unpack_pair((u16)words[w], scale[h]);
+                x[2 * w + 1] = unpack_pair((u16)(words[w] >> 16), scale[h]);
             }
             smem_store16(at, x[0], x[1], x[2], x[3]);
             smem_store16(at ^ 16, x[4], x[5], x[6], x[7]);
@@ -250,11 +255,10 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
     for (;; phases.next_piece()) {
         int count;
         const Piece piece = share.next(batch, part, count);
-        auto prefetch = [&](int block, int2 place) {  // two lanes have a row, and ask for three lines each
+        auto prefetch = [&](int block, int2 place) {  // two lanes have a row; every 128 bytes alone, it is 2% slower, every 32, 8%
             if (block >= piece.blocks) return;
-            const u8* row = cache.row(place) + lane / 16 * 384;
-#pragma unroll
-            for (int i = 0; i < 3; ++i) prefetch_line(row + i * 128);
+            const u8* row = cache.row(place) + lane / 16 * 64;
+            for (int i = 0; i < ROW_BYTES; i += 128) prefetch_line(row + i);
         };
         Rows rows;
         Loaded loaded[2];
@@ -267,7 +271,7 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
             loaded[0].load(rows, 0, lane);
             loaded[1].load(rows, 1, lane);
         }
-        if (threadIdx.x % 128 == 0) {
+        if (threadIdx.x == 256) {
             if (count > 0) begins(piece.request, count);
             announce(base, map_q, row_block, piece, phases.piece());
         }
@@ -282,33 +286,37 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
                 ahead = ask_row(cache, piece, i + 2 + PREFETCH, warp, lane);
             }
             next = ask_row(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
-            uint4 rope[4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int g = group_at(s, j);
-                if (j % 2 == 0) barrier_wait(empty(base, s, g / 2), phases.of(s));
-                if (j == 2) {
+            for (int n = 0; n < 2; ++n) {  // the half that stage s begins with, and the other one
+                const int half = n ^ s;
+                uint4 rope[2 * OWN_ROWS];
+                if (n == 1) {
 #pragma unroll
-                    for (int k = 0; k < 4; ++k) rope[k] = global_load16(own_bytes(rows, k, lane) + ROW_BYTES - ROPE * 2);
+                    for (int k = 0; k < 2 * OWN_ROWS; ++k) rope[k] = global_load16(own_bytes(rows, k / 2, k % 2, lane) + ROW_BYTES - ROPE * 2);
                     rows.find(cache, next, lane);
                 }
-                loaded[j % 2].unpack(stage + 2 * g * TILE, warp, lane);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(full(base, s, g));
-                // Of this block two groups on, or of the next, which begins with the other half.
-                loaded[j % 2].load(rows, group_at(j < 2 ? s : 1 - s, (j + 2) % 4), lane);
-            }
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                uint4 x = rope[k];
-                if (OUT == 1) {
-                    auto half = [](u32 two) { return pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
-                    x = make_uint4(half(x.x), half(x.y), half(x.z), half(x.w));
+                for (int j = 0; j < 2; ++j) {
+                    // The second time it has been waited for; but the assembler moves the loads below no branch, as it else does.
+                    barrier_wait(empty(base, s, half), phases.of(s));
+                    loaded[j].unpack(stage + (2 * half + j) * 2 * TILE, warp, lane);
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(full(base, s, 2 * half + j));
+                    loaded[j].load(rows, 2 * (1 - s) + j, lane);  // of this block's other half, or of the half that the next begins with
                 }
-                smem_store16(own_chunk(stage + 8 * TILE, k, warp, lane), x.x, x.y, x.z, x.w);
+                if (n == 0) continue;
+#pragma unroll
+                for (int k = 0; k < 2 * OWN_ROWS; ++k) {
+                    uint4 x = rope[k];
+                    if (OUT == 1) {
+                        auto half = [](u32 two) { return pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
+                        x = make_uint4(half(x.x), half(x.y), half(x.z), half(x.w));
+                    }
+                    smem_store16(own_chunk(stage + 8 * TILE, k / 2, k % 2, warp, lane), x.x, x.y, x.z, x.w);
+                }
+                __syncwarp();
+                if (lane == 0) barrier_arrive(full(base, s, 4));
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(full(base, s, 4));
             phases.advance(s);
         }
     }
