@@ -28,12 +28,15 @@ def test_compiles_without_spills(fp8, latent, rope):
 
 
 def new_tokens(tokens, latent, rope, device="cpu"):
-    """The two halves of one projection, with latents over four decades; a weight; the angles of scattered positions."""
+    """The two halves of one projection, in rows of multiples of 16 bytes, with latents over four decades; a weight; the
+    angles of scattered positions."""
     size = torch.logspace(-2, 2, tokens)[:, None]
-    projected = torch.cat([torch.randn(tokens, latent) * size, torch.randn(tokens, rope)], -1).bfloat16().to(device)
+    parts = torch.randn(tokens, latent) * size, torch.randn(tokens, rope), torch.zeros(tokens, -(latent + rope) % 8)
+    projected = torch.cat(parts, -1).bfloat16().to(device)
     angle = torch.randint(0, 4096, (tokens, 1)) * 10000.0 ** (-torch.arange(0, rope, 2) / rope)
     weight = (torch.rand(latent) + 0.5).bfloat16()
-    return [*projected.split([latent, rope], -1), *(x.to(device) for x in (weight, angle.cos(), angle.sin()))]
+    kv, k_rope, _ = projected.split([part.shape[1] for part in parts], -1)
+    return [kv, k_rope, *(x.to(device) for x in (weight, angle.cos(), angle.sin()))]
 
 
 def new_cache(pages, page, latent, rope, fp8, device="cpu"):

@@ -74,5 +74,6 @@ def mla_decode_queries_supports(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tenso
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides as a map wants them: that of a dimension of one element may be anything, but a multiple of 16 bytes."""
-    return (*(x.stride(i) if x.shape[i] > 1 else 8 for i in range(x.dim() - 1)), 1)
+    """Strides as a map wants them, multiples of 16 bytes: that of a dimension of one element may be anything."""
+    odd = [x.shape[i] == 1 and (x.stride(i) <= 0 or x.stride(i) % 8 != 0) for i in range(x.dim() - 1)]
+    return (*(8 if odd[i] else x.stride(i) for i in range(x.dim() - 1)), 1)
