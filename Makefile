@@ -20,7 +20,7 @@ demo: $(READY) ## train a small DeepSeek-V3 here, save it, load it, generate fro
 	$(BIN)/python -m dskernels.demo $(ARGS)
 
 test: $(READY) ## all tests, with kernels in Triton's interpreter where there is no GPU
-	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

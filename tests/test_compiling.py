@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from compiling import SHARED_LIMIT, TARGETS, Compile, CompileError, assert_clean, compile_all
+from compiling import SHARED_LIMIT, Compile, CompileError, Report, assert_clean, compile_all
 
 
 @triton.jit
@@ -74,7 +74,8 @@ def reports():
 
 
 def test_every_target_is_compiled_in_order(reports):
-    assert list(reports["scale"]) == [report.target for report in reports["scale"].values()] == list(TARGETS)
+    targets = ["sm_80", "sm_90", "sm_100"]
+    assert list(reports["scale"]) == [report.target for report in reports["scale"].values()] == targets
 
 
 def test_a_plain_kernel_is_clean(reports):
@@ -132,9 +133,18 @@ def test_too_much_shared_memory_is_seen(reports):
         assert_clean([report])
 
 
+def test_what_stands_for_sm_89_must_fit_there():
+    def report(source):
+        return Report(source, "sm_80", 32, 0, SHARED_LIMIT["sm_89"] + 1, 0, 0.0, b"")
+
+    assert_clean([report(scale(targets=["sm_80"]))])
+    with pytest.raises(AssertionError, match="shared memory, sm_80 has 101376"):
+        assert_clean([report(scale())])
+
+
 def test_e4m3_leaves_out_the_gpu_that_lacks_it():
     fp8 = {"x": "*fp8e4nv", "out": "*fp32", "factor": "fp32", "size": "i32"}
-    assert scale().targets == TARGETS
+    assert scale().targets == ("sm_80", "sm_90", "sm_100")
     assert scale(signature=fp8).targets == ("sm_89", "sm_90", "sm_100")
 
 
@@ -147,7 +157,7 @@ def test_every_failure_is_reported():
         (scale(targets=["sm_90"], divisible=["stride"]), r"divisible names \['stride'\]"),
         (scale(targets=["sm_90"], constants={"BLOCK": 1000}), "power of 2"),
         (scale(targets=["sm_80"], signature=fp8), "fp8e4nv not supported"),
-        (Compile("test_compiling:TARGETS", {}, targets=["sm_90"]), "expected a @triton.jit function, got tuple"),
+        (Compile("test_compiling:SHARED_LIMIT", {}, targets=["sm_90"]), "expected a @triton.jit function, got dict"),
         (Compile("test_compiling:missing", {}, targets=["sm_90"]), "no attribute 'missing'"),
     ]
     with pytest.raises(CompileError) as failure:

@@ -61,7 +61,7 @@ def how_many(request, monkeypatch):
     [
         (1, 1, 1, 8),  # the smallest
         (50, 8, 8, 40),  # every token to every expert, four blocks of the sort
-        (37, 6, 160, 24),  # E is no power of two
+        (37, 7, 160, 24),  # E is no power of two
         (20, 32, 1024, 8),  # the most experts, k = 32
         (3, 2, 384, 1500),  # a row in more than one piece
     ],
@@ -69,8 +69,8 @@ def how_many(request, monkeypatch):
 def test_permute(device, impl, tokens, top_k, n_experts, width):
     x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
     experts = torch.rand(tokens, n_experts, device=device).topk(top_k).indices
+    experts = experts.int() if top_k % 2 else experts  # ids of either width
     check_permuted(ds.permute(x, experts, n_experts, impl=impl), x, experts, n_experts)
-    check_permuted(ds.permute(x, experts.int(), n_experts, impl=impl), x, experts, n_experts)
 
 
 @pytest.mark.usefixtures("how_many")
