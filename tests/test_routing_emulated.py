@@ -55,14 +55,14 @@ def emulated(structure, bias, more):
     return build(hopper.SOURCE, IN_CPLUSPLUS, options, "route", ARGUMENTS).launch
 
 
-def emulate(x, bias, structure, *, parts=None, physical=None, blocks=2, threads=64):
+def emulate(x, bias, structure, *, parts=None, physical=None, blocks=2, threads=64, kernel=None):
     """Weights, experts, placed, sums, load, nonfinite."""
     (tokens, n_experts), top_k, more = x.shape, structure[1], parts is not None
     out = [torch.full((tokens, top_k), value) for value in (NAN, -7, -7)]
     weights, experts, placed = out[0], out[1].int(), out[2].int()
     sums, load = torch.full((tokens, n_experts), NAN), torch.full((n_experts,), 77, dtype=torch.int32)
     nonfinite = torch.full((), 77, dtype=torch.int32)
-    faults = emulated(structure, bias is not None, more)(
+    faults = (kernel or emulated(structure, bias is not None, more))(
         *(blocks, threads, random.getrandbits(31)),
         *map(pointer, (parts if more else x, bias, physical, weights, experts, placed, sums, load, nonfinite)),
         ctypes.c_ulonglong(7),
@@ -102,6 +102,22 @@ def test_emulated(structure):
         torch.testing.assert_close(weights, reference.gates(s, void, experts, True, 2.5), rtol=1e-5, atol=1e-30)
         assert torch.equal(load.long(), experts[~void].flatten().long().bincount(minlength=n_experts))
         assert nonfinite == want.nonfinite
+
+
+@pytest.mark.parametrize("structure", [STRUCTURES[0], STRUCTURES[18]], ids=str)
+def test_quick_scores_change_nothing(structure):
+    """Against the same kernel with exact scores alone, where scores are so near that quick ones are often wrong."""
+    replacements = {**IN_CPLUSPLUS, r"QUICK = PACKED && HELD == 1 && !SOFTMAX": "QUICK = false"}
+    options = options_of(*structure, SINGLE, widest(structure[0], structure[2], structure[3], SINGLE))
+    exact = build(hopper.SOURCE, replacements, options, "route", ARGUMENTS).launch
+    n_experts = structure[0]
+    for scale, spread in ((2.0, 0.3), (1e-2, 1e-2), (1e-5, 1e-6), (3e-6, 0.0), (1e-5, 12.0), (1.0, 1e5), (30.0, 1e-6)):
+        x = torch.randn(40, n_experts) * scale
+        bias = torch.randn(n_experts) * spread if spread != 12 else (torch.randn(n_experts) * 4).round() * 3
+        got, want = (emulate(x, bias, structure, kernel=kernel) for kernel in (None, exact))
+        assert torch.equal(got[1], want[1])
+        assert torch.equal(got[4], want[4])
+        torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=0)
 
 
 def test_emulated_parts_and_places():
