@@ -140,7 +140,9 @@ __device__ __forceinline__ void load_boxes(Share share, const Batch& batch, cons
 
 // A warpgroup's work: rows of any page size, 16 bytes at a time. A warp has 16 rows of a block, a thread two of them, 8 apart; and of each 16
 // bytes of the left half of a tile's 128 and 16 of the right one, that of odd rows first: so eight lanes, of two rows, write to all banks.
-constexpr int ROWS_OF_WARP = BLOCK / 4, OWN_ROWS = 2;
+// Where two CTAs unpack e4m3 for each other, each has half of the rows: a warp eight, a thread one.
+constexpr int SHARING = LOADER == 2 ? CLUSTER : 1, OWN_ROWS = 2 / SHARING, ROWS_OF_WARP = 8 * OWN_ROWS;
+__device__ __forceinline__ int first_row(int warp) { return (SHARING > 1 ? cluster_rank() * (BLOCK / 2) : 0) + warp * ROWS_OF_WARP; }
 struct Rows {
     const u8* at[OWN_ROWS];
     // The places of a warp's rows are asked for by its lanes, one each, before they are needed here.
@@ -153,14 +155,14 @@ struct Rows {
     }
 };
 __device__ __forceinline__ int2 ask_row(const Cache& cache, const Piece& piece, int block, int warp, int lane) {
-    return cache.ask(piece.request, min((piece.first + block) * BLOCK + warp * ROWS_OF_WARP + lane % ROWS_OF_WARP, piece.length - 1));
+    return cache.ask(piece.request, min((piece.first + block) * BLOCK + first_row(warp) + lane % ROWS_OF_WARP, piece.length - 1));
 }
 
 // 16 bytes of a tile, in the 128-byte swizzle.
 __device__ __forceinline__ u32 chunk(u32 tile, int row, int column) { return tile + row * 128 + (column ^ row % 8) * 16; }
 // The chunks of a tile that a thread has, in shared memory and in its rows: of each row, h, two, k.
 __device__ __forceinline__ u32 own_chunk(u32 tile, int h, int k, int warp, int lane) {
-    return (chunk(tile, warp * ROWS_OF_WARP + lane / 4, lane / 4 % 2 * 4 + lane % 4) ^ k * 64) + h * 8 * 128;
+    return (chunk(tile, first_row(warp) + lane / 4, lane / 4 % 2 * 4 + lane % 4) ^ k * 64) + h * 8 * 128;
 }
 __device__ __forceinline__ const u8* own_bytes(const Rows& rows, int h, int k, int lane) { return rows.at[h] + ((lane / 4 + k) % 2 * 4 + lane % 4) * 16; }
 
@@ -214,6 +216,16 @@ __device__ __forceinline__ u32 unpack_pair(u16 pair, float scale) {
     return pack(widen((u16)halves, 1) * scale, widen((u16)(halves >> 16), 1) * scale);
 }
 
+// Where unpacked rows go: into this CTA's shared memory, and with SHARING into the other's, `there` bytes on, where the barrier counts them.
+struct Target {
+    u32 there;
+    __device__ __forceinline__ void store(u32 at, u32 barrier, u32 a, u32 b, u32 c, u32 d) const {
+        smem_store16(at, a, b, c, d);
+        if (SHARING > 1)
+            cluster_store(at + there, barrier + there, make_float4(__uint_as_float(a), __uint_as_float(b), __uint_as_float(c), __uint_as_float(d)));
+    }
+};
+
 // A group of two tiles of a thread's rows, on its way from memory: 16 columns of each tile, which become two chunks.
 struct Loaded {
     uint4 bytes[OWN_ROWS][2];
@@ -226,8 +238,8 @@ struct Loaded {
             scale[h] = __ldg((const float*)(rows.at[h] + VALUE) + group);
         }
     }
-    __device__ __forceinline__ void unpack(u32 tiles, int warp, int lane) const {
-        const u32 to = chunk(tiles, warp * ROWS_OF_WARP + lane / 4, lane % 4 * 2);
+    __device__ __forceinline__ void unpack(const Target& target, u32 tiles, u32 barrier, int warp, int lane) const {
+        const u32 to = chunk(tiles, first_row(warp) + lane / 4, lane % 4 * 2);
 #pragma unroll
         for (int n = 0; n < 2 * OWN_ROWS; ++n) {
             const int h = n / 2, t = n % 2;
@@ -238,38 +250,47 @@ struct Loaded {
                 x[2 * w] = unpack_pair((u16)words[w], scale[h]);
                 x[2 * w + 1] = unpack_pair((u16)(words[w] >> 16), scale[h]);
             }
-            smem_store16(at, x[0], x[1], x[2], x[3]);
-            smem_store16(at ^ 16, x[4], x[5], x[6], x[7]);
+            target.store(at, barrier, x[0], x[1], x[2], x[3]);
+            target.store(at ^ 16, barrier, x[4], x[5], x[6], x[7]);
         }
     }
 };
 
-// A warpgroup's work. Rows are asked for two blocks ahead, into the L2, and loaded two groups ahead, into registers; their places a while
-// before. No fence stands here, which would wait for all that: whoever multiplies has one.
+// A warpgroup's work. Rows are asked for two blocks ahead, into the L2, and loaded two groups ahead, into registers, or four where half of the rows
+// are the other CTA's; their places a while before. No fence stands here, which would wait for all that: whoever multiplies has one.
 template <class Meta>
 __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, int part, int row_block,
                                           Meta begins) {
-    constexpr int ROW_BYTES = VALUE + VALUE / 128 * 4 + ROPE * 2;
+    constexpr int ROW_BYTES = VALUE + VALUE / 128 * 4 + ROPE * 2, AHEAD = 4 / OWN_ROWS, LANES = 32 / ROWS_OF_WARP;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const Target target{SHARING > 1 ? cluster_addr(base, cluster_rank() ^ 1) - base : 0};
+    // A warp has stored its rows of a group; the first one also says how many bytes come from the other CTA.
+    auto arrive = [&](u32 barrier, int group) {
+        __syncwarp();
+        if (SHARING > 1 && threadIdx.x == 256) barrier_expect(barrier, tiles_of(group) * TILE / 2);
+        else if (lane == 0) barrier_arrive(barrier);
+    };
     Phases phases;
     for (;; phases.next_piece()) {
         int count;
         const Piece piece = share.next(batch, part, count);
-        auto prefetch = [&](int block, int2 place) {  // two lanes have a row; every 128 bytes alone, it is 2% slower, every 32, 8%
+        // LANES have a row, and ask for half a line each: every 128 bytes alone, it is 2% slower, every 32, 8%.
+        auto prefetch = [&](int block, int2 place) {
             if (block >= piece.blocks) return;
-            const u8* row = cache.row(place) + lane / 16 * 64;
-            for (int i = 0; i < ROW_BYTES; i += 128) prefetch_line(row + i);
+            const u8* row = cache.row(place) + lane / ROWS_OF_WARP * 64;
+            for (int i = 0; i < ROW_BYTES; i += LANES * 64) prefetch_line(row + i);
         };
         Rows rows;
-        Loaded loaded[2];
+        Loaded loaded[AHEAD];
         int2 next, ahead;
         if (piece.blocks > 0) {
             next = ask_row(cache, piece, 0, warp, lane);
             for (int i = 1; i < 1 + PREFETCH; ++i) prefetch(i, ask_row(cache, piece, i, warp, lane));
             ahead = ask_row(cache, piece, 1 + PREFETCH, warp, lane);
             rows.find(cache, next, lane);
-            loaded[0].load(rows, 0, lane);
-            loaded[1].load(rows, 1, lane);
+            if (AHEAD == 4) next = ask_row(cache, piece, min(1, piece.blocks - 1), warp, lane);
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) loaded[j].load(rows, j, lane);
         }
         if (threadIdx.x == 256) {
             if (count > 0) begins(piece.request, count);
@@ -285,38 +306,34 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
                 prefetch(i + 1 + PREFETCH, ahead);
                 ahead = ask_row(cache, piece, i + 2 + PREFETCH, warp, lane);
             }
-            next = ask_row(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
+            if (AHEAD == 2) next = ask_row(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
+            uint4 rope[2 * OWN_ROWS];
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {  // the half that stage s begins with, and the other one
-                const int half = n ^ s;
-                uint4 rope[2 * OWN_ROWS];
-                if (n == 1) {
+            for (int j = 0; j < 4; ++j) {
+                const int g = group_at(s, j);
+                if (j == 4 - AHEAD) {  // what is loaded from here on is the next block's
 #pragma unroll
                     for (int k = 0; k < 2 * OWN_ROWS; ++k) rope[k] = global_load16(own_bytes(rows, k / 2, k % 2, lane) + ROW_BYTES - ROPE * 2);
                     rows.find(cache, next, lane);
+                    if (AHEAD == 4) next = ask_row(cache, piece, min(i + 2, piece.blocks - 1), warp, lane);
                 }
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    // The second time it has been waited for; but the assembler moves the loads below no branch, as it else does.
-                    barrier_wait(empty(base, s, half), phases.of(s));
-                    loaded[j].unpack(stage + (2 * half + j) * 2 * TILE, warp, lane);
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(full(base, s, 2 * half + j));
-                    loaded[j].load(rows, 2 * (1 - s) + j, lane);  // of this block's other half, or of the half that the next begins with
-                }
-                if (n == 0) continue;
-#pragma unroll
-                for (int k = 0; k < 2 * OWN_ROWS; ++k) {
-                    uint4 x = rope[k];
-                    if (OUT == 1) {
-                        auto half = [](u32 two) { return pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
-                        x = make_uint4(half(x.x), half(x.y), half(x.z), half(x.w));
-                    }
-                    smem_store16(own_chunk(stage + 8 * TILE, k / 2, k % 2, warp, lane), x.x, x.y, x.z, x.w);
-                }
-                __syncwarp();
-                if (lane == 0) barrier_arrive(full(base, s, 4));
+                // Of a half's second group this has been waited for; but the assembler moves the loads below no branch, as it else does.
+                barrier_wait(empty(base, s, g / 2), phases.of(s));
+                loaded[j % AHEAD].unpack(target, stage + 2 * g * TILE, full(base, s, g), warp, lane);
+                arrive(full(base, s, g), g);
+                const int to = j + AHEAD;
+                loaded[j % AHEAD].load(rows, to < 4 ? group_at(s, to) : group_at(1 - s, to - 4), lane);
             }
+#pragma unroll
+            for (int k = 0; k < 2 * OWN_ROWS; ++k) {
+                uint4 x = rope[k];
+                if (OUT == 1) {
+                    auto half = [](u32 two) { return pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
+                    x = make_uint4(half(x.x), half(x.y), half(x.z), half(x.w));
+                }
+                target.store(own_chunk(stage + 8 * TILE, k / 2, k % 2, warp, lane), full(base, s, 4), x.x, x.y, x.z, x.w);
+            }
+            arrive(full(base, s, 4), 4);
             phases.advance(s);
         }
     }
