@@ -32,11 +32,13 @@ class Case:
         tolerance: the largest `calc_diff` from the reference that counts as right; what is not a float must be equal.
             5e-6 is what rounding a result to bf16 costs, with a margin of ten.
         peer_tolerance: the same for peers, which may not quantise, or not alike.
+        waits: whether the call waits for the device, so that the host's share of it says nothing.
     """
 
     workload: Any
     tolerance: ClassVar[float] = 5e-6
     peer_tolerance: ClassVar[float] = 2e-3
+    waits: ClassVar[bool] = False
 
     @property
     def op(self) -> str:

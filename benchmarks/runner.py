@@ -86,7 +86,7 @@ class Runner:
         times = self.time({**ours, **{f"peer {name}": call for name, call in rivals.items()}})
         against = {name: times[f"peer {name}"].us for name in rivals}
         for name, call in ours.items():
-            host = None if self.host_cost is None else self.host_cost(call)
+            host = None if self.host_cost is None or case.waits else self.host_cost(call)
             row = Row.of(case.op, case.workload.name, name, times[name], case.work(), self.roofs, against, host)
             outcome.results.append(row)
 

@@ -324,7 +324,7 @@ class ModelPrefill:
 
 @dataclass(frozen=True)
 class Generation:
-    """Texts of `n` new tokens behind as many prompts, `b` at a time, with `drafts` drafted tokens a step."""
+    """`n` new tokens behind each of as many prompts, `b` at a time, with `drafts` drafted tokens a step."""
 
     model: str
     dtype: str
@@ -332,12 +332,11 @@ class Generation:
     prompts: int
     n: int
     drafts: int = 0
-    invariant: bool = False
 
     @property
     def name(self) -> str:
         draft = f"_draft{self.drafts}" if self.drafts else ""
-        return f"{self.model}_{self.dtype}_b{self.b}_p{self.prompts}_n{self.n}{draft}{'_invariant' * self.invariant}"
+        return f"{self.model}_{self.dtype}_b{self.b}_p{self.prompts}_n{self.n}{draft}"
 
 
 # The linears of one layer, (N, K). Attention: the joint down-projection of q and kv, the up-projections, the output.
@@ -414,9 +413,9 @@ MODEL_DECODES = (
     ModelDecode("moonlight", 1, 1024),
     ModelDecode("moonlight", 128, 1024),
 )
-MODEL_PREFILLS = (ModelPrefill(MODEL_V3_SLICE, 4096), ModelPrefill("moonlight", 4096))
-GENERATIONS = (
-    *(Generation(MODEL_DEMO, "fp32", 1, 3, 512, drafts) for drafts in (1, 3)),
-    *(Generation(MODEL_DEMO, "bf16", 1, 3, 512, drafts) for drafts in (1, 2, 3, 4)),
-    Generation(MODEL_DEMO, "bf16", 16, 32, 128, invariant=True),
+MODEL_PREFILLS = (ModelPrefill(MODEL_V3_SLICE, 4096),)
+DRAFTED = (
+    Generation(MODEL_DEMO, "fp32", 1, 3, 64, 3),
+    *(Generation(MODEL_DEMO, "bf16", 1, 3, 64, drafts) for drafts in (1, 2, 3, 4)),
 )
+IN_ANY_COMPANY = (Generation(MODEL_DEMO, "bf16", 16, 32, 64),)

@@ -134,6 +134,7 @@ class StepGraphs:
     def replay(self, passes: Passes, rows: int) -> None:
         """Runs a step over the first rows."""
         if self._versions != [version(t()) for t in self._weights]:
+            torch.cuda.current_stream(self.sequences.last.device).synchronize()  # one of them may be under way
             self.graphs.clear()
         if rows not in self.graphs:
             self.graphs[rows] = self._capture(passes, rows)
@@ -198,10 +199,11 @@ class _capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph
         random numbers be refused outside of it. A capture of nothing ends that."""
         with suppress(RuntimeError):  # not all versions of torch need it
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-        nothing = torch.cuda.CUDAGraph()
-        nothing.capture_begin(capture_error_mode="thread_local")
-        torch.cuda._sleep(1)
-        nothing.capture_end()
+        with suppress(RuntimeError):  # why the first one failed is the better thing to say
+            nothing = torch.cuda.CUDAGraph()
+            nothing.capture_begin(capture_error_mode="thread_local")
+            torch.cuda._sleep(1)
+            nothing.capture_end()
 
 
 def tensors_of(model: DeepseekV3) -> list[Tensor]:

@@ -15,8 +15,8 @@ def model():
     return tiny_model(**SMALL)
 
 
-def a_thousand_prompts(**changes):
-    """A narrow model and prompts, most of which begin like others."""
+def a_thousand_prompts(alike, **changes):
+    """A narrow model and prompts, of which those begin like others that ``alike`` says."""
     torch.manual_seed(6)
     narrow = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_nextn_predict_layers": 0}
     narrow["max_position_embeddings"] = 32
@@ -24,7 +24,7 @@ def a_thousand_prompts(**changes):
     beginnings = random_prompts(4, 8, 9, 8, vocab_size=64)
     lengths = torch.randint(1, 7, (1000,)).tolist()
     ends = random_prompts(*lengths, vocab_size=64)
-    return model, [beginnings[i % 4] + end if i % 5 else end for i, end in enumerate(ends)]
+    return model, [beginnings[i % 4] + end if alike(i) else end for i, end in enumerate(ends)]
 
 
 def test_a_thousand_prompts_through_sixteen_slots():
@@ -32,7 +32,7 @@ def test_a_thousand_prompts_through_sixteen_slots():
 
     Texts end at different steps, most prompts begin like others, and there are pages for a part of the slots only.
     """
-    model, prompts = a_thousand_prompts()
+    model, prompts = a_thousand_prompts(lambda i: i % 5)
     options = {"max_new_tokens": 3, "eos": range(24)}
 
     alone = LatentCache(model.config, pages=8, page_size=4, dtype=torch.float32)
@@ -53,8 +53,11 @@ def test_a_thousand_prompts_through_sixteen_slots():
 
 @pytest.mark.gpu
 def test_a_thousand_prompts_through_sixteen_slots_on_a_gpu():
-    """In bf16 and graphs, where only batch-invariant texts are the same as one by one."""
-    model, prompts = a_thousand_prompts(hidden_size=128, moe_intermediate_size=128, kv_lora_rank=64)
+    """In bf16 and graphs, where only batch-invariant texts are the same as one by one. A single block: it is the host's
+    share of two thousand prompts that takes time."""
+    changes = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "kv_lora_rank": 64}
+    model, prompts = a_thousand_prompts(lambda i: i % 5 == 0, **sizes, **changes)
     model = model.to("cuda", torch.bfloat16)
     options = {"max_new_tokens": 3, "eos": range(24), "max_batch": SLOTS, "batch_invariant": True, "prefill_tokens": 8}
     alone = LatentCache(model.config, pages=16, page_size=4, device="cuda")
@@ -66,7 +69,7 @@ def test_a_thousand_prompts_through_sixteen_slots_on_a_gpu():
     cache = LatentCache(model.config, pages=64, page_size=4, device="cuda")
     generation = generate(model, prompts, cache=cache, **options)
     assert generation.finish() == one_by_one
-    assert generation.shared_tokens > 2000
+    assert generation.shared_tokens > 500
     assert cache.free_pages == 64
 
 
