@@ -21,7 +21,7 @@ SPREAD = 64.0  # of the random e4m3 values: 448 is seven times as much
 # What a block adds is so much of what it takes. At 1 a random model is chaos: where a rounding turns the choice of one
 # expert, logits behind 27 layers have nothing to do with each other any more (calc_diff 0.33, both of them right).
 DAMPING = 0.1
-AT_ONCE = 1 << 27  # elements
+POOL = (1 << 26) + 1  # random bytes of which all matrices are made, each from where the one before ended
 
 
 def config_of(name: str) -> Config:
@@ -43,13 +43,19 @@ def random_model(name: str, device: torch.device) -> DeepseekV3:
         model = keep_in_fp8(DeepseekV3(config_of(name), fp8=True, device="meta", dtype=torch.bfloat16))
         model.to_empty(device=device)
         buffers = dict(model.named_buffers())
+        size = min(POOL, max(parameter.numel() for parameter in model.parameters()) | 1)
+        pool = torch.randn(size, dtype=torch.bfloat16, device=device).mul_(SPREAD).to(E4M3).view(torch.uint8)
+        used = 0
         for parameter_name, parameter in model.named_parameters():
             scale = buffers.get(parameter_name + SCALE_SUFFIX)
             if scale is not None:
                 adds = parameter_name.endswith(("o_proj.weight", ".w2", ".w2.weight"))
                 scale.fill_((DAMPING if adds else 1.0) * parameter.shape[-1] ** -0.5 / SPREAD)
-                for part in parameter.view(-1).split(AT_ONCE):
-                    part.copy_(torch.randn(part.shape, dtype=torch.bfloat16, device=device).mul_(SPREAD).to(E4M3))
+                left = parameter.view(torch.uint8).view(-1)
+                while left.numel():
+                    count = min(left.numel(), size - used)
+                    left[:count] = pool[used : used + count]
+                    left, used = left[count:], (used + count) % size
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
@@ -92,7 +98,8 @@ class Inputs:
     def decode(self) -> Tensor:
         """A step, one new token a sequence: its layout, embedding, blocks, final norm and head; logits."""
         placed = place(self.tokens, self.drafts, self.cached, self.active, self.table, page_size=self.cache.page_size)
-        hidden, _ = self.model.trunk(placed.tokens, placed.batch(self.table), self.cache.data)
+        # Not `placed.tokens`, which are the same: where `explain` asks what would run they are not there.
+        hidden, _ = self.model.trunk(self.tokens, placed.batch(self.table), self.cache.data)
         return self.model.lm_head(hidden)
 
     @torch.no_grad()
