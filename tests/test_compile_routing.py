@@ -1,6 +1,5 @@
 """The routing kernels compile for every GPU of today without spills, and their tiles are what they should be."""
 
-
 import pytest
 
 from compiling import Compile, assert_clean, compile_all
