@@ -10,8 +10,8 @@ from benchmarks.cases import Call, Case
 from benchmarks.peers import model as model_peers
 
 # What a layer adds is DAMPING of the stream; were it all wrong, that would be 5e-3 of difference. Sums in another order
-# turn roundings to e4m3 and, where two experts are nearly alike, a choice: with noise of half an ulp of bf16 in all that
-# blocks add, 27 layers of Moonlight's kind differed by 3e-3 and 4e-3, three of DeepSeek-V3's by 5e-5.
+# turn roundings to e4m3 and, where two experts are nearly alike, a choice: with noise of half an ulp of bf16 in all
+# that blocks add, 27 layers of Moonlight's kind differed by 3e-3 and 4e-3, three of DeepSeek-V3's by 5e-5.
 LAYER_TOLERANCE = 1e-3
 MOST_WRITTEN_OUT = 1 << 16  # tokens
 ANCHORED = (workloads.MODEL_V3_SLICE, workloads.MODEL_TINY)
