@@ -310,6 +310,11 @@ class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
         _forced.reset(self._token)
 
 
+def forced_impl() -> str | None:
+    """What :class:`use_impl` asks for here, None outside of it."""
+    return _forced.get()
+
+
 def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
     """Say which implementation would run, and why not the others, without running any kernel.
 

@@ -11,6 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from dskernels.dispatch import forced_impl
 from dskernels.model.model import DeepseekV3
 from dskernels.model.passes import Passes, Sequences
 
@@ -32,8 +33,9 @@ class Slots:
     def __init__(self, passes: Passes, *, slots: int, pages: int, graphs: bool, all_rows: bool) -> None:
         self.passes, self.slots, self.graphs, self.all_rows = passes, slots, graphs, all_rows
         self.running = 0
-        self._shape = (slots, pages, len(passes.eos), passes.drafts, passes.sampling)
-        kept = passes.cache.kept.pop(self._shape, None) if graphs else None
+        # Tensors made in inference mode are not to be written outside of it.
+        self._kind = (slots, pages, len(passes.eos), passes.drafts, passes.sampling, torch.is_inference_mode_enabled())
+        kept = passes.cache.kept.pop(self._kind, None) if graphs else None
         if isinstance(kept, StepGraphs) and kept.are_of(passes.model):
             self._graphs: StepGraphs | None = kept
             self.sequences = kept.sequences
@@ -71,7 +73,7 @@ class Slots:
         if graphs is not None and graphs.graphs:
             self.keep([])
             self.passes.cache.kept.clear()  # a graph has memory of its own: those of one kind are enough
-            self.passes.cache.kept[self._shape] = graphs
+            self.passes.cache.kept[self._kind] = graphs
 
     def drop_graphs(self) -> None:
         """Leaves nothing."""
@@ -111,7 +113,7 @@ class StepGraphs:
 
     They read the weights where these lie, so that a model may be trained on between two steps. But copies are made of
     some weights (dense ones of quantised ones, and the other way round): where a weight has changed since, by torch's
-    count of changes, the graphs are made anew.
+    count of changes, the graphs are made anew; and where another implementation is to run than did.
 
     Attributes:
         sequences: what they work on.
@@ -124,16 +126,18 @@ class StepGraphs:
     _weights: list[Callable[[], Tensor | None]] = field(default_factory=list)
     _state: list[tuple[int, int]] = field(default_factory=list)
     _versions: list[int] = field(default_factory=list)
+    _mode: tuple[str | None, bool] | None = None
     _stream: torch.cuda.Stream | None = None
     _pool: Any = None
 
     def are_of(self, model: DeepseekV3) -> bool:
         """Whether they are of this model with the weights that it has now."""
-        return self._model() is model and self._state == [place_and_version(t) for t in tensors_of(model)]
+        same = self._model() is model and self._mode == mode()
+        return same and self._state == [place_and_version(t) for t in tensors_of(model)]
 
     def replay(self, passes: Passes, rows: int) -> None:
         """Runs a step over the first rows."""
-        if self._versions != [version(t()) for t in self._weights]:
+        if self.graphs and (self._mode != mode() or self._versions != [version(t()) for t in self._weights]):
             torch.cuda.current_stream(self.sequences.last.device).synchronize()  # one of them may be under way
             self.graphs.clear()
         if rows not in self.graphs:
@@ -172,6 +176,7 @@ class StepGraphs:
         self._model, self._weights = ref(passes.model), [ref(t) for t in weights]
         self._state = [place_and_version(t) for t in weights]
         self._versions = [version(t) for t in weights]
+        self._mode = mode()
         return graph
 
 
@@ -204,6 +209,11 @@ class _capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph
             nothing.capture_begin(capture_error_mode="thread_local")
             torch.cuda._sleep(1)
             nothing.capture_end()
+
+
+def mode() -> tuple[str | None, bool]:
+    """What decides from outside which kernels run."""
+    return forced_impl(), torch.is_autocast_enabled("cuda")
 
 
 def tensors_of(model: DeepseekV3) -> list[Tensor]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import SMALL, echo_model, random_prompts
 
+from dskernels import use_impl
 from dskernels.model import Config, DeepseekV3, LatentCache, Sampling, generate
 from dskernels.model.generate import rounded
 from dskernels.model.passes import Passes, Sequences
@@ -306,6 +307,8 @@ def test_graphs_stay_with_the_cache(cuda_model, prompts):
     assert cache.kept == {}
     assert generation.finish() == generate(cuda_model, prompts[::-1], graphs=False, **options).finish()
     assert {rows: kept.graphs[rows] for rows in made} == made
+    with use_impl("triton"):  # what is asked for is obeyed, also by a graph
+        assert generate(cuda_model, prompts, **options)._slots._graphs is not kept
     generate(cuda_model, prompts, drafts=1, **options).finish()
     (other,) = cache.kept.values()
     assert other is not kept
