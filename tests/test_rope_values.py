@@ -146,8 +146,9 @@ def test_compile_without_spills():
         signature = {"p_x": dtype, "p_w": dtype, "p_q": "*fp8e4nv", "p_s": "*fp32"}
         signature |= dict.fromkeys((*strides_v, "stride_sc", "tokens"), "i32")
         sizes = sorted({choose_tokens(tokens, itemsize) for tokens in (1, 32, 64)})
-        for block_t, targets in itertools.product(sizes, (["sm_89"], ["sm_90", "sm_100"])):
-            chosen = value_options(itemsize, (9, 0) if "sm_90" in targets else (8, 9))
+        for block_t, deep in itertools.product(sizes, (False, True)):
+            targets = ["sm_90", "sm_100"] if deep else ["sm_89", "sm_90", "sm_100"]
+            chosen = value_options(itemsize, deep)
             constants = {"TILES": 1, "LATENT": 512, "BLOCK_T": block_t, "BLOCK_L": chosen["BLOCK_L"]}
             kernels.append(
                 Compile(

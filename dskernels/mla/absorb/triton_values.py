@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.device import capability, empty
+from dskernels.device import capability, empty, multiprocessors
 from dskernels.fp8.layout import empty_scale
 from dskernels.fp8.triton import store_rows
 from dskernels.portable import dot, launch, reason_against_e4m3
@@ -61,9 +61,13 @@ def mla_values_quantize(latents: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
     if data.numel() == 0:
         return data, scale
     block_t = choose_tokens(tokens, latents.element_size())
+    grid = ceil_div(tokens, block_t), columns // 128
+    # One program on a multiprocessor has all its shared memory.
+    roomy = latents.is_cuda and (9, 0) <= capability(latents.device) <= (10, 9)
+    deep = roomy and grid[0] * grid[1] <= multiprocessors(latents.device)
     launch(
         values_kernel,
-        (ceil_div(tokens, block_t), columns // 128),
+        grid,
         latents,
         w_uv,
         data,
@@ -78,7 +82,7 @@ def mla_values_quantize(latents: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
         TILES=w_uv.shape[1] // 128,
         LATENT=latent,
         BLOCK_T=block_t,
-        **options(latents.element_size(), capability(latents.device) if latents.is_cuda else (0, 0)),
+        **options(latents.element_size(), deep),
     )
     return data, scale
 
@@ -88,16 +92,13 @@ def choose_tokens(tokens: int, itemsize: int) -> int:
     return 16 if itemsize == 4 else min(max(16, triton.next_power_of_2(tokens)), 64)
 
 
-def options(itemsize: int, arch: tuple[int, int]) -> dict[str, int]:
+def options(itemsize: int, deep: bool) -> dict[str, int]:
     """Columns of the latent that are multiplied at a time.
 
-    With 16 bits 48 KB of the weights are on their way, where shared memory allows it 96: the few CTAs of 16 heads have
-    to ask for all of them.
+    With 16 bits 48 KB of a head's 131 are on their way, in `deep` programs 96: 16 heads are no more than 16 programs.
     """
-    if itemsize == 4:
-        return {"BLOCK_L": 32, "num_stages": 4, "num_warps": 8}
-    deep = (9, 0) <= arch <= (10, 9)
-    return {"BLOCK_L": 128 if deep else 64, "num_stages": 4, "num_warps": 8}
+    columns = 32 if itemsize == 4 else 128 if deep else 64
+    return {"BLOCK_L": columns, "num_stages": 4, "num_warps": 8}
 
 
 def mla_values_quantize_supports(latents: Tensor, w_uv: Tensor) -> str | None:
