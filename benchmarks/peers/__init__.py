@@ -6,9 +6,8 @@ results are kept:
 
 ``cublaslt`` `torch.nn.functional.scaled_mm` with block scales, ``cudnn`` SDPA by cuDNN, ``grouped_mm`` torch's grouped
 matrix product, ``torch`` the same job written in eager PyTorch (bf16 where it is a matrix product), ``torch_compile``
-that compiled, ``uncached`` our attention to keys and values that need no making, ``plain`` our generation without drafts or
-without invariance, and the libraries ``deepgemm``,
-``flashmla``, ``flashinfer``, ``vllm``, ``transformers``.
+that compiled, ``uncached`` our attention to keys and values that need no making, ``plain`` our generation without
+drafts or without invariance, and the libraries ``deepgemm``, ``flashmla``, ``flashinfer``, ``vllm``, ``transformers``.
 """
 
 from __future__ import annotations
