@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,12 +26,12 @@ POOL = (1 << 26) + 1  # random bytes of which all matrices are made, each from w
 def config_of(name: str) -> Config:
     """The shape that a workload names: a preset, or a slice of one, without its MTP module."""
     if name == MODEL_V3_SLICE:
-        changes = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
-        return dataclasses.replace(Config.from_name("deepseek-v3"), num_nextn_predict_layers=0, **changes)
-    # Whole blocks of fp8, as the published shapes have them, so that transformers' matrices have the size of ours.
-    tiny = {"num_hidden_layers": 2, "vocab_size": 64, "moe_intermediate_size": 128, "q_lora_rank": 128}
-    changes = tiny if name == MODEL_TINY else {}
-    return dataclasses.replace(Config.from_name(name), num_nextn_predict_layers=0, **changes)
+        return Config.from_name("deepseek-v3", num_hidden_layers=3, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    if name == MODEL_TINY:
+        # Whole blocks of fp8, as the published shapes have them, so that transformers' matrices have the size of ours.
+        whole = {"moe_intermediate_size": 128, "q_lora_rank": 128}
+        return Config.from_name(name, num_hidden_layers=2, vocab_size=64, num_nextn_predict_layers=0, **whole)
+    return Config.from_name(name, num_nextn_predict_layers=0)
 
 
 @functools.lru_cache(maxsize=1)

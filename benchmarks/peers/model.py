@@ -87,8 +87,8 @@ def _fill(theirs: Tensor, ours: Tensor | Fp8Tensor | list[Fp8Tensor]) -> None:
         theirs.copy_(ours.dequantize(theirs.dtype) if isinstance(ours, Fp8Tensor) else ours)
 
 
-def _tensors(ours: DeepseekV3) -> Any:
-    """Their names, and our weights."""
+def _tensors(ours: Any) -> Any:
+    """Their names, and the weights of our model, whose blocks are modules to torch, no more."""
     config = ours.config
     yield "model.embed_tokens.weight", ours.embed_tokens.weight
     yield "model.norm.weight", ours.norm.weight
