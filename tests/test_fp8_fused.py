@@ -44,6 +44,7 @@ def product(gate_up):
     return torch.nn.functional.silu(gate) * up
 
 
+@settings(max_examples=12)
 @given(rows=st.integers(1, 150), width=st.integers(1, 150), transpose=st.booleans(), dtype=dtype_strategy())
 def test_swiglu_quantize(device, rows, width, transpose, dtype):
     gate_up = (torch.randn(rows, 2 * width) * 3).to(dtype).to(device)
@@ -104,6 +105,7 @@ def test_gate_far_from_zero(device):
 
 
 # Rows of up to 16,384 columns stay in registers forwards, and of up to 8,192 backwards.
+@settings(max_examples=15)
 @given(
     rows=st.integers(1, 9),
     cols=st.sampled_from([1, 7, 128, 200, 576, 16385]),
@@ -126,6 +128,7 @@ def test_rmsnorm_quantize(device, rows, cols, residual, with_normed, dtype):
     close(got, want)
 
 
+@settings(max_examples=15)
 @given(
     rows=st.integers(1, 9),
     cols=st.sampled_from([1, 7, 128, 200, 576, 8193]),

@@ -349,7 +349,7 @@ def test_repeats_are_bitwise_equal(device):
         return out, lse, *torch.autograd.grad(out, leaves, weight)
 
     first = run()
-    for _ in range(20 if device == "cuda" else 2):
+    for _ in range(20 if device == "cuda" else 1):
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 

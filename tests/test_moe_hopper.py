@@ -26,18 +26,10 @@ LAYOUTS = {
 }
 
 
-def skip_unless_hopper():
-    """Other GPUs run the portable kernels, which test_moe_experts.py is about."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs an sm_90 GPU")
-
-
 @pytest.fixture
-def run(device, monkeypatch):
+def run(sm_90, monkeypatch):
     """The implementation, with all memory that it takes poisoned."""
-    if device == "cuda":
-        skip_unless_hopper()
-    else:
+    if not sm_90:
         monkeypatch.setattr(hopper, "grouped", _References)
         monkeypatch.setattr(hopper, "quantize_grouped", _quantize_grouped)
     for module in (hopper, triton, triton_sort):
@@ -216,8 +208,8 @@ def test_what_it_does_not_take():
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("sm_90")
 def test_is_chosen(device):
-    skip_unless_hopper()
     tensors, experts = network(64, 256, 128, torch.rand(64, 16).topk(4).indices, 16, device)
     x, w13, w2, weights, *shared = tensors
     for fp8 in (False, True):
@@ -227,11 +219,11 @@ def test_is_chosen(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("sm_90")
 @pytest.mark.parametrize("fp8", [False, True])
 def test_peak_memory(device, fp8):
     """Of forward and backward, at most 60% of what autograd takes where every step keeps what it needs."""
     moe_peers = pytest.importorskip("benchmarks.peers.moe")
-    skip_unless_hopper()
     # Weights, which both have gradients of, are small beside the rows.
     tensors, experts = network(4096, 2048, 512, torch.rand(4096, 8).topk(4).indices, 8, device, shared=False)
     x, w13, w2, weights = (t.requires_grad_() for t in tensors)

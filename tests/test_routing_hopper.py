@@ -189,15 +189,9 @@ def far(x, bias, top_k, n_groups, top_groups, score):
 # ---- on the GPU ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _hopper(device):
-    if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs an sm_90 GPU")
-
-
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_hopper")
+@pytest.mark.usefixtures("sm_90")
 def test_many_random_configurations(structure):
     """600 draws of logits and bias for each structure, 11,400 in all, of 16 tokens or (every tenth) of 200.
 
@@ -231,7 +225,7 @@ def test_many_random_configurations(structure):
 @pytest.mark.parametrize("dtype", [SINGLE, BRAIN, HALF])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 130, 4001, 40_000])
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_hopper")
+@pytest.mark.usefixtures("sm_90")
 def test_any_number_of_tokens(tokens, dtype):
     x = torch.randn(tokens, 256, device="cuda").to(dtype)
     bias = torch.randn(256, device="cuda")
@@ -245,7 +239,7 @@ def test_any_number_of_tokens(tokens, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_hopper")
+@pytest.mark.usefixtures("sm_90")
 def test_a_nan_in_the_bias_leaves_no_choice():
     bias = torch.zeros(256, device="cuda")
     bias[77] = NAN
@@ -260,7 +254,7 @@ def test_a_nan_in_the_bias_leaves_no_choice():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("n_experts", "dtype"), [(256, SINGLE), (160, BRAIN), (33, SINGLE), (1024, HALF), (7, SINGLE)])
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_hopper")
+@pytest.mark.usefixtures("sm_90")
 def test_gradient(n_experts, dtype, normalize, score):
     x = (torch.randn(300, n_experts, device="cuda") * 2).to(dtype)
     x[3, 1], x[5] = NAN, -INF
@@ -282,7 +276,7 @@ def test_gradient(n_experts, dtype, normalize, score):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_hopper")
+@pytest.mark.usefixtures("sm_90")
 def test_graphs_side_by_side_count_right():
     """Two graphs replayed at once on two streams, beside eager calls on a third: each counts its own blocks."""
     bias = torch.zeros(256, device="cuda")
@@ -310,7 +304,7 @@ def test_graphs_side_by_side_count_right():
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_hopper")
+@pytest.mark.usefixtures("sm_90")
 def test_places():
     physical = torch.full((256, 3), -1, dtype=torch.int32, device="cuda")
     physical[:, 0] = torch.randperm(256, device="cuda")
@@ -327,7 +321,7 @@ def test_places():
 @pytest.mark.parametrize("tokens", [1, 100, 3000])
 @pytest.mark.parametrize(("x_dtype", "weight_dtype"), [(BRAIN, BRAIN), (BRAIN, SINGLE), (SINGLE, SINGLE)])
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_hopper")
+@pytest.mark.usefixtures("sm_90")
 def test_hidden_states(tokens, x_dtype, weight_dtype):
     x = torch.randn(tokens, 1000, device="cuda").to(x_dtype).requires_grad_()
     weight = (torch.randn(256, 1000, device="cuda") / 30).to(weight_dtype).requires_grad_()
