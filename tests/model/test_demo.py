@@ -13,14 +13,16 @@ pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
-def few_files(monkeypatch):
-    """Ten long modules in place of the whole standard library."""
+def little(monkeypatch):
+    """Ten long modules in place of the whole standard library, and 16 bytes of each text."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = ("argparse", "ast", "bdb", "calendar", "cmd", "copy", "dis", "enum", "gettext", "heapq")
     monkeypatch.setattr(demo, "standard_library", lambda: [root / f"{name}.py" for name in names])
+    write = demo._write
+    monkeypatch.setattr(demo, "_write", lambda *inputs, **options: write(*inputs, **{**options, "max_new_tokens": 16}))
 
 
-def test_the_demo_leaves_checkpoint_metrics_and_pictures(few_files, tmp_path, capsys):
+def test_the_demo_leaves_checkpoint_metrics_and_pictures(little, tmp_path, capsys):
     demo.main(tmp_path / "demo", steps=2, checks=False)
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert names == {
@@ -37,7 +39,7 @@ def test_the_demo_leaves_checkpoint_metrics_and_pictures(few_files, tmp_path, ca
     assert "drafts accepted" in printed
 
 
-def test_different_texts_are_a_failure(few_files, tmp_path, monkeypatch, capsys):
+def test_different_texts_are_a_failure(little, tmp_path, monkeypatch, capsys):
     write = demo._write
 
     def wrong(model, prompts, **options):
