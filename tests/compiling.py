@@ -55,7 +55,8 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
 TENSOR_MEMORY_COLUMNS = 512  # sm_100
 
-# The compiler makes the same of a kernel for sm_80 and sm_89, but for e4m3, so that one of them says it for both.
+# One of sm_80 and sm_89, which differ in e4m3 and in how much memory is shared, says it for both: of 38 kernels without
+# e4m3 each asked for the same shared memory on both, and for registers that were at most 16 apart, none more than 156.
 _DEFAULT, _DEFAULT_E4M3 = ("sm_80", "sm_90", "sm_100"), ("sm_89", "sm_90", "sm_100")
 # What nvdisasm calls the code that is compiled for them.
 _CODE = {"sm_80": "SM80", "sm_89": "SM89", "sm_90": "SM90a", "sm_100": "SM100a"}

@@ -1,5 +1,6 @@
 """The tool that compiles kernels without a GPU sees what it is there to see: spills, stack, shared memory, errors."""
 
+import dataclasses
 import re
 
 import pytest
@@ -8,7 +9,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from compiling import SHARED_LIMIT, Compile, CompileError, Report, assert_clean, compile_all
+from compiling import SHARED_LIMIT, Compile, CompileError, assert_clean, compile_all
 
 
 @triton.jit
@@ -133,13 +134,11 @@ def test_too_much_shared_memory_is_seen(reports):
         assert_clean([report])
 
 
-def test_what_stands_for_sm_89_must_fit_there():
-    def report(source):
-        return Report(source, "sm_80", 32, 0, SHARED_LIMIT["sm_89"] + 1, 0, 0.0, b"")
-
-    assert_clean([report(scale(targets=["sm_80"]))])
+def test_what_stands_for_sm_89_must_fit_there(reports):
+    large = dataclasses.replace(reports["scale"]["sm_80"], shared=SHARED_LIMIT["sm_89"] + 1)
+    assert_clean([dataclasses.replace(large, source=scale(targets=["sm_80"]))])
     with pytest.raises(AssertionError, match="shared memory, sm_80 has 101376"):
-        assert_clean([report(scale())])
+        assert_clean([large])
 
 
 def test_e4m3_leaves_out_the_gpu_that_lacks_it():
