@@ -6,6 +6,7 @@ rows of ``route_in_graph`` are of so many calls, one behind the other.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -51,6 +52,9 @@ class Route(Case):
     def ours(self, x, impl) -> Call:
         return lambda: ds.route(x.logits, x.bias, **self._options, impl=impl)
 
+    def forward(self, x, impl) -> Call:
+        return Route.ours(self, x, impl)
+
     def comparable(self, out):
         """Weights where their experts are: the order of two equal ones means nothing."""
         weights, experts = out[0], out[1]
@@ -87,9 +91,6 @@ class RouteBackward(Route):
         logits = x.logits.detach().requires_grad_()
         weights = ds.route(logits, x.bias, **self._options, impl=impl).weights
         return lambda: torch.autograd.grad(weights, logits, x.d_weights, retain_graph=True)
-
-    def forward(self, x, impl) -> Call:
-        return lambda: ds.route(x.logits, x.bias, **self._options, impl=impl)
 
     def comparable(self, out):
         return out
@@ -155,8 +156,7 @@ class InGraph(Case):
         return graph_of(run) if x[0].logits.is_cuda and impl != "reference" else run
 
     def forward(self, x, impl) -> Call:
-        one = x[0]
-        return lambda: ds.route(one.logits, one.bias, **self._options, impl=impl)
+        return super().forward(x[0], impl)
 
     def peers(self, x):
         return {}
@@ -171,11 +171,11 @@ class RouteBackwardInGraph(InGraph, RouteBackward):
 
     def calls(self, x, impl) -> list[Call]:
         backward = OPERATIONS["route_backward"]
-        calls = []
+        calls: list[Call] = []
         for one in x:
             routed = ds.route(one.logits, one.bias, **self._options, impl=impl)
             given = one.d_weights, one.logits, routed.weights, routed.experts
-            calls.append(lambda given=given: backward(*given, False, True, SCALE, impl=impl))
+            calls.append(functools.partial(backward, *given, False, True, SCALE, impl=impl))
         return calls
 
 
