@@ -26,8 +26,9 @@ def test_choice():
     assert {choose_hopper_config(16, page, False).loader for page in (1, 3, 4, 60)} == {ROWS}
     assert {choose_hopper_config(rows, page, True).loader for rows in (1, 128) for page in (1, 64)} == {E4M3}
     # Row blocks that can be paired load for each other.
-    clusters = {rows: choose_hopper_config(rows, 64, False).cluster for rows in (1, 64, 65, 128, 129, 256)}
-    assert clusters == {1: 1, 64: 1, 65: 2, 128: 2, 129: 1, 256: 2}
+    for fp8 in (False, True):
+        clusters = {rows: choose_hopper_config(rows, 64, fp8).cluster for rows in (1, 64, 65, 128, 129, 256)}
+        assert clusters == {1: 1, 64: 1, 65: 2, 128: 2, 129: 1, 256: 2}
     for rows in (16, 128):
         for page, fp8 in ((64, False), (8, False), (1, False), (64, True)):
             config = choose_hopper_config(rows, page, fp8)

@@ -11,7 +11,7 @@
 //   LOADER      0 the tensor memory accelerator, 1 row by row, 2 row by row from e4m3
 //   WHOLE_BOXES with LOADER 0, 1: pages are multiples of 64 rows, so that a copy takes 64; 0: fewer, as an argument says
 //   PREFETCH    with LOADER 2: blocks that are asked for, into the L2, ahead of their load
-//   CLUSTER     with LOADER 0: CTAs, of neighbouring query rows, that load for each other, 1 or 2
+//   CLUSTER     with LOADER 0 or 2: CTAs, of neighbouring query rows, that load for each other, 1 or 2
 //   BOUNDARY    what a request costs beside its blocks, in blocks; WHOLE: how many blocks more than its even share a part may get where that
 //               spares cutting requests
 //   REGISTERS   of a thread that multiplies; one that loads has 504 - 2 * REGISTERS, as a CTA of 384 threads begins with 168 for each
