@@ -148,15 +148,13 @@ def test_reference_operation_is_the_reference(device):
 # ---- e4m3 -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("dtype", "layout", "width"), [(torch.float32, "ragged", 200), (torch.bfloat16, "dropped", 72)]
-)
-def test_fp8_gradients(device, dtype, layout, width):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_gradients(device, dtype):
     """Against the reference in e4m3, and against no quantising at all; the master weights stay fp32."""
-    experts, n_experts = LAYOUTS[layout]
-    tensors, experts = network(len(experts), width, 72, experts, n_experts, device)
+    experts, n_experts = LAYOUTS["ragged"]
+    tensors, experts = network(len(experts), 200, 72, experts, n_experts, device)
     tensors[0] = tensors[0].to(dtype)
-    dout = torch.randn(len(experts), width, device=device, dtype=dtype)
+    dout = torch.randn(len(experts), 200, device=device, dtype=dtype)
     got = run(ds.fused_experts, tensors, experts, dout, impl="triton", fp8=True)
     compare(got, run(reference, [t.double() for t in tensors], experts, dout.double()), UNQUANTIZED)
     assert (got[1].dtype, got[2].dtype) == (dtype, torch.float32)
