@@ -16,8 +16,7 @@
 #define SUMS_48(i) SUMS_32(i), SUMS_16(i + 32)
 #define SUMS_56(i) SUMS_48(i), SUMS_8(i + 48)
 
-// multiply_half<FP16, FLIP_A, FLIP_B>(d, a, b, keep): both operands from shared memory, as wgmma.cuh has it for 128, 192 and 256 columns.
-DEFINE_HALF_PRODUCTS(64, 32, 32, 33, 34, 35, 36)
+// multiply_half<FP16, FLIP_A, FLIP_B>(d, a, b, keep): both operands from shared memory, of the widths that wgmma.cuh has not.
 DEFINE_HALF_PRODUCTS(80, 40, 40, 41, 42, 43, 44)
 DEFINE_HALF_PRODUCTS(96, 48, 48, 49, 50, 51, 52)
 DEFINE_HALF_PRODUCTS(112, 56, 56, 57, 58, 59, 60)
