@@ -33,7 +33,7 @@ format: $(READY) ## let ruff rewrite what it can
 
 test-gpu: WORKERS = 4
 test-gpu: ## kernel tests on this machine's GPU; fails where there is none
-	DSKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
+	DSKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -rfE -n $(WORKERS) --dist worksteal $(ARGS)
 
 sanitize: ## compute-sanitizer over one config of every CUDA C++ kernel, on this machine's GPU
 	PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
