@@ -32,7 +32,7 @@ def test_choose_row():
 
 def test_sort_compiles_without_spills():
     kernels = []
-    for bins in (16, 512, 2048):  # as for 8, 256 and 1024 experts
+    for bins in (512, 2048):  # as for 256 and 1024 experts
         counts = {"BLOCK": SORT_BLOCK, "BINS": bins}
         compare = {"BLOCK": COMPARE_BLOCK, "CHUNK": COMPARE_CHUNK, "BINS": bins, "COUNTED": COMPARE_COUNTED}
         scan = {"BINS": bins, "BLOCKS": SCAN_BLOCKS, "EXPERTS": SCAN_EXPERTS}

@@ -296,11 +296,15 @@ def test_kernels_compile_without_spills():
             Compile(
                 "dskernels.fp8.triton_norm:rmsnorm_quantize_kernel",
                 signature={
-                    **{"p_residual": "*bf16", "p_total": "*bf16", "p_q": "*fp8e4nv", "p_s": "*fp32"},
-                    **{**pointers, **strides("xr", "rr", "tr", "qr", "sc")},
+                    **{"p_residual": "*bf16", "p_total": "*bf16", "p_normed": "*bf16"},
+                    **{"p_q": "*fp8e4nv", "p_s": "*fp32"},
+                    **{**pointers, **strides("xr", "rr", "tr", "nr", "qr", "sc")},
                 },
-                constants={"UE8M0": False, "HAS_RESIDUAL": True, "TILES": norm.tiles, "WHOLE": norm.whole},
-                divisible=("cols", "stride_xr", "stride_rr", "stride_tr", "stride_qr"),
+                constants={
+                    **{"UE8M0": False, "HAS_RESIDUAL": True, "NORMED": True},
+                    **{"TILES": norm.tiles, "WHOLE": norm.whole},
+                },
+                divisible=("cols", "stride_xr", "stride_rr", "stride_tr", "stride_nr", "stride_qr"),
                 num_warps=norm.num_warps,
             ),
             Compile(

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dskernels as ds
@@ -78,6 +78,7 @@ def test_against_fp64_with_the_dimensions_of_the_model(device, impl, lengths, q_
     check_decode(device, impl, lengths, q_tokens, heads, page_size, (512, 64), **options)
 
 
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=4),
     q_tokens=st.integers(1, 4),

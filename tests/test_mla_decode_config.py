@@ -108,8 +108,9 @@ def test_kernels_compile_without_spills():
             (128, "fp32", False, 64, (512, 64)),
             (64, "bf16", False, 64, (32, 16)),
         ):
-            # Of sm_80 and sm_89, which are given the same, the one that has e4m3 for it and the other for the rest.
-            if arch == ((8, 0) if fp8 else (8, 9)):
+            # Of sm_80 and sm_89, which are given the same, the one that has e4m3 for it and the other for the rest;
+            # what differs in a dtype or a page alone, once.
+            if arch == ((8, 0) if fp8 else (8, 9)) or (dtype == "fp16" and not fp8 and arch != (9, 0)):
                 continue
             config = choose_config(rows, dims[0], 4 if dtype == "fp32" else 2, fp8, arch)
             # The wide one has no registers to spare: with all that may be asked of it, and with another output.

@@ -135,14 +135,11 @@ def decode(folder, q, cache, table, lengths, new, scale, parts, wide):
 @pytest.mark.parametrize(
     ("lengths", "q_tokens", "heads", "page_size", "parts", "options"),
     [
-        ([64], 1, 64, 64, 1, {}),  # one block
-        ([140, 0, 20], 1, 16, 64, 3, {}),  # whole requests, an empty one
         ([1000], 1, 16, 64, 3, {"wide": 8}),  # one request for all parts: the first ends between two blocks of a pair
         ([64, 330, 200, 1], 1, 70, 16, 5, {}),  # pages of fewer rows; two row blocks, the second mostly empty
         ([300, 2, 65], 3, 40, 64, 2, {"new": [3, 3, 1]}),  # more new tokens than positions; padding
         ([90, 330], 2, 9, 5, 4, {"dtype": torch.float16}),  # row by row
         ([330, 0, 90], 2, 16, 64, 4, {"cache_dtype": torch.uint8, "new": [1, 2, 2]}),
-        ([200], 1, 16, 3, 2, {"cache_dtype": torch.uint8, "dtype": torch.float16, "wide": 8}),
     ],
 )
 def test_against_fp64(folder, lengths, q_tokens, heads, page_size, parts, options):
