@@ -13,9 +13,8 @@ import functools
 import importlib
 import importlib.util
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +60,6 @@ class Operation:
             only.
         composite: instead of the three, a callable that is built of other operations and takes ``impl`` to hand on.
         fake: what the operation returns, as empty tensors; None for an operation that only writes to its arguments.
-        on_request: implementations that run only when asked for by name, and why.
     """
 
     def __init__(
@@ -73,14 +71,12 @@ class Operation:
         hopper: str | None = None,
         composite: Callable | None = None,
         fake: Callable | None = None,
-        on_request: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         if (reference is None) == (composite is None):
             raise ValueError(f"{schema}: give either `reference` or `composite`")
         self.name = schema.partition("(")[0]
         self.targets: dict[str, Callable | str | None] = {"hopper": hopper, "triton": triton, "reference": reference}
         self.composite = composite
-        self.on_request = on_request
         self.fake = fake or (lambda *args: None)
         head, _, returns = schema.rpartition(") -> ")
         _library.define(f"{head}, str? impl=None) -> {returns}")
@@ -268,7 +264,7 @@ class Operation:
             for name, target in self.targets.items()
             if isinstance(target, str)
             and impl in (None, name)
-            and self.reason_of_device(name, device, asked_for=impl is not None) is None
+            and _reason_of_device(name, device, asked_for=impl is not None) is None
         ]
 
     def _reason_against(self, impl: str, args: Sequence[Any], asked_for: bool) -> str | None:
@@ -277,14 +273,10 @@ class Operation:
             return "there is no such kernel for this operation"
         if impl == "reference":
             return None
-        reason = self.reason_of_device(impl, _device_of(args), asked_for)
+        reason = _reason_of_device(impl, _device_of(args), asked_for)
         if reason is None and (supports := _supports(target)) is not None:
             reason = supports(*args)
         return reason
-
-    def reason_of_device(self, impl: str, device: torch.device, asked_for: bool) -> str | None:
-        """Why `impl` does not run on `device`, or only when asked for, whatever the arguments."""
-        return _reason_of_device(impl, device, asked_for) or (None if asked_for else self.on_request.get(impl))
 
     def _function(self, impl: str) -> Callable:
         target = self.targets[impl]
@@ -379,7 +371,7 @@ def _choose_by_device(op: Operation, device: torch.device) -> Choice:
     for impl in IMPLEMENTATIONS[:-1]:
         if op.targets[impl] is None:
             rejected[impl] = "there is no such kernel for this operation"
-        elif reason := op.reason_of_device(impl, device, asked_for=False):
+        elif reason := _reason_of_device(impl, device, asked_for=False):
             rejected[impl] = reason
         else:
             return Choice(op.name, impl, rejected)

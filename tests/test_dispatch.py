@@ -49,34 +49,6 @@ def test_triton_on_the_cpu_is_refused_without_the_interpreter(operands, monkeypa
         ds.fp8_gemm(*operands, impl="triton")
 
 
-def test_an_implementation_on_request_is_not_chosen_but_obeyed(monkeypatch):
-    op = dispatch.Operation(
-        "on_request(Tensor x) -> Tensor",
-        reference=lambda x: x.clone(),
-        triton=f"{__name__}:doubled",
-        fake=torch.empty_like,
-        on_request={"triton": "it is a trial"},
-    )
-    monkeypatch.setattr(dispatch, "_reason_of_device", lambda impl, device, asked_for: None)
-    x = torch.ones(3)
-    try:
-        choice = op.choose((x,))
-        assert choice.impl == "reference"
-        assert choice.rejected["triton"] == "it is a trial"
-        assert dispatch._choose_by_device(op, x.device).rejected["triton"] == "it is a trial"
-        assert op.choose((x,), "triton").impl == "triton"
-        assert torch.equal(op(x), x)
-        assert torch.equal(op(x, impl="triton"), 2 * x)
-        with ds.use_impl("triton"):
-            assert torch.equal(op(x), 2 * x)
-    finally:
-        del dispatch.OPERATIONS["on_request"]
-
-
-def doubled(x):
-    return 2 * x
-
-
 def test_use_impl_holds_inside_and_ends_outside(operands):
     with ds.use_impl("hopper"), pytest.raises(ValueError, match="impl='hopper' cannot run this"):
         ds.fp8_gemm(*operands)
