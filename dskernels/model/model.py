@@ -43,6 +43,8 @@ class DeepseekV3(nn.Module):
         config: its shape.
         fp8: compute the linear layers and the experts in e4m3 (embedding, head, router, norms and attention stay as
             they are).
+        recompute: keep less between forward and backward: the outputs of norms, of the up-projections of attention and
+            of the SwiGLU are computed again (report section 3.2.3). The gradients are the same to the bit.
         device: where the parameters live; "meta" allocates nothing and leaves them uninitialised.
         dtype: of the parameters; the router bias is fp32 always.
 
@@ -61,12 +63,13 @@ class DeepseekV3(nn.Module):
         config: Config,
         *,
         fp8: bool = False,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.fp8 = fp8
+        self.fp8, self.recompute = fp8, recompute
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             dense = config.first_k_dense_replace
