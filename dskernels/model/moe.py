@@ -77,13 +77,16 @@ class Experts(nn.Module):
         n_shared: how many shared experts stand behind them in the stacks, see `keep_in_fp8`.
         w13_scale_inv: float32, the scales of 128x128 blocks where the weights are kept quantised, see `keep_in_fp8`.
         w2_scale_inv: likewise.
+        compute: what multiplies; more GPUs have another here, which means the same (see `parallelize`).
     """
 
     w13_scale_inv: Tensor | None
     w2_scale_inv: Tensor | None
+    compute: Callable[..., Tensor]
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.compute = ds.fused_experts
         experts, inner, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.n_shared = 0
         self.w13 = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
@@ -102,6 +105,25 @@ class Experts(nn.Module):
         if self.w13_scale_inv is None or self.w2_scale_inv is None:
             return self.w13, self.w2
         return Fp8Tensor(self.w13, self.w13_scale_inv, FP8_BLOCK), Fp8Tensor(self.w2, self.w2_scale_inv, FP8_BLOCK)
+
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing,
+        shared: FeedForward | None = None,
+        quantized: Fp8Tensor | None = None,
+        fp8: bool = False,
+    ) -> Tensor:
+        """The routed experts and the shared ones on ``[T, hidden]``, see `dskernels.fused_experts`."""
+        return self.compute(
+            x,
+            *self.operands,
+            routing,
+            shared=None if shared is None else (shared.w13.operand, shared.w2.operand),
+            n_shared=self.n_shared,
+            quantized=quantized,
+            fp8=fp8,
+        )
 
 
 class MoE(nn.Module):
@@ -129,14 +151,4 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, quantized: Fp8Tensor | None = None) -> tuple[Tensor, RouterOutput]:
         """``[T, hidden]`` to ``[T, hidden]``, and how it was routed; ``quantized`` is ``x`` in 1x128 tiles."""
         router = self.gate(x)
-        shared = self.shared_experts
-        y = ds.fused_experts(
-            x,
-            *self.experts.operands,
-            router.routing,
-            shared=None if shared is None else (shared.w13.operand, shared.w2.operand),
-            n_shared=self.experts.n_shared,
-            quantized=quantized,
-            fp8=self.fp8,
-        )
-        return y, router
+        return self.experts(x, router.routing, self.shared_experts, quantized, self.fp8), router
