@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 
 
 class Corpus(NamedTuple):
-    """Documents to learn from and documents held out, each an int16 tensor of tokens."""
+    """Documents to learn from and documents held out, each an integer tensor of tokens; see `read_corpus`, and
+    `dskernels.model.token_file` for text that is larger than memory."""
 
-    train: list[Tensor]
-    validation: list[Tensor]
+    train: Sequence[Tensor]
+    validation: Sequence[Tensor]
 
 
 class Packed(NamedTuple):
@@ -42,8 +44,11 @@ class Packed(NamedTuple):
         return (self.cu_seqlens.diff() - 1).clamp(min=0).sum()
 
     def to(self, device: torch.device | str) -> Packed:
-        """The batch on another device."""
-        return Packed(self.tokens.to(device), self.cu_seqlens.to(device))
+        """The batch on another device; a GPU is not waited for."""
+        if torch.device(device).type != "cuda" or self.tokens.is_cuda:
+            return Packed(self.tokens.to(device), self.cu_seqlens.to(device))
+        pinned = self.tokens.pin_memory(), self.cu_seqlens.pin_memory()
+        return Packed(*(tensor.to(device, non_blocking=True) for tensor in pinned))
 
 
 def encode(text: str | bytes) -> list[int]:
@@ -57,12 +62,13 @@ def decode(tokens: Iterable[int]) -> str:
 
 
 def find_files(sources: Iterable[str | Path], pattern: str = "*") -> list[Path]:
-    """The files of ``sources``: each itself if it is a file, else all below it whose names match, in a fixed order.
+    """The files of ``sources``: each itself if it is a file, what it matches if it is a glob (``"lib/**/*.py"``), else
+    all below it whose names match, in a fixed order.
 
     Hidden files and folders are passed over.
 
     Raises:
-        FileNotFoundError: a source does not exist.
+        FileNotFoundError: a source does not exist, or a glob matches no file.
         ValueError: a folder has no such file.
     """
     found: list[Path] = []
@@ -71,7 +77,11 @@ def find_files(sources: Iterable[str | Path], pattern: str = "*") -> list[Path]:
             found.append(source)
             continue
         if not source.is_dir():
-            raise FileNotFoundError(f"{source}: no such file or folder")
+            matches = [path for path in map(Path, sorted(glob.glob(str(source), recursive=True))) if path.is_file()]
+            if not matches:
+                raise FileNotFoundError(f"{source}: no such file or folder")
+            found += matches
+            continue
         below = sorted(path.relative_to(source) for path in source.rglob(pattern))
         shown = [path for path in below if not any(part.startswith(".") for part in path.parts)]
         files = [source / path for path in shown if (source / path).is_file()]
@@ -104,28 +114,38 @@ def read_corpus(files: Iterable[str | Path], *, held_out: float = 0.05, seed: in
         FileNotFoundError: a file does not exist.
         ValueError: it cannot be read, there is too little text, or ``held_out`` is not between 0 and 1.
     """
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out: expected a part between 0 and 1, got {held_out}")
     texts = [text for text in map(_read, map(Path, files)) if text]
-    if len(texts) == 1:
-        cut = round(len(texts[0]) * (1 - held_out))
-        texts = [texts[0][cut:], texts[0][:cut]]
-        order = [0, 1]
-    else:
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    if len(texts) < 2 or not all(texts):
-        raise ValueError("files: too little text to learn from one part of it and hold out another")
-    documents = [_document(texts[i]) for i in order]
-    validation = min(max(1, round(len(texts) * held_out)), len(texts) - 1)
+    parts, validation = held_out_order([len(text) for text in texts], held_out, seed)
+    documents = [_document(texts[i][begin:end]) for i, begin, end in parts]
     return Corpus(documents[validation:], documents[:validation])
 
 
-def batches(documents: Sequence[Tensor], *, batch_tokens: int, sequence_length: int, seed: int = 0) -> Iterator[Packed]:
+def held_out_order(sizes: Sequence[int], held_out: float, seed: int) -> tuple[list[tuple[int, int, int]], int]:
+    """Which texts to hold out, for texts of these sizes, none of which is empty.
+
+    Returns:
+        Documents, each a text's index and where in it the document begins and ends; and how many of them, the first
+        ones, are held out. Arguments and errors are those of `read_corpus`.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out: expected a part between 0 and 1, got {held_out}")
+    if len(sizes) == 1:
+        cut = round(sizes[0] * (1 - held_out))
+        parts = [(0, cut, sizes[0]), (0, 0, cut)]
+    else:
+        order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(seed)).tolist()
+        parts = [(i, 0, sizes[i]) for i in order]
+    if len(parts) < 2 or not all(begin < end for _, begin, end in parts):
+        raise ValueError("files: too little text to learn from one part of it and hold out another")
+    return parts, min(max(1, round(len(sizes) * held_out)), len(parts) - 1)
+
+
+class Batches(Iterator[Packed]):
     """Batches of exactly ``batch_tokens`` tokens, without end.
 
     Documents are cut into sequences of at most ``sequence_length`` tokens, whose order is drawn anew for each pass over
     all of them. A sequence that a batch has no room for is cut once more, and its rest opens the next batch. No token
-    of a pass is left out, and no sequence holds two documents.
+    of a pass is left out, and no sequence holds two documents. What is held in memory is 16 bytes a sequence.
 
     Args:
         documents: integer tensors of tokens.
@@ -136,29 +156,67 @@ def batches(documents: Sequence[Tensor], *, batch_tokens: int, sequence_length: 
     Raises:
         ValueError: there is no document, or a size is below 2 (a sequence of one token has nothing to predict).
     """
-    if not any(len(document) for document in documents):
-        raise ValueError("documents: expected at least one token, got none")
-    for name, size in (("batch_tokens", batch_tokens), ("sequence_length", sequence_length)):
-        if size < 2:
-            raise ValueError(f"{name}: expected at least 2, got {size}")
-    return _pack(documents, batch_tokens, sequence_length, torch.Generator().manual_seed(seed))
+
+    def __init__(self, documents: Sequence[Tensor], *, batch_tokens: int, sequence_length: int, seed: int = 0) -> None:
+        for name, size in (("batch_tokens", batch_tokens), ("sequence_length", sequence_length)):
+            if size < 2:
+                raise ValueError(f"{name}: expected at least 2, got {size}")
+        lengths = document_lengths(documents)
+        if not lengths.any():
+            raise ValueError("documents: expected at least one token, got none")
+        self.documents, self.batch_tokens, self.length = documents, batch_tokens, sequence_length
+        pieces = (lengths + sequence_length - 1) // sequence_length
+        self._document = torch.repeat_interleave(torch.arange(len(pieces)), pieces)
+        self._piece = torch.arange(len(self._document)) - (pieces.cumsum(0) - pieces)[self._document]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._draw()
+
+    def _draw(self) -> None:
+        """The order of the next pass."""
+        self._drawn_from = self._generator.get_state()
+        self._order = torch.randperm(len(self._document), generator=self._generator)
+        self._next, self._taken = 0, 0  # the sequence that comes next, and how much of it was taken
+
+    def __next__(self) -> Packed:
+        parts: list[Tensor] = []
+        room = self.batch_tokens
+        while room:
+            if self._next == len(self._order):
+                self._draw()
+            sequence = self._order[self._next]
+            start = int(self._piece[sequence]) * self.length
+            rest = self.documents[int(self._document[sequence])][start + self._taken : start + self.length]
+            part = rest[:room]
+            if len(part) < len(rest):
+                self._taken += len(part)
+            else:
+                self._next, self._taken = self._next + 1, 0
+            parts.append(part)
+            room -= len(part)
+        ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
+        return Packed(torch.cat(parts).long(), ends.int())
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands: ``next`` and ``taken``, numbers, and ``generator``, the uint8 state that the order of this
+        pass was drawn from."""
+        return dict(next=self._next, taken=self._taken, generator=self._drawn_from)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where another one over the same documents stood."""
+        self._generator.set_state(state["generator"])
+        self._draw()
+        self._next, self._taken = int(state["next"]), int(state["taken"])
 
 
-def _pack(documents: Sequence[Tensor], batch_tokens: int, length: int, generator: torch.Generator) -> Iterator[Packed]:
-    sequences = [sequence for document in documents for sequence in document.split(length)]
-    parts: list[Tensor] = []
-    room = batch_tokens
-    while True:
-        for i in torch.randperm(len(sequences), generator=generator).tolist():
-            rest = sequences[i]
-            while len(rest):
-                part, rest = rest[:room], rest[room:]
-                parts.append(part)
-                room -= len(part)
-                if room == 0:
-                    ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
-                    yield Packed(torch.cat(parts).long(), ends.int())
-                    parts, room = [], batch_tokens
+def batches(documents: Sequence[Tensor], *, batch_tokens: int, sequence_length: int, seed: int = 0) -> Batches:
+    """Packed batches without end; see `Batches`."""
+    return Batches(documents, batch_tokens=batch_tokens, sequence_length=sequence_length, seed=seed)
+
+
+def document_lengths(documents: Sequence[Tensor]) -> Tensor:
+    """Tokens of each document, int64."""
+    lengths = getattr(documents, "lengths", None)
+    return torch.tensor([len(document) for document in documents]).long() if lengths is None else lengths
 
 
 def _read(path: Path) -> bytes:
