@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 IMPLEMENTATIONS = ("hopper", "triton", "reference")
-FAMILIES = ("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla", "model", "generation")
+FAMILIES = ("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla", "model", "training", "generation")
 DEVICE = "cuda"
 TABLE_WIDTH = 150  # of a log, which has no width of its own
 

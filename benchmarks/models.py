@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import inputs
-from benchmarks.workloads import MODEL_TINY, MODEL_V3_SLICE, ModelDecode, ModelPrefill
+from benchmarks.workloads import MODEL_TINY, MODEL_TRAINED_SLICE, MODEL_V3_SLICE, ModelDecode, ModelPrefill
 from dskernels.model import Batch, Config, DeepseekV3, LatentCache, keep_in_fp8
 from dskernels.model.fp8_weights import SCALE_SUFFIX, write_out_for_decode
 from dskernels.model.steps import place
@@ -27,6 +27,8 @@ def config_of(name: str) -> Config:
     """The shape that a workload names: a preset, or a slice of one, without its MTP module."""
     if name == MODEL_V3_SLICE:
         return Config.from_name("deepseek-v3", num_hidden_layers=3, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    if name == MODEL_TRAINED_SLICE:
+        return Config.from_name("moonlight", num_hidden_layers=4, vocab_size=16384, bos_token_id=None, eos_token_id=())
     if name == MODEL_TINY:
         # Whole blocks of fp8, as the published shapes have them, so that transformers' matrices have the size of ours.
         whole = {"moe_intermediate_size": 128, "q_lora_rank": 128}
