@@ -15,7 +15,7 @@ from benchmarks import models, workloads
 from benchmarks.cases import Call, Case
 from benchmarks.peers import Peer
 from benchmarks.peers import training as training_peers
-from benchmarks.roofline import Work
+from benchmarks.roofline import BF16, Work
 from dskernels.model import Config, DeepseekV3, targets
 
 ALPHA = 1e-4  # of the balance loss
@@ -98,7 +98,9 @@ class TrainingStep(Case):
         return "training_step_" + ("fp8" if self.fp8 else "bf16") + "_recompute" * self.recompute
 
     def work(self):
-        return Work(step_flops(models.config_of(self.workload.model), self.workload), 0, "bf16")
+        config = models.config_of(self.workload.model)
+        # Weights are read forward and backward, their gradients written.
+        return Work(step_flops(config, self.workload), 3 * BF16 * config.parameter_count().total, "bf16")
 
     def inputs(self, device):
         w = self.workload

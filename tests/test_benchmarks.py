@@ -42,6 +42,7 @@ SMALL = {
     "Tokens": {"t": 9, "h": 3},
     "ModelDecode": {"b": 3, "s": 70},
     "ModelPrefill": {"s": 70},
+    "Training": {"b": 2, "s": 70},
     "Generation": {"b": 2, "prompts": 3, "n": 5, "drafts": 1},
 }
 

@@ -156,7 +156,7 @@ class CompiledStep:
 
 def torch_step(x: Any) -> Peer:
     """The compiled step on the inputs of `bench_training`."""
-    step = CompiledStep(x.model, x.batch, x.alpha)
+    step = CompiledStep(x.model, x.batch, x.alpha, compiled=x.tokens.is_cuda)
 
     def run() -> Tensor:
         x.model.zero_grad(set_to_none=True)
