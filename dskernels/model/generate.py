@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from dskernels.dispatch import forced_impl
 from dskernels.model.cache import LatentCache, page_keys
 from dskernels.model.chance import streams
 from dskernels.model.model import DeepseekV3
@@ -80,8 +81,9 @@ def generate(
             ``page_size``, as far as the operations give a row the same bits in each place of a batch. Sampling needs
             a seed for each prompt.
         graphs: replay the step as a CUDA graph, one for each power of two of running prompts, made when it is first
-            needed; by default on a GPU. They stay with the cache: who generates often in one cache makes them once.
-            Hooks of modules run when a graph is made, not when it is replayed.
+            needed; by default on a GPU, but not under ``use_impl("reference")``. They stay with the cache: who
+            generates often in one cache makes them once. Hooks of modules run when a graph is made, not when it is
+            replayed.
 
     On a GPU a step is begun before the tokens of the one before are read, so that the device does not wait for the
     host: a weight that changes between two tokens counts one step later, and a text that ends early (`abort`) is run a
@@ -167,7 +169,8 @@ class Generation:
             if cache.pages_for(tokens) > cache.pages:
                 raise ValueError(f"cache: prompt {i} needs {cache.pages_for(tokens)} pages, there are {cache.pages}")
         device = cache.data.device
-        graphs = device.type == "cuda" if graphs is None else graphs
+        if graphs is None:  # the reference waits for the device
+            graphs = device.type == "cuda" and forced_impl() != "reference"
         if graphs and device.type != "cuda":
             raise ValueError(f"graphs: expected a cache on a GPU, got one on {device}")
         if batch_invariant and not sampling.greedy and (seed is None or isinstance(seed, int)):

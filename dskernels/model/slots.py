@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -188,6 +189,9 @@ class _capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph
         self._graph, self._pool = graph, pool
 
     def __enter__(self) -> None:
+        # A graph that is collected meanwhile (they may lie in cycles) is taken apart, which ends the capture.
+        self._collecting = gc.isenabled()
+        gc.disable()
         # Other threads may do what they like (load a file into pinned memory), it is not recorded.
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
@@ -198,6 +202,9 @@ class _capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph
             self._repair()
             if error is None:
                 raise
+        finally:
+            if self._collecting:
+                gc.enable()
 
     def _repair(self) -> None:
         """After a capture that failed torch believes that it goes on: memory would still be taken from its pool, and
