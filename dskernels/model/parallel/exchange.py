@@ -1,0 +1,182 @@
+"""Rows of tokens to the ranks that hold their experts, and back: who sends how many to whom, and the messages.
+
+A token goes once to each rank that holds any of its experts, whatever their number. The rows that a rank sends are
+`dskernels.permute` of its tokens with ranks in the place of experts; what comes back is summed by `dskernels.combine`,
+in fp32 and in a fixed order. In between stands one message in each direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import dskernels as ds
+from dskernels.types import Fp8Tensor, Permuted
+
+ALIGNMENT = 16  # bytes: each part of a row begins at a multiple, as tensor memory accelerators and views want it
+
+
+class Destinations(NamedTuple):
+    """Where tokens go.
+
+    Attributes:
+        ranks: int32 ``[T, n]``, the ranks of each token, each once, -1 where there are fewer than n.
+        rows: int64 ``[R]``, rows for each rank.
+        choices: int64 ``[R]``, the most experts that one of these rows has there.
+    """
+
+    ranks: Tensor
+    rows: Tensor
+    choices: Tensor
+
+
+def destinations(experts: Tensor, n_ranks: int, per_rank: int, most: int | None = None) -> Destinations:
+    """The ranks that hold the experts of each token, rank r those from ``r * per_rank`` on.
+
+    Args:
+        experts: int32 or int64 ``[T, k]``; ids outside ``[0, n_ranks * per_rank)`` are dropped.
+        n_ranks: R.
+        per_rank: experts of a rank.
+        most: the most ranks that a token may go to, where routing limits them (to groups that are nodes): fewer
+            columns. A token of more than that would lose experts, which the caller has to rule out.
+    """
+    tokens, k = experts.shape
+    valid = (experts >= 0) & (experts < n_ranks * per_rank)
+    rank = torch.where(valid, experts // per_rank, -1).int()
+    every = torch.arange(n_ranks, device=experts.device, dtype=torch.int32)
+    choices = (rank[:, :, None] == every).sum(1)
+    if n_ranks <= k:
+        ranks = torch.where(choices > 0, every, -1)
+    else:
+        before = torch.ones(k, k, dtype=torch.bool, device=experts.device).tril(-1)
+        again = ((rank[:, :, None] == rank[:, None, :]) & before).any(-1)
+        ranks = torch.where(again, -1, rank)
+    if most is not None and most < ranks.shape[1]:
+        order = (ranks < 0).int().argsort(dim=1, stable=True)[:, :most]
+        ranks = ranks.gather(1, order)
+    most_choices = torch.cat((choices.new_zeros(1, n_ranks), choices)).amax(0)
+    return Destinations(ranks, (choices > 0).sum(0), most_choices)
+
+
+@dataclass
+class Trip:
+    """The way of one batch of tokens through one layer's experts: who sends how many rows to whom.
+
+    Attributes:
+        group: the ranks.
+        to: offsets and index of the rows that leave, see `dskernels.Permuted`; its ``x`` means nothing.
+        sent: rows that leave for each rank.
+        received: rows that come from each rank.
+        choices: the most experts that a received row has here.
+        pending: the message under way.
+    """
+
+    group: dist.ProcessGroup
+    to: Permuted
+    sent: list[int]
+    received: list[int]
+    choices: int
+    pending: list[tuple[dist.Work | None, Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def plan(cls, experts: Tensor, group: dist.ProcessGroup, per_rank: int, most: int | None = None) -> Trip:
+        """Counts are exchanged, and read by the host, as the messages of NCCL and gloo want them: its one wait."""
+        n_ranks = group.size()
+        there = destinations(experts, n_ranks, per_rank, most)
+        leaving = torch.stack((there.rows, there.choices), 1).contiguous()
+        coming = torch.empty_like(leaving)
+        dist.all_to_all_single(coming, leaving, group=group)
+        counts = torch.cat((leaving, coming), 1).tolist()
+        # The rows of one column, to sort with: what travels is permuted by index alone.
+        column = torch.empty(experts.shape[0], 1, device=experts.device)
+        to = ds.permute(column, there.ranks.contiguous(), n_ranks)
+        sent, received, choices = ([row[i] for row in counts] for i in (0, 2, 3))
+        return cls(group, to, sent, received, max(1, *choices))
+
+    @property
+    def columns(self) -> int:
+        """Ranks that a token may go to."""
+        return self.to.index.shape[1]
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """A copy of each token's row for each rank that it goes to, ``[sum(sent), W]``, rank by rank."""
+        source = self._source()
+        return tokens.index_select(0, source)
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """The sum of the rows of each token ``[T, W]``, in fp32 in the order of `to.index`; ``rows`` has T * n rows."""
+        ones = torch.ones(self.to.index.shape, device=rows.device)
+        return ds.combine(rows, self.to, ones)
+
+    def send(self, rows: Tensor) -> None:
+        """Begins to send ``[sum(sent), W]``, and to receive ``[sum(received), W]``."""
+        self._begin(rows, rows.new_empty(sum(self.received), rows.shape[1]), self.sent, self.received)
+
+    def send_back(self, rows: Tensor) -> None:
+        """Begins the way back: ``[sum(received), W]`` leave, ``[sum(sent), W]`` come, with room for all T * n."""
+        room = rows.new_empty(self.to.index.numel(), rows.shape[1])
+        self._begin(rows, room, self.received, self.sent)
+
+    def arrived(self) -> Tensor:
+        """What came; waits for it (on a GPU the stream does, not the host)."""
+        work, buffer = self.pending.pop()
+        if work is not None:
+            work.wait()
+        return buffer
+
+    def _source(self) -> Tensor:
+        """The token of each row that leaves."""
+        index = self.to.index
+        token = torch.arange(index.shape[0], device=index.device)[:, None].expand(index.shape)
+        row = torch.where(index >= 0, index, index.numel()).long()
+        source = token.new_empty(index.numel() + 1)
+        source[row.flatten()] = token.flatten()
+        return source[: sum(self.sent)]
+
+    def _begin(self, rows: Tensor, buffer: Tensor, leaving: list[int], coming: list[int]) -> None:
+        if self.pending:
+            raise RuntimeError("a message of this trip is still under way")
+        filled = buffer[: sum(coming)]
+        work = dist.all_to_all_single(filled, rows.contiguous(), coming, leaving, group=self.group, async_op=True)
+        self.pending.append((work, buffer))
+
+
+# ---- what a row holds -----------------------------------------------------------------------------------------------
+
+
+def pack(*parts: Tensor) -> Tensor:
+    """Columns of several dtypes side by side in rows of bytes, ``[T, W]`` seen as fp32, each part aligned."""
+    raw = []
+    for part in parts:
+        data = part.contiguous().view(torch.uint8)
+        raw.append(data)
+        if missing := -data.shape[1] % ALIGNMENT:
+            raw.append(data.new_zeros(data.shape[0], missing))
+    return torch.cat(raw, 1).view(torch.float32)
+
+
+def unpack(rows: Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+    """Views of the parts of packed rows, given the width and the dtype of each."""
+    data = rows.view(torch.uint8)
+    views, start = [], 0
+    for width, dtype in parts:
+        size = width * dtype.itemsize
+        views.append(data[:, start : start + size].view(dtype))
+        start += size + -size % ALIGNMENT
+    return views
+
+
+def exponents(quantized: Fp8Tensor) -> Tensor:
+    """The scales of ``[T, K]`` in 1x128 tiles, powers of two, as a byte each: uint8 ``[T, K / 128]``."""
+    return (quantized.scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+
+
+def from_exponents(data: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values again, from e4m3 ``[T, K]`` and the exponents of its scales. Exact in bf16."""
+    scale = (exponents.int() << 23).view(torch.float32)
+    return Fp8Tensor(data, scale).dequantize(dtype)

@@ -1,0 +1,62 @@
+"""Some ranks on the CPU, over gloo: a function runs on all of them, and what one says is wrong fails the test.
+
+Processes are forked from a server that has imported torch and dskernels and done nothing else, so that a world starts
+in half a second.
+"""
+
+import datetime
+import os
+import tempfile
+import traceback
+from multiprocessing import get_context
+
+import torch
+import torch.distributed as dist
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["world", "dskernels.model.train", "torch.distributed.checkpoint"])
+LIMIT = 90  # seconds that a world may take
+
+
+def run(ranks, function, *args):
+    """``function(rank, *args)`` on so many ranks; gives what each returns, raises what the first raises."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(ranks):
+            here, there = CONTEXT.Pipe(duplex=False)
+            process = CONTEXT.Process(target=_main, args=(rank, ranks, folder, there, function, args), daemon=True)
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        results, failed = [], []
+        for rank, pipe in enumerate(pipes):
+            try:
+                ok, result = pipe.recv() if pipe.poll(LIMIT) else (False, f"nothing within {LIMIT} s")
+            except EOFError:
+                ok, result = False, "died"
+            results.append(result)
+            if not ok:
+                failed.append(f"rank {rank}: {result}")
+        for process in processes:
+            process.join(0 if failed else 10)
+            process.kill()
+    if failed:
+        raise AssertionError("\n".join(failed))
+    return results
+
+
+def _main(rank, ranks, folder, pipe, function, args):
+    try:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+        store = dist.FileStore(f"{folder}/store", ranks)
+        timeout = datetime.timedelta(seconds=LIMIT)
+        dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timeout)
+        result = function(rank, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        pipe.send((True, result))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
