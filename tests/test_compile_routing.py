@@ -125,6 +125,8 @@ def test_choose_gate_config():
     assert choose_gate_config(8192, 256, 7168, True, 132).block_k == many.block_k // 2
     assert choose_gate_config(1, 8, 64, False, 132).parts == 1  # a part has two steps at least
     assert choose_gate_config(7, 8, 1, True, 1).parts == 1
+    gradient = choose_gate_config(64, 2048, 16384, True, 132, of_weight=True)
+    assert (gradient.block_m, gradient.parts) == (64, 16)
 
 
 EVERY_PAIR = [(1, 1), (1, 3), (3, 1), (3, 3), (2, 2)]
@@ -159,6 +161,28 @@ def test_the_gate_compiles_without_spills(m, pairs):
     for report in reports:
         if report.source.constants["WHOLE"]:
             assert report.count("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128") > 0, report
+
+
+@pytest.mark.parametrize("x", [1, 3])
+def test_the_gradient_of_the_gate_compiles_without_spills(x):
+    """Of the weight: both operands as they lie turned, fp32 in three pieces; of bf16 and of fp32 tokens."""
+    config = choose_gate_config(64, 2048, 16384, True, 132, of_weight=True)
+    gradient = Compile(
+        "dskernels.routing.triton_gate:gate_kernel",
+        signature={
+            **{"p_a": "*fp32", "p_b": POINTERS[x], "p_out": "*fp32", "M": "i32", "N": "i32", "K": "i32"},
+            **{"K_of_part": "i32", "one": "fp32", "stride_ak": "i32", "stride_bk": "i32"},
+        },
+        constants={
+            **{"stride_am": 1, "stride_bn": 1, "PIECES_A": 3, "PIECES_B": x, "WHOLE": True},
+            **{"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k},
+        },
+        divisible=("K_of_part", "stride_ak", "stride_bk"),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        options=OPTIONS,
+    )
+    assert_clean(compile_all([gradient]))
 
 
 def test_small_kernels_compile_without_spills():

@@ -123,6 +123,15 @@ def test_gradients(device, impl, score, x_dtype, weight_dtype):
         assert parity.difference(only, want_x) < 1e-5
 
 
+@pytest.mark.gpu
+def test_the_gradient_of_the_weight_along_many_tokens(device):
+    """Enough tokens for the tile that sums along them in many parts; the last part is ragged."""
+    x, weight = hidden(2113, 72, 12, device, torch.bfloat16, torch.bfloat16)
+    dlogits = torch.randn(2113, 12, device=device)
+    _, got = torch.ops.dskernels.gate_backward(dlogits, x, weight, False, True, "triton")
+    assert parity.difference(got, dlogits.double().T @ x.double()) < 1e-5
+
+
 def test_gradcheck_of_the_reference():
     x, weight = (torch.randn(4, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
 

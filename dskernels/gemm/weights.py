@@ -6,19 +6,29 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from dskernels.fp8 import quantize
 from dskernels.types import Fp8Tensor
 
 
 class _Kept(NamedTuple):
+    """Of a weight its copies, and what it was when they were made.
+
+    Attributes:
+        state: its data pointer and version.
+        rows: its blocks.
+        transposed: those of its transpose, once they were asked for.
+    """
+
     state: tuple[int, int]
     rows: Fp8Tensor
     transposed: Fp8Tensor | None
 
 
 _kept = WeakTensorKeyDictionary()
+# Which weight lies where: autograd, under hooks for saved tensors, hands another object for it to a backward.
+_owners: dict[tuple, TensorWeakRef] = {}
 
 
 def weight_operand(weight: Tensor, scale: Tensor | None, transpose: bool, impl: str | None) -> Fp8Tensor:
@@ -40,15 +50,30 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
     capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
     if weight.is_inference() or (capturing and not frozen):
         return quantize(weight, (128, 128), transpose=transpose, impl=impl)
-    state = (weight.data_ptr(), weight._version)
-    kept: _Kept | None = _kept.get(weight)
+    owner = _owner_of(weight)
+    state = (owner.data_ptr(), owner._version)
+    kept: _Kept | None = _kept.get(owner)
     if kept is None or kept.state != state:
         kept = _Kept(state, quantize(weight, (128, 128), impl=impl), None)
     if transpose and kept.transposed is None:
-        kept = kept._replace(transposed=transposed(kept.rows))
+        # Read again, not turned: torch turns bytes at a quarter of the speed of memory.
+        kept = kept._replace(transposed=quantize(weight, (128, 128), transpose=True, impl=impl))
     if not capturing:  # what is made during capture lives in the graph's memory and is filled only by a replay
-        _kept[weight] = kept
+        _kept[owner] = kept
     return kept.transposed if transpose else kept.rows  # type: ignore[return-value]
+
+
+def _owner_of(weight: Tensor) -> Tensor:
+    """The tensor whose copies are those of `weight`: itself, or one that is the same memory."""
+    if weight in _kept:
+        return weight
+    place = (weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride())
+    found = _owners.get(place)
+    owner = None if found is None else found()
+    if owner is not None and owner in _kept and owner.data_ptr() == place[0]:
+        return owner
+    _owners[place] = TensorWeakRef(weight)
+    return weight
 
 
 def transposed(weight: Fp8Tensor) -> Fp8Tensor:

@@ -88,12 +88,20 @@ class GateConfig:
     parts: int
 
 
-def choose_gate_config(m: int, n: int, k: int, wide: bool, multiprocessors: int) -> GateConfig:
+LONG_SUM = 2048  # tokens from which on the gradient of the gate's weight has a tile of its own
+
+
+def choose_gate_config(
+    m: int, n: int, k: int, wide: bool, multiprocessors: int, *, of_weight: bool = False
+) -> GateConfig:
     """Tile for ``[m, k] @ [n, k].T``: K is split until there is a program for each multiprocessor.
 
-    `wide`: an operand is of fp32, which is multiplied in three pieces of bf16, and takes more registers.
+    `wide`: an operand is of fp32, which is multiplied in three pieces of bf16, and takes more registers. The gradient
+    of the weight (`of_weight`) has all tokens for its K, and wants many programs, each of which waits for its loads.
     """
-    if wide:
+    if wide and of_weight and k >= LONG_SUM:
+        tile, multiprocessors = (64, 64, 32, 8, 4), 4 * multiprocessors
+    elif wide:
         tile = (16, 64, 64, 8, 3) if m <= 64 else (128, 64, 32, 8, 3)
     elif m <= 16:
         tile = (16, 32, 128, 4, 4)

@@ -149,22 +149,31 @@ def gate_backward(
     if needs_weight and T == 0:
         dweight.zero_()
     elif needs_weight:
-        dweight = _gradient(E, H, T, dlogits, dlogits.stride()[::-1], x, x.stride()[::-1], weight.dtype)
+        strides = dlogits.stride()[::-1], x.stride()[::-1]
+        dweight = _gradient(E, H, T, dlogits, strides[0], x, strides[1], weight.dtype, of_weight=True)
     return dx, dweight
 
 
 def _gradient(
-    m: int, n: int, k: int, a: Tensor, a_strides: tuple, b: Tensor, b_strides: tuple, dtype: torch.dtype
+    m: int,
+    n: int,
+    k: int,
+    a: Tensor,
+    a_strides: tuple,
+    b: Tensor,
+    b_strides: tuple,
+    dtype: torch.dtype,
+    of_weight: bool = False,
 ) -> Tensor:
-    config = _config(m, n, k, a, b)
+    config = _config(m, n, k, a, b, of_weight)
     parts = a.new_empty((config.parts, m, n), dtype=dtype if config.parts == 1 else torch.float32)
     _product(config, a, a_strides, b, b_strides, k, parts)
     return _summed(parts, dtype)
 
 
-def _config(m: int, n: int, k: int, a: Tensor, b: Tensor) -> GateConfig:
+def _config(m: int, n: int, k: int, a: Tensor, b: Tensor, of_weight: bool = False) -> GateConfig:
     wide = a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16
-    return choose_gate_config(m, n, k, wide, multiprocessors(a.device, interpreted=4))
+    return choose_gate_config(m, n, k, wide, multiprocessors(a.device, interpreted=4), of_weight=of_weight)
 
 
 def _product(
