@@ -10,13 +10,17 @@ from torch import Tensor
 from dskernels.device import empty
 from dskernels.dispatch import Operation
 from dskernels.fp8 import quantize, quantize_both
+from dskernels.fp8.api import SCALE_FORMATS
+from dskernels.fp8.layout import empty_quantized
 from dskernels.gemm.weights import weight_operand
+from dskernels.later import waiting_for
 from dskernels.reference import gemm as reference
 from dskernels.types import Block, Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_choice, check_fp8, check_tensor
 
 A_BLOCKS: tuple[Block, ...] = ((1, 128),)
 B_BLOCKS: tuple[Block, ...] = ((128, 128), (1, 128))
+KEPT = ("fp8", "input")
 
 
 def fp8_gemm(
@@ -75,18 +79,33 @@ def fp8_gemm(
     return out
 
 
-def fp8_linear(x: Tensor, weight: Tensor | Fp8Tensor, bias: Tensor | None = None, *, impl: str | None = None) -> Tensor:
+def fp8_linear(
+    x: Tensor,
+    weight: Tensor | Fp8Tensor,
+    bias: Tensor | None = None,
+    *,
+    quantized: Fp8Tensor | None = None,
+    scale_format: str = "fp32",
+    keep: str = "fp8",
+    impl: str | None = None,
+) -> Tensor:
     """A linear layer whose three products run in e4m3: ``x @ weight.T + bias``, and its gradients.
 
     Fprop multiplies x in 1x128 tiles by the weight in 128x128 blocks; Dgrad, dy in 1x128 tiles by the same weight;
-    Wgrad, dy.T by x.T, both quantised again in tiles of 128 tokens, accumulated in fp32. The quantised weight is kept
-    until the weight changes (by data pointer and version), so that one optimiser step quantises it once.
+    Wgrad, dy.T by x.T, both in tiles of 128 tokens, quantised from what they were, not from e4m3, and accumulated in
+    fp32. The quantised weight is kept until the weight changes (by data pointer and version), so that one optimiser
+    step quantises it once.
 
     Args:
         x: bf16, fp16 or fp32 ``[..., K]``.
         weight: ``[N, K]``, a bf16, fp16 or fp32 master weight, or an `Fp8Tensor` in 128x128 blocks, which gets no
             gradient.
         bias: bf16, fp16 or fp32 ``[N]``.
+        quantized: ``[rows of x, K]`` in 1x128 tiles, `x` as :func:`dskernels.quantize` or
+            :func:`dskernels.rmsnorm_quantize` has made it: Fprop takes it in place of quantising `x`.
+        scale_format: of the scales of `x`, ``"fp32"`` or ``"ue8m0"`` (powers of two), see :func:`dskernels.quantize`.
+        keep: what is kept of `x` for Wgrad: ``"fp8"``, its quantised transpose, a byte an element; ``"input"``, `x`
+            itself, quantised in the backward, where something else keeps it anyhow. The gradients are the same bits.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
@@ -94,11 +113,13 @@ def fp8_linear(x: Tensor, weight: Tensor | Fp8Tensor, bias: Tensor | None = None
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, strides or devices do not fit.
+        ValueError: shapes, strides or devices do not fit, or `scale_format` or `keep` is not one of the above.
 
     Source: DeepSeek-V3 report, figure 6 and section 3.3.
     """
     check_tensor("x", x, dtype=HALF_OR_SINGLE)
+    check_choice("scale_format", scale_format, SCALE_FORMATS)
+    check_choice("keep", keep, KEPT)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     if isinstance(weight, Fp8Tensor):
@@ -110,8 +131,15 @@ def fp8_linear(x: Tensor, weight: Tensor | Fp8Tensor, bias: Tensor | None = None
     if bias is not None:
         check_tensor("bias", bias, dtype=HALF_OR_SINGLE, shape=(weight.shape[0],), like=x)
     data, scale = (weight.data, weight.scale) if isinstance(weight, Fp8Tensor) else (weight, None)
-    y = _fp8_linear(x.reshape(-1, x.shape[-1]), data, scale, bias, impl=impl)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if quantized is not None:
+        check_fp8("quantized", quantized, blocks=A_BLOCKS, like=x)
+        if quantized.shape != rows.shape:
+            raise ValueError(f"quantized: expected the shape {list(rows.shape)} of x, got {list(quantized.shape)}")
+    given = (None, None) if quantized is None else (quantized.data, quantized.scale)
+    keeps = keep == "fp8" and scale is None and data.requires_grad and torch.is_grad_enabled()
+    y = _fp8_linear(rows, data, scale, bias, *given, scale_format == "ue8m0", keeps, impl=impl)[0]
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _may_be_known(a: Any, b: Any, out_dtype: torch.dtype) -> bool:
@@ -149,16 +177,52 @@ _fp8_gemm = Operation(
 
 
 def _fp8_linear_forward(
-    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, impl: str | None
-) -> Tensor:
-    b = weight_operand(weight, scale, False, impl)
-    return fp8_gemm(quantize(x, impl=impl), b, out_dtype=x.dtype, bias=bias, impl=impl)
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor | None,
+    a_scale: Tensor | None,
+    ue8m0: bool,
+    keep: bool,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    form = "ue8m0" if ue8m0 else "fp32"
+    rows = None if a is None or a_scale is None else Fp8Tensor(a, a_scale)
+    kept = _nothing_kept(x)
+    if keep and rows is None:
+        rows, columns = quantize_both(x, scale_format=form, impl=impl)
+        kept = columns.data, columns.scale
+    elif keep:
+        columns = quantize(x, (128, 1), scale_format=form, transpose=True, impl=impl)
+        kept = columns.data, columns.scale
+    elif rows is None:
+        rows = quantize(x, scale_format=form, impl=impl)
+    return fp8_gemm(rows, weight_operand(weight, scale, False, impl), out_dtype=x.dtype, bias=bias, impl=impl), *kept
+
+
+def _nothing_kept(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty((0, 0), dtype=torch.float8_e4m3fn), x.new_empty((0, 0), dtype=torch.float32)
+
+
+def _fp8_linear_fake(x, weight, scale, bias, a, a_scale, ue8m0, keep):
+    kept = empty_quantized(x, (128, 1), transpose=True) if keep else _nothing_kept(x)
+    return x.new_empty(x.shape[0], weight.shape[0]), *kept
 
 
 def _fp8_linear_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, needs_dx: bool, needs_dw: bool, impl: str | None
+    dy: Tensor,
+    x: Tensor | None,
+    x_t: Tensor | None,
+    x_t_scale: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    ue8m0: bool,
+    needs_dx: bool,
+    needs_dw: bool,
+    impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    dx, dw = _empty_gradients(dy, x, weight, scale, needs_dx, needs_dw)
+    dx, dw = _empty_gradients(dy, x, x_t, x_t_scale, weight, scale, ue8m0, needs_dx, needs_dw)
     rows = columns = None
     if needs_dx and needs_dw:
         rows, columns = quantize_both(dy, impl=impl)
@@ -167,47 +231,60 @@ def _fp8_linear_gradients(
     elif needs_dw:
         columns = quantize(dy, (128, 1), transpose=True, impl=impl)
     if rows is not None:
-        dx = fp8_gemm(rows, weight_operand(weight, scale, True, impl), out_dtype=x.dtype, impl=impl)
+        dx = fp8_gemm(rows, weight_operand(weight, scale, True, impl), out_dtype=dy.dtype, impl=impl)
     if columns is not None:
-        x_t = quantize(x, (128, 1), transpose=True, impl=impl)
-        dw = fp8_gemm(columns, x_t, out_dtype=weight.dtype, impl=impl)
+        if x is not None:
+            kept = quantize(x, (128, 1), scale_format="ue8m0" if ue8m0 else "fp32", transpose=True, impl=impl)
+        elif x_t is not None and x_t_scale is not None:
+            kept = Fp8Tensor(x_t, x_t_scale)
+        else:
+            raise ValueError("x, x_t: expected one of them, as the gradient of the weight is wanted")
+        dw = fp8_gemm(columns, kept, out_dtype=weight.dtype, impl=impl)
     return dx, dw
 
 
-def _empty_gradients(dy, x, weight, scale, needs_dx, needs_dw):
+def _empty_gradients(dy, x, x_t, x_t_scale, weight, scale, ue8m0, needs_dx, needs_dw):
     """Gradients of the right shape; of no rows where one is not needed."""
-    dx = x.new_empty(x.shape if needs_dx else (0, x.shape[1]))
+    dx = dy.new_empty(dy.shape[0] if needs_dx else 0, weight.shape[1])
     return dx, weight.new_empty(weight.shape if needs_dw else (0, weight.shape[1]))
 
 
 _fp8_linear = Operation(
-    "fp8_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor",
+    "fp8_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor? quantized, Tensor? quantized_scale, "
+    "bool ue8m0, bool keep) -> (Tensor, Tensor, Tensor)",
     composite=_fp8_linear_forward,
-    fake=lambda x, weight, scale, bias: x.new_empty(x.shape[0], weight.shape[0]),
+    fake=_fp8_linear_fake,
 )
 _fp8_linear_backward = Operation(
-    "fp8_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? scale, bool needs_dx, bool needs_dw) "
-    "-> (Tensor, Tensor)",
+    "fp8_linear_backward(Tensor dy, Tensor? x, Tensor? x_t, Tensor? x_t_scale, Tensor weight, Tensor? scale, "
+    "bool ue8m0, bool needs_dx, bool needs_dw) -> (Tensor, Tensor)",
     composite=_fp8_linear_gradients,
     fake=_empty_gradients,
 )
 
 
-def _save(ctx: Any, args: tuple, output: Tensor) -> None:
-    x, weight, scale, bias = args
-    ctx.save_for_backward(x, weight, scale)
+def _save(ctx: Any, args: tuple, output: tuple[Tensor, ...]) -> None:
+    x, weight, scale, bias, _, _, ctx.ue8m0, keep = args
+    _, x_t, x_t_scale = output
+    ctx.mark_non_differentiable(x_t, x_t_scale)
+    ctx.set_materialize_grads(False)
+    # Of the input no more than the gradient of the weight wants.
+    wants = scale is None and ctx.needs_input_grad[1]
+    kept = (None, x_t, x_t_scale) if keep else (x if wants else None, None, None)
+    ctx.save_for_backward(*kept, weight, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, scale = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    x, x_t, x_t_scale, weight, scale = ctx.saved_tensors
     needs_dx, needs_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and scale is None
     dx = dw = db = None
-    if needs_dx or needs_dw:
-        dx, dw = _fp8_linear_backward(dy.contiguous(), x, weight, scale, needs_dx, needs_dw, impl=ctx.impl)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+    if dy is not None and (needs_dx or needs_dw):
+        operands = x, x_t, x_t_scale, weight, scale
+        dx, dw = _fp8_linear_backward(dy.contiguous(), *operands, ctx.ue8m0, needs_dx, needs_dw, impl=ctx.impl)
+    if dy is not None and ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         db = dy.float().sum(0).to(ctx.bias_dtype)
-    return dx if needs_dx else None, dw if needs_dw else None, None, db
+    return dx if needs_dx else None, dw if needs_dw else None, None, db, *[None] * 4
 
 
 _fp8_linear.register_autograd(_backward, _save)

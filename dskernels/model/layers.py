@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dskernels as ds
+from dskernels import later
 from dskernels.types import Fp8Tensor
 
 FP8_BLOCK = (128, 128)  # of quantised weights
@@ -96,7 +97,7 @@ class Linear(nn.Module):
                     "x: expected a tensor, as the weight is not kept quantised, or the result has no dtype"
                 )
             return ds.fp8_gemm(x, operand, out_dtype=dtype)
-        return ds.fp8_linear(x, operand) if self.fp8 else F.linear(x, self.weight)
+        return ds.fp8_linear(x, operand) if self.fp8 else later.linear(x, self.weight)
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from dskernels.dispatch import Operation, differentiating
+from dskernels.later import waiting_for
 from dskernels.moe.config import MAX_EXPERTS
+from dskernels.moe.split import split
 from dskernels.reference import moe as reference
 from dskernels.reference.fp8 import quantize
 from dskernels.reference.grouped_gemm import grouped_gemm
@@ -354,6 +356,8 @@ BLOCK = (
 )
 # Places of x, w13, w2, weights and the shared weights among the arguments.
 DIFFERENTIABLE = (0, 1, 3, 5, 7, 9)
+# The scale of a weight follows it: a quantised weight has no gradient.
+SCALES = {1: 2, 3: 4, 7: 8, 9: 10}
 
 _fused_experts = Operation(
     f"fused_experts({BLOCK}, bool fp8, bool keep, Tensor? quantized, Tensor? quantized_scale, int n_shared)"
@@ -376,6 +380,8 @@ _fused_experts_backward = Operation(
 def _save_experts(ctx: Any, args: tuple, output: tuple) -> None:
     *block, ctx.fp8, _, _, _, _ = args
     _, gate_up, shared_gate_up = output
+    trained = [i for i, scale in SCALES.items() if block[i] is not None and block[scale] is None]
+    ctx.waiting = waiting_for(*(block[i] for i in trained if block[i].requires_grad))
     ctx.mark_non_differentiable(gate_up, shared_gate_up)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*block, gate_up, shared_gate_up)
@@ -383,11 +389,11 @@ def _save_experts(ctx: Any, args: tuple, output: tuple) -> None:
 
 def _experts_gradient(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     block = ctx.saved_tensors
-    # The scale of a weight follows it: a quantised weight has no gradient.
-    scales = {1: 2, 3: 4, 7: 8, 9: 10}
-    needs = [ctx.needs_input_grad[i] and (i not in scales or block[scales[i]] is None) for i in DIFFERENTIABLE]
+    needs = [ctx.needs_input_grad[i] and (i not in SCALES or block[SCALES[i]] is None) for i in DIFFERENTIABLE]
     result: list[Tensor | None] = [None] * _fused_experts.arity
-    if dout is not None and any(needs):
+    if dout is not None and any(needs) and ctx.waiting is not None:
+        result[0], result[5] = split(ctx.waiting, dout.contiguous(), block, ctx.fp8, needs, ctx.impl)
+    elif dout is not None and any(needs):
         gradients = _fused_experts_backward(dout.contiguous(), *block, ctx.fp8, needs, impl=ctx.impl)
         for i, needed, gradient in zip(DIFFERENTIABLE, needs, gradients, strict=True):
             result[i] = gradient if needed else None

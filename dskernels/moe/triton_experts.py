@@ -18,6 +18,7 @@ from dskernels.grouped_gemm.triton import product
 from dskernels.grouped_gemm.triton_wgrad import grouped_wgrad, quantize_grouped
 from dskernels.moe import experts
 from dskernels.moe.experts import Batch, Operand, Rows, Steps, parts, stack, stacked
+from dskernels.moe.experts_split import split_operations
 from dskernels.moe.triton_swiglu import swiglu
 from dskernels.portable import reason_against_e4m3
 from dskernels.types import Fp8Tensor
@@ -81,6 +82,7 @@ FP8 = replace(
 
 
 fused_experts, fused_experts_backward = experts.operations(PLAIN, FP8)
+fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(PLAIN, FP8)
 
 
 def fused_experts_supports(x: Tensor, *args: object) -> str | None:
@@ -91,3 +93,13 @@ def fused_experts_supports(x: Tensor, *args: object) -> str | None:
 def fused_experts_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
     """Why the GPU of `x` cannot run its backward, or None."""
     return reason_against_e4m3(x.device) if args[12] else None
+
+
+def fused_experts_backward_inputs_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why the GPU of `x` cannot run its first half, or None."""
+    return reason_against_e4m3(x.device) if args[12] else None
+
+
+def fused_experts_backward_weights_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why the GPU of `x` cannot run its second half, or None."""
+    return reason_against_e4m3(x.device) if args[16] else None

@@ -1,0 +1,99 @@
+"""Gradients of weights later than gradients of inputs: the split that ZeroBubble and DualPipe schedules are made of.
+
+Only the gradient of a stage's input keeps other ranks waiting. Inside `WeightGradients.collecting` the operations of
+this library that multiply by a weight note, in their forward, where the gradient of that weight may wait; their
+backward then computes the gradient of the input alone, and puts the other product into the queue. What the queue gives,
+added to ``weight.grad``, is what the backward would have given, from the same kernels on the same operands.
+
+(Asking autograd for some gradients only would not do: inside an operation ``ctx.needs_input_grad`` says that all are
+needed, whatever was asked for, and both halves would compute both products.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_collecting: ContextVar[WeightGradients | None] = ContextVar("gradients of weights that wait", default=None)
+
+
+class WeightGradients:
+    """A queue of gradients that wait to be computed."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Sequence[Tensor], Callable[[], Sequence[Tensor]]]] = []
+
+    def __len__(self) -> int:
+        """How many products, or groups of them, wait."""
+        return len(self._waiting)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """What runs forward in here puts gradients of its weights into this queue when it runs backward."""
+        token = _collecting.set(self)
+        try:
+            yield
+        finally:
+            _collecting.reset(token)
+
+    def take(self) -> Callable[[], None]:
+        """What has come since the last call, as a function that computes all of it and adds it to each ``.grad``."""
+        taken, self._waiting = self._waiting, []
+
+        @torch.no_grad()
+        def run() -> None:
+            while taken:
+                weights, gradients = taken.pop(0)
+                for weight, gradient in zip(weights, gradients(), strict=True):
+                    if weight.grad is None:
+                        weight.grad = gradient
+                    else:
+                        weight.grad += gradient
+
+        return run
+
+
+class Waiting(NamedTuple):
+    """Where the gradients of some weights wait, kept by an operation from its forward to its backward."""
+
+    queue: WeightGradients
+    weights: Sequence[Tensor]
+
+    def compute(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
+        """Lets them wait; ``gradients()`` gives one for each weight, when its time has come."""
+        self.queue._waiting.append((self.weights, gradients))
+
+
+def waiting_for(*weights: Tensor) -> Waiting | None:
+    """Where the gradients of these weights may wait, None if they may not; only those of parameters can."""
+    queue = _collecting.get()
+    if queue is None or not weights or not all(weight.is_leaf and weight.requires_grad for weight in weights):
+        return None
+    return Waiting(queue, weights)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`torch.nn.functional.linear`, whose weight's gradient may wait."""
+    if _collecting.get() is None or not torch.is_grad_enabled() or waiting_for(weight) is None:
+        return F.linear(x, weight)
+    return _Linear.apply(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.waiting = waiting_for(weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        ctx.waiting.compute(lambda: (dy.flatten(0, -2).T @ x.flatten(0, -2),))
+        return dy @ weight if ctx.needs_input_grad[0] else None, None

@@ -1,0 +1,102 @@
+"""The backward of the expert block in two halves: gradients of the tokens first, of the weights when there is time.
+
+The first half ends with what the second multiplies: dG and dU, and w * A, in the notation of `experts`. Both halves
+together launch the products of the whole backward, each once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from dskernels.moe.experts import Batch, Network, Rows, Steps, _block, _routed, _up
+from dskernels.moe.triton import weighted_sum
+from dskernels.moe.triton_swiglu import swiglu_backward
+
+
+def backward_inputs(
+    steps: Steps,
+    dout: Tensor,
+    x: Tensor,
+    routed: Network,
+    weights: Tensor,
+    experts: Tensor,
+    shared: Network | None,
+    gate_up: Tensor,
+    shared_gate_up: Tensor,
+) -> tuple[Tensor, ...]:
+    """Gradients of x and of the routing weights; then dG and dU, and w * A, of the routed experts and of the shared."""
+    da = steps.operand(dout)
+    a = None if gate_up.shape[0] > 0 else steps.operand(x)
+
+    def run(network, batch, gate_up, weights, residual):
+        if a is not None:
+            gate_up = _up(steps, a, network, batch, x.dtype)
+        dy = steps.rows(da, batch)
+        dhidden = steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, x.dtype)
+        del dy
+        dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, weights)
+        del gate_up, dhidden
+        w13 = steps.weight(network.w13, network.w13_scale, True)
+        dx = steps.product(Rows(steps.operand(dgate_up)), w13, batch, x.dtype)
+        if batch.index is not None:
+            dx = weighted_sum(dx, batch.index, None, residual)
+        return dx, dweights, dgate_up, hidden
+
+    dx, of_shared = None, (x.new_empty(0), x.new_empty(0))
+    if shared is not None:
+        dx, _, *of_shared = run(shared, steps.every_token(x), shared_gate_up, None, None)
+    batch, _ = _routed(experts, routed)
+    dx, dweights, *of_routed = run(routed, batch, gate_up, weights.contiguous(), dx)
+    return dx, dweights, *of_routed, *of_shared
+
+
+def backward_weights(
+    steps: Steps,
+    dout: Tensor,
+    x: Tensor,
+    routed: Network,
+    experts: Tensor,
+    shared: Network | None,
+    dgate_up: Tensor,
+    hidden: Tensor,
+    shared_dgate_up: Tensor,
+    shared_hidden: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of w13 and w2, and of both shared weights; empty where one is not needed."""
+
+    def run(network: Network, batch: Batch, dgate_up: Tensor, hidden: Tensor, needs: list[bool]) -> list[Tensor]:
+        dw13 = dw2 = x.new_empty(0)
+        if needs[1]:
+            dy = Rows(dout, batch.source) if steps.wgrad_requantizes else steps.rows(dout, batch)
+            dw2 = steps.wgrad(dy, Rows(hidden), batch, network.w2)
+        if needs[0]:
+            rows = Rows(x, batch.source) if steps.wgrad_requantizes else steps.rows(x, batch)
+            dw13 = steps.wgrad(Rows(dgate_up), rows, batch, network.w13)
+        return [dw13, dw2]
+
+    gradients = [x.new_empty(0)] * 4
+    if any(needs[:2]):
+        gradients[:2] = run(routed, _routed(experts, routed)[0], dgate_up, hidden, needs[:2])
+    if shared is not None and any(needs[2:]):
+        gradients[2:] = run(shared, steps.every_token(x), shared_dgate_up, shared_hidden, needs[2:])
+    return tuple(gradients)
+
+
+def split_operations(plain: Steps, quantized: Steps) -> tuple[Callable, Callable]:
+    """Both halves on the operations' flat arguments, of steps for plain and for e4m3 operands."""
+
+    def inputs(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *block, gate_up, shared_gate_up, fp8 = args
+        return backward_inputs(quantized if fp8 else plain, dout, *_block(*block), gate_up, shared_gate_up)
+
+    def of_weights(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *block, _, _, dgate_up, hidden, shared_dgate_up, shared_hidden, fp8, needs = args
+        x, routed, _, experts, shared = _block(*block)
+        kept = dgate_up, hidden, shared_dgate_up, shared_hidden
+        return backward_weights(quantized if fp8 else plain, dout, x, routed, experts, shared, *kept, needs)
+
+    return inputs, of_weights

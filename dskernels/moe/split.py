@@ -1,0 +1,98 @@
+"""The backward of `fused_experts` in two halves, for gradients of weights that wait (see `dskernels.later`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dskernels.dispatch import Operation
+from dskernels.later import Waiting
+
+# Of (x, w13, w2, weights, w13 and w2 of the shared expert), which the first half gives, and which the second.
+FIRST, SECOND = (0, 3), (1, 2, 4, 5)
+
+
+def _needs(places: Sequence[int], among: Sequence[bool]) -> list[bool]:
+    return [i in places and needed for i, needed in enumerate(among)]
+
+
+def _inputs_reference(dout, *args):
+    from dskernels.moe.api import _fused_experts_backward_reference
+
+    *block, fp8 = args
+    gradients = _fused_experts_backward_reference(dout, *block, fp8, _needs(FIRST, [True] * 6))
+    kept = _inputs_fake(dout, *args)[2:]  # which the reference's second half does not read
+    return gradients[0], gradients[3], *(tensor.zero_() for tensor in kept)
+
+
+def _weights_reference(dout, *args):
+    from dskernels.moe.api import _fused_experts_backward_reference
+
+    *block, _, _, _, _, fp8, needs = args
+    among = [False] * 6
+    for place, needed in zip(SECOND, needs, strict=True):
+        among[place] = needed
+    gradients = _fused_experts_backward_reference(dout, *block, fp8, among)
+    return tuple(gradients[place] for place in SECOND)
+
+
+def _inputs_fake(dout, x, w13, w13_scale, w2, w2_scale, weights, experts, shared_w13, *args):
+    rows, width = experts.numel(), w13.shape[1]
+    shared_width = 0 if shared_w13 is None else shared_w13.shape[0]
+    shared_rows = 0 if shared_w13 is None else x.shape[0]
+    return (
+        x.new_empty(x.shape),
+        weights.new_empty(weights.shape),
+        x.new_empty(rows, width),
+        x.new_empty(rows, width // 2),
+        x.new_empty(shared_rows, shared_width),
+        x.new_empty(shared_rows, shared_width // 2),
+    )
+
+
+def _weights_fake(dout, *args):
+    needs, places = args[-1], (1, 3, 7, 9)
+    return tuple(
+        args[i].new_empty(args[i].shape) if needed else dout.new_empty(0)
+        for i, needed in zip(places, needs, strict=True)
+    )
+
+
+BLOCK = (
+    "Tensor dout, Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale, Tensor weights, "
+    "Tensor experts, Tensor? shared_w13, Tensor? shared_w13_scale, Tensor? shared_w2, Tensor? shared_w2_scale, "
+    "Tensor gate_up, Tensor shared_gate_up"
+)
+
+backward_inputs = Operation(
+    f"fused_experts_backward_inputs({BLOCK}, bool fp8) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_inputs_reference,
+    triton="dskernels.moe.triton_experts:fused_experts_backward_inputs",
+    hopper="dskernels.moe.hopper:fused_experts_backward_inputs",
+    fake=_inputs_fake,
+)
+backward_weights = Operation(
+    f"fused_experts_backward_weights({BLOCK}, Tensor dgate_up, Tensor hidden, Tensor shared_dgate_up, "
+    "Tensor shared_hidden, bool fp8, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_weights_reference,
+    triton="dskernels.moe.triton_experts:fused_experts_backward_weights",
+    hopper="dskernels.moe.hopper:fused_experts_backward_weights",
+    fake=_weights_fake,
+)
+
+
+def split(
+    waiting: Waiting, dout: Tensor, block: Sequence[Any], fp8: bool, needs: Sequence[bool], impl: str | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the routing weights now; those of the weights go to where they wait."""
+    dx, dweights, *kept = backward_inputs(dout, *block, fp8, impl=impl)
+    among = [needs[place] for place in SECOND]
+
+    def rest() -> list[Tensor]:
+        gradients = backward_weights(dout, *block, *kept, fp8, among, impl=impl)
+        return [gradient for gradient, needed in zip(gradients, among, strict=True) if needed]
+
+    waiting.compute(rest)
+    return dx, dweights
