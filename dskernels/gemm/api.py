@@ -273,14 +273,19 @@ def _save(ctx: Any, args: tuple, output: tuple[Tensor, ...]) -> None:
     kept = (None, x_t, x_t_scale) if keep else (x if wants else None, None, None)
     ctx.save_for_backward(*kept, weight, scale)
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.waiting = waiting_for(weight)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     x, x_t, x_t_scale, weight, scale = ctx.saved_tensors
     needs_dx, needs_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[1] and scale is None
     dx = dw = db = None
+    operands = x, x_t, x_t_scale, weight, scale
+    if dy is not None and needs_dw and ctx.waiting is not None:
+        of = (dy.contiguous(), *operands, ctx.ue8m0)
+        ctx.waiting.compute(lambda: _fp8_linear_backward(*of, False, True, impl=ctx.impl)[1:])
+        needs_dw = False
     if dy is not None and (needs_dx or needs_dw):
-        operands = x, x_t, x_t_scale, weight, scale
         dx, dw = _fp8_linear_backward(dy.contiguous(), *operands, ctx.ue8m0, needs_dx, needs_dw, impl=ctx.impl)
     if dy is not None and ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         db = dy.float().sum(0).to(ctx.bias_dtype)
