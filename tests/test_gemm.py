@@ -216,11 +216,15 @@ def test_registration():
     ops = torch.ops.dskernels
     flat = (A.data, A.scale, B.data, B.scale, 128)
     check_registration(ops.fp8_gemm.default, (*flat, torch.randn(130), torch.zeros(4, 130), True))
-    check_registration(ops.fp8_linear.default, (X, B.data, B.scale, None))
+    check_registration(ops.fp8_linear.default, (X, B.data, B.scale, None, None, None, False, False))
     x, w = X.clone().requires_grad_(), W.clone().requires_grad_()
-    check_registration(ops.fp8_linear.default, (x, w, None, torch.randn(130, requires_grad=True)))
-    check_registration(ops.fp8_linear_backward.default, (torch.randn(4, 130), X, W, None, True, True))
-    check_registration(ops.fp8_linear_backward.default, (torch.randn(4, 130), X, W, None, False, True))
+    bias = torch.randn(130, requires_grad=True)
+    check_registration(ops.fp8_linear.default, (x, w, None, bias, None, None, False, True))
+    check_registration(ops.fp8_linear.default, (x, w, None, bias, A.data, A.scale, True, False))
+    dy, x_t = torch.randn(4, 130), ds.quantize(X, (128, 1), transpose=True)
+    kept = x_t.data.view(torch.uint8), x_t.scale
+    check_registration(ops.fp8_linear_backward.default, (dy, X, None, None, W, None, True, True, True))
+    check_registration(ops.fp8_linear_backward.default, (dy, None, *kept, W, None, False, False, True))
 
 
 def test_compiles_whole():

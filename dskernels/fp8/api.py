@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -210,6 +210,9 @@ def rmsnorm_quantize(
     Raises:
         TypeError, ValueError: as :func:`quantize`, and ValueError where `weight` or `residual` does not fit `x`.
 
+    Differentiable in `x`, `weight` and `residual`, through the norm and through the stream, by
+    :func:`rmsnorm_backward`, for which the stream is kept and not the norm. What is quantised carries no gradient: it
+    goes beside the norm to what multiplies it, see :func:`dskernels.fp8_linear`.
     Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4; DeepSeek-V3 report, section 3.3.
     """
     check_choice("scale_format", scale_format, SCALE_FORMATS)
@@ -360,3 +363,29 @@ _rmsnorm_backward = Operation(
     triton="dskernels.fp8.triton_norm:rmsnorm_backward",
     fake=lambda dy, x, weight, eps, dresidual: (x.new_empty(x.shape), torch.empty_like(weight)),
 )
+
+
+def _save_rmsnorm(ctx: Any, args: tuple, output: tuple[Tensor, ...]) -> None:
+    x, weight, ctx.eps, residual, *_ = args
+    data, scale, total, _ = output
+    ctx.mark_non_differentiable(data, scale)
+    ctx.set_materialize_grads(False)
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(total if ctx.has_residual else x, weight)
+
+
+def _differentiate_rmsnorm(
+    ctx: Any, _data: None, _scale: None, dtotal: Tensor | None, dnormed: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    stream, weight = ctx.saved_tensors
+    dtotal = dtotal if ctx.has_residual else None
+    if dnormed is None:
+        dx, dweight = dtotal, None
+    else:
+        dtotal = None if dtotal is None else dtotal.contiguous()
+        impl = "triton" if ctx.impl == "hopper" else ctx.impl  # there is no other
+        dx, dweight = _rmsnorm_backward(dnormed.contiguous(), stream, weight, ctx.eps, dtotal, impl=impl)
+    return dx, dweight, None, dx if ctx.has_residual else None, None, None
+
+
+_rmsnorm_quantize.register_autograd(_differentiate_rmsnorm, _save_rmsnorm)

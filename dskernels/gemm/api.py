@@ -189,25 +189,28 @@ def _fp8_linear_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     form = "ue8m0" if ue8m0 else "fp32"
     rows = None if a is None or a_scale is None else Fp8Tensor(a, a_scale)
-    kept = _nothing_kept(x)
+    columns = None
     if keep and rows is None:
         rows, columns = quantize_both(x, scale_format=form, impl=impl)
-        kept = columns.data, columns.scale
     elif keep:
         columns = quantize(x, (128, 1), scale_format=form, transpose=True, impl=impl)
-        kept = columns.data, columns.scale
     elif rows is None:
         rows = quantize(x, scale_format=form, impl=impl)
+    # As bytes: what autograd would do with a result in e4m3 (add gradients up, say) torch cannot.
+    kept = _nothing_kept(x) if columns is None else (columns.data.view(torch.uint8), columns.scale)
     return fp8_gemm(rows, weight_operand(weight, scale, False, impl), out_dtype=x.dtype, bias=bias, impl=impl), *kept
 
 
 def _nothing_kept(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty((0, 0), dtype=torch.float8_e4m3fn), x.new_empty((0, 0), dtype=torch.float32)
+    return x.new_empty((0, 0), dtype=torch.uint8), x.new_empty((0, 0), dtype=torch.float32)
 
 
 def _fp8_linear_fake(x, weight, scale, bias, a, a_scale, ue8m0, keep):
-    kept = empty_quantized(x, (128, 1), transpose=True) if keep else _nothing_kept(x)
-    return x.new_empty(x.shape[0], weight.shape[0]), *kept
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    if not keep:
+        return y, *_nothing_kept(x)
+    data, scale = empty_quantized(x, (128, 1), transpose=True)
+    return y, data.view(torch.uint8), scale
 
 
 def _fp8_linear_gradients(
@@ -236,7 +239,7 @@ def _fp8_linear_gradients(
         if x is not None:
             kept = quantize(x, (128, 1), scale_format="ue8m0" if ue8m0 else "fp32", transpose=True, impl=impl)
         elif x_t is not None and x_t_scale is not None:
-            kept = Fp8Tensor(x_t, x_t_scale)
+            kept = Fp8Tensor(x_t.view(torch.float8_e4m3fn), x_t_scale)
         else:
             raise ValueError("x, x_t: expected one of them, as the gradient of the weight is wanted")
         dw = fp8_gemm(columns, kept, out_dtype=weight.dtype, impl=impl)
