@@ -38,6 +38,7 @@ static double __hiloint2double(u32 high, u32 low) {
 }
 static double __fma_rn(double x, double y, double z) { return fma(x, y, z); }
 static float mul(float x, float y) { return x * y; }
+static void begin_dependent() {}
 static float add(float x, float y) { return x + y; }
 static float fma(float x, float y, float z) { return fmaf(x, y, z); }
 static void store(void* p, uint4 v, bool valid) { if (valid) memcpy(p, &v, 16); }

@@ -12,7 +12,7 @@
 //
 // `Tiles` says which tiles this CTA computes, in which order. Every thread walks a copy of its own:
 //   valid()         whether there is one more; next() goes on to it
-//   row()           of A and of C, where the tile begins; rows(): how many of C it may write from there on
+//   row()           of A, where the tile begins; c_row(): of C; rows(): how many of C it may write from there on
 //   b_row()         of B, where it begins
 //   column()        of C, where it begins
 //   b_scales(s, i)  where in the matrix `s` of scales those of the tile's row i of B are, or of any row of B where valid() is false
@@ -166,13 +166,13 @@ __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 r
 
 // The share of this CTA of the cluster's tile, added up: rows 8 * SHARE * rank to 8 * SHARE * (rank + 1) of the tile of C. The same thread
 // of every CTA holds the same elements.
-__device__ __forceinline__ void add_up(float (&sum)[SHARE * 4], const float (&total)[TOKENS / 2], const Memory& memory, int rank) {
-    const u32 mine = memory.received + threadIdx.x * 16;
+__device__ __forceinline__ void add_up(float (&sum)[SHARE * 4], const float (&total)[TOKENS / 2], u32 received, u32 all_received, int rank) {
+    const u32 mine = received + threadIdx.x * 16;
     cluster_wait();
 #pragma unroll
     for (int to = 0; to < SPLIT; ++to) {
         const u32 slot = (rank < to ? rank : rank - 1) * SHARE * CONSUMERS * 16;
-        const u32 there = cluster_addr(mine + slot, to), counted = cluster_addr(memory.all_received, to);
+        const u32 there = cluster_addr(mine + slot, to), counted = cluster_addr(all_received, to);
 #pragma unroll
         for (int j = 0; j < SHARE; ++j) {
             if (to * SHARE + j >= GROUPS) break;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void add_up(float (&sum)[SHARE * 4], const float (&to
             }
         }
     }
-    barrier_wait(memory.all_received, 0);
+    barrier_wait(all_received, 0);
 #pragma unroll
     for (int j = 0; j < SHARE; ++j) {
         const float own[4] = {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]};
@@ -297,11 +297,11 @@ __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memor
             }
         }
         if (SPLIT == 1) {
-            write(total, out, memory.c, tiles.row(), 0, tiles.rows(), tiles.column());
+            write(total, out, memory.c, tiles.c_row(), 0, tiles.rows(), tiles.column());
         } else {
             float sum[SHARE * 4];
-            add_up(sum, total, memory, rank);
-            write(sum, out, memory.c, tiles.row(), rank * SHARE * 8, tiles.rows(), tiles.column());
+            add_up(sum, total, memory.received, memory.all_received, rank);
+            write(sum, out, memory.c, tiles.c_row(), rank * SHARE * 8, tiles.rows(), tiles.column());
         }
         tiles = following;
     } while (SPLIT == 1 && tiles.valid());

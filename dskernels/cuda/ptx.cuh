@@ -98,6 +98,14 @@ __device__ __forceinline__ void tma_load_evict_first(u32 dst, const TensorMap* m
         "l"(map), "r"(barrier), "r"(x), "r"(y)
         : "memory");
 }
+// The same tile, as far as the L2. It may be asked for before `wait_for_dependency`, even where the kernel in front writes it.
+__device__ __forceinline__ void tma_prefetch_evict_first(const TensorMap* map, int x, int y) {
+    asm volatile(
+        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.prefetch.tensor.2d.L2.global.L2::cache_hint [%0, {%1, %2}], policy;}" ::"l"(map),
+        "r"(x), "r"(y)
+        : "memory");
+}
 // The same tile to every CTA of the cluster that `mask` names, at the same place, counted by each CTA's own barrier.
 __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map, u32 barrier, int x, int y, u16 mask) {
     asm volatile(
@@ -204,6 +212,12 @@ __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.
 // Let the kernel behind this one begin, if its launch is programmatic; and wait until the kernel in front has ended and its results are there.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_dependency() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Both, as a kernel whose launch is programmatic begins: in this order, so that all in front of it has ended before the one behind it begins,
+// which then may read before it waits whatever this one does not write.
+__device__ __forceinline__ void begin_dependent() {
+    wait_for_dependency();
+    launch_dependents();
+}
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ rmsnorm_quantize(const u16* __restrict__ x, const u16* __restrict__ residual, co
     __shared__ double sums[WARPS];
     const int lane = threadIdx.x % 32, chunks = cols / 8;
     const long long row = blockIdx.x;
+    begin_dependent();
 
     uint4 a[PER];
 #pragma unroll

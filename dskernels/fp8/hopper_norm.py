@@ -65,6 +65,7 @@ def _rmsnorm_quantize(
         threads=32 * config.warps,
         shared=0,
         device=x.device,
+        programmatic=True,
     )
 
 

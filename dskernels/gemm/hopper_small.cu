@@ -21,6 +21,7 @@ struct Tiles {
     __device__ __forceinline__ bool valid() const { return n < N; }
     __device__ __forceinline__ void next() { n += step; }
     __device__ __forceinline__ int row() const { return m; }
+    __device__ __forceinline__ int c_row() const { return m; }
     __device__ __forceinline__ int rows() const { return M - m; }
     __device__ __forceinline__ int b_row() const { return n; }
     __device__ __forceinline__ int column() const { return n; }
@@ -42,6 +43,15 @@ fp8_gemm_small(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
     extern __shared__ __align__(1024) u8 smem[];
     const bool only = SPLIT > 1 || (N + TILE - 1) / TILE * ((M + TOKENS - 1) / TOKENS) <= gridDim.x;
     const Tiles tiles(M, N, K, stride_sb);
+    // A programmatic launch: while the kernel in front of this one ends, B, or as much of it as will be asked for at once, is on its way. With 64
+    // tokens that would take more registers than three CTAs on a multiprocessor have.
+    if (TOKENS < 64 && threadIdx.x / 32 == WARPS && elect_one()) {
+        Tiles ahead = tiles;
+        for (int i = 0; ahead.valid() && i < stages; ahead.next())
+#pragma unroll 1
+            for (int k = 0; k < ahead.blocks() && i < stages; ++k, ++i) tma_prefetch_evict_first(&map_b, (ahead.block() + k) * BLOCK_K, ahead.b_row());
+    }
+    begin_dependent();
     const Output out{c, bias, N, stride_c};
     block_scaled_gemm_small(tiles, Memory(smem_addr(smem), stages, only), stages, &map_a, &map_b, &map_sa, sb, out);
 }

@@ -56,6 +56,7 @@ def plan(
         threads=2 * config.tile + 32,
         shared=config.shared_bytes(stages, config.tiles(m, n, processors)),
         device=a.device,
+        programmatic=True,
     )
 
 

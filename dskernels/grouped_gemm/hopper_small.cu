@@ -38,6 +38,7 @@ struct Tiles {
         locate();
     }
     __device__ __forceinline__ int row() const { return m; }
+    __device__ __forceinline__ int c_row() const { return m; }
     __device__ __forceinline__ int rows() const { return left; }
     __device__ __forceinline__ int b_row() const { return group * N + n; }
     __device__ __forceinline__ int column() const { return n; }

@@ -81,6 +81,8 @@ class Steps:
         hidden: silu(gate) * up of ``[rows, 2I]`` as an operand.
         wgrad: the gradient of a weight, given the rows of both operands and the weight.
         wgrad_requantizes: whether that takes tokens as they are, since it quantises along an expert's rows.
+        few: the output of the whole block for a few tokens, given them as an operand, their dtype, the routed network,
+            weights, ids, and how many experts at its end are shared; or None if it does not take them.
     """
 
     operand: Callable[[Tensor], Operand]
@@ -91,6 +93,7 @@ class Steps:
     hidden: Callable[[Tensor], Operand]
     wgrad: Callable[[Rows, Rows, Batch, Tensor], Tensor]
     wgrad_requantizes: bool
+    few: Callable[[Operand, torch.dtype, Network, Tensor, Tensor, int], Tensor | None] | None = None
 
 
 def forward(
@@ -113,6 +116,10 @@ def forward(
     of_shared = x.new_empty(0, 0 if shared is None else shared.w13.shape[0])
     if shared is not None and not keep and (together := _one_stack(steps, routed, shared)) is not None:
         routed, shared, n_shared = together, None, 1
+    if steps.few is not None and shared is None and not keep:
+        out = steps.few(a, x.dtype, routed, weights, experts, n_shared)
+        if out is not None:
+            return out, x.new_empty(0, routed.w13.shape[1]), of_shared
     if n_shared:
         experts, weights = append_choices(experts, weights, routed.w13.shape[0] - n_shared, n_shared)
 

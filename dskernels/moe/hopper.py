@@ -23,8 +23,9 @@ from dskernels.gemm.api import _fp8_gemm
 from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm import hopper as grouped
 from dskernels.grouped_gemm.hopper_quantize import quantize_grouped
-from dskernels.moe import experts
+from dskernels.moe import experts, hopper_few
 from dskernels.moe.experts import Batch, Operand, Rows, Steps, parts
+from dskernels.moe.experts_split import split_operations
 from dskernels.moe.triton import permute_rows
 from dskernels.moe.triton_swiglu import swiglu
 from dskernels.types import Fp8Tensor
@@ -90,9 +91,11 @@ FP8 = replace(
     hidden=lambda gate_up: Fp8Tensor(*_swiglu_quantize(gate_up, False, False)),
     wgrad=_fp8_wgrad,
     wgrad_requantizes=True,
+    few=hopper_few.fused_experts,
 )
 
 fused_experts, fused_experts_backward = experts.operations(PLAIN, FP8)
+fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(PLAIN, FP8)
 
 
 def fused_experts_supports(x: Tensor, *args: object) -> str | None:
@@ -105,6 +108,18 @@ def fused_experts_backward_supports(dout: Tensor, x: Tensor, *args: object) -> s
     """Why these kernels do not take its backward, or None."""
     *block, _, _, fp8, _ = args
     return _reason_against(x, block, bool(fp8)) or (_reason_against_rows("dout", dout) if fp8 else None)
+
+
+def fused_experts_backward_inputs_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why these kernels do not take its first half, or None."""
+    *block, _, _, fp8 = args
+    return fused_experts_backward_supports(dout, x, *block, None, None, fp8, None)
+
+
+def fused_experts_backward_weights_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why these kernels do not take its second half, or None."""
+    *block, _, _, _, _, _, _, fp8, _ = args
+    return fused_experts_backward_supports(dout, x, *block, None, None, fp8, None)
 
 
 def _reason_against(x: Tensor, block: Sequence[object], fp8: bool) -> str | None:

@@ -31,6 +31,7 @@ mla_decode_queries(const __grid_constant__ TensorMap map_q, const __grid_constan
     const int head = blockIdx.x / SPANS, span = blockIdx.x % SPANS, first = blockIdx.y * TOKENS;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
 
+    begin_dependent();
     if (threadIdx.x == 0) {
         for (int i = 0; i <= BOXES; ++i) barrier_init(barrier_q + i * 8, 1);
         barrier_init_fence();

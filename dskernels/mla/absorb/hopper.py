@@ -49,6 +49,7 @@ def plan(config: HopperConfig, q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor
         threads=config.threads,
         shared=config.shared,
         device=q.device,
+        programmatic=True,
     )
 
 

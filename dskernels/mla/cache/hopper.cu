@@ -154,6 +154,7 @@ write_latent_cache(const u8* __restrict__ kv, const u8* __restrict__ k_rope, con
     const Inputs in{kv, k_rope, cos, sin, slots, stride_kv, stride_k_rope, stride_cos, stride_sin, tokens};
     const Place at;
     const u32 t = blockIdx.x * (2 * WARPS) + threadIdx.x / LANES;
+    begin_dependent();
     uint4 weights[CHUNKS];
 #pragma unroll
     for (int i = 0; i < CHUNKS; ++i) {

@@ -66,6 +66,7 @@ def plan(
         threads=32 * config.warps,
         shared=0,
         device=kv.device,
+        programmatic=True,
     )
 
 

@@ -1,0 +1,227 @@
+// The rest of the expert block for a few tokens, at most 8, on sm_90a, in one launch: silu(gate) * up of what hopper_few_up.cu left, quantised, times
+// each expert's B [N, K], weighted and summed over the experts.
+//
+// An expert after the other, K of all of them makes one long sum: out = sum over e of (w_e * A_e) @ B_e.T, where a routing weight goes into the scales
+// of A. SPLIT CTAs of a cluster share it, each some blocks of 128, for TILE rows of B, and add up what they have as the plain products do, in a
+// fixed order. All CTAs quantise what they multiply, which is little; the weights they ask for before that, and before the kernel in front has ended.
+//
+// Options (-D): those of cuda/fp8_gemm_small.cuh, TOKENS 8, OUT 0 or 1, and UE8M0 0.
+
+constexpr bool ANY_ROW = false;
+#include "fp8_gemm_small.cuh"
+#include "few_experts.cuh"
+#include "quantize.cuh"
+
+constexpr int CHUNK = 16;            // blocks of A that are quantised at a time
+constexpr u32 UNCHOSEN = 0x7fa5a5a5;  // in place of a weight, and of a scale: a NaN that no arithmetic makes
+
+static_assert(TOKENS == 8 && OUT != 2, "rows of A are one swizzled box of 8");
+
+// What lies where in shared memory. C is written over the stages, which by then are free.
+struct Layout {
+    u32 rows, a, received, scales, weights, ids, all_received, barriers, chosen;
+
+    __device__ __forceinline__ Layout(u32 base, int stages, int most, int choices)
+        : rows(base), a(rows + stages * B_BYTES), received(a + CHUNK * A_BYTES), scales(received + RECEIVED), weights(scales + CHUNK * TOKENS * 4),
+          ids(weights + most * TOKENS * 4), all_received(ids + (choices + 1) / 2 * 8), barriers(all_received + 8), chosen(barriers + stages * 16) {}
+    __device__ __forceinline__ u32 full(int stage) const { return barriers + stage * 16; }
+    __device__ __forceinline__ u32 empty(int stage) const { return barriers + stage * 16 + 8; }
+    __device__ __forceinline__ u32 weight(int place, int token) const { return weights + (place * TOKENS + token) * 4; }
+};
+
+// One block of the long sum after the other: which expert of the list, and which of its blocks.
+struct Walk {
+    int of_expert, place, block;
+    __device__ __forceinline__ Walk(int at, int of_expert) : of_expert(of_expert), place(at / of_expert), block(at - place * of_expert) {}
+    __device__ __forceinline__ void next() {
+        if (++block == of_expert) block = 0, ++place;
+    }
+};
+
+__device__ __forceinline__ bool is_chosen(float weight) { return __float_as_uint(weight) != UNCHOSEN; }
+__device__ __forceinline__ uint4 load_fresh(const u16* p, bool valid) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];}"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+                 : "l"(p), "r"((int)valid)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ float number(const uint4& v, int j) { return widen((u16)(word(v, j / 2) >> j % 2 * 16), OUT); }
+
+// 128 columns of a token, 8 of each of 16 lanes, to row `token` of the box at `to`, and their scale, times the weight, to `scale_to`. Of a token that
+// did not choose the expert the row stays as it is, and the scale says so.
+__device__ __forceinline__ void quantize_gated(const uint4& gate, const uint4& up, u32 to, int token, u32 scale_to, float weight) {
+    const int lane = threadIdx.x % 16;
+    float y[8], amax = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        const float x = number(gate, j);
+        y[j] = mul(mul(x, sigmoid(x)), number(up, j));
+        amax = larger(amax, y[j]);
+    }
+    u32 bits = __float_as_uint(amax);
+#pragma unroll
+    for (int m = 8; m; m /= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, m));
+    const float scale = scale_of(bits);
+    Divisor d;
+    prepare(d, scale);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) y[j] = divided(y[j], d);
+    if (lane == 0) smem_store(scale_to, is_chosen(weight) ? mul(scale, weight) : weight);
+    if (!is_chosen(weight)) return;
+    const u32 at = to + token * 128 + ((lane / 2 ^ token) * 16) + lane % 2 * 8;
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(e4m3(y[0], y[1], y[2], y[3])), "r"(e4m3(y[4], y[5], y[6], y[7])) : "memory");
+}
+
+// total += the product of a block of B, at `rows`, and one of A, times both scales; `columns` are those of this thread's two tokens, which get
+// nothing where they did not choose the expert, whatever its weights are.
+__device__ __forceinline__ void multiply_chosen(float (&total)[4], u32 rows, u32 a, u32 columns, float scale) {
+    const u64 left = operand_k_major(rows), right = operand_k_major(a);
+    float part[4];
+    registers_fence(part);
+    wgmma_begin();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) multiply(part, left + 2 * j, right + 2 * j, j != 0);
+    wgmma_commit();
+    const float2 s = smem_load2(columns);
+    wgmma_wait<0>();
+    registers_fence(part);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        const float of_token = e % 2 ? s.y : s.x;
+        total[e] = is_chosen(of_token) ? fma(part[e], mul(of_token, scale), total[e]) : total[e];
+    }
+}
+
+// `gate_up` is [places, tokens, 2 * K] as hopper_few_up.cu writes it. `most` is how many experts there may be in the list.
+extern "C" __global__ void
+#if SPLIT > 1
+__cluster_dims__(SPLIT, 1, 1)
+#endif
+__launch_bounds__(CONSUMERS + 32)
+few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restrict__ sb, const u16* gate_up, const int* weights,
+                 const int* ids, Element* out, int tokens, int top_k, int routed, int shared, int most, int N, int K, int stride_weights,
+                 long long stride_sb_expert, int stride_sb, int stages) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const Layout memory(smem_addr(smem), stages, most, tokens * top_k);
+    const Chosen chosen{memory.chosen};
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, rank = SPLIT > 1 ? cluster_rank() : 0;
+    const int n = blockIdx.x / SPLIT * TILE, of_expert = (K + BLOCK_K - 1) / BLOCK_K;
+
+    // hopper_few_up.cu may still run. What is read here, ids, weights, B and its scales, is older than its results, see `begin_dependent`.
+    chosen.clear();
+    for (int i = threadIdx.x; i < CHUNK * A_BYTES / 16; i += blockDim.x) smem_store4(memory.a + i * 16, 0.f, 0.f, 0.f, 0.f);
+    proxy_fence();
+    for (int i = threadIdx.x; i < CHUNK * TOKENS; i += blockDim.x) smem_set_word(memory.scales + i * 4, UNCHOSEN);
+    if (warp == WARPS && elect_one()) {
+#pragma unroll 1
+        for (int i = 0; i < stages; ++i) {
+            barrier_init(memory.full(i), 1);
+            barrier_init(memory.empty(i), WARPS);
+        }
+        if (SPLIT > 1) barrier_init(memory.all_received, 1);
+        barrier_init_fence();
+        if (SPLIT > 1) barrier_expect(memory.all_received, rank == 0 ? (SPLIT - 1) * CONSUMERS * 16 : 0);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < tokens * top_k; i += blockDim.x) {
+        const int id = load_fresh(ids + i);
+        smem_set_word(memory.ids + i * 4, id);
+        chosen.add(id, routed);
+    }
+    chosen.list(routed, shared);
+    if (SPLIT > 1) cluster_arrive();  // whoever waits for all of the cluster knows that it may send to `received`
+    const int all = chosen.count() * of_expert, first = all * rank / SPLIT, count = all * (rank + 1) / SPLIT - first;
+
+    if (warp == WARPS) {
+        if (elect_one()) {
+            Walk at(first, of_expert);
+            int stage = 0;
+            u32 phase = 1;  // the first round finds all stages empty
+#pragma unroll 1
+            for (int i = 0; i < count; ++i, at.next()) {
+                barrier_wait(memory.empty(stage), phase);
+                barrier_expect(memory.full(stage), B_BYTES);
+                tma_load_evict_first(memory.rows + stage * B_BYTES, &map_b, memory.full(stage), at.block * BLOCK_K, chosen.expert(at.place) * N + n);
+                if (++stage == stages) stage = 0, phase ^= 1;
+            }
+        }
+        __syncwarp();
+        if (SPLIT > 1) cluster_wait();
+        return;
+    }
+
+    // The weight of each token for each expert. One that chose an expert twice adds up: its first choice does.
+    for (int i = threadIdx.x; i < chosen.count() * TOKENS; i += CONSUMERS)
+        smem_set_word(memory.weights + i * 4, i >= (chosen.count() - shared) * TOKENS ? __float_as_uint(1.f) : UNCHOSEN);
+    named_sync<CONSUMERS>(1);
+    for (int i = threadIdx.x; i < tokens * top_k; i += CONSUMERS) {
+        const int token = i / top_k, begin = token * top_k, id = smem_word(memory.ids + i * 4);
+        bool repeated = (u32)id >= (u32)routed;
+#pragma unroll 1
+        for (int j = begin; j < i; ++j) repeated |= smem_word(memory.ids + j * 4) == id;
+        if (repeated) continue;
+        const int* row = weights + (long long)token * stride_weights - begin;
+        float weight = __int_as_float(load_fresh(row + i));
+#pragma unroll 1
+        for (int j = i + 1; j < begin + top_k; ++j)
+            if (smem_word(memory.ids + j * 4) == id) weight = add(weight, __int_as_float(load_fresh(row + j)));
+        smem_store(memory.weight(chosen.place_of(id), token), weight);
+    }
+    // B's scales of a chunk of blocks, one a lane.
+    auto scale_from = [&](int i) {
+        if (i + lane >= count || lane >= CHUNK) return 0.f;
+        const Walk at(first + i + lane, of_expert);
+        return __ldg(sb + chosen.expert(at.place) * stride_sb_expert + (long long)(n / 128) * stride_sb + at.block);
+    };
+    float scales_next = scale_from(0), total[4] = {};
+    int stage = 0;
+    u32 phase = 0;
+    begin_dependent();
+
+    for (int begin = 0; begin < count; begin += CHUNK) {
+        const float scales_now = scales_next;
+        scales_next = scale_from(begin + CHUNK);
+        const int blocks = min(count - begin, CHUNK), pairs = blocks * tokens;
+        named_sync<CONSUMERS>(1);  // the weights are there; and the chunk before has been multiplied
+        for (int at = 0; at < pairs; at += 16) {
+            // A block of a token to 16 lanes, two of them at a time.
+            uint4 gate[2], up[2];
+            int token[2], block[2];
+            float weight[2];
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+                const int pair = min(at + u * 8 + (int)threadIdx.x / 16, CHUNK * tokens - 1);
+                block[u] = pair / tokens, token[u] = pair - block[u] * tokens;
+                const Walk walk(min(first + begin + block[u], all - 1), of_expert);
+                const int column = walk.block * BLOCK_K + threadIdx.x % 16 * 8;
+                weight[u] = pair < pairs ? smem_load(memory.weight(walk.place, token[u])) : __uint_as_float(UNCHOSEN);
+                const u16* row = gate_up + ((long long)walk.place * tokens + token[u]) * 2 * K + column;
+                const bool valid = column < K && is_chosen(weight[u]);
+                gate[u] = load_fresh(row, valid), up[u] = load_fresh(row + K, valid);
+            }
+#pragma unroll
+            for (int u = 0; u < 2; ++u)
+                quantize_gated(gate[u], up[u], memory.a + block[u] * A_BYTES, token[u], memory.scales + (block[u] * TOKENS + token[u]) * 4, weight[u]);
+        }
+        proxy_fence();
+        named_sync<CONSUMERS>(1);
+#pragma unroll 1
+        for (int i = 0; i < blocks; ++i) {
+            barrier_wait(memory.full(stage), phase);
+            multiply_chosen(total, memory.rows + stage * B_BYTES, memory.a + i * A_BYTES, memory.scales + (i * TOKENS + lane % 4 * 2) * 4,
+                            __shfl_sync(~0u, scales_now, i));
+            if (lane == 0) barrier_arrive(memory.empty(stage));
+            if (++stage == stages) stage = 0, phase ^= 1;
+        }
+    }
+    const Output to{out, nullptr, N, N};
+    if (SPLIT == 1) {
+        write(total, to, memory.rows, 0, 0, tokens, n);
+    } else {
+        float sum[SHARE * 4];
+        add_up(sum, total, memory.received, memory.all_received, rank);
+        write(sum, to, memory.rows, 0, rank * SHARE * 8, tokens, n);
+    }
+}
