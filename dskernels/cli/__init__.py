@@ -7,8 +7,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -19,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from dskernels import __version__
+from dskernels.cli import training
 from dskernels.cli.generation import EXAMPLES, generate
 
 app = typer.Typer(
@@ -144,57 +143,8 @@ def _print_parity(rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
-@app.command()
-def train(
-    config: Annotated[
-        str, typer.Argument(help="A preset (demo, deepseek-v3, ...), a config.json, or a folder that holds one.")
-    ] = "demo",
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(help="Files or folders of text, read as bytes; by default Python's standard library."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for metrics, checkpoint and pictures.")] = Path("run"),
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
-    sequence_length: Annotated[int, typer.Option(help="Longest sequence; documents are cut to it.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 2e-3,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or fp8 (linear layers and experts in e4m3).")] = "fp32",
-    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the text.")] = 0,
-) -> None:
-    """Train a byte-level model on text, and leave a Hugging Face checkpoint, metrics and pictures."""
-    from dskernels.model import Config
-    from dskernels.model.data import find_files, read_corpus, standard_library
-    from dskernels.model.plot import plot_experts, plot_loss, require_matplotlib
-    from dskernels.model.progress import TrainingProgress
-    from dskernels.model.train import TrainConfig
-    from dskernels.model.train import train as run
-
-    require_matplotlib()  # before the training, not after it
-    model_config = Config.from_hf(config) if Path(config).exists() else Config.from_name(config)
-    recipe = TrainConfig(
-        steps=steps,
-        batch_tokens=batch_tokens,
-        sequence_length=sequence_length,
-        learning_rate=learning_rate,
-        final_learning_rate=learning_rate / 10,
-        warmup_steps=min(20, steps // 10),
-        validate_every=max(1, steps // 10),
-        precision=precision,  # type: ignore[arg-type]
-        seed=seed,
-    )
-    corpus = read_corpus(find_files(data) if data else standard_library(), seed=seed)
-    tokens = sum(map(len, corpus.train))
-    console.print(f"{tokens:,} bytes to learn from, {sum(map(len, corpus.validation)):,} held out.")
-    with TrainingProgress(steps, console) as progress:
-        history = run(model_config, corpus, recipe, out=out, progress=progress)
-    (out / "train.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-    first, last = (r["validation_loss"] for r in (history[0], history[-1]))
-    plot_loss(history, out / "loss.png")
-    if any(record.get("load") for record in history):
-        plot_experts(history, out / "experts.png")
-    console.print(f"Held-out loss {first:.3f} -> {last:.3f} nats a byte. Checkpoint, metrics, pictures: {out}.")
-
-
+app.command(epilog=training.EXAMPLES)(training.train)
+app.command()(training.plot)
 app.command(epilog=EXAMPLES)(generate)
 
 

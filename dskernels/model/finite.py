@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from dskernels.model.data import Packed
 
 
-def first_nonfinite(model: nn.Module, text: Sequence[Packed], gradients: Mapping[str, Tensor]) -> str:
+def first_nonfinite(model: nn.Module, text: Sequence[Packed], gradients: Callable[[], Mapping[str, Tensor]]) -> str:
     """Says which tensor was the first that is not finite, in the order in which a training step makes them.
 
     Parameters and buffers come first, then what each module gives in a forward pass that is run again, then gradients
-    from the loss backwards.
+    from the loss backwards, which ``gradients`` computes, by parameter name.
     """
     state: list[tuple[str, str, Tensor]] = [("parameter", *named) for named in model.named_parameters()]
     state += [("buffer", *named) for named in model.named_buffers()]
     return (
         _first(state)
         or _first_output(model, text)
-        or _first(("gradient of", name, gradients[name]) for name in reversed(list(gradients)))
+        or _first(("gradient of", name, gradient) for name, gradient in reversed(list(gradients().items())))
         or "every parameter, module output and gradient is finite by itself"
     )
 

@@ -1,48 +1,180 @@
-"""The optimiser: AdamW on fp32 masters of low-precision parameters."""
+"""The optimiser: AdamW on fp32 masters of low-precision parameters, moments in bf16, nothing waits for the GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+# Numbers that are updated at a time where moments are bf16: their fp32 copies take 256 MB.
+PIECE = 1 << 25
 
 
 class MasterAdamW:
-    """AdamW on fp32 copies of the parameters (report section 3.3.1), or on the parameters where they are fp32."""
+    """AdamW on fp32 copies of the parameters (report section 3.3.1), or on the parameters where they are fp32.
 
-    def __init__(self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> None:
+    Masters, gradients and moments are one flat tensor each, matrices first, so that a step is a few launches whatever
+    the number of parameters, and the norm of the gradient one reduction. The update itself is torch's fused AdamW,
+    which clips (`grad_scale`) and leaves a step out (`found_inf`) on the device. It takes only moments of the dtype of
+    the masters ("expected scalar type Float but found BFloat16"), so that bf16 moments are widened piece by piece
+    before it and rounded to nearest after it: 52 bytes of traffic a number instead of 28, and 8 of memory instead of
+    12 besides gradient and parameter.
+
+    Args:
+        model: whose parameters are updated.
+        betas: of AdamW.
+        weight_decay: on matrices (not on norms).
+        moments: dtype in which moments are kept, torch.bfloat16 as in the report or torch.float32.
+
+    Attributes:
+        masters: fp32, in the order and of the shape of the parameters; views of ``flat``.
+        flat: all masters.
+        exp_avg: first moments, flat likewise.
+        exp_avg_sq: second moments.
+        steps: how many updates were made, fp32 ``[]``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        moments: torch.dtype = torch.float32,
+    ) -> None:
         self.names = [name for name, _ in model.named_parameters()]
         self.parameters = list(model.parameters())
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
-        matrices = [m for m in self.masters if m.dim() > 1]
-        vectors = [m for m in self.masters if m.dim() <= 1]
-        groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
-        self.adamw = torch.optim.AdamW(groups, betas=betas, fused=True)
+        self.betas, self.weight_decay = betas, weight_decay
+        order = sorted(range(len(self.parameters)), key=lambda i: self.parameters[i].dim() <= 1)
+        sizes = [self.parameters[i].numel() for i in order]
+        self._matrices = sum(self.parameters[i].numel() for i in order if self.parameters[i].dim() > 1)
+        device = self.parameters[0].device
+        self.flat = torch.empty(sum(sizes), device=device)
+        self._gradient = torch.zeros_like(self.flat)
+        self.exp_avg = torch.zeros_like(self.flat, dtype=moments)
+        self.exp_avg_sq = torch.zeros_like(self.flat, dtype=moments)
+        self.steps = torch.zeros((), device=device)
+        self._order, self._sizes = order, sizes
+        self.masters = self._views(self.flat)
+        self._gradients = self._views(self._gradient)
+        self._collected = False
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                master.copy_(parameter)
+                if parameter.dtype == torch.float32:
+                    parameter.data = master
+        self._low = [i for i, parameter in enumerate(self.parameters) if parameter.dtype != torch.float32]
+
+    def named(self, flat: Tensor) -> dict[str, Tensor]:
+        """Views of a flat tensor by parameter name."""
+        return dict(zip(self.names, self._views(flat), strict=True))
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        pieces = dict(zip(self._order, flat.split(self._sizes), strict=True))
+        return [pieces[i].view(parameter.shape) for i, parameter in enumerate(self.parameters)]
 
     @torch.no_grad()
     def collect(self) -> None:
         """Adds the gradients of a backward pass to those of the masters, in fp32."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master and parameter.grad is not None:
-                gradient = parameter.grad.float()
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-                parameter.grad = None
+        pairs = [
+            (total, parameter.grad)
+            for total, parameter in zip(self._gradients, self.parameters, strict=True)
+            if parameter.grad is not None
+        ]
+        sums, gradients = [total for total, _ in pairs], [gradient for _, gradient in pairs]
+        if not self._collected:
+            if len(pairs) < len(self.parameters):
+                self._gradient.zero_()
+            torch._foreach_copy_(sums, gradients)
+        else:
+            torch._foreach_add_(sums, [gradient.float() for gradient in gradients])
+        self._collected = True
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
         """By parameter name."""
-        pairs = zip(self.names, self.masters, strict=True)
-        return {name: master.grad for name, master in pairs if master.grad is not None}
+        return dict(zip(self.names, self._gradients, strict=True))
 
-    def clip(self, largest: float) -> Tensor:
-        """Scales the gradient to at most this norm; gives the norm it had."""
-        return nn.utils.clip_grad_norm_(self.masters, largest)
+    def norm(self) -> Tensor:
+        """Of the whole gradient, fp32 ``[]``; not finite where any of its numbers is not."""
+        return torch.linalg.vector_norm(self._gradient)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Updates the masters, copies them to the parameters, and forgets the gradients."""
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
-        self.adamw.zero_grad()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
+    def step(self, learning_rate: float, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """Updates the masters, copies them to the parameters, and forgets the gradients.
+
+        Args:
+            learning_rate: of this step.
+            scale: fp32 ``[]``, what gradients are divided by first; see `clipping`.
+            skip: fp32 ``[]``: where it is 1 nothing changes, whatever the gradient holds.
+        """
+        if self._collected:
+            for begin, end, decay in self._pieces():
+                self._update(slice(begin, end), learning_rate, decay, scale, skip)
+            self.steps += 1.0 if skip is None else 1.0 - skip
+            self.refresh()
+        self._collected = False
+
+    def _pieces(self) -> Iterator[tuple[int, int, float]]:
+        """Parts of the flat tensors with one weight decay."""
+        matrices, total = self._matrices, self.flat.numel()
+        for first, last, decay in ((0, matrices, self.weight_decay), (matrices, total, 0.0)):
+            size = max(last - first, 1) if self.exp_avg.dtype == torch.float32 else PIECE
+            for begin in range(first, last, size):
+                yield begin, min(begin + size, last), decay
+
+    def _update(
+        self, part: slice, learning_rate: float, decay: float, scale: Tensor | None, skip: Tensor | None
+    ) -> None:
+        kept = self.exp_avg[part], self.exp_avg_sq[part]
+        moments = tuple(moment.float() for moment in kept)  # themselves, if they are fp32
+        steps = self.steps.clone()  # which the update counts up, for each part
+        adamw(
+            [self.flat[part]],
+            [self._gradient[part]],
+            [moments[0]],
+            [moments[1]],
+            [],
+            [steps],
+            fused=True,
+            grad_scale=scale,
+            found_inf=skip,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=learning_rate,
+            weight_decay=decay,
+            eps=1e-8,
+            maximize=False,
+        )
+        if kept[0].dtype != torch.float32:
+            torch._foreach_copy_(list(kept), list(moments))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Makes the parameters what the masters are, rounded."""
+        if self._low:
+            torch._foreach_copy_([self.parameters[i] for i in self._low], [self.masters[i] for i in self._low])
+        # Quantised weights are kept until their parameter's version changes, which that of a view of `flat` does not.
+        torch.autograd.graph.increment_version(self.parameters)
+
+    @contextmanager
+    def replaced(self, flat: Tensor) -> Iterator[None]:
+        """With the parameters of other masters for a while, such as their average."""
+        mine = self.flat.clone()
+        self.flat.copy_(flat)
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.flat.copy_(mine)
+            self.refresh()
+
+
+def clipping(norm: Tensor, largest: float) -> Tensor:
+    """What a gradient of this norm is divided by, to have at most that norm."""
+    return ((norm + 1e-6) / largest).clamp(min=1.0)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dskernels.model.disk import writing
+
 History = Sequence[dict[str, Any]]
 
 LOSS_FILE, EXPERTS_FILE, PICTURE_FILE = "loss.png", "experts.png", "training.png"
@@ -77,7 +79,7 @@ def plot_loss(history: History, path: str | Path) -> None:
         ImportError: matplotlib is missing.
         ValueError: the history has no training step.
     """
-    with _figure(path, 7.2, 4.2) as figure:
+    with drawing(path, 7.2, 4.2) as figure:
         _draw_loss(figure.subplots(), history)
 
 
@@ -92,7 +94,7 @@ def plot_experts(history: History, path: str | Path) -> None:
         ImportError: matplotlib is missing.
         ValueError: the history has fewer than two looks at held-out text, or the model no experts.
     """
-    with _figure(path, 7.2, 4.2) as figure:
+    with drawing(path, 7.2, 4.2) as figure:
         _draw_experts(figure, history)
 
 
@@ -111,7 +113,7 @@ def plot_training(history: History, path: str | Path, *, title: str, text: str =
     """
     lines = text.splitlines()
     height = 4.4 + (0.4 + 0.17 * len(lines) if lines else 0.0)
-    with _figure(path, 11.0, height) as figure:
+    with drawing(path, 11.0, height) as figure:
         figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", parse_math=False)
         rows = figure.subfigures(2, 1, height_ratios=[4.4, height - 4.4]) if lines else [figure]
         left, right = rows[0].subfigures(1, 2, width_ratios=[1.1, 1.0])
@@ -120,6 +122,16 @@ def plot_training(history: History, path: str | Path, *, title: str, text: str =
         if lines:
             shown = "\n".join("".join(c if c.isprintable() else "·" for c in line) for line in lines)
             rows[1].text(0.03, 0.98, shown, family="DejaVu Sans Mono", fontsize=9, va="top", parse_math=False)
+
+
+def plot_run(history: History, folder: str | Path) -> list[str]:
+    """Draws the pictures that a run of this history has, into its folder; gives their names."""
+    folder = Path(folder)
+    plot_loss(history, folder / LOSS_FILE)
+    if not any(record.get("load") for record in history):
+        return [LOSS_FILE]
+    plot_experts(history, folder / EXPERTS_FILE)
+    return [LOSS_FILE, EXPERTS_FILE]
 
 
 def _draw_loss(axes: Any, history: History) -> None:
@@ -131,7 +143,7 @@ def _draw_loss(axes: Any, history: History) -> None:
         y = [record[name] for record in steps]
         if any(y):
             axes.plot(x, y, color=color, linewidth=0.6, alpha=0.25)
-            axes.plot(x, _smoothed(y), color=color, linewidth=1.8, label=label)
+            axes.plot(x, smoothed(y), color=color, linewidth=1.8, label=label)
     looks = [record for record in history if "validation_loss" in record]
     y = [record["validation_loss"] for record in looks]
     x = [record["step"] for record in looks]
@@ -169,7 +181,7 @@ def _draw_experts(figure: Any, history: History) -> None:
     bar.set_label("load, 1 = even")
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Exponential moving average over about a thirtieth of the run, without a bias at its beginning."""
     keep = 1 - 1 / max(1.0, len(values) / 30)
     mean, weight, result = 0.0, 0.0, []
@@ -181,7 +193,7 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 @contextmanager
-def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
+def drawing(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """A figure that is written to ``path`` at the end. No window, no global state of pyplot."""
     require_matplotlib()
     import matplotlib
@@ -192,4 +204,5 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
         figure = Figure(figsize=(width, height), layout="constrained", edgecolor="#d1d5db", linewidth=1.5)
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(path, dpi=160, edgecolor=figure.get_edgecolor())
+        with writing(path):
+            figure.savefig(path, dpi=160, edgecolor=figure.get_edgecolor())

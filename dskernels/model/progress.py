@@ -1,15 +1,35 @@
-"""A live line for training in a terminal."""
+"""What is seen of a training run: a live table in a terminal, lines in a log, TensorBoard."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+LOOKS = 10  # rows of earlier looks at held-out text that the table keeps in sight
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "step": ("step", "{:,}".format),
+    "loss": ("loss", "{:.3f}".format),
+    "mtp_loss": ("MTP", "{:.3f}".format),
+    "validation_loss": ("held out", "{:.3f}".format),
+    "balance_loss": ("balance", "{:.2g}".format),
+    "max_load": ("busiest", "{:.2f}×".format),
+    "learning_rate": ("rate", "{:.2g}".format),
+    "gradient_norm": ("gradient", "{:.2g}".format),
+    "tokens_per_second": ("tokens/s", "{:,.0f}".format),
+    "mfu": ("MFU", "{:.1%}".format),
+    "memory_gb": ("GB", "{:.2f}".format),
+}
+BRIEF = {"loss": "loss", "mtp_loss": "MTP", "validation_loss": "held out"}  # of a line in a log
 
 
 class TrainingProgress:
-    """A bar with loss, held-out loss and speed; hand it to `train` as ``progress``.
+    """A bar and a table with a row for each look at held-out text and one for now; hand it to `train` as ``progress``.
 
     ::
 
@@ -26,34 +46,82 @@ class TrainingProgress:
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.console = Console() if console is None else console
         self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console
         )
-        self.task = self.bar.add_task("training", total=steps, said="")
+        self.task = self.bar.add_task("training", total=steps)
         self.last: dict[str, Any] = {}
+        self.looks: list[dict[str, Any]] = []
+        self.live = Live(console=self.console, refresh_per_second=4, get_renderable=self._shown)
 
     def __enter__(self) -> TrainingProgress:
-        self.bar.start()
+        if self.console.is_terminal:
+            self.live.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.bar.stop()
+        if self.console.is_terminal:
+            self.live.stop()
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Shows a line of the metrics."""
         self.last |= record
-        self.bar.update(self.task, completed=record["step"], said=self._said())
-        if "validation_loss" in record and not self.console.is_terminal:
-            self.console.print(f"step {record['step']}: {self._said()}", highlight=False)
+        self.bar.update(self.task, completed=record["step"])
+        if "validation_loss" in record:
+            self.looks.append(dict(self.last))
+            if not self.console.is_terminal:
+                self.console.print(f"step {record['step']}: {self._said()}", highlight=False, soft_wrap=True)
 
     def _said(self) -> str:
-        names = {"loss": "loss", "mtp_loss": "MTP", "validation_loss": "held out"}
-        said = [f"{short} {self.last[name]:.3f}" for name, short in names.items() if name in self.last]
-        if "tokens_per_second" in self.last:
-            said.append(f"{self.last['tokens_per_second']:,.0f} tokens/s")
+        said = [f"{short} {self.last[name]:.3f}" for name, short in BRIEF.items() if name in self.last]
+        for name, after in (("max_load", " busiest"), ("tokens_per_second", " tokens/s"), ("mfu", " MFU")):
+            if self.last.get(name) is not None:
+                said.append(COLUMNS[name][1](self.last[name]) + after)
         return "  ".join(said)
+
+    def _shown(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for head, _ in COLUMNS.values():
+            table.add_column(head, justify="right", no_wrap=True)
+        for row in self.looks[-LOOKS:]:
+            table.add_row(*self._cells(row), style="dim")
+        if self.last and self.last != (self.looks[-1] if self.looks else None):
+            now = {name: value for name, value in self.last.items() if name != "validation_loss"}
+            table.add_row(*self._cells(now), style="bold")
+        return Group(self.bar, table)
+
+    @staticmethod
+    def _cells(record: dict[str, Any]) -> list[str]:
+        return ["-" if record.get(name) is None else write(record[name]) for name, (_, write) in COLUMNS.items()]
+
+
+class TensorBoardLog:
+    """Writes the numbers of a run for TensorBoard; hand it to `train` as ``progress``, or call it beside another.
+
+    Args:
+        run: the run's folder; events go to ``tensorboard`` in it.
+        step: the step from which on the run goes on: what another try wrote after it no longer counts.
+
+    Raises:
+        ImportError: the package `tensorboard` is missing.
+    """
+
+    def __init__(self, run: str | Path, step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ImportError("--tensorboard needs the package: pip install 'dskernels[tensorboard]'") from None
+        self.writer = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Writes a line of the metrics."""
+        for name, value in record.items():
+            if name == "layer_loads":
+                for layer, load in enumerate(value):
+                    self.writer.add_scalar(f"load/layer {layer}", load, record["step"])
+            elif isinstance(value, int | float) and name != "step":
+                kind = "validation" if "validation" in name else "training"
+                self.writer.add_scalar(f"{kind}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self.writer.close()

@@ -93,8 +93,17 @@ def write_tokens(
             with (partial / TOKENS_FILE).open("wb") as file:
                 lengths, largest = _write(ordered, file, encoder, dtype, total, progress)
             lengths.tofile(partial / ENDS_FILE)
-            about = dict(dtype=dtype, documents=len(lengths), held_out=n_validation, tokens=int(lengths.sum()))
-            about |= dict(bytes=total, largest=largest, vocab_size=encoder.vocab_size, tokenizer=encoder.name)
+            about = dict(
+                dtype=dtype,
+                documents=len(lengths),
+                held_out=n_validation,
+                tokens=int(lengths.sum()),
+                bytes=total,
+                largest=largest,
+                vocab_size=encoder.vocab_size,
+                boundary=encoder.boundary,
+                tokenizer=encoder.name,
+            )
             (partial / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n")
             if folder.exists():
                 shutil.rmtree(folder)

@@ -1,0 +1,266 @@
+"""``dskernels train`` and ``dskernels plot``: a run, and pictures of runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from dskernels.model import Config
+    from dskernels.model.data import Corpus
+
+EXAMPLES = """[bold]Examples[/bold]
+
+dskernels train demo --out run
+
+dskernels train small --data 'texts/**/*.txt' --tokenizer train:8192 --precision fp8 --steps 1500 --out run
+
+dskernels train small --data run/tokens --precision bf16 --steps 1500 --out other
+
+dskernels plot run other --out both.png
+"""
+TOKENS = "tokens"
+console = Console()
+
+
+def train(
+    config: Annotated[
+        str, typer.Argument(help="A preset (demo, small, deepseek-v3, ...), a config.json, or a folder that holds one.")
+    ] = "demo",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Files, folders or globs of text, or the tokens folder of another run; by default Python's standard "
+            "library."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tokens, metrics, checkpoints, model and pictures.")] = Path(
+        "run"
+    ),
+    tokenizer: Annotated[
+        str,
+        typer.Option(help="bytes, a tokenizer.json, or train:N: a byte-level BPE of N tokens, trained on the data."),
+    ] = "bytes",
+    held_out: Annotated[float, typer.Option(help="Part of the documents that is not learnt from.")] = 0.05,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or fp8 (linear layers and experts in e4m3).")] = "fp32",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
+    microbatches: Annotated[int, typer.Option(help="Parts that a step is run in, to save memory.")] = 1,
+    sequence_length: Annotated[int, typer.Option(help="Longest sequence; documents are cut to it.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 2e-3,
+    final_learning_rate: Annotated[float | None, typer.Option(help="At the end; by default a tenth.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="By default a tenth of the steps, 20 at most.")] = None,
+    decay_from: Annotated[float, typer.Option(help="Part of the steps after which the rate falls along a cosine.")] = 10
+    / 14.8,
+    settle_from: Annotated[float, typer.Option(help="Part after which rate and router biases stay as they are.")] = 14.3
+    / 14.8,
+    weight_decay: Annotated[float, typer.Option(help="On matrices.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    bias_update_rate: Annotated[float, typer.Option(help="How far a router bias moves a step; 0 leaves them.")] = 0.001,
+    balance_alpha: Annotated[float, typer.Option(help="Factor of the sequence-wise balance loss.")] = 1e-4,
+    mtp_lambda: Annotated[float, typer.Option(help="Weight of the MTP loss.")] = 0.3,
+    final_mtp_lambda: Annotated[float, typer.Option(help="Its weight once the rate falls.")] = 0.1,
+    ema: Annotated[float, typer.Option(help="Decay of an average of the weights, exported too; 0 for none.")] = 0.0,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute/--no-recompute", help="Keep less for the backward and compute it again."),
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of the weights, of the order of the text, and of what is held out.")] = 0,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between two looks at the held-out text; by default a tenth of all.")
+    ] = None,
+    validation_batches: Annotated[int, typer.Option(help="Batches of it, at most all.")] = 4,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints; 0 for none.")] = 200,
+    keep: Annotated[int, typer.Option(help="Checkpoints that are kept.")] = 2,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--restart", help="Go on, or begin anew; by default go on if there is a checkpoint."),
+    ] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write metrics for TensorBoard.")] = False,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu; else the GPU if there is one.")] = None,
+) -> None:
+    """Train a model on text: a live table, checkpoints to go on from, metrics, and a model that generate loads.
+
+    The same command, given again after a run was stopped or killed, goes on where the last checkpoint was made, with
+    the same numbers.
+    """
+    from dskernels.cli.generation import _device
+    from dskernels.model.plot import plot_run, require_matplotlib
+    from dskernels.model.progress import TensorBoardLog, TrainingProgress
+    from dskernels.model.train import Interrupted
+    from dskernels.model.train import train as run
+    from dskernels.model.train_config import TrainConfig
+    from dskernels.model.train_state import checkpoints, read_about
+
+    require_matplotlib()  # before the training, not after it
+    where = _device(device)
+    recipe = TrainConfig(
+        steps=steps,
+        batch_tokens=batch_tokens,
+        microbatches=microbatches,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        final_learning_rate=learning_rate / 10 if final_learning_rate is None else final_learning_rate,
+        warmup_steps=min(20, steps // 10) if warmup_steps is None else warmup_steps,
+        decay_from=decay_from,
+        settle_from=settle_from,
+        weight_decay=weight_decay,
+        clip=clip,
+        bias_update_rate=bias_update_rate,
+        balance_alpha=balance_alpha,
+        mtp_lambda=mtp_lambda,
+        final_mtp_lambda=final_mtp_lambda,
+        precision=precision,  # type: ignore[arg-type]
+        recompute=recompute,
+        ema=ema,
+        seed=seed,
+        validate_every=max(1, steps // 10) if validate_every is None else validate_every,
+        validation_batches=validation_batches,
+    )
+    shape = _shape(config)
+    found = next(iter(checkpoints(out)), None) if resume is not False else None
+    corpus, tokens, about = _text(data, out, tokenizer, held_out, seed, again=found is not None)
+    model_config = _with_vocabulary(shape, config, about)
+    _write_json(out / "train.json", {"config": config, **asdict(recipe)})
+    if found is not None:
+        console.print(f"Going on from {found}.", highlight=False, soft_wrap=True)
+    with ExitStack() as stack:
+        shown: list[Callable[[dict[str, Any]], None]] = [stack.enter_context(TrainingProgress(steps, console))]
+        if tensorboard:
+            log = TensorBoardLog(out, read_about(found)["step"] if found else 0)
+            stack.callback(log.close)
+            shown.append(log)
+
+        def progress(line: dict[str, Any]) -> None:
+            for show in shown:
+                show(line)
+
+        try:
+            history = run(
+                model_config,
+                corpus,
+                recipe,
+                out=out,
+                device=where,
+                progress=progress,
+                checkpoint_every=checkpoint_every,
+                keep=keep,
+                resume=resume,
+                tokenizer_from=tokens,
+            )
+        except Interrupted as interrupted:
+            stack.close()
+            console.print(f"{interrupted}: give the same command again.", highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
+    looks = [line["validation_loss"] for line in history if "validation_loss" in line]
+    pictures = plot_run(history, out)
+    console.print(
+        f"Held-out loss {looks[0]:.3f} -> {looks[-1]:.3f} nats a token. Model, metrics, {', '.join(pictures)}: {out}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or metrics.jsonl files.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="The PNG to write; by default training.png in the folder of the first run.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="What to call a run, once for each; by default its folder's name.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="A line above the picture.")] = "",
+) -> None:
+    """Draw runs, several in one picture: losses, MTP loss, the load of the experts, throughput."""
+    from dskernels.model.plot import PICTURE_FILE, read_history
+    from dskernels.model.plot_runs import plot_runs
+
+    if label is not None and len(label) != len(runs):
+        raise ValueError(f"--label: expected one for each of {len(runs)} runs, got {len(label)}")
+    files = [run / "metrics.jsonl" if run.is_dir() else run for run in runs]
+    names = label or [(run if run.is_dir() else run.parent).resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run) for run in runs]
+    out = files[0].with_name(PICTURE_FILE) if out is None else out
+    plot_runs(dict(zip(names, map(read_history, files), strict=True)), out, title=title)
+    console.print(f"{out}", highlight=False, soft_wrap=True)
+
+
+def _shape(config: str) -> Config:
+    from dskernels.model import Config
+
+    return Config.from_hf(config) if Path(config).exists() else Config.from_name(config)
+
+
+def _text(
+    data: list[Path] | None, out: Path, tokenizer: str, held_out: float, seed: int, again: bool
+) -> tuple[Corpus, Path, dict[str, Any]]:
+    """The text as tokens, the folder they lie in, and what its ``tokens.json`` says of them."""
+    from dskernels.model.config import read_json
+    from dskernels.model.data import document_lengths, find_files, standard_library
+    from dskernels.model.encoders import encoder_of
+    from dskernels.model.token_file import ABOUT_FILE, is_token_folder, read_tokens, write_tokens
+
+    given = data or []
+    if len(given) == 1 and is_token_folder(given[0]):
+        folder = given[0]
+        corpus = read_tokens(folder)
+    elif again and is_token_folder(out / TOKENS):  # what the run was begun with, whatever became of the files
+        folder = out / TOKENS
+        corpus = read_tokens(folder)
+    else:
+        folder = out / TOKENS
+        files = find_files(given) if given else standard_library()
+        for path in given:
+            if path.is_file() and not path.stat().st_size:
+                raise ValueError(f"{path}: empty")
+        columns = (TextColumn("tokenising"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("tokenising", total=None)
+            corpus = write_tokens(
+                files,
+                folder,
+                encoder_of(tokenizer, files),
+                held_out=held_out,
+                seed=seed,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    about = read_json(folder / ABOUT_FILE)
+    counts = [int(document_lengths(documents).sum()) for documents in corpus]
+    console.print(
+        f"{counts[0]:,} tokens in {len(corpus.train):,} documents to learn from, {counts[1]:,} in "
+        f"{len(corpus.validation):,} held out; {about['bytes']:,} bytes, {about['tokenizer']}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return corpus, folder, about
+
+
+def _with_vocabulary(shape: Config, name: str, about: dict[str, Any]) -> Config:
+    """The model for these tokens: their vocabulary, and the token between documents at both ends of a text.
+
+    A tokenizer that was given may have fewer tokens than a model that was given, as DeepSeek-V3's has.
+    """
+    size, boundary = int(about["vocab_size"]), int(about["boundary"])
+    given = Path(str(about["tokenizer"])).name == "tokenizer.json"
+    if given and size <= shape.vocab_size:
+        size = shape.vocab_size
+    if size != shape.vocab_size:
+        console.print(f"A vocabulary of {size:,} tokens; that of {name} has {shape.vocab_size:,}.", highlight=False)
+    return shape.replace(vocab_size=size, bos_token_id=boundary, eos_token_id=(boundary,))
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    from dskernels.model.disk import writing
+
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

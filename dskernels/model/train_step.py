@@ -1,0 +1,191 @@
+"""One training step: forward, backward, update of the parameters and of the router biases; nothing waits for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dskernels as ds
+from dskernels.model.data import Packed
+from dskernels.model.finite import first_nonfinite
+from dskernels.model.loss import Losses, losses
+from dskernels.model.model import DeepseekV3, Output
+from dskernels.model.optimizer import MasterAdamW, clipping
+from dskernels.model.throughput import peak_flops, peak_memory, step_flops
+from dskernels.model.train_config import TrainConfig
+
+Mark = float | torch.cuda.Event  # a moment: of the host's clock, or when the GPU gets there
+# Of a line, what another machine or another day changes.
+MEASURED = ("tokens_per_second", "mfu", "memory_gb")
+
+
+class Stepper:
+    """Runs the steps of one model.
+
+    A step that meets a loss or a gradient that is not finite changes nothing, and no step after it does: the device
+    itself decides, since the host hears of it one step later.
+
+    Args:
+        model: to train.
+        optimizer: of its parameters.
+        config: how.
+    """
+
+    def __init__(self, model: DeepseekV3, optimizer: MasterAdamW, config: TrainConfig) -> None:
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.device = model.embed_tokens.weight.device
+        self.failed = torch.zeros((), device=self.device)  # 1 from the first step on that is not finite
+        self.peak = peak_flops(self.device)
+        self.last: Mark | None = None
+
+    def rest(self) -> None:
+        """Something else than steps comes next, whose time is not to count as theirs."""
+        self.last = None
+
+    def start(self, text: Sequence[Packed], step: int) -> Pending:
+        """Everything of step ``step``, from 0, over these microbatches."""
+        model, config, optimizer = self.model, self.config, self.optimizer
+        with_mtp = config.mtp_lambda_at(step) > 0
+        begin = self._mark() if self.last is None else self.last
+        sums, load = self.backward(text, step)
+        norm = optimizer.norm()
+        numbers = torch.stack([*sums, norm])
+        # Not their sum, which may overflow; 0 times what is not finite is NaN.
+        self.failed = torch.maximum(self.failed, (numbers * 0).sum().ne(0).float())
+        optimizer.step(config.learning_rate_at(step), clipping(norm, config.clip), self.failed)
+        moved = load * (1 - self.failed).to(load.dtype)  # where all are even no bias moves
+        for moe, moe_load in zip(model.moe_layers, moved, strict=True):
+            if moe.gate.e_score_correction_bias is not None:
+                ds.update_bias(moe.gate.e_score_correction_bias, moe_load, config.bias_update_rate_at(step))
+        busiest = load.amax(-1) / load.float().mean(-1).clamp(min=1) if len(load) else load.new_zeros(0).float()
+        values = torch.cat([numbers, self.failed[None], busiest])
+        if values.is_cuda:
+            values = values.to("cpu", non_blocking=True)
+        self.last = self._mark()
+        flops = sum(step_flops(model.config, batch.cu_seqlens, mtp=with_mtp) for batch in text)
+        return Pending(step, text, values, begin, self.last, flops)
+
+    def backward(self, text: Sequence[Packed], step: int) -> tuple[Tensor, Tensor]:
+        """Losses of the step, and the load of each layer's experts; the optimiser has the gradients."""
+        model, config = self.model, self.config
+        mtp_lambda = config.mtp_lambda_at(step)
+        sums, load = torch.zeros(3, device=self.device), no_load(model)
+        predictions = max(sum(int(batch.predictions) for batch in text), 1)
+        for batch in text:
+            share = int(batch.predictions) / predictions
+            batch = batch.to(self.device)
+            output = model(*batch, mtp=mtp_lambda > 0)
+            parts = losses(output, batch, model.config, balance_alpha=config.balance_alpha)
+            # Microbatches hold different numbers of predictions; the loss is the mean over all of them.
+            parts = Losses(parts.main * share, parts.mtp * share, parts.balance / len(text))
+            (parts.main + mtp_lambda * parts.mtp + parts.balance).backward()
+            self.optimizer.collect()
+            sums += torch.stack(parts).detach()
+            count(load, output)
+        return sums, load
+
+    def finish(self, pending: Pending) -> dict[str, Any]:
+        """The line of the metrics of a step, once the device has done it.
+
+        Raises:
+            FloatingPointError: it met something that is not finite; the message names the first such tensor.
+        """
+        if isinstance(pending.end, torch.cuda.Event):
+            pending.end.synchronize()
+        main, ahead, balance, norm, failed, *busiest = pending.values.tolist()
+        if failed:
+            raise FloatingPointError(
+                f"step {pending.step + 1}: loss {main:.4g}, gradient norm {norm:.4g}; " + self._culprit(pending)
+            )
+        seconds = pending.seconds
+        return dict(
+            step=pending.step + 1,
+            loss=main,
+            mtp_loss=ahead,
+            balance_loss=balance,
+            max_load=max(busiest, default=0.0),
+            layer_loads=[round(each, 4) for each in busiest],
+            learning_rate=self.config.learning_rate_at(pending.step),
+            gradient_norm=norm,
+            tokens_per_second=round(self.config.batch_tokens / seconds, 1),
+            mfu=None if self.peak is None else round(pending.flops / seconds / self.peak, 4),
+            memory_gb=round(peak_memory(self.device) / 1e9, 3),
+        )
+
+    def _mark(self) -> Mark:
+        """Now, by the clock of the device."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _culprit(self, pending: Pending) -> str:
+        """The parameters are those before the step, so that it fails again in the same way, and can be looked at."""
+
+        def gradients() -> dict[str, Tensor]:
+            self.backward(pending.text, pending.step)
+            return self.optimizer.gradients()
+
+        return first_nonfinite(self.model, pending.text, gradients)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that the device may still be at.
+
+    Attributes:
+        step: from 0.
+        text: its microbatches, on the CPU.
+        values: its numbers, on their way to the CPU.
+        begin: when the step before it ended, or this one began if there was none just before it.
+        end: when the numbers are there.
+        flops: operations of forward and backward.
+    """
+
+    step: int
+    text: Sequence[Packed]
+    values: Tensor
+    begin: Mark
+    end: Mark
+    flops: float
+
+    @property
+    def seconds(self) -> float:
+        """From begin to end."""
+        if isinstance(self.begin, float) or isinstance(self.end, float):
+            return max(float(self.end) - float(self.begin), 1e-9)  # type: ignore[arg-type]
+        return self.begin.elapsed_time(self.end) / 1000
+
+
+@torch.no_grad()
+def evaluate(model: DeepseekV3, held_out: Sequence[Packed]) -> dict[str, Any]:
+    """Losses on held-out text, and which experts it went to; see `train` for the names."""
+    device = model.embed_tokens.weight.device
+    total, load, predictions = torch.zeros(2, device=device), no_load(model), 0
+    for batch in held_out:
+        here = int(batch.predictions)
+        batch = batch.to(device)
+        output = model(*batch, mtp=True)
+        total += torch.stack(losses(output, batch, model.config, balance_alpha=0.0)[:2]) * here
+        predictions += here
+        count(load, output)
+    main, ahead = (total / max(predictions, 1)).tolist()
+    return dict(validation_loss=main, validation_mtp_loss=ahead, load=load.tolist())
+
+
+def no_load(model: DeepseekV3) -> Tensor:
+    """Zeros for each expert of each layer with experts, int64."""
+    shape = len(model.moe_layers), model.config.n_routed_experts
+    return torch.zeros(shape, dtype=torch.int64, device=model.embed_tokens.weight.device)
+
+
+def count(load: Tensor, output: Output) -> None:
+    """Adds a pass to the load of each layer; MTP modules that did not run add none."""
+    if output.routers:
+        load[: len(output.routers)] += torch.stack([router.routing.load for router in output.routers])
