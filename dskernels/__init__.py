@@ -21,7 +21,7 @@ from dskernels.mla import (
     mla_values_quantize,
     write_latent_cache,
 )
-from dskernels.moe import combine, fused_experts, permute
+from dskernels.moe import combine, feed_forward, fused_experts, permute
 from dskernels.routing import balance_loss, load_statistics, route, route_hidden, update_bias
 from dskernels.types import Fp8Tensor, LoadStatistics, Permuted, Routing
 
@@ -36,6 +36,7 @@ __all__ = [
     "balance_loss",
     "combine",
     "explain",
+    "feed_forward",
     "fp8_gemm",
     "fp8_linear",
     "fused_experts",

@@ -20,13 +20,14 @@ from dskernels.reference.mla import (
     mla_values_quantize,
     write_latent_cache,
 )
-from dskernels.reference.moe import combine, fused_experts, permute
+from dskernels.reference.moe import combine, feed_forward, fused_experts, permute
 from dskernels.reference.routing import balance_loss, load_statistics, route, route_hidden, update_bias
 
 __all__ = [
     "apply_rope",
     "balance_loss",
     "combine",
+    "feed_forward",
     "fp8_gemm",
     "fp8_linear",
     "fused_experts",

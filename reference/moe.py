@@ -64,18 +64,29 @@ def fused_experts(
     """
     x_TH = _wide(x)
     fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in (w13, w2, *(shared or ())))
-    linear: Any = fp8_linear if fp8 else F.linear
-
-    def expert(x_RH: Tensor, w13_IH: Tensor | Fp8Tensor, w2_HI: Tensor | Fp8Tensor) -> Tensor:
-        gate, up = linear(x_RH, _wide(w13_IH)).chunk(2, -1)
-        return linear(F.silu(gate) * up, _wide(w2_HI))
-
-    out = torch.zeros_like(x_TH) if shared is None else expert(x_TH, *shared)
+    out = torch.zeros_like(x_TH) if shared is None else feed_forward(x_TH, *shared, fp8=fp8)
     for e, (w13_IH, w2_HI) in enumerate(zip(_matrices(w13), _matrices(w2), strict=True)):
         token, choice = torch.where(routing.experts == e)
-        y_RH = expert(x_TH[token], w13_IH, w2_HI)
+        y_RH = feed_forward(x_TH[token], w13_IH, w2_HI, fp8=fp8)
         out = out.index_add(0, token, routing.weights[token, choice, None] * y_RH)
     return out.to(x.dtype)
+
+
+def feed_forward(
+    x: Tensor,
+    w13: Tensor | Fp8Tensor,
+    w2: Tensor | Fp8Tensor,
+    *,
+    fp8: bool = False,
+) -> Tensor:
+    """One gated network: ``w2 @ (silu(gate) * up)`` with ``gate, up = w13 @ x`` (Shazeer, arXiv 2002.05202).
+
+    With fp8 weights, or ``fp8=True``, each product is that of `fp8_linear`.
+    """
+    fp8 = fp8 or isinstance(w13, Fp8Tensor) or isinstance(w2, Fp8Tensor)
+    linear: Any = fp8_linear if fp8 else F.linear
+    gate, up = linear(_wide(x), _wide(w13)).chunk(2, -1)
+    return linear(F.silu(gate) * up, _wide(w2)).to(x.dtype)
 
 
 def _matrices(stack: Tensor | Fp8Tensor) -> Sequence[Tensor | Fp8Tensor]:

@@ -123,18 +123,11 @@ def forward(
     if n_shared:
         experts, weights = append_choices(experts, weights, routed.w13.shape[0] - n_shared, n_shared)
 
-    def run(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
-        gate_up = _up(steps, a, network, batch, x.dtype)
-        hidden = Rows(steps.hidden(gate_up))
-        if not keep:
-            gate_up = gate_up.new_empty(0, gate_up.shape[1])
-        return gate_up, steps.product(hidden, steps.weight(network.w2, network.w2_scale, False), batch, x.dtype)
-
     shared_gate_up, residual = of_shared, None
     if shared is not None:
-        shared_gate_up, residual = run(shared, steps.every_token(x))
+        residual, shared_gate_up = network_forward(steps, a, shared, steps.every_token(x), x.dtype, keep)
     batch, index = _routed(experts, routed)
-    gate_up, y = run(routed, batch)
+    y, gate_up = network_forward(steps, a, routed, batch, x.dtype, keep)
     return weighted_sum(y, index, weights, residual), gate_up, shared_gate_up
 
 
@@ -152,43 +145,74 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w13, w2, the weights, and both shared weights; empty where one is not needed."""
     needs_dx, needs_dw13, needs_dw2, needs_dweights, needs_shared_dw13, needs_shared_dw2 = needs
-    kept = gate_up.shape[0] > 0
     da = steps.operand(dout)
-    a = None if kept else steps.operand(x)
-
-    def run(network, batch, gate_up, weights, needs_dw13, needs_dw2, residual):
-        # Rows of the batch are most of the memory: each is let go as soon as it is done with.
-        if a is not None:
-            gate_up = _up(steps, a, network, batch, x.dtype)
-        dy = steps.rows(da, batch)
-        dhidden = steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, x.dtype)
-        dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, weights)
-        del gate_up, dhidden
-        dx = dw13 = dw2 = None
-        if needs_dw2:
-            dy = Rows(dout, batch.source) if steps.wgrad_requantizes else dy
-            dw2 = steps.wgrad(dy, Rows(hidden), batch, network.w2)
-        del dy, hidden
-        if needs_dx:
-            w13 = steps.weight(network.w13, network.w13_scale, True)
-            dx = steps.product(Rows(steps.operand(dgate_up)), w13, batch, x.dtype)
-            if batch.index is not None:
-                dx = weighted_sum(dx, batch.index, None, residual)
-        if needs_dw13:
-            rows = Rows(x, batch.source) if steps.wgrad_requantizes else steps.rows(x, batch)
-            dw13 = steps.wgrad(Rows(dgate_up), rows, batch, network.w13)
-        return dx, dw13, dw2, dweights
-
+    a = None if gate_up.shape[0] > 0 else steps.operand(x)
     dx = dw13 = dw2 = dweights = shared_dw13 = shared_dw2 = None
     if shared is not None and (needs_dx or needs_shared_dw13 or needs_shared_dw2):
-        dx, shared_dw13, shared_dw2, _ = run(
-            shared, steps.every_token(x), shared_gate_up, None, needs_shared_dw13, needs_shared_dw2, None
+        wanted = needs_dx, needs_shared_dw13, needs_shared_dw2
+        dx, shared_dw13, shared_dw2, _ = network_backward(
+            steps, dout, da, x, a, shared, steps.every_token(x), shared_gate_up, None, wanted, None
         )
     if needs_dx or needs_dw13 or needs_dw2 or needs_dweights:
         batch, _ = _routed(experts, routed)
-        dx, dw13, dw2, dweights = run(routed, batch, gate_up, weights.contiguous(), needs_dw13, needs_dw2, dx)
+        wanted = needs_dx, needs_dw13, needs_dw2
+        dx, dw13, dw2, dweights = network_backward(
+            steps, dout, da, x, a, routed, batch, gate_up, weights.contiguous(), wanted, dx
+        )
     gradients = (dx, dw13, dw2, dweights if needs_dweights else None, shared_dw13, shared_dw2)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def network_forward(
+    steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.dtype, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The rows of one network, not yet weighted, and what enters its SwiGLU, of no rows unless that is kept."""
+    gate_up = _up(steps, a, network, batch, dtype)
+    hidden = Rows(steps.hidden(gate_up))
+    if not keep:
+        gate_up = gate_up.new_empty(0, gate_up.shape[1])
+    return steps.product(hidden, steps.weight(network.w2, network.w2_scale, False), batch, dtype), gate_up
+
+
+def network_backward(
+    steps: Steps,
+    dout: Tensor,
+    da: Operand,
+    x: Tensor,
+    a: Operand | None,
+    network: Network,
+    batch: Batch,
+    gate_up: Tensor,
+    weights: Tensor | None,
+    needs: tuple[bool, bool, bool],
+    residual: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, w13, w2 and the weights, of one network.
+
+    `da` and `a` are `dout` and `x` as the products take them, `a` where `gate_up` was not kept; `residual` is added to
+    the gradient of x. Rows of the batch are most of the memory: each is let go as soon as it is done with.
+    """
+    needs_dx, needs_dw13, needs_dw2 = needs
+    if a is not None:
+        gate_up = _up(steps, a, network, batch, x.dtype)
+    dy = steps.rows(da, batch)
+    dhidden = steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, x.dtype)
+    dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, weights)
+    del gate_up, dhidden
+    dx = dw13 = dw2 = None
+    if needs_dw2:
+        dy = Rows(dout, batch.source) if steps.wgrad_requantizes else dy
+        dw2 = steps.wgrad(dy, Rows(hidden), batch, network.w2)
+    del dy, hidden
+    if needs_dx:
+        w13 = steps.weight(network.w13, network.w13_scale, True)
+        dx = steps.product(Rows(steps.operand(dgate_up)), w13, batch, x.dtype)
+        if batch.index is not None:
+            dx = weighted_sum(dx, batch.index, None, residual)
+    if needs_dw13:
+        rows = Rows(x, batch.source) if steps.wgrad_requantizes else steps.rows(x, batch)
+        dw13 = steps.wgrad(Rows(dgate_up), rows, batch, network.w13)
+    return dx, dw13, dw2, dweights
 
 
 def _one_stack(steps: Steps, routed: Network, shared: Network) -> Network | None:
@@ -242,6 +266,24 @@ def operations(plain: Steps, quantized: Steps) -> tuple[Callable, Callable]:
         return backward(quantized if fp8 else plain, dout, *_block(*block), gate_up, shared_gate_up, needs)
 
     return fused_experts, fused_experts_backward
+
+
+def dense_operations(plain: Steps, quantized: Steps) -> tuple[Callable, Callable]:
+    """`feed_forward` and its backward, likewise: one network that every token takes."""
+
+    def feed_forward(x, w13, w13_scale, w2, w2_scale, fp8, keep, data, scale):
+        steps = quantized if fp8 else plain
+        a = steps.operand(x) if data is None or scale is None else Fp8Tensor(data, scale)
+        return network_forward(steps, a, Network(w13, w13_scale, w2, w2_scale), steps.every_token(x), x.dtype, keep)
+
+    def feed_forward_backward(dout, x, w13, w13_scale, w2, w2_scale, gate_up, fp8, needs):
+        steps, network = quantized if fp8 else plain, Network(w13, w13_scale, w2, w2_scale)
+        a = None if gate_up.shape[0] > 0 else steps.operand(x)
+        da, batch = steps.operand(dout), steps.every_token(x)
+        gradients = network_backward(steps, dout, da, x, a, network, batch, gate_up, None, tuple(needs), None)[:3]
+        return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+    return feed_forward, feed_forward_backward
 
 
 def _block(

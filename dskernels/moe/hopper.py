@@ -95,6 +95,7 @@ FP8 = replace(
 )
 
 fused_experts, fused_experts_backward = experts.operations(PLAIN, FP8)
+feed_forward, feed_forward_backward = experts.dense_operations(PLAIN, FP8)
 fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(PLAIN, FP8)
 
 
@@ -108,6 +109,19 @@ def fused_experts_backward_supports(dout: Tensor, x: Tensor, *args: object) -> s
     """Why these kernels do not take its backward, or None."""
     *block, _, _, fp8, _ = args
     return _reason_against(x, block, bool(fp8)) or (_reason_against_rows("dout", dout) if fp8 else None)
+
+
+def feed_forward_supports(x: Tensor, *args: object) -> str | None:
+    """Why these kernels do not take one network alone, or None."""
+    *network, fp8, _, _, _ = args
+    return _reason_against_network(x, network, bool(fp8), x.shape[0])
+
+
+def feed_forward_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why these kernels do not take its backward, or None."""
+    *network, _, fp8, _ = args
+    reason = _reason_against_network(x, network, bool(fp8), x.shape[0])
+    return reason or (_reason_against_rows("dout", dout) if fp8 else None)
 
 
 def fused_experts_backward_inputs_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
@@ -124,10 +138,18 @@ def fused_experts_backward_weights_supports(dout: Tensor, x: Tensor, *args: obje
 
 def _reason_against(x: Tensor, block: Sequence[object], fp8: bool) -> str | None:
     """Given x and the other tensors of the block, of which weights and their scales follow each other."""
-    w13, w13_scale, w2, w2_scale, _, ids, *_ = block
-    if not (isinstance(w13, Tensor) and isinstance(w2, Tensor) and isinstance(ids, Tensor)):
-        raise TypeError("w13, w2, experts: expected tensors")
-    hidden, inner, rows = x.shape[1], w2.shape[2], ids.numel()
+    *network, _, ids = block[:6]
+    if not isinstance(ids, Tensor):
+        raise TypeError("experts: expected a tensor")
+    return _reason_against_network(x, network, fp8, ids.numel())
+
+
+def _reason_against_network(x: Tensor, network: Sequence[object], fp8: bool, rows: int) -> str | None:
+    """Given both weights, each with its scale after it, and how many rows go through them."""
+    w13, w13_scale, w2, w2_scale = network
+    if not (isinstance(w13, Tensor) and isinstance(w2, Tensor)):
+        raise TypeError("w13, w2: expected tensors")
+    hidden, inner = x.shape[1], w2.shape[-1]
     if rows == 0 or hidden == 0 or inner == 0:
         return "there is nothing to multiply"
     if rows >= RAGGED_ROWS:

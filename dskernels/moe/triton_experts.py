@@ -82,6 +82,7 @@ FP8 = replace(
 
 
 fused_experts, fused_experts_backward = experts.operations(PLAIN, FP8)
+feed_forward, feed_forward_backward = experts.dense_operations(PLAIN, FP8)
 fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(PLAIN, FP8)
 
 
@@ -93,6 +94,16 @@ def fused_experts_supports(x: Tensor, *args: object) -> str | None:
 def fused_experts_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
     """Why the GPU of `x` cannot run its backward, or None."""
     return reason_against_e4m3(x.device) if args[12] else None
+
+
+def feed_forward_supports(x: Tensor, *args: object) -> str | None:
+    """Why the GPU of `x` cannot run it, or None."""
+    return reason_against_e4m3(x.device) if args[4] else None
+
+
+def feed_forward_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why the GPU of `x` cannot run its backward, or None."""
+    return reason_against_e4m3(x.device) if args[5] else None
 
 
 def fused_experts_backward_inputs_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:

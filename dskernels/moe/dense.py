@@ -1,0 +1,154 @@
+"""Public gated feed-forward network: what a dense block is, and a shared expert by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dskernels.dispatch import Operation, differentiating
+from dskernels.later import waiting_for
+from dskernels.moe.api import _check_network, _flat, _product, _weight
+from dskernels.reference import moe as reference
+from dskernels.types import Fp8Tensor
+from dskernels.validate import HALF_OR_SINGLE, check_fp8, check_tensor
+
+
+def feed_forward(
+    x: Tensor,
+    w13: Tensor | Fp8Tensor,
+    w2: Tensor | Fp8Tensor,
+    *,
+    quantized: Fp8Tensor | None = None,
+    fp8: bool = False,
+    recompute: bool | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Run one gated feed-forward network on all tokens: ``w2 @ (silu(gate) * up)``, the halves of ``w13 @ x``.
+
+    It is the shared expert of :func:`fused_experts` alone, with the same products, roundings and gradients.
+
+    Args:
+        x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
+        w13: ``[2 * I, H]``, the gate's I rows first, then up's, in the dtype of `x`, with `fp8` any of bf16, fp16 and
+            fp32. Or an `Fp8Tensor` in 128x128 blocks.
+        w2: ``[H, I]``, likewise.
+        quantized: ``[T, H]`` in 1x128 tiles, see :func:`fused_experts`.
+        fp8: quantise what is not quantised yet, inside.
+        recompute: keep nothing but the arguments for the backward, see :func:`fused_experts`.
+        impl: implementation to run, see :mod:`dskernels.dispatch`.
+
+    Returns:
+        ``[T, H]`` in x's dtype.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, tiles, strides or devices do not fit.
+
+    Differentiable in `x` and in weights that are not `Fp8Tensor`s. T = 0 gives an empty result.
+    Source: Shazeer, arXiv 2002.05202; DeepSeek-V3 report, figure 6.
+    """
+    check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
+    fp8 = bool(fp8) or isinstance(w13, Fp8Tensor) or isinstance(w2, Fp8Tensor)
+    _check_network(("w13", w13), ("w2", w2), x, fp8, stacked=False)
+    if quantized is not None:
+        check_fp8("quantized", quantized, blocks=[(1, 128)], like=x)
+        if quantized.shape != x.shape:
+            raise ValueError(f"quantized: expected the shape {list(x.shape)} of x, got {list(quantized.shape)}")
+    flat = (*_flat(w13), *_flat(w2))
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
+    keep = needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute)
+    operand = (None, None) if quantized is None or not fp8 else (quantized.data, quantized.scale)
+    return _feed_forward(x, *flat, fp8, keep, *operand, impl=impl)[0]
+
+
+# ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
+
+DIFFERENTIABLE = (0, 1, 3)  # x and both weights, among the arguments
+SCALES = {1: 2, 3: 4}
+
+
+def _reference(x, w13, w13_scale, w2, w2_scale, fp8):
+    return reference.feed_forward(x, _weight(w13, w13_scale), _weight(w2, w2_scale), fp8=fp8)
+
+
+def _feed_forward_reference(x, w13, w13_scale, w2, w2_scale, fp8, keep, data, scale):
+    given = x if data is None or scale is None else Fp8Tensor(data, scale).dequantize(torch.float32)
+    out = _reference(given, w13, w13_scale, w2, w2_scale, fp8).to(x.dtype)
+    gate_up = x.new_empty(x.shape[0] if keep else 0, w13.shape[0])
+    if keep:
+        every = torch.tensor([0, x.shape[0]])
+        _product(x, w13[None], None if w13_scale is None else w13_scale[None], every, fp8, gate_up)
+    return out, gate_up
+
+
+def _backward_reference(dout, *args):
+    *network, _, fp8, needs = args
+    places = [i for i, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
+    for i in places:
+        network[i] = network[i].detach().requires_grad_()
+    with differentiating():
+        out = _reference(*network, fp8)
+    gradients = iter(torch.autograd.grad(out, [network[i] for i in places], dout))
+    return tuple(next(gradients) if needed else dout.new_empty(0) for needed in needs)
+
+
+def _backward_fake(dout, *args):
+    *network, _, _, needs = args
+    return tuple(
+        network[i].new_empty(network[i].shape) if needed else dout.new_empty(0)
+        for i, needed in zip(DIFFERENTIABLE, needs, strict=True)
+    )
+
+
+NETWORK = "Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale"
+
+_feed_forward = Operation(
+    f"feed_forward({NETWORK}, bool fp8, bool keep, Tensor? quantized, Tensor? quantized_scale) -> (Tensor, Tensor)",
+    reference=_feed_forward_reference,
+    triton="dskernels.moe.triton_experts:feed_forward",
+    hopper="dskernels.moe.hopper:feed_forward",
+    fake=lambda x, w13, s13, w2, s2, fp8, keep, data, scale: (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[0] if keep else 0, w13.shape[0]),
+    ),
+)
+_feed_forward_backward = Operation(
+    f"feed_forward_backward(Tensor dout, {NETWORK}, Tensor gate_up, bool fp8, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor)",
+    reference=_backward_reference,
+    triton="dskernels.moe.triton_experts:feed_forward_backward",
+    hopper="dskernels.moe.hopper:feed_forward_backward",
+    fake=_backward_fake,
+)
+
+
+def _save(ctx: Any, args: tuple, output: tuple) -> None:
+    *network, ctx.fp8, _, _, _ = args
+    _, gate_up = output
+    trained = [network[i] for i, scale in SCALES.items() if network[scale] is None]
+    ctx.waiting = waiting_for(*trained) if len(trained) == len(SCALES) else None
+    ctx.mark_non_differentiable(gate_up)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*network, gate_up)
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] and (i not in SCALES or saved[SCALES[i]] is None) for i in DIFFERENTIABLE]
+    result: list[Tensor | None] = [None] * _feed_forward.arity
+    if dout is None or not any(needs):
+        return tuple(result)
+    dout = dout.contiguous()
+    if ctx.waiting is not None:
+        later = [False, True, True]
+        ctx.waiting.compute(lambda: _feed_forward_backward(dout, *saved, ctx.fp8, later, impl=ctx.impl)[1:])
+        needs = [needs[0], False, False]
+    gradients = _feed_forward_backward(dout, *saved, ctx.fp8, needs, impl=ctx.impl)
+    for i, needed, gradient in zip(DIFFERENTIABLE, needs, gradients, strict=True):
+        result[i] = gradient if needed else None
+    return tuple(result)
+
+
+_feed_forward.register_autograd(_backward, _save)
