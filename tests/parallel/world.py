@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["world", "dskernels.model.train", "torch.distributed.checkpoint"])
+CONTEXT.set_forkserver_preload(
+    ["world", "dskernels.model.parallel.pipeline", "dskernels.model.train", "torch.distributed.checkpoint"]
+)
 LIMIT = 90  # seconds that a world may take
 
 

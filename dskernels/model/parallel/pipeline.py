@@ -1,0 +1,274 @@
+"""The layers of one model over the ranks of a pipeline, under the schedules of `torch.distributed.pipelining`.
+
+Stages lie in a V: with P ranks, rank r has stages r and 2P - 1 - r, so that the first and the last stage, which share
+the embedding and the head with the MTP modules, are on the same rank. A stage's backward is split in two
+(`dskernels.later`): what the stage before waits for, and the gradients of weights, which fill the bubbles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import ScheduleDualPipeV, ScheduleZBVZeroBubble
+
+import dskernels as ds
+from dskernels.later import WeightGradients
+from dskernels.model.batch import Batch
+from dskernels.model.data import Packed
+from dskernels.model.loss import Losses, losses
+from dskernels.model.model import DeepseekV3, Output
+from dskernels.model.moe import MoE, RouterOutput
+from dskernels.model.parallel.plan import Team, spread_experts
+
+SCHEDULES = {"dualpipev": ScheduleDualPipeV, "zbv": ScheduleZBVZeroBubble}
+
+
+class Stage(DeepseekV3):
+    """Some blocks of a model, which they stay parts of under the same names; the first embeds, the last has the losses.
+
+    Attributes:
+        layers: the blocks, by their number in the whole model.
+        queue: gradients of weights that wait.
+        text: the micro-batches of the step.
+        shares: the part of the step's loss that each micro-batch is, of main and MTP, and of balance.
+        sums: of main, MTP and balance loss, over the micro-batches so far.
+        load: of each expert, by the place of its layer in `moe_layers` of the whole model.
+    """
+
+    layers: nn.ModuleDict  # type: ignore[assignment]
+
+    def __init__(self, model: DeepseekV3, place: int, stages: int) -> None:
+        nn.Module.__init__(self)
+        self.config, self.fp8 = model.config, model.fp8
+        blocks, bounds = len(model.layers), split(len(model.layers), stages)
+        self.first, self.last = place == 0, place == stages - 1
+        self.layers = nn.ModuleDict({str(i): model.layers[i] for i in range(*bounds[place])})
+        self.rope = model.rope
+        if self.first or (self.last and len(model.mtp)):
+            self.embed_tokens = model.embed_tokens
+        if self.last:
+            self.norm, self.lm_head, self.mtp = model.norm, model.lm_head, model.mtp
+        dense = model.config.first_k_dense_replace
+        self.moe_places = [i - dense for i in range(*bounds[place]) if i >= dense]
+        if self.last:
+            self.moe_places += [blocks - dense + i for i in range(len(model.mtp))]
+        self.queue = WeightGradients()
+        self.text: Sequence[Packed] = ()
+        self.shares: Sequence[tuple[float, float]] = ()
+        self.mtp_lambda, self.balance_alpha = 0.0, 0.0
+        self.sums: Tensor | None = None
+        self.load: dict[int, Tensor] = {}
+
+    def begin(
+        self, text: Sequence[Packed], shares: Sequence[tuple[float, float]], mtp_lambda: float, balance_alpha: float
+    ) -> None:
+        """Before a step."""
+        self.text, self.shares, self.mtp_lambda, self.balance_alpha = text, shares, mtp_lambda, balance_alpha
+        self.sums, self.load = None, {}
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
+        """Micro-batch number ``index`` (on the CPU, ``[1]``): tokens or hidden states in, those or its loss out."""
+        i = int(index)
+        text, (share, balance_share) = self.text[i], self.shares[i]
+        with self.queue.collecting():
+            if self.last:
+                self._incoming = x
+                output = super().forward(text.tokens, text.cu_seqlens, mtp=self.mtp_lambda > 0)
+                parts = losses(output, text, self.config, balance_alpha=self.balance_alpha)
+                main, ahead, balance = parts.main * share, parts.mtp * share, parts.balance * balance_share
+                self._note(Losses(main, ahead, balance), output.routers)
+                return (main + self.mtp_lambda * ahead + balance)[None]
+            x = self.embed_tokens(x) if self.first else x
+            x, routers = self._blocks(x, Batch.prompt(text.cu_seqlens, text.tokens.shape[0]))
+            zero = torch.zeros((), device=x.device)
+            none = Output(x, x, (), tuple(routers))
+            balance = sum((self._balance(router, text) for router in none.routers), zero) * balance_share
+            self._note(Losses(zero, zero, balance), none.routers)
+            return cast(Tensor, _WithLoss.apply(x, balance)) if balance.requires_grad else x
+
+    def trunk(self, tokens: Tensor, batch: Batch, cache: Tensor | None = None) -> tuple[Tensor, list[RouterOutput]]:
+        """What is left of it for the last stage."""
+        x, routers = self._blocks(self._incoming, batch)
+        return self.norm(x), routers
+
+    def _blocks(self, x: Tensor, batch: Batch) -> tuple[Tensor, list[RouterOutput]]:
+        cos, sin = self.rope(batch.positions)
+        update, routers = None, []
+        for block in self.layers.values():
+            x, update, router = block(x, update, batch, cos, sin)
+            if router is not None:
+                routers.append(router)
+        return x if update is None else x + update, routers
+
+    def _balance(self, router: RouterOutput, text: Packed) -> Tensor:
+        return ds.balance_loss(
+            router.logits,
+            top_k=self.config.num_experts_per_tok,
+            alpha=self.balance_alpha,
+            sequence_lengths=text.cu_seqlens.diff(),
+            score=self.config.scoring_func,
+        )
+
+    def _note(self, parts: Losses, routers: Sequence[RouterOutput]) -> None:
+        numbers = torch.stack([part.detach().float() for part in parts])
+        self.sums = numbers if self.sums is None else self.sums + numbers
+        for place, router in zip(self.moe_places, routers, strict=False):
+            load = router.routing.load.long()
+            self.load[place] = self.load[place] + load if place in self.load else load
+
+
+class _WithLoss(torch.autograd.Function):
+    """Hidden states, and a loss that is paid where they were made: its gradient is 1 wherever theirs comes from."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.shape = loss.shape
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor]:
+        return dx, torch.ones(ctx.shape, device=dx.device)
+
+
+class Pipeline:
+    """A model whose layers are spread over the pipeline's ranks, ready to run steps.
+
+    Args:
+        model: the same on every rank; each keeps only its stages. Its experts may be spread too.
+        team: the ranks.
+        tokens: of each micro-batch.
+        microbatches: of a step, at least twice the ranks of the pipeline.
+        schedule: "dualpipev" (arXiv 2412.19437, in the form of a V) or "zbv" (arXiv 2401.10241, section 6).
+        collect: called after each micro-batch's gradients of weights, as `MasterAdamW.collect`; by default they add up
+            in ``.grad``.
+
+    Attributes:
+        stages: this rank's two.
+        schedule: the engine's.
+
+    Raises:
+        ValueError: the plan does not fit the model, too few micro-batches, or an unknown schedule.
+    """
+
+    def __init__(
+        self,
+        model: DeepseekV3,
+        team: Team,
+        *,
+        tokens: int,
+        microbatches: int,
+        schedule: str = "dualpipev",
+        collect: Callable[[], None] | None = None,
+    ) -> None:
+        team.plan.check(model.config, dist.get_world_size())
+        ranks = team.plan.pipeline
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected {', '.join(SCHEDULES)}, got {schedule!r}")
+        if microbatches < 2 * ranks:
+            raise ValueError(f"microbatches: expected at least {2 * ranks} for {ranks} ranks, got {microbatches}")
+        spread_experts(model, team)
+        model.to(team.device)
+        self.team, self.microbatches = team, microbatches
+        self.collect = collect or (lambda: None)
+        place = team.place("pipeline")
+        places = (place, 2 * ranks - 1 - place)
+        self.stages = [Stage(model, i, 2 * ranks) for i in places]
+        dtype, hidden = next(model.parameters()).dtype, model.config.hidden_size
+        wide = torch.empty(tokens, hidden, dtype=dtype, device="meta", requires_grad=True)
+        ids = torch.empty(tokens, dtype=torch.int64, device="meta")
+        loss = torch.empty(1, device="meta", requires_grad=True)
+        pipeline_stages: list[Any] = [
+            PipelineStage(
+                stage,
+                i,
+                2 * ranks,
+                team.device,
+                input_args=(ids if stage.first else wide,),
+                output_args=(loss if stage.last else wide,),
+                group=team.group("pipeline"),
+                dw_builder=self._builder(stage),
+            )
+            for i, stage in zip(places, self.stages, strict=True)
+        ]
+        self.schedule = SCHEDULES[schedule](
+            pipeline_stages, microbatches, loss_fn=lambda output, _: output.sum(), scale_grads=False
+        )
+
+    def _builder(self, stage: Stage) -> Callable[[], Callable[[], None]]:
+        def build() -> Callable[[], None]:
+            gradients = stage.queue.take()
+
+            def run() -> None:
+                gradients()
+                self.collect()
+
+            return run
+
+        return build
+
+    def step(
+        self, text: Sequence[Packed], shares: Sequence[tuple[float, float]], *, mtp_lambda: float, balance_alpha: float
+    ) -> Tensor:
+        """Forward and backward of a step.
+
+        Args:
+            text: its micro-batches, on this device, the same on all ranks of the pipeline.
+            shares: see `Stage`.
+            mtp_lambda: weight of the MTP loss.
+            balance_alpha: factor of the balance loss.
+
+        Returns:
+            Main, MTP and balance loss over all stages, ``[3]``, on every rank of the pipeline.
+        """
+        for stage in self.stages:
+            stage.begin(text, shares, mtp_lambda, balance_alpha)
+        index = torch.arange(self.microbatches)
+        tokens = (torch.cat([batch.tokens for batch in text]),) if self.stages[0].first else ()
+        self.schedule.step(*tokens, target=index, losses=[], return_outputs=False, index=index)
+        sums = torch.stack([cast(Tensor, stage.sums) for stage in self.stages]).sum(0)
+        dist.all_reduce(sums, group=self.team.group("pipeline"))
+        return sums
+
+    def load(self) -> Tensor:
+        """Of each expert of each layer, int64, on every rank of the pipeline."""
+        config = self.stages[0].config
+        layers = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers
+        load = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=self.team.device)
+        for stage in self.stages:
+            for place, counts in stage.load.items():
+                load[place] += counts
+        dist.all_reduce(load, group=self.team.group("pipeline"))
+        return load
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's, by their names in the whole model, each once."""
+        return {name: p for stage in self.stages for name, p in stage.named_parameters()}
+
+    def moe_layers(self) -> dict[int, MoE]:
+        """This rank's layers with experts, by their place in `DeepseekV3.moe_layers` of the whole model."""
+        found: dict[int, MoE] = {}
+        for stage in self.stages:
+            blocks = [*stage.layers.values(), *(stage.mtp if stage.last else ())]
+            here = [block.mlp for block in blocks if isinstance(block.mlp, MoE)]
+            found.update(zip(stage.moe_places, here, strict=True))
+        return found
+
+    def reduce(self) -> None:
+        """Sums gradients over the ranks that have other text; where a pipeline is, no weights are sharded."""
+        expert_names = (".experts.w13", ".experts.w2")
+        for name, parameter in self.named_parameters().items():
+            if parameter.grad is not None:
+                self.team.total(parameter.grad, "data" if name.endswith(expert_names) else "batch")
+
+
+def split(layers: int, stages: int) -> list[tuple[int, int]]:
+    """Where each stage begins and ends. The last, which has the head and the MTP modules too, is among the shorter."""
+    short, longer = divmod(layers, stages)
+    sizes = [short + (i < longer) for i in range(stages)]
+    ends = [sum(sizes[: i + 1]) for i in range(stages)]
+    return [(end - size, end) for size, end in zip(sizes, ends, strict=True)]

@@ -1,0 +1,230 @@
+"""How a model is spread over ranks: the plan, the groups of ranks it makes, and what it does to the model."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from dskernels.model.config import Config
+from dskernels.model.model import DeepseekV3
+from dskernels.model.parallel.expert import ExpertParallel, Wire
+
+TIMEOUT = 600.0  # seconds that a rank waits for the others before it gives up
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the ranks of a run do for each other. Their number is the product of all four.
+
+    Attributes:
+        data: ranks with the same experts and other text, which share the memory of all weights (FSDP2).
+        expert: ranks that share the experts of a layer, each with its own text too.
+        pipeline: ranks that share the layers, two stages each, in the form of a V (`Pipeline`).
+        tensor: ranks that share the heads and the experts for the same text, to generate with (`parallelize_decode`).
+        wire: what a token travels to its experts as, see `ExpertParallel`.
+        reshard: let go of gathered weights after each block's forward, and gather them again for its backward: less
+            memory, more messages.
+
+    Raises:
+        ValueError: a number is below 1, or ``tensor`` stands beside others.
+    """
+
+    data: int = 1
+    expert: int = 1
+    pipeline: int = 1
+    tensor: int = 1
+    wire: Wire = "same"
+    reshard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("data", "expert", "pipeline", "tensor"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.tensor > 1 and self.ranks != self.tensor:
+            raise ValueError("tensor: is for generation, where data, expert and pipeline are 1")
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.data * self.expert * self.pipeline * self.tensor
+
+    @property
+    def batches(self) -> int:
+        """How many of them have a batch of their own."""
+        return self.data * self.expert
+
+    def check(self, config: Config, ranks: int) -> None:
+        """Raises ValueError where it does not fit the model or the number of ranks."""
+        if self.ranks != ranks:
+            raise ValueError(
+                f"plan: data {self.data} x expert {self.expert} x pipeline {self.pipeline} x tensor {self.tensor} are "
+                f"{self.ranks} ranks, but there are {ranks}"
+            )
+        for name, size, what in (
+            ("expert", config.n_routed_experts, "n_routed_experts"),
+            ("tensor", config.n_routed_experts, "n_routed_experts"),
+            ("tensor", config.num_attention_heads, "num_attention_heads"),
+        ):
+            if size % getattr(self, name):
+                raise ValueError(f"{name}: {getattr(self, name)} ranks do not divide {what} = {size}")
+        if 2 * self.pipeline > config.num_hidden_layers and self.pipeline > 1:
+            raise ValueError(
+                f"pipeline: {self.pipeline} ranks have {2 * self.pipeline} stages, more than the "
+                f"{config.num_hidden_layers} layers"
+            )
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks of a run in their groups, as this rank sees them.
+
+    Attributes:
+        plan: what they do.
+        mesh: of dimensions pipeline, data, expert and tensor; those of an expert group are neighbours.
+        batch: of data and expert as one: the ranks that have other text and the same layers.
+        device: this rank's.
+    """
+
+    plan: Plan
+    mesh: DeviceMesh
+    batch: DeviceMesh
+    device: torch.device
+
+    @classmethod
+    def start(cls, plan: Plan, device: torch.device | str | None = None, *, timeout: float = TIMEOUT) -> Team:
+        """Joins the ranks that torchrun has started: NCCL where there is a GPU for each, else gloo on the CPU.
+
+        Args:
+            plan: for as many ranks as there are.
+            device: by default a GPU for each rank, if there is one.
+            timeout: seconds after which a rank that waits for one that died ends with an error.
+
+        Raises:
+            ValueError: another number of ranks.
+        """
+        if not dist.is_initialized():
+            # Multicast over NVLink has hung shared hosts, and gains nothing that was measured here.
+            os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+            os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            if device is None:
+                device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+            device = torch.device(device)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            limit = datetime.timedelta(seconds=timeout)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+        device = torch.device(device or "cpu")
+        if plan.ranks != dist.get_world_size():
+            raise ValueError(
+                f"plan: {plan.ranks} ranks expected, but there are {dist.get_world_size()} (torchrun --nproc-per-node)"
+            )
+        shape = (plan.pipeline, plan.data, plan.expert, plan.tensor)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pipeline", "data", "expert", "tensor"))
+        return cls(plan, mesh, mesh["data", "expert"]._flatten("batch"), device)
+
+    def group(self, name: str) -> dist.ProcessGroup:
+        """This rank's group along a dimension, or "batch"."""
+        return (self.batch if name == "batch" else self.mesh[name]).get_group()
+
+    def place(self, name: str) -> int:
+        """This rank's place in that group."""
+        return (self.batch if name == "batch" else self.mesh[name]).get_local_rank()
+
+    def total(self, x: Tensor, name: str = "batch") -> Tensor:
+        """The sum of a tensor over a group, in place."""
+        if self.group(name).size() > 1:
+            dist.all_reduce(x, group=self.group(name))
+        return x
+
+    def close(self) -> None:
+        """Leaves the other ranks."""
+        dist.destroy_process_group()
+
+
+def parallelize(model: DeepseekV3, team: Team, *, dtype: torch.dtype | None = None) -> DeepseekV3:
+    """Spreads a model over the ranks of a team, for training: experts to their ranks, all else by FSDP2.
+
+    The model itself stays as it is written; each rank then calls it with its own text. Gradients are summed over the
+    ranks, not averaged, so that the loss of each is its part of the whole. Pipelines are made of it by `Pipeline`.
+
+    Args:
+        model: the same on every rank, in fp32 (FSDP2's sharded parameters are the optimiser's master weights). It is
+            changed in place and moved to the team's device.
+        team: the ranks.
+        dtype: compute with parameters rounded to this, bf16 as a rule; gradients are summed in fp32.
+
+    Raises:
+        ValueError: the plan does not fit the model.
+    """
+    team.plan.check(model.config, dist.get_world_size())
+    spread_experts(model, team)
+    model.to(team.device)
+    shard(model, team, dtype=dtype)
+    return model
+
+
+def spread_experts(model: nn.Module, team: Team) -> None:
+    """Leaves each rank its part of the experts of every layer."""
+    ranks, place = team.plan.expert, team.place("expert")
+    if ranks == 1:
+        return
+    for experts, config in expert_modules(model):
+        per_rank = config.n_routed_experts // ranks
+        own = slice(place * per_rank, (place + 1) * per_rank)
+        experts.w13 = nn.Parameter(experts.w13.detach()[own].clone())
+        experts.w2 = nn.Parameter(experts.w2.detach()[own].clone())
+        experts.compute = ExpertParallel(
+            team.group("expert"), config.n_routed_experts, wire=team.plan.wire, most_ranks=most_ranks(config, ranks)
+        )
+
+
+def expert_modules(model: nn.Module) -> list:
+    """The `Experts` of a model or of some of its layers, each with the model's config."""
+    from dskernels.model.moe import MoE
+
+    return [(m.experts, m.gate.config) for m in model.modules() if isinstance(m, MoE)]
+
+
+def most_ranks(config: Config, ranks: int) -> int | None:
+    """The most ranks that a token's experts are on, where its groups are limited; None if that is no limit."""
+    per_group, per_rank = config.n_routed_experts // config.n_group, config.n_routed_experts // ranks
+    if per_group % per_rank == 0:
+        most = config.topk_group * (per_group // per_rank)
+    elif per_rank % per_group == 0:
+        most = config.topk_group
+    else:
+        return None
+    return most if most < min(ranks, config.num_experts_per_tok) else None
+
+
+def shard(model: nn.Module, team: Team, *, dtype: torch.dtype | None, units: bool = True) -> None:
+    """FSDP2 over the ranks that have other text: experts over those with the same experts, all else over all of them.
+
+    Args:
+        model: the model, or a pipeline's stage of it.
+        team: the ranks.
+        dtype: see `parallelize`.
+        units: gather block by block; else all of the model at once, and keep it until the backward is over.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reshard = team.plan.reshard and units
+    for experts, _ in expert_modules(model):
+        fully_shard(experts, mesh=team.mesh["data"], mp_policy=policy, reshard_after_forward=reshard)
+    if units:
+        # MTP modules are read from outside of their forward: they belong to the root, which stays gathered.
+        for block in cast(nn.ModuleList, model.layers):
+            fully_shard(block, mesh=team.batch, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=team.batch, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
