@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 IMPLEMENTATIONS = ("hopper", "triton", "reference")
 FAMILIES = ("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla", "model", "training", "generation")
-DEVICE = "cuda"
 TABLE_WIDTH = 150  # of a log, which has no width of its own
 
 EXAMPLES = """
@@ -24,6 +21,10 @@ Examples:
 - `python -m benchmarks --filter mla_decode --filter h128`: the cases whose title says both
 - `python -m benchmarks gemm --impl triton --impl hopper --host`: two implementations, and what a call costs the host
 - `python -m benchmarks --list`: what there is; needs no GPU
+- `python -m benchmarks gemm --check`: fails if a figure fell by more than 5% against the saved results of this GPU
+- `python -m benchmarks gemm --base HEAD~5`: the library of another commit beside this one
+- `python -m benchmarks --compare h100 h200`: two sets of saved results, as ratios; needs no GPU
+- `python -m benchmarks --compare HEAD~5:h200 h200`: saved results as a commit had them, beside today's
 """
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
@@ -57,6 +58,25 @@ def main(
         str | None, typer.Option(help="The commit to record, where only the files are and git cannot tell.")
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the cases and stop.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Fail if a figure fell by more than 5% against the saved results of this GPU: as a time, as a share "
+            "of the roof and beside its peers, in three repetitions.",
+        ),
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Time the library of this commit too, in processes before and after.")
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Print the ratios of two saved results: files, folders, GPUs, or COMMIT: before any."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where --save writes to, in place of benchmarks/results."),
+    ] = None,
 ) -> None:
     """Time dskernels' operations on the shapes of DeepSeek-V3, beside their peers.
 
@@ -65,7 +85,7 @@ def main(
     just measured to reach, in copying or in matrix products, whichever binds. "× best peer" is how many times as fast
     as the fastest peer: above 1 is faster.
 
-    Exits 1 if a case failed, 0 otherwise, also where there is no GPU.
+    Exits 1 if a case failed or, with --check, fell; 0 otherwise, also where there is no GPU.
     """
     console = Console()
     if not console.is_terminal:
@@ -76,8 +96,10 @@ def main(
     for name in impl or ():
         if name not in IMPLEMENTATIONS:
             raise typer.BadParameter(f"no implementation {name}; there are {', '.join(IMPLEMENTATIONS)}")
-    if save and (filter_ or quick):
-        raise typer.BadParameter("--save keeps whole families: leave out --filter and --quick")
+    if compare:
+        return show_comparison(console, *compare, families or FAMILIES, filter_ or [])
+    if save and (filter_ or quick) and out is None:
+        raise typer.BadParameter("--save keeps whole families: leave out --filter and --quick, or say --out")
     chosen = select(families or FAMILIES, filter_ or [], quick=quick)
     if not any(chosen.values()):
         raise typer.BadParameter("no case matches")
@@ -93,10 +115,25 @@ def main(
         console.print("No GPU here: nothing to time. `python -m benchmarks --list` shows what there is.")
         return
     seconds = min(seconds, 0.05) if quick else seconds
-    failed = measure(
-        console, chosen, save=save, impls=tuple(impl or (None,)), seconds=seconds, host=host, commit=commit
-    )
-    if failed:
+    if base:
+        arguments = [*(families or FAMILIES), "--seconds", str(seconds)]
+        arguments += [word for name in impl or () for word in ("--impl", name)]
+        arguments += [word for text in filter_ or () for word in ("--filter", text)]
+        return show_base(console, base, arguments + ["--quick"] * quick)
+
+    from benchmarks.session import Session
+
+    session = Session(console, impls=tuple(impl or (None,)), seconds=seconds, host=host, commit=commit)
+    session.introduce()
+    well = True
+    for done in session.run(chosen):
+        well &= not done.failures
+        if check:
+            well &= session.check(done)
+        if save:
+            session.save(done, out)
+        console.print()
+    if not well:
         raise typer.Exit(1)
 
 
@@ -112,68 +149,39 @@ def select(families, filters, *, quick: bool = False) -> dict[str, list]:
     return chosen
 
 
-def measure(
-    console: Console,
-    chosen: dict[str, list],
-    *,
-    save: bool,
-    impls,
-    seconds: float,
-    host: bool,
-    commit: str | None = None,
-) -> bool:
-    """Run the cases, print a table a family, and say whether anything failed."""
-    import torch
+def show_comparison(console: Console, a: str, b: str, families, filters) -> None:
+    """Print the ratios of two sets of saved results."""
+    from benchmarks import compare, saved
 
-    from benchmarks import peers, results, roofline, timing
-    from benchmarks.runner import Runner
+    try:
+        sets = {name: saved.read(name) for name in (a, b)}
+    except saved.NotThere as reason:
+        raise typer.BadParameter(str(reason)) from reason
+    sets = {name: {f: s for f, s in some.items() if f in families} for name, some in sets.items()}
+    found = compare.pairs(sets[a].values(), sets[b].values())
+    found = [pair for pair in found if all(text in pair.a.title for text in filters)]
+    if not found:
+        raise typer.BadParameter(f"no job in common: {a}, {b}")
+    short = {name: name if len(name) <= 16 else letter for name, letter in ((a, "A"), (b, "B"))}
+    for name, some in sets.items():
+        for line in compare.introduce(short[name], some):
+            console.print(line, highlight=False)
+    console.print(compare.draw(found, short[a], short[b]))
+    mean = compare.geometric_mean(pair.speedup for pair in found)
+    console.print(f"{len(found)} jobs, geometric mean {mean:.3f}", highlight=False)
 
-    machine = results.Machine.current()
-    if commit:
-        machine = dataclasses.replace(machine, commit=commit)
-    with console.status("measuring the roofs"):
-        stopwatch = timing.Stopwatch(seconds)
-        roofs = roofline.measure(stopwatch.time)
-        torch.cuda.empty_cache()
-    console.print(
-        f"{machine.gpu}, driver {machine.driver}, torch {machine.torch}, Triton {machine.triton}, CUDA {machine.cuda}, "
-        f"commit {machine.commit}",
-        highlight=False,
-    )
-    fp8 = "no fp8" if roofs.fp8_tflops is None else f"fp8 {roofs.fp8_tflops:,.0f} TFLOP/s"
-    console.print(
-        f"roofs: copy {roofs.copy_gbs:,.0f} GB/s, bf16 {roofs.bf16_tflops:,.0f} TFLOP/s, {fp8}", highlight=False
-    )
-    missing = "; ".join(f"{name} ({reason})" for name, reason in peers.missing().items())
-    console.print(f"peers missing: {missing or 'none'}\n", highlight=False)
 
-    runner = Runner(torch.device(DEVICE), stopwatch.time, roofs, impls, timing.host_cost if host else None)
-    failed = False
-    columns = TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(len(cases) for cases in chosen.values()))
-        for family, cases in chosen.items():
-            if not cases:
-                continue
-            outcomes, notes = [], []
-            for case in cases:
-                progress.update(task, description=case.title)
-                outcome = runner.run(case)
-                outcomes += outcome.results
-                notes += outcome.notes
-                progress.advance(task)
-            console.print(results.draw(family, outcomes, host=host))
-            for failure in (o for o in outcomes if isinstance(o, results.Failure)):
-                failed = True
-                title = f"{failure.op} {failure.workload} ({failure.impl})"
-                console.print(f"[red]failed[/red] {title}: {escape(failure.reason)}", highlight=False)
-            for note in notes:
-                console.print(f"[dim]{escape(note)}[/dim]", highlight=False)
-            rows = [o for o in outcomes if isinstance(o, results.Row)]
-            if save and rows:
-                console.print(f"saved {results.save(family, machine, roofs, rows)}", highlight=False)
-            console.print()
-    return failed
+def show_base(console: Console, commit: str, arguments: list[str]) -> None:
+    """Time another commit beside this tree and print the ratios."""
+    from benchmarks import base
+
+    try:
+        found = base.beside(commit, arguments, lambda line: console.print(line, highlight=False))
+    except base.Failed as reason:
+        raise typer.BadParameter(str(reason)) from reason
+    console.print(base.draw(found, commit))
+    told = sum(job.says_something for job in found)
+    console.print(f"{told} of {len(found)} differ by more than two runs of one commit do", highlight=False)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,6 +37,7 @@ class Row:
     roof_pct: float
     peers: dict[str, float] = field(default_factory=dict)
     host_us: float | None = None
+    drift: float = 1.0
 
     @classmethod
     def of(
@@ -60,6 +64,7 @@ class Row:
             roof_pct=100 * roofs.floor_us(work) / times.us,
             peers=peers,
             host_us=host_us,
+            drift=times.drift,
         )
 
     @property
@@ -86,6 +91,7 @@ class Row:
             "roof_pct": rounded(self.roof_pct),
             "peers": {name: rounded(us) for name, us in self.peers.items()},
             "vs_best_peer": rounded(self.vs_best_peer),
+            "drift": rounded(self.drift),
         }
         if self.host_us is not None:
             row["host_us"] = rounded(self.host_us)
@@ -112,6 +118,10 @@ class Machine:
     triton: str
     cuda: str
     commit: str
+    python: str = "unknown"
+    cupy: str = "unknown"
+    host: str = "unknown"
+    power_limit_w: float | None = None
 
     @classmethod
     def current(cls) -> Machine:
@@ -126,6 +136,10 @@ class Machine:
             triton=triton.__version__,
             cuda=torch.version.cuda or "unknown",
             commit=_ask("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+            python=platform.python_version(),
+            cupy=_version("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+            host=_processor(),
+            power_limit_w=_number(_ask("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits")),
         )
 
     @property
@@ -147,21 +161,38 @@ def gpu_folder(gpu: str) -> str:
     return ("".join(kept) or "gpu") + ("_mig" if "mig" in words else "")
 
 
-def document(machine: Machine, roofs: Roofs, rows: list[Row], date: str | None = None) -> dict[str, Any]:
-    """What the JSON file of one family holds."""
+def document(
+    machine: Machine,
+    roofs: Roofs,
+    rows: list[Row],
+    date: str | None = None,
+    *,
+    clocks: Mapping[str, float | None] | None = None,
+) -> dict[str, Any]:
+    """What the JSON file of one family holds; `clocks` is how steady the machine was, where that was looked at."""
+    steadiness = {} if clocks is None else {"clocks": {name: rounded(value) for name, value in clocks.items()}}
     return {
         **asdict(machine),
         "date": date or datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "roofs": {name: rounded(value) for name, value in asdict(roofs).items()},
+        **steadiness,
         "rows": [row.to_json() for row in rows],
     }
 
 
-def save(family: str, machine: Machine, roofs: Roofs, rows: list[Row]) -> Path:
-    """Write ``results/<gpu>/<family>.json`` and return its path."""
-    path = FOLDER / machine.folder / f"{family}.json"
+def save(
+    family: str,
+    machine: Machine,
+    roofs: Roofs,
+    rows: list[Row],
+    *,
+    folder: Path | None = None,
+    clocks: Mapping[str, float | None] | None = None,
+) -> Path:
+    """Write ``<gpu>/<family>.json`` into `folder`, that of the saved results if None, and return its path."""
+    path = (folder or FOLDER) / machine.folder / f"{family}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(machine, roofs, rows), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(document(machine, roofs, rows, clocks=clocks), indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -213,3 +244,30 @@ def _ask(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return (answer.stdout.splitlines() or ["unknown"])[0].strip()
+
+
+def _version(*distributions: str) -> str:
+    """The version of the first of these that is installed."""
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def _processor() -> str:
+    """What the host calls its processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine() or "unknown"
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -16,6 +16,7 @@ from benchmarks.timing import Call, Times
 from benchmarks.workloads import LATENT_DIM, NOPE_DIM, QK_DIM, ROPE_DIM, ROW_DIM, VALUE_DIM
 
 BF16, FP32, FP8, INT = 2, 4, 1, 4
+PRODUCT = 8192  # rows and columns of the matrix product that is a roof
 
 
 @dataclass(frozen=True)
@@ -290,20 +291,26 @@ def measure(time: Callable[[Mapping[str, Call]], dict[str, Times]]) -> Roofs:
     """Measure the roofs of the current CUDA device, with `timing.Stopwatch.time`."""
     import torch
 
-    size, n = 1 << 30, 8192
+    size = 1 << 30
     source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
     target = torch.empty_like(source)
     copy_us = time({"copy": lambda: target.copy_(source)})["copy"].us
 
-    a = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
-    calls = {"bf16": lambda: a @ b.t()}
+    times = time(products())
+    tflops = {name: 2 * PRODUCT**3 / t.us / 1e6 for name, t in times.items()}
+    return Roofs(2 * size / copy_us / 1e3, tflops["bf16"], tflops.get("fp8"))
+
+
+def products() -> dict[str, Call]:
+    """The matrix products that are the roofs of products."""
+    import torch
+
+    a, b = (torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    calls: dict[str, Call] = {"bf16": lambda: a @ b.t()}
     if torch.cuda.get_device_capability() >= (8, 9):
         a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
         one = torch.ones((), device="cuda")
         calls["fp8"] = lambda: torch._scaled_mm(
             a8, b8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-    times = time(calls)
-    tflops = {name: 2 * n**3 / t.us / 1e6 for name, t in times.items()}
-    return Roofs(2 * size / copy_us / 1e3, tflops["bf16"], tflops.get("fp8"))
+    return calls

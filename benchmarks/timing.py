@@ -24,17 +24,25 @@ SLOW_US = 20_000  # from here on neither the host's share nor many runs are wort
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of one call: the median, and what 20% and 80% of the runs stayed below."""
+    """Microseconds of one call: the median, and what 20% and 80% of the runs stayed below.
+
+    `drift` is the median of the second half of the runs over that of the first: where it is far from 1 the machine
+    changed its clock, or was not warm, while it was looked at.
+    """
 
     us: float
     p20: float
     p80: float
+    drift: float = 1.0
 
     @classmethod
     def of(cls, samples: list[float]) -> Times:
-        """Summarise measured microseconds."""
-        ordered = sorted(samples)
-        return cls(*(quantile(ordered, q) for q in (0.5, 0.2, 0.8)))
+        """Summarise measured microseconds, in the order in which they were taken."""
+        ordered, half = sorted(samples), len(samples) // 2
+        first, second = sorted(samples[:half]), sorted(samples[len(samples) - half :])
+        drift = quantile(second, 0.5) / quantile(first, 0.5) if half else 1.0
+        us, p20, p80 = (quantile(ordered, q) for q in (0.5, 0.2, 0.8))
+        return cls(us, p20, p80, drift)
 
 
 def quantile(ordered: list[float], q: float) -> float:

@@ -1,6 +1,5 @@
 """The benchmark suite: every case at a size that a CPU can do, what counts as right, and the command line."""
 
-import dataclasses
 import json
 import math
 
@@ -9,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as cli
-from benchmarks import cases, peers, results, roofline, runner, timing, workloads
+from benchmarks import base, cases, peers, results, roofline, runner, session, steadiness, timing, workloads
 from benchmarks.bench_gemm import Fp8Gemm
 from benchmarks.bench_mla import MergeStates
 from benchmarks.cases import calc_diff, difference
@@ -17,44 +16,13 @@ from benchmarks.peers import Peer
 from benchmarks.peers.gemm import padded_rows
 from benchmarks.results import Failure, Machine, Row
 from benchmarks.roofline import Roofs
+from benchmarks.small import shrunk
 from benchmarks.timing import Times
 from dskernels import Fp8Tensor
 
 ROOFS = Roofs(copy_gbs=3000.0, bf16_tflops=700.0, fp8_tflops=1400.0)
 MACHINE = Machine("NVIDIA H100 80GB HBM3", "580.1", "2.11.0", "3.6.0", "13.0", "abc123")
 EVERY = cli.select(cli.FAMILIES, [])
-
-# What each size is cut down to: a few tiles of every kind, the last one ragged, and no two sizes alike.
-SMALL = {
-    "Rows": {"m": 5, "n": 264},
-    "Gemm": {"m": 5, "n": 136, "k": 256},
-    "GroupedGemm": {"g": 3, "m": 6, "n": 136, "k": 256},
-    "GroupedRows": {"g": 3, "m": 6, "n": 136},
-    "Route": {"t": 12, "e": 16, "k": 4},
-    "Replayed": {"t": 12, "e": 16, "k": 4, "calls": 2},
-    "RouteHidden": {"t": 12, "e": 16, "k": 4, "h": 72},
-    "Moe": {"t": 9, "e": 4, "k": 2, "h": 256, "i": 128},
-    "Decode": {"b": 3, "s": 70, "h": 3},
-    "SharedPrefix": {"b": 3, "prefix": 64, "own": 70, "h": 3},
-    "Prefill": {"b": 2, "s": 33, "h": 3},
-    "PackedPrefill": {"t": 70, "mean": 20, "h": 3},
-    "ChunkedPrefill": {"b": 2, "s": 70, "q": 5, "h": 3},
-    "Tokens": {"t": 9, "h": 3},
-    "ModelDecode": {"b": 3, "s": 70},
-    "ModelPrefill": {"s": 70},
-    "Training": {"b": 2, "s": 70},
-    "Generation": {"b": 2, "prompts": 3, "n": 5, "drafts": 1},
-}
-
-
-def shrunk(case):
-    limits = SMALL[type(case.workload).__name__]
-    sizes = {name: min(getattr(case.workload, name), limit) for name, limit in limits.items()}
-    if getattr(case.workload, "uneven", ()):
-        sizes["uneven"] = (7, sizes["s"], 5)[: sizes["b"]]  # no fewer than new tokens
-    if hasattr(case.workload, "model"):
-        sizes["model"] = workloads.MODEL_TINY
-    return dataclasses.replace(case, workload=dataclasses.replace(case.workload, **sizes))
 
 
 def run_at_once(rivals):
@@ -297,7 +265,9 @@ def gpu_stand_in(monkeypatch, tmp_path):
     monkeypatch.setattr(Machine, "current", classmethod(lambda cls: MACHINE))
     monkeypatch.setattr(timing, "Stopwatch", Stopwatch)
     monkeypatch.setattr(roofline, "measure", lambda time: ROOFS)
-    monkeypatch.setattr(cli, "DEVICE", "cpu")
+    monkeypatch.setattr(roofline, "products", lambda: {"bf16": lambda: None})
+    monkeypatch.setattr(steadiness, "clock_mhz", lambda product: 1980.0)
+    monkeypatch.setattr(session, "DEVICE", "cpu")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     select = cli.select
     monkeypatch.setattr(
@@ -315,6 +285,44 @@ def test_a_whole_run_prints_tables_and_saves(gpu_stand_in):
         saved = json.loads((gpu_stand_in / "h100" / f"{family}.json").read_text())
         assert len(saved["rows"]) == 3
         assert saved["commit"] == "def456"
+        assert saved["clocks"] == {"mhz_before": 1980, "mhz_after": 1980, "copy": 1, "bf16": 1, "fp8": 1}
+
+
+@pytest.fixture
+def two_cases(gpu_stand_in, monkeypatch):
+    two = [MergeStates(workloads.Tokens(4, 2)), MergeStates(workloads.Tokens(5, 2))]
+    monkeypatch.setattr(cli, "select", lambda *a, **k: {"mla": two})
+    return gpu_stand_in
+
+
+def test_check_fails_when_a_figure_fell_and_is_quiet_when_none_did(two_cases):
+    assert invoke("mla", "--save").exit_code == 0
+    kept = two_cases / "h100" / "mla.json"
+    result = invoke("mla", "--check")
+    assert result.exit_code == 0, result.output
+    assert "mla: 0 of 2 figures fell" in result.output
+    document = json.loads(kept.read_text())
+    document["rows"][0] |= {"us": 5.0, "roof_pct": 2 * document["rows"][0]["roof_pct"]}
+    kept.write_text(json.dumps(document))
+    result = invoke("mla", "--check")
+    assert result.exit_code == 1, result.output
+    assert "mla: 1 of 2 figures fell" in result.output
+    assert "0.500 0.500 0.500" in result.output
+
+
+def test_check_does_not_pass_where_nothing_is_saved(two_cases):
+    result = invoke("mla", "--check")
+    assert result.exit_code == 1
+    assert "nothing is saved of h100" in result.output
+
+
+def test_base_hands_its_arguments_on(two_cases, monkeypatch):
+    asked = []
+    monkeypatch.setattr(base, "beside", lambda commit, arguments, say: asked.extend([commit, *arguments]) or [])
+    result = invoke("fp8", "--base", "HEAD~1", "--impl", "triton", "--filter", "m4096", "--quick")
+    assert result.exit_code == 0, result.output
+    words = ["HEAD~1", "fp8", "--seconds", "0.05", "--impl", "triton", "--filter", "m4096", "--quick"]
+    assert asked == words
 
 
 def test_a_failed_case_makes_the_run_fail_but_not_stop(gpu_stand_in, monkeypatch):

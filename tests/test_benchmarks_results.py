@@ -23,6 +23,7 @@ MACHINE = Machine("NVIDIA H100 80GB HBM3", "580.1", "2.11.0", "3.6.0", "13.0", "
 def test_quantiles():
     times = Times.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0])
     assert (times.us, times.p20, times.p80) == (3.5, 2.0, 5.0)
+    assert times.drift == 2.0  # 4.0 in the second half, 2.0 in the first
     assert Times.of([7.0]) == Times(7.0, 7.0, 7.0)
 
 
@@ -155,11 +156,12 @@ def test_saved_file_has_the_schema(tmp_path, monkeypatch):
     path = results.save("gemm", MACHINE, ROOFS, [a_row(), a_row(work=Work(None, 3_000_000))])
     assert path == tmp_path / "h100" / "gemm.json"
     saved = json.loads(path.read_text())
-    assert set(saved) == {"gpu", "driver", "torch", "triton", "cuda", "commit", "date", "roofs", "rows"}
+    stamp = {"gpu", "driver", "torch", "triton", "cuda", "commit", "python", "cupy", "host", "power_limit_w"}
+    assert set(saved) == {*stamp, "date", "roofs", "rows"}
     assert saved["roofs"] == {"copy_gbs": 3000.0, "bf16_tflops": 700.0, "fp8_tflops": 1400.0}
     row, memory_bound = saved["rows"]
     keys = ["op", "workload", "impl", "us", "p20", "p80", "tflops", "gbs", "roof_pct", "peers", "vs_best_peer"]
-    assert list(row) == keys
+    assert list(row) == [*keys, "drift"]
     assert row["peers"] == {"torch": 200.0, "cublaslt": 107.4}
     assert (row["us"], row["tflops"], row["vs_best_peer"]) == (171.8, 700.0, 0.6251)
     assert memory_bound["tflops"] is None

@@ -1,0 +1,92 @@
+"""Two sets of results side by side, as ratios: ``python -m benchmarks --compare h100 h200``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from benchmarks.saved import Saved, SavedRow, by_key
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same job in both."""
+
+    a: SavedRow
+    b: SavedRow
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast B is."""
+        return self.a.us / self.b.us
+
+
+def pairs(a: Iterable[Saved], b: Iterable[Saved]) -> list[Pair]:
+    """The jobs that are in both; of one that several implementations did, those of the same name, else the fastest."""
+    of_b = by_key(b)
+    found = []
+    for key, rows in by_key(a).items():
+        others = {row.impl: row for row in of_b.get(key, ())}
+        if not others:
+            continue
+        same = [Pair(row, others[row.impl]) for row in rows if row.impl in others]
+        found += same or [Pair(*(min(some, key=lambda row: row.us) for some in (rows, others.values())))]
+    return found
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """Of ratios; 1 of none."""
+    logs = [math.log(ratio) for ratio in ratios]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0
+
+
+def introduce(name: str, saved: Mapping[str, Saved]) -> list[str]:
+    """What a set of results is of; families of one run share a line."""
+    lines: dict[str, list[str]] = {}
+    for family in saved.values():
+        s, r = family.stamp, family.roofs
+        fp8 = "no fp8" if r.get("fp8_tflops") is None else f"fp8 {r['fp8_tflops']:,.0f}"
+        line = (
+            f"{s['gpu']}, torch {s['torch']}, commit {s['commit'][:12]}, {s['date'][:10]}, "
+            f"copy {r['copy_gbs']:,.0f} GB/s, bf16 {r['bf16_tflops']:,.0f}, {fp8} TFLOP/s"
+        )
+        lines.setdefault(line, []).append(family.family)
+    return [f"{name}  {line} ({', '.join(families)})" for line, families in lines.items()]
+
+
+def draw(found: Iterable[Pair], a: str = "A", b: str = "B") -> Table:
+    """A line for each job, and the geometric mean of each operation."""
+    table = Table(title=f"{b} against {a}: above 1 is faster", title_justify="left", title_style="bold")
+    for heading in ("op", "workload", "impl"):
+        table.add_column(heading, no_wrap=True)
+    for heading in (f"{a} µs", f"{b} µs", "× as fast", f"% roof {a}", b, f"× best peer {a}", b):
+        table.add_column(heading, justify="right", no_wrap=True)
+    operations: dict[str, list[Pair]] = {}
+    for pair in found:
+        operations.setdefault(pair.a.op, []).append(pair)
+    for op, some in operations.items():
+        for pair in some:
+            impls = dict.fromkeys((pair.a.impl, pair.b.impl))
+            table.add_row(
+                op,
+                pair.a.workload,
+                " → ".join(impls),
+                *(f"{row.us:,.1f}" for row in (pair.a, pair.b)),
+                _ratio(pair.speedup),
+                *(f"{row.roof_pct:.0f}" for row in (pair.a, pair.b)),
+                *("–" if row.vs_best_peer is None else f"{row.vs_best_peer:.2f}" for row in (pair.a, pair.b)),
+            )
+        if len(some) > 1:
+            mean = geometric_mean(pair.speedup for pair in some)
+            table.add_row("", "geometric mean", "", "", "", _ratio(mean), style="dim", end_section=True)
+        else:
+            table.add_section()
+    return table
+
+
+def _ratio(ratio: float) -> str:
+    colour = "green" if ratio > 1.05 else "red" if ratio < 0.95 else "default"
+    return f"[{colour}]{ratio:.3f}[/]"

@@ -1,0 +1,91 @@
+"""Whether the machine stood still while it was measured: warm before, and with the same roofs after.
+
+A GPU that has been idle runs its first products faster than it can keep up: it is cool, and its power limit has not
+come into play. So a run begins with products until their time settles, and says how many that took; and after each
+family the roofs are measured again, beside the clock that the multiprocessors then run at.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.roofline import Roofs
+from benchmarks.timing import Call, Times
+
+SETTLED = 0.01  # two turns that differ by less are taken for the same
+MOST_TURNS = 20
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """How warming up went: the turns that it took, and microseconds of the product in the first and the last."""
+
+    turns: int
+    first_us: float
+    settled_us: float
+
+    def __str__(self) -> str:
+        change = self.settled_us / self.first_us - 1
+        return f"warm after {self.turns} turns of a product, whose time changed by {change:+.1%} from the first"
+
+
+def warm_up(time: Callable[[Mapping[str, Call]], dict[str, Times]], product: Call) -> WarmUp:
+    """Time `product` until it takes as long as in the turn before, twice in a row."""
+    first = last = time({"product": product})["product"].us
+    turns, alike = 1, 0
+    while turns < MOST_TURNS and alike < 2:
+        us = time({"product": product})["product"].us
+        alike = alike + 1 if abs(us / last - 1) < SETTLED else 0
+        last, turns = us, turns + 1
+    return WarmUp(turns, first, last)
+
+
+def clock_mhz(product: Call, times: int = 200) -> float | None:
+    """The clock of the multiprocessors during so many products; None where nobody can tell.
+
+    Those of the roof take 0.3 s on an H100, longer than nvidia-smi takes to look.
+    """
+    import torch
+
+    for _ in range(times):
+        product()
+    try:
+        answer = subprocess.run(
+            ("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"),
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        index = torch.cuda.current_device()
+        lines = answer.stdout.split()
+        return float(lines[index if len(lines) > index else 0])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    finally:
+        torch.cuda.synchronize()
+
+
+def clocks(before: Roofs, after: Roofs, mhz_before: float | None, mhz_after: float | None) -> dict[str, float | None]:
+    """What the file of a family keeps: clocks before and after it, and the roofs after it over those before."""
+
+    def ratio(now: float | None, then: float | None) -> float | None:
+        return now / then if now and then else None
+
+    return {
+        "mhz_before": mhz_before,
+        "mhz_after": mhz_after,
+        "copy": ratio(after.copy_gbs, before.copy_gbs),
+        "bf16": ratio(after.bf16_tflops, before.bf16_tflops),
+        "fp8": ratio(after.fp8_tflops, before.fp8_tflops),
+    }
+
+
+def describe(clocks: Mapping[str, float | None]) -> str:
+    """One line about it."""
+    roofs = [f"{name} {clocks[name] - 1:+.1%}" for name in ("copy", "bf16", "fp8") if clocks[name]]  # type: ignore[operator]
+    mhz = [clocks[name] for name in ("mhz_before", "mhz_after")]
+    clock = [f"clock {mhz[0]:,.0f} to {mhz[1]:,.0f} MHz"] if mhz[0] and mhz[1] else []
+    return "drift of the roofs over these cases: " + ", ".join(roofs + clock)
