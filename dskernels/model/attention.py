@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,9 @@ import dskernels as ds
 from dskernels.model.batch import Batch
 from dskernels.model.config import Config
 from dskernels.model.layers import FP8_BLOCK, Activation, Linear, RMSNorm
-from dskernels.model.rope import rotate, softmax_scale
+from dskernels.model.recompute import recomputed
+from dskernels.model.rope import rotated_from, softmax_scale
+from dskernels.types import Fp8Tensor
 
 
 class Attention(nn.Module):
@@ -27,29 +31,41 @@ class Attention(nn.Module):
     q_a_proj: Linear | None
     kv_a_proj_with_mqa: Linear | None
 
-    def __init__(self, config: Config, fp8: bool) -> None:
+    def __init__(self, config: Config, fp8: bool, recompute: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.fp8, self.recompute = config, fp8, recompute
         self.scale = softmax_scale(config)
         hidden, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
         self.qkv_a_proj = None
+        # All but the last take a norm, which is computed again and not kept where that is wanted.
+        keep = "input" if recompute else "fp8"
         if config.q_lora_rank is None:
-            self.q_proj = Linear(hidden, heads * config.qk_head_dim, fp8)
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim, fp8, keep=keep)
         else:
-            self.q_a_proj = Linear(hidden, config.q_lora_rank, fp8)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, fp8, keep=keep)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, eps)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, fp8)
-        self.kv_a_proj_with_mqa = Linear(hidden, config.latent_dim, fp8)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, fp8, keep=keep)
+        self.kv_a_proj_with_mqa = Linear(hidden, config.latent_dim, fp8, keep=keep)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
-        self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), fp8)
-        self.o_proj = Linear(heads * config.v_head_dim, hidden, fp8)
+        up = heads * (config.qk_nope_head_dim + config.v_head_dim)
+        self.kv_b_proj = Linear(config.kv_lora_rank, up, fp8, keep=keep)
+        # The gradient of attention keeps its output in bf16 in any case, more mantissa than the report's E5M6.
+        self.o_proj = Linear(heads * config.v_head_dim, hidden, fp8, keep="input", scale_format="ue8m0")
 
     @property
     def takes_fp8(self) -> bool:
         """Whether its input may come quantised, see `Linear.takes_fp8`."""
         return self.o_proj.takes_fp8
 
-    def forward(self, x: Activation, batch: Batch, cos: Tensor, sin: Tensor, cache: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Activation,
+        batch: Batch,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor | None = None,
+        quantized: Fp8Tensor | None = None,
+    ) -> Tensor:
         """Attends within the sequences of ``batch``.
 
         Args:
@@ -58,12 +74,13 @@ class Attention(nn.Module):
             cos: float32 ``[T, rope / 2]`` of their positions.
             sin: likewise.
             cache: this layer's pages ``[pages, page_size, latent]``; the new tokens are written to it first.
+            quantized: ``x`` in 1x128 tiles, where ``x`` itself is not quantised.
 
         Returns:
             ``[T, hidden]``.
         """
         config = self.config
-        q, latent = self._down(x)
+        q, latent = self._down(x, quantized)
         q = self._queries(q)
         kv, k_rope = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), -1)
         if cache is not None:
@@ -85,7 +102,7 @@ class Attention(nn.Module):
             return self._decode(q, cos, sin, cache, batch.block_table, batch.lengths, batch.q_lengths)
         return self.o_proj(out.flatten(1))
 
-    def _down(self, x: Activation) -> tuple[Tensor, Tensor]:
+    def _down(self, x: Activation, quantized: Fp8Tensor | None) -> tuple[Tensor, Tensor]:
         """Of the hidden state the query, compressed if it is so, and the latent beside the rotated part of the key."""
         dtype = self.kv_a_layernorm.weight.dtype
         if self.qkv_a_proj is not None:
@@ -95,7 +112,7 @@ class Attention(nn.Module):
         q_proj = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
         if q_proj is None or self.kv_a_proj_with_mqa is None:
             raise RuntimeError("qkv_a_proj: expected it, as the matrices that it is made of are not there")
-        return q_proj(x, dtype), self.kv_a_proj_with_mqa(x, dtype)
+        return q_proj(x, dtype, quantized), self.kv_a_proj_with_mqa(x, dtype, quantized)
 
     def _queries(self, q: Tensor) -> Tensor:
         """``[T, heads, nope + rope]`` of what `_down` gives."""
@@ -103,34 +120,39 @@ class Attention(nn.Module):
             q = self._expanded(q, self.q_a_layernorm, self.q_b_proj)
         return q.unflatten(-1, (self.config.num_attention_heads, -1))
 
-    @staticmethod
-    def _expanded(x: Tensor, norm: RMSNorm, projection: Linear) -> Tensor:
+    def _expanded(self, x: Tensor, norm: RMSNorm, projection: Linear) -> Tensor:
         """The projection of a normed latent, which is quantised with the norm where that may be."""
-        return projection(norm.quantized(x), x.dtype) if projection.takes_fp8 else projection(norm(x))
+        if projection.takes_fp8:
+            return projection(norm.quantized(x), x.dtype)
+        normed, quantized, _ = norm.beside(x, None, self.fp8)
+        with recomputed(normed, lambda: norm.again(x, self.fp8)) if self.recompute else nullcontext():
+            return projection(normed, quantized=quantized)
 
     def _rotated(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``q`` ``[T, heads, nope + rope]`` with its last part rotated: in place where nothing is differentiated."""
-        q_nope, q_rope = q.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), -1)
+        nope, rope = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
         if torch.is_grad_enabled():
-            return torch.cat((q_nope, self._turned(q_rope, cos, sin)), -1)
+            return rotated_from(q, cos, sin, nope)
+        q_rope = q.narrow(-1, nope, rope)
         ds.apply_rope(q_rope, cos, sin, out=q_rope)
         return q
 
     @staticmethod
     def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``x`` ``[T, heads, rope]`` rotated."""
-        if torch.is_grad_enabled():
-            return rotate(x, cos[:, None], sin[:, None])
-        return ds.apply_rope(x, cos, sin)
+        return rotated_from(x, cos, sin, 0) if torch.is_grad_enabled() else ds.apply_rope(x, cos, sin)
 
     def _prompt(self, q: Tensor, kv: Tensor, k_rope: Tensor, batch: Batch) -> Tensor:
         """Keys and values of every head are written out: fewer operations while each is used by many queries."""
         config = self.config
-        kv = self._expanded(kv, self.kv_a_layernorm, self.kv_b_proj)
-        kv = kv.unflatten(-1, (config.num_attention_heads, -1))
-        k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), -1)
+        latent, norm, up = kv, self.kv_a_layernorm, self.kv_b_proj
+        kv = self._expanded(latent, norm, up)
+        k_nope, v = kv.unflatten(-1, (config.num_attention_heads, -1)).split(
+            (config.qk_nope_head_dim, config.v_head_dim), -1
+        )
         cu = batch.cu_seqlens
-        out, _ = ds.mla_prefill(q, k_nope, v, cu, cu, scale=self.scale, k_rope=k_rope)
+        with recomputed(kv, lambda: self._expanded(latent, norm, up)) if self.recompute else nullcontext():
+            out, _ = ds.mla_prefill(q, k_nope, v, cu, cu, scale=self.scale, k_rope=k_rope)
         return out
 
     def _decode(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from torch import Tensor, nn
 
-import dskernels as ds
 from dskernels.model.attention import Attention
 from dskernels.model.batch import Batch
 from dskernels.model.config import Config
 from dskernels.model.layers import FeedForward, RMSNorm
 from dskernels.model.moe import MoE, RouterOutput
-from dskernels.types import Fp8Tensor
+from dskernels.model.recompute import recomputed
 
 
 class Block(nn.Module):
@@ -19,10 +20,11 @@ class Block(nn.Module):
     What a block adds last is handed on beside the stream: the next norm adds it, in the same launch.
     """
 
-    def __init__(self, config: Config, *, moe: bool, fp8: bool) -> None:
+    def __init__(self, config: Config, *, moe: bool, fp8: bool, recompute: bool = False) -> None:
         super().__init__()
+        self.fp8, self.recompute = fp8, recompute
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, fp8)
+        self.self_attn = Attention(config, fp8, recompute)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config, fp8) if moe else FeedForward(config.hidden_size, config.intermediate_size, fp8)
 
@@ -49,15 +51,27 @@ class Block(nn.Module):
             Both again, and how the experts were chosen if there are any.
         """
         attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
-        h, x = self.input_layernorm.after(x, update, attention.takes_fp8)
-        update = attention(h, batch, cos, sin, cache)
-        if isinstance(mlp, FeedForward):
-            h, x = norm.after(x, update, mlp.w13.takes_fp8)
-            return x, mlp(h, x.dtype), None
-        quantized: Fp8Tensor | None = None
-        if mlp.takes_fp8:  # the router multiplies what is not
-            quantized, x, h = ds.rmsnorm_quantize(x, norm.weight, norm.eps, update, with_normed=True)
+        if attention.takes_fp8:
+            h, x = self.input_layernorm.after(x, update, True)
+            update = attention(h, batch, cos, sin, cache)
         else:
-            h, x = norm.after(x, update, False)
-        update, router = mlp(h, quantized)
-        return x, update, router
+            h, quantized, x = self.input_layernorm.beside(x, update, self.fp8)
+            with self._keeping(x, self.input_layernorm, h):
+                update = attention(h, batch, cos, sin, cache, quantized)
+        if isinstance(mlp, MoE):
+            # What goes to other ranks has scales that are powers of two. The router multiplies what is not quantised.
+            form = "fp32" if mlp.takes_fp8 else "ue8m0"
+            h, quantized, x = norm.beside(x, update, self.fp8, form)
+            with self._keeping(x, norm, h):
+                update, router = mlp(h, quantized)
+            return x, update, router
+        if mlp.w13.takes_fp8:
+            h, x = norm.after(x, update, True)
+            return x, mlp(h, x.dtype), None
+        h, quantized, x = norm.beside(x, update, self.fp8)
+        with self._keeping(x, norm, h):
+            return x, mlp(h, quantized=quantized), None
+
+    def _keeping(self, x: Tensor, norm: RMSNorm, h: Tensor) -> AbstractContextManager[object]:
+        """Of a norm ``h`` of ``x`` nothing is kept inside, where that is wanted."""
+        return recomputed(h, lambda: norm.again(x, self.fp8)) if self.recompute else nullcontext()

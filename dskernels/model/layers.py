@@ -43,9 +43,31 @@ class RMSNorm(nn.Module):
             return self.quantized(x), x
         return ds.rmsnorm_quantize(x, self.weight, self.eps, update)
 
+    def beside(
+        self, x: Tensor, update: Tensor | None, fp8: bool, scale_format: str = "fp32"
+    ) -> tuple[Tensor, Fp8Tensor | None, Tensor]:
+        """The norm of the stream after ``update``, with ``fp8`` in 1x128 tiles too; and that stream. Differentiable."""
+        if not fp8:
+            x = x if update is None else x + update
+            return self(x), None, x
+        options = dict(with_normed=True, scale_format=scale_format)
+        quantized, x, normed = ds.rmsnorm_quantize(x, self.weight, self.eps, update, **options)
+        return normed, quantized, x
+
+    def again(self, x: Tensor, fp8: bool) -> Tensor:
+        """Of the stream ``x`` what `beside` gave."""
+        return self.beside(x, None, fp8)[0]
+
 
 class Linear(nn.Module):
     """``x @ weight.T`` in the dtype of the weight or, with ``fp8``, in e4m3 (all three products of training).
+
+    Args:
+        inputs: columns.
+        outputs: rows.
+        fp8: whether products run in e4m3.
+        keep: what is kept of the input of such products, see `dskernels.fp8_linear`.
+        scale_format: of the scales of that input.
 
     Attributes:
         weight: ``[outputs, inputs]``. In e4m3 where the weight is kept quantised (see `keep_in_fp8`), which is for
@@ -55,9 +77,9 @@ class Linear(nn.Module):
 
     weight_scale_inv: Tensor | None
 
-    def __init__(self, inputs: int, outputs: int, fp8: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, fp8: bool, *, keep: str = "fp8", scale_format: str = "fp32") -> None:
         super().__init__()
-        self.fp8 = fp8
+        self.fp8, self.keep, self.scale_format = fp8, keep, scale_format
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.register_buffer("weight_scale_inv", None)
         self._dense: Tensor | None = None
@@ -88,8 +110,11 @@ class Linear(nn.Module):
             self._dense = weight.dequantize(dtype)
         return self._dense
 
-    def forward(self, x: Activation, dtype: torch.dtype | None = None) -> Tensor:
-        """``[..., inputs]`` to ``[..., outputs]``, in ``dtype`` if the input is quantised."""
+    def forward(self, x: Activation, dtype: torch.dtype | None = None, quantized: Fp8Tensor | None = None) -> Tensor:
+        """``[..., inputs]`` to ``[..., outputs]``, in ``dtype`` if the input is quantised.
+
+        ``quantized`` is an input that is not quantised, in 1x128 tiles.
+        """
         operand = self.operand
         if isinstance(x, Fp8Tensor):
             if not isinstance(operand, Fp8Tensor) or dtype is None:
@@ -97,7 +122,9 @@ class Linear(nn.Module):
                     "x: expected a tensor, as the weight is not kept quantised, or the result has no dtype"
                 )
             return ds.fp8_gemm(x, operand, out_dtype=dtype)
-        return ds.fp8_linear(x, operand) if self.fp8 else later.linear(x, self.weight)
+        if not self.fp8:
+            return later.linear(x, self.weight)
+        return ds.fp8_linear(x, operand, quantized=quantized, scale_format=self.scale_format, keep=self.keep)
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -118,8 +145,15 @@ class FeedForward(nn.Module):
         self.w13 = Linear(hidden, 2 * inner, fp8)
         self.w2 = Linear(inner, hidden, fp8)
 
-    def forward(self, x: Activation, dtype: torch.dtype | None = None) -> Tensor:
-        """``[T, hidden]`` to ``[T, hidden]``, in ``dtype`` if the input is quantised."""
+    @property
+    def trains_in_fp8(self) -> bool:
+        """Whether products run in e4m3 of weights that are not kept quantised."""
+        return self.w13.fp8 and self.w13.weight_scale_inv is None
+
+    def forward(self, x: Activation, dtype: torch.dtype | None = None, quantized: Fp8Tensor | None = None) -> Tensor:
+        """``[T, hidden]`` to ``[T, hidden]``, in ``dtype`` if the input is quantised; ``quantized`` as for `Linear`."""
+        if self.trains_in_fp8 and isinstance(x, Tensor):
+            return ds.feed_forward(x, self.w13.weight, self.w2.weight, fp8=True, quantized=quantized)
         gate_up = self.w13(x, dtype)
         if self.w2.takes_fp8:
             return self.w2(ds.swiglu_quantize(gate_up), gate_up.dtype)

@@ -72,11 +72,11 @@ class DeepseekV3(nn.Module):
         self.fp8, self.recompute = fp8, recompute
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-            dense = config.first_k_dense_replace
-            self.layers = nn.ModuleList(Block(config, moe=i >= dense, fp8=fp8) for i in range(config.num_hidden_layers))
+            dense, how = config.first_k_dense_replace, dict(fp8=fp8, recompute=recompute)
+            self.layers = nn.ModuleList(Block(config, moe=i >= dense, **how) for i in range(config.num_hidden_layers))
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.lm_head = Linear(config.hidden_size, config.vocab_size, fp8=False)
-            self.mtp = nn.ModuleList(MTP(config, fp8=fp8) for _ in range(config.num_nextn_predict_layers))
+            self.mtp = nn.ModuleList(MTP(config, **how) for _ in range(config.num_nextn_predict_layers))
             self.rope = Rope(config)
         device = torch.get_default_device() if device is None else torch.device(device)
         self.to(dtype=torch.get_default_dtype() if dtype is None else dtype)

@@ -22,8 +22,8 @@ class MTP(Block):
     released weights (the report prints them the other way round).
     """
 
-    def __init__(self, config: Config, *, fp8: bool) -> None:
-        super().__init__(config, moe=True, fp8=fp8)
+    def __init__(self, config: Config, *, fp8: bool, recompute: bool = False) -> None:
+        super().__init__(config, moe=True, fp8=fp8, recompute=recompute)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, fp8=False)

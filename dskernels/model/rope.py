@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import dskernels as ds
 from dskernels.model.config import Config, Yarn
 
 
@@ -84,3 +86,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+
+
+def rotated_from(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
+    """``x`` ``[T, heads, width]`` with its columns from ``start`` on rotated, as `dskernels.apply_rope` does it.
+
+    Differentiable; two copies less than to cut, rotate and join.
+    """
+    if torch.compiler.is_compiling():
+        turned = rotate(x[..., start:], cos[:, None], sin[:, None])
+        return turned if start == 0 else torch.cat((x[..., :start], turned), -1)
+    return _Rotated.apply(x, cos, sin, start)
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.start = start
+        return _Rotated.turned(x, cos, sin, start)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotated.turned(dy, cos, -sin, ctx.start), None, None, None
+
+    @staticmethod
+    def turned(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
+        if start == 0:
+            return ds.apply_rope(x, cos, sin)
+        out = x.clone(memory_format=torch.contiguous_format)
+        last = out[..., start:]
+        ds.apply_rope(last, cos, sin, out=last)
+        return out

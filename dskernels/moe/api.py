@@ -118,7 +118,7 @@ def fused_experts(
             them, with weight 1, in the launches of the others. Ids of the routing are then below E - n_shared. A shared
             network that is n times as wide as a routed expert is n of them.
         quantized: ``[T, H]`` in 1x128 tiles, `x` as :func:`dskernels.quantize` or :func:`dskernels.rmsnorm_quantize`
-            has made it: products in e4m3 take it in place of quantising `x`, unless a gradient is wanted.
+            has made it: products in e4m3 take it in place of quantising `x`. Gradients go to `x`.
         fp8: quantise what is not quantised yet, inside.
         recompute: keep nothing between forward and backward but the arguments, and compute ``w13 @ x`` again; if False,
             it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never kept. By default it
@@ -165,11 +165,9 @@ def fused_experts(
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *flat))
     keep = needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute)
     shared_flat = flat[4:] or [None] * 4
-    if needs_gradient:
-        quantized = None
-        if n_shared:
-            weights, experts = _with_shared(weights, experts, w13.shape[0], n_shared)
-            n_shared = 0
+    if needs_gradient and n_shared:
+        weights, experts = _with_shared(weights, experts, w13.shape[0], n_shared)
+        n_shared = 0
     operand = (None, None) if quantized is None or not fp8 else (quantized.data, quantized.scale)
     return _fused_experts(x, *flat[:4], weights, experts, *shared_flat, fp8, keep, *operand, n_shared, impl=impl)[0]
 
