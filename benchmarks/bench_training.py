@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import dskernels as ds
@@ -55,7 +54,7 @@ class Inputs:
             torch.autograd.graph.increment_version(parameter)
         cu_seqlens = self.cu_seqlens
         output = model(self.tokens, cu_seqlens)
-        nats = F.cross_entropy(output.logits.float(), self.targets, reduction="none")
+        nats = ds.cross_entropy(output.logits, self.targets)
         loss = nats.sum() / self.counted
         for router in output.routers:
             loss = loss + ds.balance_loss(

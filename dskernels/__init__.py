@@ -11,6 +11,7 @@ from dskernels.fp8 import (
 )
 from dskernels.gemm import fp8_gemm, fp8_linear
 from dskernels.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
+from dskernels.loss import cross_entropy
 from dskernels.mla import (
     apply_rope,
     merge_states,
@@ -35,6 +36,7 @@ __all__ = [
     "apply_rope",
     "balance_loss",
     "combine",
+    "cross_entropy",
     "explain",
     "feed_forward",
     "fp8_gemm",

@@ -10,6 +10,7 @@ from dskernels.reference.fp8 import (
 )
 from dskernels.reference.gemm import fp8_gemm, fp8_linear
 from dskernels.reference.grouped_gemm import grouped_gemm, grouped_gemm_masked, grouped_wgrad, quantize_grouped
+from dskernels.reference.loss import cross_entropy
 from dskernels.reference.mla import (
     apply_rope,
     merge_states,
@@ -27,6 +28,7 @@ __all__ = [
     "apply_rope",
     "balance_loss",
     "combine",
+    "cross_entropy",
     "feed_forward",
     "fp8_gemm",
     "fp8_linear",

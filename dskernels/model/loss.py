@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import dskernels as ds
@@ -33,7 +32,7 @@ def losses(output: Output, batch: Packed, config: Config, *, balance_alpha: floa
     predictions = batch.predictions.clamp(min=1)
 
     def cross_entropy(logits: Tensor, ahead: int) -> Tensor:
-        return F.cross_entropy(logits.float(), targets(*batch, ahead), reduction="sum") / predictions
+        return ds.cross_entropy(logits, targets(*batch, ahead)).sum() / predictions
 
     main = cross_entropy(output.logits, 1)
     ahead = [cross_entropy(logits, k) for k, logits in enumerate(output.mtp_logits, 2)]
