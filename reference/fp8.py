@@ -32,6 +32,9 @@ def quantize(x: Tensor, block: Block = (1, 128), *, scale_format: str = "fp32", 
     """
     if transpose:
         return quantize(x.mT, (block[1], block[0]), scale_format=scale_format)
+    if x.dim() == 3 and len(x) == 0:
+        one = quantize(x.new_zeros(1, *x.shape[1:]), block)
+        return Fp8Tensor(one.data[:0], one.scale[:0], block)
     if x.dim() == 3:
         return _stack([quantize(matrix, block, scale_format=scale_format) for matrix in x], block)
     (rows, cols), (br, bc) = x.shape, block
@@ -55,11 +58,15 @@ def scale_layout(scale: Tensor, block: Block) -> Tensor:
     return scale.new_empty_strided((rows, cols), (1, -(-rows // 4) * 4)).copy_(scale)
 
 
-def quantize_both(x: Tensor, *, scale_format: str = "fp32") -> tuple[Fp8Tensor, Fp8Tensor]:
-    """`x` [rows, cols] quantised in 1x128 tiles, and x.T in 1x128 tiles: the operands of Dgrad and of Wgrad."""
-    by_row = quantize(x, (1, 128), scale_format=scale_format)
-    by_column = quantize(x, (128, 1), scale_format=scale_format, transpose=True)
-    return by_row, by_column
+def quantize_both(x: Tensor, *, block: Block = (1, 128), scale_format: str = "fp32") -> tuple[Fp8Tensor, Fp8Tensor]:
+    """`x` [rows, cols] quantised in 1x128 tiles, and x.T in 1x128 tiles: the operands of Dgrad and of Wgrad.
+
+    With a block of (128, 128) both in that, a weight for Fprop and for Dgrad.
+    """
+    by_row = quantize(x, block, scale_format=scale_format)
+    by_column = quantize(x, (block[1], block[0]), scale_format=scale_format, transpose=True)
+    # In tiles of 128 columns' own, or of the block, transposed.
+    return by_row, by_column._replace(block=block)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -190,6 +190,16 @@ def test_bytes_equal_the_reference(device, shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(16, 16), (400, 1040), (3, 272, 144), (4096, 7168)])
+def test_a_weight_and_its_transpose_equal_the_reference(device, shape):
+    x = matrix(*shape, device=device)
+    poisoned(device)
+    got = ds.quantize_both(x, block=(128, 128), impl="hopper")
+    for g, transpose in zip(got, (False, True), strict=True):
+        same_bytes(g, reference.quantize(x, (128, 128), transpose=transpose))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(16, 8), (400, 1032), (4096, 7168), (4096, 16384)])
 @pytest.mark.parametrize("scale_format", FORMATS)
 def test_both_equal_the_reference(device, shape, scale_format):

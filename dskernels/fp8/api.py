@@ -11,7 +11,7 @@ from dskernels.dispatch import Operation
 from dskernels.fp8.layout import empty_quantized
 from dskernels.reference import fp8 as reference
 from dskernels.types import Block, Fp8Tensor
-from dskernels.validate import HALF_OR_SINGLE, check_choice, check_float, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_float, check_tensor
 
 BLOCKS: tuple[Block, ...] = ((1, 128), (128, 128), (128, 1))
 SCALE_FORMATS = ("fp32", "ue8m0")
@@ -52,24 +52,29 @@ def quantize(
     """
     check_choice("block", block, BLOCKS)
     check_choice("scale_format", scale_format, SCALE_FORMATS)
+    check_bool("transpose", transpose)
     stacked = isinstance(x, Tensor) and x.dim() == 3 and block == (128, 128)
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("E", "rows", "cols") if stacked else ("rows", "cols"))
     data, scale = _quantize(x, *block, scale_format == "ue8m0", transpose, impl=impl)
     return Fp8Tensor(data, scale, (block[1], block[0]) if transpose else block)
 
 
-def quantize_both(x: Tensor, *, scale_format: str = "fp32", impl: str | None = None) -> tuple[Fp8Tensor, Fp8Tensor]:
-    """Quantise a gradient for Dgrad and for Wgrad in one pass over it.
+def quantize_both(
+    x: Tensor, *, block: Block = (1, 128), scale_format: str = "fp32", impl: str | None = None
+) -> tuple[Fp8Tensor, Fp8Tensor]:
+    """Quantise a gradient for Dgrad and for Wgrad, or a weight for Fprop and for Dgrad, in one pass over it.
 
-    The same as ``quantize(x)`` and ``quantize(x, (128, 1), transpose=True)``, reading `x` once.
+    The same as ``quantize(x)`` and ``quantize(x, (128, 1), transpose=True)``, or with ``block=(128, 128)`` as
+    ``quantize(x, block)`` and ``quantize(x, block, transpose=True)``, reading `x` once.
 
     Args:
-        x: bf16, fp16 or fp32 ``[T, N]``, last dimension contiguous.
+        x: bf16, fp16 or fp32 ``[T, N]``, last dimension contiguous; a weight also ``[E, rows, cols]``.
+        block: ``(1, 128)`` of a gradient, ``(128, 128)`` of a weight.
         scale_format: ``"fp32"`` or ``"ue8m0"``, see :func:`quantize`.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
-        Fp8Tensor of x ``[T, N]`` and Fp8Tensor of x.T ``[N, T]``, both in 1x128 tiles.
+        Fp8Tensor of x ``[T, N]`` and Fp8Tensor of x.T ``[N, T]``, both in 1x128 tiles, or both in 128x128 blocks.
 
     Raises:
         TypeError, ValueError: as :func:`quantize`.
@@ -77,6 +82,12 @@ def quantize_both(x: Tensor, *, scale_format: str = "fp32", impl: str | None = N
     Source: DeepSeek-V3 report, section 3.3.2 and figure 6.
     """
     check_choice("scale_format", scale_format, SCALE_FORMATS)
+    check_choice("block", block, ((1, 128), (128, 128)))
+    if block == (128, 128):
+        stacked = isinstance(x, Tensor) and x.dim() == 3
+        check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("E", "rows", "cols") if stacked else ("rows", "cols"))
+        data, scale, data_t, scale_t = _quantize_weight(x, scale_format == "ue8m0", impl=impl)
+        return Fp8Tensor(data, scale, block), Fp8Tensor(data_t, scale_t, block)
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "N"))
     data, scale, data_t, scale_t = _quantize_both(x, scale_format == "ue8m0", impl=impl)
     return Fp8Tensor(data, scale), Fp8Tensor(data_t, scale_t)
@@ -106,6 +117,7 @@ def swiglu_quantize(
     Source: Shazeer, arXiv 2002.05202; DeepSeek-V3 report, section 3.3.3.
     """
     check_choice("scale_format", scale_format, SCALE_FORMATS)
+    check_bool("transpose", transpose)
     _check_gate_up(gate_up)
     return Fp8Tensor(*_swiglu_quantize(gate_up, scale_format == "ue8m0", transpose, impl=impl))
 
@@ -289,6 +301,11 @@ def _quantize_both_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, ...]:
     return *by_row[:2], *by_column[:2]
 
 
+def _quantize_weight_reference(x: Tensor, ue8m0: bool) -> tuple[Tensor, ...]:
+    blocks, turned = reference.quantize_both(x, block=(128, 128), scale_format=_format(ue8m0))
+    return *blocks[:2], *turned[:2]
+
+
 def _swiglu_quantize_reference(gate_up: Tensor, ue8m0: bool, transpose: bool) -> tuple[Tensor, Tensor]:
     return reference.swiglu_quantize(gate_up, scale_format=_format(ue8m0), transpose=transpose)[:2]
 
@@ -325,6 +342,13 @@ _quantize_both = Operation(
     triton="dskernels.fp8.triton:quantize_both",
     hopper="dskernels.fp8.hopper:quantize_both",
     fake=lambda x, ue8m0: (*empty_quantized(x, (1, 128)), *empty_quantized(x, (128, 1), transpose=True)),
+)
+_quantize_weight = Operation(
+    "quantize_weight(Tensor x, bool ue8m0) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=_quantize_weight_reference,
+    triton="dskernels.fp8.triton:quantize_weight",
+    hopper="dskernels.fp8.hopper:quantize_weight",
+    fake=lambda x, ue8m0: (*empty_quantized(x, (128, 128)), *empty_quantized(x, (128, 128), transpose=True)),
 )
 _swiglu_quantize = Operation(
     "swiglu_quantize(Tensor gate_up, bool ue8m0, bool transpose) -> (Tensor, Tensor)",

@@ -102,6 +102,7 @@ class HopperConfig:
 # tiles that run at the same time, is 2% faster where it is the only result (129 us against 132 at 7168 x 16384), and 2%
 # slower where there are two (180 against 176) and for SwiGLU (60.7 against 60.0 at 4096 x 7168).
 QUANTIZE_BOTH = HopperConfig(MATRIX, BY_ROW, BY_COLUMN, warps=8, blocks=3, down=False)
+QUANTIZE_WEIGHT = HopperConfig(MATRIX, BY_TILE, BY_TILE, warps=8, blocks=2, down=False)  # with 3 a register spills
 SWIGLU = HopperConfig(PRODUCT, BY_ROW, 0, warps=4, blocks=4, down=False)
 SWIGLU_TRANSPOSED = HopperConfig(PRODUCT, 0, BY_COLUMN, warps=8, blocks=2, down=False)
 SWIGLU_BACKWARD = HopperConfig(GRADIENT, BY_ROW, BY_COLUMN, warps=8, blocks=2, down=False)
@@ -114,7 +115,8 @@ TRANSPOSED = {
     block: HopperConfig(MATRIX, 0, share, warps=8, blocks=3 if share == BY_ROW else 4, down=True)
     for block, share in SHARES.items()
 }
-HOPPER_CONFIGS = (*PLAIN.values(), *TRANSPOSED.values(), QUANTIZE_BOTH, SWIGLU, SWIGLU_TRANSPOSED, SWIGLU_BACKWARD)
+BOTH = (QUANTIZE_BOTH, QUANTIZE_WEIGHT)
+HOPPER_CONFIGS = (*PLAIN.values(), *TRANSPOSED.values(), *BOTH, SWIGLU, SWIGLU_TRANSPOSED, SWIGLU_BACKWARD)
 
 
 def choose_hopper(block: Block, transpose: bool) -> HopperConfig:

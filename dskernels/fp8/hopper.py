@@ -20,6 +20,7 @@ from dskernels.fp8.config import (
     BY_TILE,
     MATRIX,
     QUANTIZE_BOTH,
+    QUANTIZE_WEIGHT,
     SWIGLU,
     SWIGLU_BACKWARD,
     SWIGLU_TRANSPOSED,
@@ -49,6 +50,13 @@ def quantize_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
     """Data and scale of `x` [rows, cols] in 1x128 tiles, then of x.T."""
     results = (*empty_quantized(x, (1, 128)), *empty_quantized(x, (128, 1), transpose=True))
     _quantize(QUANTIZE_BOTH, x, None, ue8m0, *results)
+    return results
+
+
+def quantize_weight(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Data and scale of `x` [E?, rows, cols] in 128x128 blocks, then of x.T."""
+    results = (*empty_quantized(x, (128, 128)), *empty_quantized(x, (128, 128), transpose=True))
+    _quantize(QUANTIZE_WEIGHT, x, None, ue8m0, *results)
     return results
 
 
@@ -125,6 +133,11 @@ def quantize_supports(x: Tensor, block_rows: int, block_cols: int, ue8m0: bool, 
 
 
 def quantize_both_supports(x: Tensor, ue8m0: bool) -> str | None:
+    """Why this kernel does not take these arguments, or None."""
+    return _reason_against(x, True) or reason_against_cuda()
+
+
+def quantize_weight_supports(x: Tensor, ue8m0: bool) -> str | None:
     """Why this kernel does not take these arguments, or None."""
     return _reason_against(x, True) or reason_against_cuda()
 

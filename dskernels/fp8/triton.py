@@ -318,9 +318,14 @@ def quantize_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, ...]:
     return _quantize_columns(x, ue8m0, both=True)
 
 
+def quantize_weight(x: Tensor, ue8m0: bool) -> tuple[Tensor, ...]:
+    """Data and scale of `x` [E?, rows, cols] in 128x128 blocks, then of x.T: in two passes."""
+    return *quantize(x, 128, 128, ue8m0, False), *quantize(x, 128, 128, ue8m0, True)
+
+
 def quantize_supports(x: Tensor, *args: object) -> str | None:
     """Why the GPU of `x` cannot make e4m3, or None."""
     return reason_against_e4m3(x.device)
 
 
-quantize_both_supports = quantize_supports
+quantize_both_supports = quantize_weight_supports = quantize_supports

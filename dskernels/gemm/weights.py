@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from dskernels.fp8 import quantize
+from dskernels.fp8 import quantize, quantize_both
 from dskernels.types import Fp8Tensor
 
 
@@ -53,7 +53,10 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
     owner = _owner_of(weight)
     state = (owner.data_ptr(), owner._version)
     kept: _Kept | None = _kept.get(owner)
-    if kept is None or kept.state != state:
+    if kept is not None and kept.state != state and kept.transposed is not None:
+        # It is trained: what both products of the next step want, in one pass over it.
+        kept = _Kept(state, *quantize_both(weight, block=(128, 128), impl=impl))
+    elif kept is None or kept.state != state:
         kept = _Kept(state, quantize(weight, (128, 128), impl=impl), None)
     if transpose and kept.transposed is None:
         # Read again, not turned: torch turns bytes at a quarter of the speed of memory.
