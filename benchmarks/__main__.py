@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 IMPLEMENTATIONS = ("hopper", "triton", "reference")
-FAMILIES = ("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla", "model", "training", "generation")
+FAMILIES = ("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla", "model", "training", "generation", "scaling")
 TABLE_WIDTH = 150  # of a log, which has no width of its own
 
 EXAMPLES = """
@@ -25,6 +25,7 @@ Examples:
 - `python -m benchmarks gemm --base HEAD~5`: the library of another commit beside this one
 - `python -m benchmarks --compare h100 h200`: two sets of saved results, as ratios; needs no GPU
 - `python -m benchmarks --compare HEAD~5:h200 h200`: saved results as a commit had them, beside today's
+- `python -m benchmarks --report`: a page of all saved results, docs/report.html, and pictures; needs no GPU
 """
 
 app = typer.Typer(rich_markup_mode="markdown", add_completion=False)
@@ -73,9 +74,12 @@ def main(
         tuple[str, str] | None,
         typer.Option(help="Print the ratios of two saved results: files, folders, GPUs, or COMMIT: before any."),
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a page of all saved results, and pictures, and stop.")
+    ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where --save writes to, in place of benchmarks/results."),
+        typer.Option(help="Where --save writes to in place of benchmarks/results, and --report in place of docs."),
     ] = None,
 ) -> None:
     """Time dskernels' operations on the shapes of DeepSeek-V3, beside their peers.
@@ -98,6 +102,8 @@ def main(
             raise typer.BadParameter(f"no implementation {name}; there are {', '.join(IMPLEMENTATIONS)}")
     if compare:
         return show_comparison(console, *compare, families or FAMILIES, filter_ or [])
+    if report:
+        return write_report(console, out)
     if save and (filter_ or quick) and out is None:
         raise typer.BadParameter("--save keeps whole families: leave out --filter and --quick, or say --out")
     chosen = select(families or FAMILIES, filter_ or [], quick=quick)
@@ -182,6 +188,14 @@ def show_base(console: Console, commit: str, arguments: list[str]) -> None:
     console.print(base.draw(found, commit))
     told = sum(job.says_something for job in found)
     console.print(f"{told} of {len(found)} differ by more than two runs of one commit do", highlight=False)
+
+
+def write_report(console: Console, folder: Path | None) -> None:
+    """Write the page of all saved results."""
+    from benchmarks import report
+
+    for path in report.write(folder or report.DOCS):
+        console.print(f"wrote {path}", highlight=False)
 
 
 if __name__ == "__main__":

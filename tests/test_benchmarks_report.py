@@ -1,0 +1,147 @@
+"""The page of saved results, its curves and its pictures."""
+
+import html.parser
+import itertools
+import re
+
+import pytest
+
+from benchmarks import bench_scaling, charts, curves, report, saved
+from benchmarks.curves import OURS, ROOF
+from benchmarks.saved import SavedRow
+
+
+def row(workload, us=10.0, op="fp8_gemm", **changes):
+    options = {"impl": "hopper", "p20": us, "p80": us, "tflops": None, "gbs": 1.0, "roof_pct": 50.0}
+    return SavedRow(op=op, workload=workload, us=us, **{**options, **changes})
+
+
+# ---- curves ------------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_is_what_differs_in_one_size():
+    rows = [row(f"m{m}_n4096_k7168", us=float(m), peers={"torch": 2.0 * m}) for m in (128, 1, 64)]
+    (curve,) = curves.curves([*rows, row("m1_n576_k7168"), row("m1_n4096_k7168", us=5.0, impl="triton")])
+    assert (curve.op, curve.size, curve.others, curve.at) == ("fp8_gemm", "m", "n4096_k7168", (1, 64, 128))
+    assert curve.lines == {ROOF: [0.5, 32, 64], "torch": [2, 128, 256], OURS: [1, 64, 128]}
+
+
+def test_a_peer_may_be_missing_at_a_point():
+    rows = [row(f"t{t}", peers={"torch_compile": 3.0} if t == 2 else {}) for t in (1, 2, 3)]
+    (curve,) = curves.curves(rows)
+    assert curve.lines["torch_compile"] == [None, 3.0, None]
+    assert "torch_compile: 3.00 µs at tokens T 2" in charts.scaling(curve)
+
+
+def test_h_is_heads_in_attention_and_channels_elsewhere():
+    heads = [row(f"b128_s4096_q1_h{h}", op="mla_decode") for h in (16, 64, 128)]
+    channels = [row(f"t1_h{h}", op="permute") for h in (16, 64, 128)]
+    assert [curve.size for curve in curves.curves(heads + channels)] == ["h"]
+    assert curves.sizes_of("b128_s4096_varied") == (("b", 128), ("s", 4096), ("varied", None))
+
+
+def test_the_sweeps_make_a_curve_along_every_size():
+    rows = [row(case.workload.name, op=case.op) for case in bench_scaling.CASES]
+    along = {(curve.op, curve.size): len(curve.at) for curve in curves.curves(rows)}
+    assert along == {
+        ("fp8_gemm", "m"): 8,
+        ("fused_experts", "e"): 6,
+        ("fused_experts", "t"): 7,
+        ("route", "t"): 5,
+        ("mla_decode", "b"): 6,
+        ("mla_decode", "s"): 6,
+        ("mla_decode", "h"): 5,
+        ("mla_prefill", "s"): 6,
+    }
+
+
+# ---- charts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_logarithmic_axis():
+    x = charts.Axis(1, 100, 0, 200)
+    assert (x(1), x(10), x(100)) == (0, 100, 200)
+    assert x.ticks() == [1, 10, 100]
+    assert charts.Axis(1, 40, 0, 1).ticks() == [1, 3, 10, 30]
+    assert charts.Axis(9, 45, 0, 1).ticks() == [10, 20]
+    assert charts.Axis(0.001, 1000, 0, 1).ticks() == [10.0**i for i in range(-3, 4)]
+    assert charts.roomy((1, 2, 64, 128, 4096), charts.Axis(1, 4096, 0, 240)) == [4096, 128, 2]
+
+
+def test_labels_do_not_overlap_and_keep_their_order():
+    at = charts.spread({"a": 100, "b": 101, "c": 20, "d": 101}, 0, 110)
+    places = sorted(at.values())
+    assert sorted(at, key=at.__getitem__) == ["c", "a", "b", "d"]
+    assert all(b - a >= charts.LABEL_ROOM for a, b in itertools.pairwise(places))
+    assert places[-1] <= 110
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.01234, "0.0123"), (1.234, "1.23"), (99.96, "100.0"), (1234.5, "1,234")])
+def test_numbers_have_three_digits(value, text):
+    assert charts.number(value) == text
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+class Reader(html.parser.HTMLParser):
+    """What is open, what refers to elsewhere, and how many of each."""
+
+    VOID = frozenset({"meta", "input", "br"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.count, self.outside = [], {}, []
+
+    def handle_starttag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.outside += [value for name, value in attributes if name in ("src", "href") and not value.startswith("#")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_of_what_is_saved_is_whole_and_needs_nothing_else():
+    gpus = {gpu: saved.read(gpu) for gpu in saved.gpus()}
+    text = report.page(gpus)
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    assert reader.outside == []
+    assert not re.search(r"@import|url\(|https?://", text)
+    rows = [row for families in gpus.values() for family in families.values() for row in family.rows]
+    assert text.count('class="text">fp8_gemm<') == sum(r.op == "fp8_gemm" for r in rows) + len(gpus)
+    assert reader.count["svg"] == sum(
+        len(curves.curves(family.rows)) for families in gpus.values() for family in families.values()
+    )
+    for name in ("ours", "roof", "peer-cublaslt", "peer-torch"):
+        assert f".{name}" in text
+
+
+def test_writing_a_report(tmp_path, monkeypatch):
+    pictures = pytest.importorskip("benchmarks.pictures")
+    monkeypatch.setattr(saved, "gpus", lambda folder: ["h200"])
+    monkeypatch.setattr(pictures, "DARK", pictures.LIGHT)
+    monkeypatch.setattr(pictures, "PANELS", 1)
+    page, *images = report.write(tmp_path)
+    assert page == tmp_path / "report.html"
+    assert {image.name for image in images} == {"h200_peers_light.png", "h200_scaling_light.png"}
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
+
+
+def test_a_report_of_nothing_says_so(tmp_path):
+    with pytest.raises(saved.NotThere, match="no results in"):
+        report.write(tmp_path, tmp_path / "results")
+
+
+def test_eager_torch_is_a_rival_of_products_alone():
+    pictures = pytest.importorskip("benchmarks.pictures")
+    both = {"torch": 1.0, "torch_compile": 2.0}
+    assert pictures.rival(row("m1", peers=both)) == "torch"
+    assert pictures.rival(row("m1", op="quantize", peers=both)) == "torch_compile"
+    assert pictures.rival(row("m1", op="quantize", peers={"torch": 1.0})) is None
