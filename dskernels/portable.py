@@ -196,6 +196,23 @@ def sigmoid(x):
     return tl.fma(tl.fma(-y, guess, 1.0), guess, guess)
 
 
+@triton.jit
+def begin_dependent(PROGRAMMATIC: tl.constexpr):
+    """The first thing that a kernel does whose launch is `programmatic`, see there."""
+    if PROGRAMMATIC:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def programmatic(x: torch.Tensor) -> dict[str, bool]:
+    """Constants of a launch beside `x` that lets the kernel begin before the one in front has ended, on sm_90 and newer.
+
+    It waits for that one's results by `begin_dependent`, and lets the one behind it begin in turn.
+    """
+    may = x.is_cuda and torch.version.hip is None and capability(x.device) >= (9, 0)
+    return {"PROGRAMMATIC": True, "launch_pdl": True} if may else {"PROGRAMMATIC": False}
+
+
 def reason_against_e4m3(device: torch.device) -> str | None:
     """Why kernels that make or multiply e4m3 do not run on `device`, or None: NVIDIA GPUs have it from sm_89 on."""
     if device.type == "cuda" and torch.version.hip is None and capability(device) < (8, 9):

@@ -46,6 +46,7 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
     for name, config in each(grouped_config.HOPPER_WGRAD_CONFIGS):
         yield f"grouped_wgrad {name}", functools.partial(ragged_tokens, config)
     yield "grouped_gemm, few rows", few_ragged_rows
+    yield "fused_experts, few tokens", few_tokens
     yield "grouped_gemm and its gradients, bf16", half_precision
     yield "route and its gradient", route
     for dtype in (torch.bfloat16, torch.uint8):
@@ -145,6 +146,16 @@ def few_ragged_rows() -> bool:
     offsets = torch.tensor([0, 3, 3, 70, 85], dtype=torch.int32, device="cuda")
     out = ds.grouped_gemm(a, b, offsets, out_dtype=torch.float32, impl="hopper")
     return parity.difference(out, ds.reference.grouped_gemm(a, b, offsets, out_dtype=out.dtype)) < parity.E4M3_SUMS
+
+
+def few_tokens() -> bool:
+    w13, w2 = (ds.quantize(torch.randn(8, *shape, device="cuda"), (128, 128)) for shape in ((784, 656), (656, 392)))
+    experts = torch.tensor([[6, 0], [3, -1], [6, 3]], dtype=torch.int32, device="cuda")
+    routing = ds.Routing(torch.rand(3, 2, device="cuda"), experts, experts, experts)
+    x = torch.randn(3, 656, device="cuda").bfloat16()
+    got = ds.fused_experts(x, w13, w2, routing, n_shared=1, impl="hopper")
+    want = ds.fused_experts(x.float(), w13, w2, routing, n_shared=1, impl="reference")
+    return parity.difference(got.float(), want) < 1e-3
 
 
 def half_precision() -> bool:

@@ -1,4 +1,4 @@
-// Which experts a few tokens chose, each once, in shared memory: routed ones in the order of their numbers, then the shared ones.
+// Which experts a few tokens chose, each once, in shared memory: the shared ones, then routed ones in the order of their numbers.
 #pragma once
 
 #include "ptx.cuh"
@@ -10,6 +10,7 @@ __device__ __forceinline__ u32 smem_word(u32 addr) {
 }
 __device__ __forceinline__ void smem_set_word(u32 addr, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory"); }
 
+__device__ __forceinline__ void smem_or(u32 addr, u32 bits) { asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(addr), "r"(bits) : "memory"); }
 // From the L2, as another kernel may have written it since this one began.
 __device__ __forceinline__ int load_fresh(const int* p) {
     int x;
@@ -17,7 +18,7 @@ __device__ __forceinline__ int load_fresh(const int* p) {
     return x;
 }
 
-// A set of bits, one a routed expert; how many experts stand before those of each word; how many there are at all; and the list. Every thread of a
+// A set of bits, one a routed expert; where those of each word begin in the list; how many experts there are at all; and the list. Every thread of a
 // CTA calls `clear`; `add` for the choices that are its own, a barrier after that; and `list`.
 struct Chosen {
     static constexpr int WORDS = 32, BEFORE = 128, COUNT = 256, LIST = 272;
@@ -27,7 +28,7 @@ struct Chosen {
         if (threadIdx.x < WORDS) smem_set_word(addr + threadIdx.x * 4, 0);
     }
     __device__ __forceinline__ void add(int id, int routed) const {
-        if ((u32)id < (u32)routed) asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(addr + id / 32 * 4), "r"(1u << id % 32) : "memory");
+        if ((u32)id < (u32)routed) smem_or(addr + id / 32 * 4, 1u << id % 32);
     }
     __device__ __forceinline__ void list(int routed, int shared) const {
         __syncthreads();
@@ -40,12 +41,11 @@ struct Chosen {
                 const int before = __shfl_up_sync(~0u, end, d);
                 if (lane >= d) end += before;
             }
-            int place = end - __popc(bits);
+            int place = shared + end - __popc(bits);
             smem_set_word(addr + BEFORE + lane * 4, place);
             for (; bits; bits &= bits - 1) smem_set_word(addr + LIST + place++ * 4, lane * 32 + __ffs(bits) - 1);
-            const int found = __shfl_sync(~0u, end, 31);
-            for (int i = lane; i < shared; i += 32) smem_set_word(addr + LIST + (found + i) * 4, routed + i);
-            if (lane == 0) smem_set_word(addr + COUNT, found + shared);
+            for (int i = lane; i < shared; i += 32) smem_set_word(addr + LIST + i * 4, routed + i);
+            if (lane == 31) smem_set_word(addr + COUNT, shared + end);
         }
         __syncthreads();
     }
@@ -55,4 +55,18 @@ struct Chosen {
     __device__ __forceinline__ int place_of(int id) const {
         return smem_word(addr + BEFORE + id / 32 * 4) + __popc(smem_word(addr + id / 32 * 4) & ((1u << id % 32) - 1));
     }
+};
+
+// K of all experts of the list, one after the other, `of_expert` blocks each: which expert's a block is, and which of it.
+struct Walk {
+    int of_expert, place, block;
+    __device__ __forceinline__ Walk(int at, int of_expert) : of_expert(of_expert), place(at / of_expert), block(at - place * of_expert) {}
+    __device__ __forceinline__ void next() {
+        if (++block == of_expert) block = 0, ++place;
+    }
+};
+// Part `rank` of `split` of all those blocks.
+struct Share {
+    int first, count;
+    __device__ __forceinline__ Share(int all, int rank, int split) : first(all * rank / split), count(all * (rank + 1) / split - first) {}
 };

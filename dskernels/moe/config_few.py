@@ -5,15 +5,22 @@ from __future__ import annotations
 from dskernels.gemm.config import SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED, SmallConfig
 from dskernels.validate import ceil_div
 
-# Tokens are the narrow operand of the tensor cores, 8 at least: so many go through every expert that one of them chose.
-MOST_TOKENS = 8
+OPERAND = 8  # tokens are the narrow operand of the tensor cores, which is so wide at least: so many may be run
+# And so many are. One was timed: 2.45 ms for Moonlight's shape, 2.15 so, before launches overlapped. More touch more
+# experts, and what is saved is the same: about 15 us a block, of 40 with one token and 100 with 8. Between 2 and 8 no
+# comparison has been run yet.
+MOST_TOKENS = 4
 MOST_CHOICES = 256  # of all tokens
 TILE = 64  # rows of a weight that a CTA multiplies at a time
 CHUNK = 16  # blocks of K that hopper_few_down.cu quantises at a time
 
-UP = SmallConfig(TILE, MOST_TOKENS, split=1, resident=1)
-# Of the second product two CTAs fit a multiprocessor: with three experts' blocks in each, all is on its way at once.
-DOWN_RESIDENT = 2
+UP = SmallConfig(TILE, OPERAND, split=1, resident=1)
+# Of the second product three CTAs fit a multiprocessor, and one of them beside one of the first, which has the rest: it
+# finds out what it will need, and its first weights are on their way, while the first product still runs. On an H200 a
+# token through Moonlight's shape took 1.871 ms so, 1.886 where the first product has all of a multiprocessor, and then
+# 1.99 with two CTAs of the second one, 1.92 with four. To ask the L2 for what is needed next (weights of shared experts
+# before the choice is known, those of the second product at the end of the first) cost 1 and 2%.
+DOWN_RESIDENT = 3
 
 
 def most_chosen(choices: int, routed: int, shared: int) -> int:
@@ -22,8 +29,9 @@ def most_chosen(choices: int, routed: int, shared: int) -> int:
 
 
 def up_stages(most: int) -> int:
-    """How many blocks of K are in flight: as many as fit."""
-    return (SHARED_OF_MULTIPROCESSOR - SHARED_RESERVED - up_shared(0, most)) // (UP.stage + 16)
+    """How many blocks of K are in flight: as many as leave room for a CTA of the second product."""
+    room = SHARED_OF_MULTIPROCESSOR - SHARED_OF_MULTIPROCESSOR // DOWN_RESIDENT - SHARED_RESERVED
+    return (room - up_shared(0, most)) // (UP.stage + 16)
 
 
 def up_shared(stages: int, most: int) -> int:
@@ -40,7 +48,7 @@ def choose_down(n: int, multiprocessors: int) -> SmallConfig:
     """In how many parts the sum is split: as many as leave no CTA waiting for a place."""
     tiles = ceil_div(n, TILE)
     split = max(s for s in (1, 2, 4, 8) if s == 1 or tiles * s <= DOWN_RESIDENT * multiprocessors)
-    return SmallConfig(TILE, MOST_TOKENS, split, resident=DOWN_RESIDENT)
+    return SmallConfig(TILE, OPERAND, split, resident=DOWN_RESIDENT)
 
 
 def down_stages(config: SmallConfig, most: int, choices: int) -> int:
@@ -51,9 +59,9 @@ def down_stages(config: SmallConfig, most: int, choices: int) -> int:
 
 def down_shared(config: SmallConfig, stages: int, most: int, choices: int) -> int:
     """Shared memory of a CTA of hopper_few_down.cu, in the order of its `Layout`."""
-    quantized = CHUNK * MOST_TOKENS * (128 + 4)
+    quantized = CHUNK * OPERAND * (128 + 4)
     received = (config.split - 1) * 2 * TILE * 16
-    weights = most * MOST_TOKENS * 4 + ceil_div(choices, 2) * 8
+    weights = most * OPERAND * 4 + ceil_div(choices, 2) * 8
     return stages * (TILE * 128 + 16) + quantized + received + weights + 8 + _list(most)
 
 

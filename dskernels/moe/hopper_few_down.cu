@@ -16,6 +16,7 @@ constexpr int CHUNK = 16;            // blocks of A that are quantised at a time
 constexpr u32 UNCHOSEN = 0x7fa5a5a5;  // in place of a weight, and of a scale: a NaN that no arithmetic makes
 
 static_assert(TOKENS == 8 && OUT != 2, "rows of A are one swizzled box of 8");
+static_assert(CHUNK * TOKENS == CONSUMERS, "a thread for each token of each block");
 
 // What lies where in shared memory. C is written over the stages, which by then are free.
 struct Layout {
@@ -29,15 +30,6 @@ struct Layout {
     __device__ __forceinline__ u32 weight(int place, int token) const { return weights + (place * TOKENS + token) * 4; }
 };
 
-// One block of the long sum after the other: which expert of the list, and which of its blocks.
-struct Walk {
-    int of_expert, place, block;
-    __device__ __forceinline__ Walk(int at, int of_expert) : of_expert(of_expert), place(at / of_expert), block(at - place * of_expert) {}
-    __device__ __forceinline__ void next() {
-        if (++block == of_expert) block = 0, ++place;
-    }
-};
-
 __device__ __forceinline__ bool is_chosen(float weight) { return __float_as_uint(weight) != UNCHOSEN; }
 __device__ __forceinline__ uint4 load_fresh(const u16* p, bool valid) {
     uint4 v = make_uint4(0, 0, 0, 0);
@@ -49,9 +41,8 @@ __device__ __forceinline__ uint4 load_fresh(const u16* p, bool valid) {
 }
 __device__ __forceinline__ float number(const uint4& v, int j) { return widen((u16)(word(v, j / 2) >> j % 2 * 16), OUT); }
 
-// 128 columns of a token, 8 of each of 16 lanes, to row `token` of the box at `to`, and their scale, times the weight, to `scale_to`. Of a token that
-// did not choose the expert the row stays as it is, and the scale says so.
-__device__ __forceinline__ void quantize_gated(const uint4& gate, const uint4& up, u32 to, int token, u32 scale_to, float weight) {
+// 128 columns of a token, 8 of each of 16 lanes, to row `token` of the box at `to`, and their scale, times the weight, to `scale_to`; if `stored`.
+__device__ __forceinline__ void quantize_gated(const uint4& gate, const uint4& up, u32 to, int token, u32 scale_to, float weight, bool stored) {
     const int lane = threadIdx.x % 16;
     float y[8], amax = 0.f;
 #pragma unroll
@@ -68,10 +59,10 @@ __device__ __forceinline__ void quantize_gated(const uint4& gate, const uint4& u
     prepare(d, scale);
 #pragma unroll
     for (int j = 0; j < 8; ++j) y[j] = divided(y[j], d);
-    if (lane == 0) smem_store(scale_to, is_chosen(weight) ? mul(scale, weight) : weight);
-    if (!is_chosen(weight)) return;
+    if (!stored) return;
+    if (lane == 0) smem_store(scale_to, mul(scale, weight));
     const u32 at = to + token * 128 + ((lane / 2 ^ token) * 16) + lane % 2 * 8;
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(e4m3(y[0], y[1], y[2], y[3])), "r"(e4m3(y[4], y[5], y[6], y[7])) : "memory");
+    smem_store2(at, __uint_as_float(e4m3(y[0], y[1], y[2], y[3])), __uint_as_float(e4m3(y[4], y[5], y[6], y[7])));
 }
 
 // total += the product of a block of B, at `rows`, and one of A, times both scales; `columns` are those of this thread's two tokens, which get
@@ -113,7 +104,6 @@ few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restric
     chosen.clear();
     for (int i = threadIdx.x; i < CHUNK * A_BYTES / 16; i += blockDim.x) smem_store4(memory.a + i * 16, 0.f, 0.f, 0.f, 0.f);
     proxy_fence();
-    for (int i = threadIdx.x; i < CHUNK * TOKENS; i += blockDim.x) smem_set_word(memory.scales + i * 4, UNCHOSEN);
     if (warp == WARPS && elect_one()) {
 #pragma unroll 1
         for (int i = 0; i < stages; ++i) {
@@ -132,7 +122,9 @@ few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restric
     }
     chosen.list(routed, shared);
     if (SPLIT > 1) cluster_arrive();  // whoever waits for all of the cluster knows that it may send to `received`
-    const int all = chosen.count() * of_expert, first = all * rank / SPLIT, count = all * (rank + 1) / SPLIT - first;
+    const int all = chosen.count() * of_expert;
+    const Share share(all, rank, SPLIT);
+    const int first = share.first, count = share.count;
 
     if (warp == WARPS) {
         if (elect_one()) {
@@ -154,7 +146,7 @@ few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restric
 
     // The weight of each token for each expert. One that chose an expert twice adds up: its first choice does.
     for (int i = threadIdx.x; i < chosen.count() * TOKENS; i += CONSUMERS)
-        smem_set_word(memory.weights + i * 4, i >= (chosen.count() - shared) * TOKENS ? __float_as_uint(1.f) : UNCHOSEN);
+        smem_set_word(memory.weights + i * 4, i < shared * TOKENS && i % TOKENS < tokens ? __float_as_uint(1.f) : UNCHOSEN);
     named_sync<CONSUMERS>(1);
     for (int i = threadIdx.x; i < tokens * top_k; i += CONSUMERS) {
         const int token = i / top_k, begin = token * top_k, id = smem_word(memory.ids + i * 4);
@@ -183,27 +175,36 @@ few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restric
     for (int begin = 0; begin < count; begin += CHUNK) {
         const float scales_now = scales_next;
         scales_next = scale_from(begin + CHUNK);
-        const int blocks = min(count - begin, CHUNK), pairs = blocks * tokens;
+        const int blocks = min(count - begin, CHUNK);
         named_sync<CONSUMERS>(1);  // the weights are there; and the chunk before has been multiplied
-        for (int at = 0; at < pairs; at += 16) {
-            // A block of a token to 16 lanes, two of them at a time.
+        // A warp has four blocks, and a lane says of a token whether it chose the expert of one.
+        const int own = threadIdx.x / TOKENS;
+        float own_weight = __uint_as_float(UNCHOSEN);
+        if (own < blocks) own_weight = smem_load(memory.weight(Walk(first + begin + own, of_expert).place, threadIdx.x % TOKENS));
+        if (!is_chosen(own_weight)) smem_set_word(memory.scales + threadIdx.x * 4, UNCHOSEN);
+        for (u32 left = __ballot_sync(~0u, is_chosen(own_weight)); left;) {
+            // Four of those that did at a time, two to each half of the warp.
             uint4 gate[2], up[2];
-            int token[2], block[2];
-            float weight[2];
+            int pair[2];
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
-                const int pair = min(at + u * 8 + (int)threadIdx.x / 16, CHUNK * tokens - 1);
-                block[u] = pair / tokens, token[u] = pair - block[u] * tokens;
-                const Walk walk(min(first + begin + block[u], all - 1), of_expert);
-                const int column = walk.block * BLOCK_K + threadIdx.x % 16 * 8;
-                weight[u] = pair < pairs ? smem_load(memory.weight(walk.place, token[u])) : __uint_as_float(UNCHOSEN);
-                const u16* row = gate_up + ((long long)walk.place * tokens + token[u]) * 2 * K + column;
-                const bool valid = column < K && is_chosen(weight[u]);
+                const int one = __ffs(left) - 1;  // -1 where there are no more
+                left &= left - 1;
+                const int other = __ffs(left) - 1;
+                left &= left - 1;
+                pair[u] = lane < 16 ? one : other;
+                const Walk at(first + begin + warp * 4 + max(pair[u], 0) / TOKENS, of_expert);
+                const int column = at.block * BLOCK_K + lane % 16 * 8;
+                const u16* row = gate_up + ((long long)at.place * tokens + max(pair[u], 0) % TOKENS) * 2 * K + column;
+                const bool valid = pair[u] >= 0 && column < K;
                 gate[u] = load_fresh(row, valid), up[u] = load_fresh(row + K, valid);
             }
 #pragma unroll
-            for (int u = 0; u < 2; ++u)
-                quantize_gated(gate[u], up[u], memory.a + block[u] * A_BYTES, token[u], memory.scales + (block[u] * TOKENS + token[u]) * 4, weight[u]);
+            for (int u = 0; u < 2; ++u) {
+                const int at = warp * 32 + max(pair[u], 0);
+                const float weight = __shfl_sync(~0u, own_weight, at);
+                quantize_gated(gate[u], up[u], memory.a + at / TOKENS * A_BYTES, at % TOKENS, memory.scales + at * 4, weight, pair[u] >= 0);
+            }
         }
         proxy_fence();
         named_sync<CONSUMERS>(1);

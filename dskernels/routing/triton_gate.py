@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dskernels.device import multiprocessors
-from dskernels.portable import cast, dot, launch
+from dskernels.portable import begin_dependent, cast, dot, launch, programmatic
 from dskernels.routing.config import GateConfig, choose_gate_config
 from dskernels.validate import ceil_div
 
@@ -72,6 +72,7 @@ def gate_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WHOLE: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """One part's tile of a @ b.T, a being [M, K] and b [N, K] by their strides; out is [parts, M, N], contiguous.
 
@@ -79,6 +80,7 @@ def gate_kernel(
     one: 1.0, which the compiler must not know: it would let tensor cores add up all of K, and they cut off what they
     should round.
     """
+    begin_dependent(PROGRAMMATIC)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     o_m = (tile // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -204,6 +206,7 @@ def _product(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **OPTIONS,
+        **programmatic(a),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dskernels.device import capability, empty, multiprocessors
 from dskernels.fp8.layout import empty_scale
 from dskernels.fp8.triton import store_rows
-from dskernels.portable import dot, launch, reason_against_e4m3
+from dskernels.portable import begin_dependent, dot, launch, programmatic, reason_against_e4m3
 from dskernels.validate import ceil_div
 
 
@@ -31,8 +31,10 @@ def values_kernel(
     LATENT: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    PROGRAMMATIC: tl.constexpr,
 ):
     """One tile of 128 values (program 1) of BLOCK_T tokens (program 0): a head has TILES of them."""
+    begin_dependent(PROGRAMMATIC)
     i_tile = tl.program_id(1)
     i_h = (i_tile // TILES).to(tl.int64)
     o_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -86,6 +88,7 @@ def mla_values_quantize(latents: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
         LATENT=latent,
         BLOCK_T=block_t,
         **options(latents.element_size(), deep),
+        **programmatic(latents),
     )
     return data, scale
 
