@@ -93,8 +93,8 @@ class Stopwatch:
         spins, runs = {}, {}
         for name, call in rivals.items():
             call()  # compiles and allocates
-            once_us = self._synchronised(call, spin_us=0.0)
-            spins[name] = 0.0 if once_us > SLOW_US else SPIN_US + 2 * host_cost(call, runs=3)
+            once_us = self.once(call, spin_us=0.0)
+            spins[name] = spin_before(call, once_us)
             runs[name] = self._runs(once_us)
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in rivals}
         for names in schedule(runs):
@@ -107,7 +107,8 @@ class Stopwatch:
         fewest = 3 if us > SLOW_US else 10
         return max(fewest, min(self.most, int(self.seconds * 1e6 / us)))
 
-    def _synchronised(self, call: Call, spin_us: float) -> float:
+    def once(self, call: Call, spin_us: float) -> float:
+        """Microseconds of one run, which is waited for."""
         pair = self._enqueue(call, spin_us)
         torch.cuda.synchronize()
         return elapsed_us(*pair)
@@ -120,6 +121,11 @@ class Stopwatch:
         call()
         end.record()
         return start, end
+
+
+def spin_before(call: Call, once_us: float) -> float:
+    """Microseconds to keep the device busy before a call that takes about `once_us`."""
+    return 0.0 if once_us > SLOW_US else SPIN_US + 2 * host_cost(call, runs=3)
 
 
 def elapsed_us(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
