@@ -194,7 +194,7 @@ class Batches(Iterator[Packed]):
             parts.append(part)
             room -= len(part)
         ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
-        return Packed(torch.cat(parts).long(), ends.int())
+        return Packed(torch.cat([part.long() for part in parts]), ends.int())
 
     def state(self) -> dict[str, Any]:
         """Where it stands: ``next`` and ``taken``, numbers, and ``generator``, the uint8 state that the order of this

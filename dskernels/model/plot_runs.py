@@ -88,7 +88,7 @@ def _draw_busiest(axes: Any, runs: Mapping[str, History]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=8)
-    _finish(axes, "Busiest expert of each MoE layer, a step's text", f"× even load (dashed: {EVEN})", [])
+    _finish(axes, "Busiest expert of each MoE layer, a step's text", f"× even load (dashed: {EVEN})", [], "best")
     axes.set_ylim(bottom=1.0)
 
 
@@ -101,7 +101,7 @@ def _draw_throughput(axes: Any, runs: Mapping[str, History]) -> None:
         axes.plot(x, curve, color=color, linewidth=1.4, label=f"{name}, median {sorted(y)[len(y) // 2]:,.0f}")
         highest = max(highest, *curve)
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    _finish(axes, "Throughput", "tokens per second", [])
+    _finish(axes, "Throughput", "tokens per second", [], "lower right")
     axes.set_ylim(0.0, highest * 1.25)
 
 
@@ -126,7 +126,7 @@ def _draw_loads(parts: Sequence[Any], loads: Mapping[str, list[list[int]]]) -> N
         bar.set_label("1 = even")
 
 
-def _finish(axes: Any, title: str, label: str, shown: Sequence[float]) -> None:
+def _finish(axes: Any, title: str, label: str, shown: Sequence[float], legend: str = "upper right") -> None:
     axes.set_title(title)
     axes.set_xlabel("step")
     axes.set_ylabel(label)
@@ -136,7 +136,7 @@ def _finish(axes: Any, title: str, label: str, shown: Sequence[float]) -> None:
         room = 0.06 * (high - low) or 0.1
         axes.set_ylim(low - room, high + room)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper right", fontsize=8.5)
+        axes.legend(loc=legend, fontsize=8.5)
 
 
 def _series(history: History, name: str) -> tuple[list[int], list[float]]:

@@ -277,8 +277,9 @@ class _Metrics:
     def __enter__(self) -> _Metrics:
         with writing(self.path):
             self._file = self.path.open("r+b" if self.size else "wb", buffering=0)
-            self._file.truncate(self.size)
-            self._file.seek(self.size)
+            if self.size:
+                self._file.truncate(self.size)
+                self._file.seek(self.size)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
