@@ -205,7 +205,7 @@ def begin_dependent(PROGRAMMATIC: tl.constexpr):
 
 
 def programmatic(x: torch.Tensor) -> dict[str, bool]:
-    """Constants of a launch beside `x` that lets the kernel begin before the one in front has ended, on sm_90 and newer.
+    """Constants of a launch beside `x`, from sm_90 on: the kernel begins before the one in front has ended.
 
     It waits for that one's results by `begin_dependent`, and lets the one behind it begin in turn.
     """
