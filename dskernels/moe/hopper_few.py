@@ -38,8 +38,9 @@ def fused_experts(
     tokens, most = a.shape[0], most_of(experts, network.w13, n_shared)
     gate_up = empty(a.data, (most * tokens, network.w13.shape[1]), dtype)
     out = empty(a.data, (tokens, network.w2.shape[1]), dtype)
-    _up(a.data, a.scale, network.w13, w13_scale, experts, gate_up, n_shared)
     weights = weights if weights.stride(1) == 1 else weights.contiguous()
+    # One right behind the other: the second reads all but `gate_up` before the first has ended.
+    _up(a.data, a.scale, network.w13, w13_scale, experts, gate_up, n_shared)
     _down(gate_up, network.w2, w2_scale, weights, experts, out, n_shared)
     return out
 
