@@ -6,6 +6,7 @@ Only metadata is looked at (type, dtype, shape, strides, device), never values, 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ def check_tensor(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got one of layout {_dtype(x.layout)}")
     if dtype is not None and x.dtype is not dtype:
         allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         if x.dtype not in allowed:
@@ -50,17 +53,47 @@ def check_tensor(
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {list(x.stride())}")
 
 
+def check_written(name: str, x: Tensor) -> None:
+    """Check that a kernel may write to `x`, which `check_tensor` has passed: autograd has no part in it, and no two of
+    its elements are one."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor that requires no gradient, as it is written to in place")
+    if torch.compiler.is_dynamo_compiling():
+        return  # it cannot trace what follows, and sees writes itself
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor that was not made in inference mode, to be written to outside of it"
+        )
+    if not x.is_contiguous() and _overlaps(x):
+        raise ValueError(
+            f"{name}: expected elements that do not share memory, as it is written to, got strides {list(x.stride())} "
+            f"for shape {list(x.shape)}"
+        )
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether a dimension's step is within what smaller steps reach (which wrongly blames some very odd layouts)."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride <= reach:
+            return x.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
 def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like: Tensor | None = None) -> None:
     """Check that `x` is an `Fp8Tensor` with one of these tiles, its scale of the shape and layout that go with it."""
     if _is_plain_fp8(x, blocks, ndim, like):
         return
     if not isinstance(x, Fp8Tensor):
         raise TypeError(f"{name}: expected an Fp8Tensor (see dskernels.quantize), got {type(x).__name__}")
-    if x.block not in blocks:
+    if not _among(x.block, blocks):
         raise ValueError(f"{name}: expected block {' or '.join(str(b) for b in blocks)}, got {x.block}")
     check_tensor(f"{name}.data", x.data, dtype=torch.float8_e4m3fn, shape="ERC"[-ndim:], like=like)
     if not isinstance(x.scale, Tensor):
         raise TypeError(f"{name}.scale: expected a torch.Tensor, got {type(x.scale).__name__}")
+    if x.scale.layout is not torch.strided:
+        raise TypeError(f"{name}.scale: expected a strided tensor, got one of layout {_dtype(x.scale.layout)}")
     if x.scale.dtype != torch.float32:
         raise TypeError(f"{name}.scale: expected dtype float32, got {_dtype(x.scale.dtype)}")
     rows, cols = x.data.shape[-2:]
@@ -90,10 +123,14 @@ def _is_plain_fp8(x: Any, blocks: Sequence[Block], ndim: int, like: Tensor | Non
 
     False decides nothing: a stack, or strides that only a single row or column may have, are left to `check_fp8`.
     """
-    if ndim != 2 or type(x) is not Fp8Tensor or x.block not in blocks:
+    if ndim != 2 or type(x) is not Fp8Tensor or type(x.block) is not tuple or x.block not in blocks:
         return False
     data, scale, (tile_rows, tile_cols) = x
+    if type(tile_rows) is not int or type(tile_cols) is not int:
+        return False
     if not (isinstance(data, Tensor) and isinstance(scale, Tensor)):
+        return False
+    if not (data.layout is scale.layout is torch.strided):
         return False
     if data.dtype is not torch.float8_e4m3fn or scale.dtype is not torch.float32:
         return False
@@ -122,12 +159,31 @@ def check_float(name: str, value: Any) -> None:
     """Check that `value` is a Python number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if type(value) is int and abs(value) > sys.float_info.max:
+        raise ValueError(f"{name}: expected a float, got an int that is beyond all of them")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Check that `value` is True or False."""
+    if not isinstance(value, (bool, torch.SymBool)):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Check that `value` is one of `choices`."""
-    if value not in choices:
+    if not _among(value, choices):
         raise ValueError(f"{name}: expected {' or '.join(_spell(c) for c in choices)}, got {_spell(value)}")
+
+
+def _among(value: Any, choices: Sequence[Any]) -> bool:
+    """Whether `value` equals a choice and is of its type: 1.0 and True are not 1, and an array compares to nothing."""
+    return any(_same(value, choice) for choice in choices)
+
+
+def _same(value: Any, choice: Any) -> bool:
+    if isinstance(choice, tuple):
+        return isinstance(value, tuple) and len(value) == len(choice) and all(map(_same, value, choice))
+    return isinstance(value, type(choice)) and (type(value) is not bool or type(choice) is bool) and value == choice
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -139,7 +195,7 @@ def _or(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(_dtype(d) for d in dtypes)
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def _dtype(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -16,7 +16,7 @@ from dskernels.gemm.weights import weight_operand
 from dskernels.later import waiting_for
 from dskernels.reference import gemm as reference
 from dskernels.types import Block, Fp8Tensor
-from dskernels.validate import HALF_OR_SINGLE, check_choice, check_fp8, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_tensor, check_written
 
 A_BLOCKS: tuple[Block, ...] = ((1, 128),)
 B_BLOCKS: tuple[Block, ...] = ((128, 128), (1, 128))
@@ -63,6 +63,7 @@ def fp8_gemm(
             return out
     check_fp8("a", a, blocks=A_BLOCKS)
     check_fp8("b", b, blocks=B_BLOCKS, like=a.data)
+    check_bool("accumulate", accumulate)
     (m, k), (n, k_b) = a.data.shape, b.data.shape
     if k != k_b:
         raise ValueError(f"b: expected K = {k} columns like a, got {k_b}")
@@ -75,6 +76,7 @@ def fp8_gemm(
         out = empty(a.data, (m, n), out_dtype)
     else:
         check_tensor("out", out, dtype=HALF_OR_SINGLE, shape=(m, n), like=a.data)
+        check_written("out", out)
     _fp8_gemm(a.data, a.scale, b.data, b.scale, b.block[0], bias, out, accumulate, impl=impl)
     return out
 
@@ -131,7 +133,7 @@ def fp8_linear(
     if bias is not None:
         check_tensor("bias", bias, dtype=HALF_OR_SINGLE, shape=(weight.shape[0],), like=x)
     data, scale = (weight.data, weight.scale) if isinstance(weight, Fp8Tensor) else (weight, None)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)
     if quantized is not None:
         check_fp8("quantized", quantized, blocks=A_BLOCKS, like=x)
         if quantized.shape != rows.shape:
@@ -147,6 +149,7 @@ def _may_be_known(a: Any, b: Any, out_dtype: torch.dtype) -> bool:
     return (
         not torch.compiler.is_dynamo_compiling()
         and type(a) is type(b) is Fp8Tensor
+        and type(a.block) is type(b.block) is tuple
         and a.block in A_BLOCKS
         and b.block in B_BLOCKS
         and out_dtype in HALF_OR_SINGLE

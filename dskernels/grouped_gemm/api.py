@@ -16,7 +16,7 @@ from dskernels.reference.grouped_gemm import grouped_gemm_masked as reference_ma
 from dskernels.reference.grouped_gemm import grouped_wgrad as reference_wgrad
 from dskernels.reference.grouped_gemm import quantize_grouped as reference_quantize
 from dskernels.types import Fp8Tensor
-from dskernels.validate import HALF_OR_SINGLE, check_choice, check_fp8, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_tensor, check_written
 
 
 def grouped_gemm(
@@ -63,6 +63,7 @@ def grouped_gemm(
         dtype = _out_dtype(a, out_dtype)
         return _grouped_gemm(a_data, a_scale, b_data, b_scale, offsets, dtype, impl=impl)
     check_tensor("out", out, dtype=HALF_OR_SINGLE, shape=(a_data.shape[0], b_data.shape[1]), like=a_data)
+    check_written("out", out)
     _check_no_gradient("out: expected None where a gradient is needed", a_data, b_data)
     _grouped_gemm_out(a_data, a_scale, b_data, b_scale, offsets, out, impl=impl)
     return out
@@ -112,6 +113,7 @@ def grouped_gemm_masked(
         out = a_data.new_empty(shape, dtype=_out_dtype(a, out_dtype))
     else:
         check_tensor("out", out, dtype=HALF_OR_SINGLE, shape=shape, like=a_data)
+        check_written("out", out)
     _grouped_gemm_masked(a_data, a_scale, b_data, b_scale, counts, out, impl=impl)
     return out
 
@@ -165,6 +167,7 @@ def grouped_wgrad(
     dy_data, dy_scale = _flat(dy)
     x_data, x_scale = _flat(x)
     _check_offsets(offsets, dy_data)
+    check_bool("accumulate", accumulate)
     _check_no_gradient("dy, x: grouped_wgrad has no gradient, call it under torch.no_grad()", dy_data, x_data)
     shape = (offsets.shape[0] - 1, n, k)
     if out is None:
@@ -173,6 +176,7 @@ def grouped_wgrad(
         out = dy_data.new_empty(shape, dtype=torch.float32)
     else:
         check_tensor("out", out, dtype=torch.float32, shape=shape, like=dy_data)
+        check_written("out", out)
     _grouped_wgrad(dy_data, dy_scale, x_data, x_scale, offsets, out, accumulate, impl=impl)
     return out
 

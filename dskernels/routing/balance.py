@@ -12,7 +12,7 @@ from dskernels.dispatch import Operation, differentiating
 from dskernels.reference import routing as reference
 from dskernels.routing.api import SCORES, check_logits, check_top_k, like_logits, score_name
 from dskernels.types import LoadStatistics
-from dskernels.validate import check_choice, check_float, check_tensor
+from dskernels.validate import check_choice, check_float, check_tensor, check_written
 
 
 def update_bias(
@@ -41,8 +41,9 @@ def update_bias(
     Source: DeepSeek-V3 report, section 2.1.2, "auxiliary-loss-free load balancing"; arXiv 2408.15664.
     """
     check_tensor("bias", bias, dtype=torch.float32, shape=("E",))
-    if bias.requires_grad:
+    if bias.requires_grad:  # whether it is recorded or not: a bias is no parameter
         raise ValueError("bias: expected a tensor that requires no gradient, as it is written to in place")
+    check_written("bias", bias)
     check_tensor("load", load, dtype=(torch.int32, torch.int64), shape=tuple(bias.shape), like=bias)
     check_float("rate", rate)
     if group is not None:

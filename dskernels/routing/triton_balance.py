@@ -177,6 +177,8 @@ def balance_loss_backward_kernel(
 def update_bias(bias: Tensor, load: Tensor, rate: float) -> None:
     """Add to `bias` [E] in place."""
     E = bias.shape[0]
+    if E == 0:
+        return
     update_bias_kernel[(1,)](bias, load, rate, E=E, COLUMNS=triton.next_power_of_2(E), num_warps=1)
 
 

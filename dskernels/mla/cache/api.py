@@ -8,7 +8,7 @@ from torch import Tensor
 from dskernels.dispatch import Operation
 from dskernels.mla.cache.layout import check_latent_cache
 from dskernels.reference import mla as reference
-from dskernels.validate import HALF_OR_SINGLE, check_float, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_float, check_tensor, check_written
 
 FLOATS = (*HALF_OR_SINGLE, torch.float64)
 
@@ -68,6 +68,7 @@ def write_latent_cache(
     for name, x in (("cos", cos), ("sin", sin)):
         check_tensor(name, x, dtype=torch.float32, shape=(tokens, rope_dim // 2), like=kv)
     check_latent_cache("cache", cache, latent_dim, rope_dim, dtype=FLOATS, like=kv)
+    check_written("cache", cache)
     check_tensor("slots", slots, dtype=torch.int64, shape=(tokens,), like=kv)
     check_float("eps", eps)
     _write_latent_cache(kv, k_rope, norm_weight, cos, sin, cache, slots, eps, impl=impl)

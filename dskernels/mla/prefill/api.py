@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation, differentiating
 from dskernels.reference import mla as reference
-from dskernels.validate import HALF_OR_SINGLE, check_float, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_float, check_tensor
 
 FLOATS = (*HALF_OR_SINGLE, torch.float64)
 
@@ -82,8 +82,7 @@ def mla_prefill(
         raise ValueError("cu_seqlens_q: expected shape [S + 1], at least one value, got [0]")
     check_tensor("cu_seqlens_k", cu_seqlens_k, dtype=torch.int32, shape=tuple(cu_seqlens_q.shape), like=q)
     check_float("scale", scale)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+    check_bool("causal", causal)
     return mla_prefill_op(q, k, k_rope, v, cu_seqlens_q, cu_seqlens_k, scale, causal, q.dtype, impl=impl)
 
 

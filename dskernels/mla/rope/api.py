@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation
 from dskernels.reference import mla as reference
-from dskernels.validate import HALF_OR_SINGLE, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_tensor, check_written
 
 FLOATS = (*HALF_OR_SINGLE, torch.float64)
 
@@ -47,6 +47,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor | None = None
         out = x.new_empty(x.shape)
     else:
         check_tensor("out", out, dtype=x.dtype, shape=tuple(x.shape), like=x)
+        check_written("out", out)
     if out is x:
         _apply_rope_in_place(x, cos, sin, impl=impl)
     else:

@@ -1,0 +1,249 @@
+"""Whether what a call did was right: a result that is, or a clean error that names the argument."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dskernels as ds
+from benchmarks import exact
+from dskernels.types import Fp8Tensor
+from fuzz.drawing import Call, leaves
+
+# Roundings of the result, over the largest magnitude; a call says how many times as much it may lose.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2e-6, torch.float64: 1e-6}
+E4M3 = 0.066  # half a step of e4m3 next to the largest of a tile, its scale rounded up to a power of two
+
+
+class Memory:
+    """All bytes behind the tensors of a call, to see what was written, and to put them back."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.tensors = [
+            (path, x) for path, x in leaves(arguments) if x.device.type == "cpu" and x.layout is torch.strided
+        ]
+        self.tensors = [(path, x) for path, x in self.tensors if not x.is_quantized]
+        self.before = [_bytes(x).clone() for _, x in self.tensors]
+
+    def restore(self) -> None:
+        for (_, x), before in zip(self.tensors, self.before, strict=True):
+            _bytes(x).copy_(before)
+
+    def check(self, writes: tuple[str, ...]) -> None:
+        """Raise if anything was written but for the elements of what is written to."""
+        written = [x for path, x in self.tensors if path in writes]
+        for (path, x), before in zip(self.tensors, self.before, strict=True):
+            after = _bytes(x)
+            if torch.equal(after, before):
+                continue
+            expected = before.clone()
+            for out in written:
+                if out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                    _over(expected, out).copy_(out.detach())
+            if not torch.equal(after, expected):
+                raise WrongError(f"{path}: bytes were written that do not belong to a result")
+
+
+class WrongError(Exception):
+    """What no caller may see."""
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(x.detach().untyped_storage())
+
+
+def _over(memory: Tensor, like: Tensor) -> Tensor:
+    return torch.empty(0, dtype=like.dtype).set_(
+        memory.untyped_storage(), like.storage_offset(), like.shape, like.stride()
+    )
+
+
+def attempt(call: Call, impl: str | None) -> Any:
+    """The result of a call, or the clean error."""
+    function = getattr(ds, call.function)
+    parameters = inspect.signature(function).parameters
+    how = {"impl": impl} if "impl" in parameters else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(**call.arguments, **how)
+    except (TypeError, ValueError) as error:
+        named = re.match(r"\w+", str(error))
+        if named is None or named[0] not in (*parameters, call.function, *_inner_operations(call.function)):
+            raise WrongError(
+                f"impl={impl!r}: an error that names no argument: {type(error).__name__}: {error}"
+            ) from error
+        return error
+
+
+def _inner_operations(function: str) -> tuple[str, ...]:
+    """Registered operations whose name an error of `impl=` may begin with."""
+    inner = [name for name in ds.dispatch.OPERATIONS if name.startswith(function)]
+    return (*inner, "gather_latents", "mla_prefill_onto")
+
+
+def judge(call: Call, impl: str, valid: bool) -> str:
+    """Run a call by the reference and by `impl`; raise `WrongError` if something is not right. Says what happened."""
+    memory = Memory(call.arguments)
+    try:
+        wants = attempt(call, "reference")
+        memory.check(call.writes)
+        refused = isinstance(wants, Exception)
+        if refused and valid:
+            raise WrongError(f"the reference refuses a valid call: {wants}")
+        kept = None if refused else [x.detach().clone() for x in flat(wants)]
+        if not refused and kept is not None and not any(x.is_meta for x in kept):
+            memory.restore()  # what was written to is an argument of the exact computation
+            _compare_exact(call, wants, kept)
+        if impl == "reference":
+            return "refused" if refused else "right"
+        memory.restore()
+        got = attempt(call, impl)
+        memory.check(call.writes)
+        if isinstance(got, Exception):
+            if not refused and "cannot run this" not in str(got):
+                raise WrongError(f"impl={impl!r} refuses what the reference takes: {got}")
+            return "refused"
+        if refused:
+            raise WrongError(f"impl={impl!r} takes what the reference refuses: {wants}")
+        _compare(call, _comparable(call, got), _comparable(call, _refilled(wants, iter(kept))), impl)
+        return "right"
+    finally:
+        memory.restore()
+
+
+def flat(result: Any) -> list[Tensor]:
+    """The tensors of a result; an Fp8Tensor gives two."""
+    return [x for _, x in leaves({"result": result})]
+
+
+def _left_open(call: Call) -> bool:
+    """Whether the contract says nothing about the numbers: logits of what is not finite."""
+    operands = (call.arguments.get("x"), call.arguments.get("weight"))
+    return call.function == "route_hidden" and not all(bool(x.isfinite().all()) for x in operands)
+
+
+def _comparable(call: Call, result: Any) -> list[Tensor]:
+    """What is compared between implementations: bytes where they are to be the same, else what they stand for."""
+    if call.bits:
+        return flat(result)
+    return [x.dequantize() if fp8 and not x.data.is_meta else x.data if fp8 else x for x, fp8 in _values(result)]
+
+
+def _values(result: Any) -> list[tuple[Any, bool]]:
+    """The parts of a result, an Fp8Tensor being one, and whether it is one."""
+    if isinstance(result, Fp8Tensor):
+        return [(result, True)]
+    if isinstance(result, Tensor):
+        return [(result, False)]
+    return [part for each in result for part in _values(each)]
+
+
+def _compare_exact(call: Call, result: Any, kept: list[Tensor]) -> None:
+    if call.exact is None or any(
+        x.is_complex() or x.is_quantized or x.layout is not torch.strided for _, x in leaves(call.arguments)
+    ):
+        return
+    needs = inspect.signature(call.exact).parameters
+    extra = {"result": result} if "result" in needs else {}
+    try:
+        wants = call.exact(**call.arguments, **extra)
+    except OverflowError:
+        return  # an int beyond fp64, which a call may have turned into an infinity
+    parts = _values(_refilled(result, iter(kept)))
+    for i, ((got, fp8), want) in enumerate(zip(parts, wants, strict=False)):
+        if want is None:
+            continue
+        if list(got.shape) != list(want.shape):
+            raise WrongError(f"result {i}: shape {list(got.shape)}, expected {list(want.shape)}")
+        if not torch.isfinite(want[~want.isnan()]).all() or (
+            want.isnan().any() and call.function != "grouped_gemm_masked"
+        ):
+            continue  # infinities and NaN are compared between implementations
+        tolerance = E4M3 if fp8 else _rounding(call, got.dtype) * call.loose
+        if not fp8 and got.is_floating_point() and float(want.abs().nan_to_num(0).max() if want.numel() else 0) < 1e-30:
+            continue  # subnormal results are flushed or not
+        error = _error(call, got, want)
+        if not error <= tolerance and not (fp8 and _tiny(want)):
+            raise WrongError(f"reference, result {i}: error {error:.3g} of the largest, allowed {tolerance:.3g}")
+
+
+def _rounding(call: Call, dtype: torch.dtype) -> float:
+    """Of a result, or of what is rounded on the way to it: keys and values that are projected from latents."""
+    if call.function in ("mla_prefill_cached", "fused_experts", "feed_forward") and dtype.is_floating_point:
+        dtype = next(iter(call.arguments.values())).dtype
+    return ROUNDING.get(dtype, 0.0)
+
+
+def _error(call: Call, got: Any, want: Tensor) -> float:
+    """The largest error, over the largest magnitude of the result or of the terms that it is made of."""
+    error, largest = exact.error(got, want), float(want.abs().nan_to_num(0).max()) if want.numel() else 0.0
+    size = call.size(**call.arguments)
+    return error * largest / size if size > largest else error
+
+
+def _tiny(want: Tensor) -> bool:
+    """Whether a tile's scale is at its least, 2^-126, where e4m3 has no step left."""
+    return float(want.abs().max()) < 448 * 2.0**-124
+
+
+def _refilled(result: Any, kept: Any) -> Any:
+    if isinstance(result, Tensor):
+        return next(kept)
+    if isinstance(result, tuple):
+        parts = [_refilled(x, kept) if isinstance(x, (Tensor, tuple)) else x for x in result]
+        return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)
+    return result
+
+
+def _compare(call: Call, gots: list[Tensor], wants: list[Tensor], impl: str) -> None:
+    if len(gots) != len(wants):
+        raise WrongError(f"impl={impl!r}: {len(gots)} results, the reference has {len(wants)}")
+    quantized = not call.bits and "quantize" in call.function
+    for i, (got, want) in enumerate(zip(gots, wants, strict=True)):
+        if got.shape != want.shape or got.dtype != want.dtype or got.device != want.device:
+            raise WrongError(
+                f"impl={impl!r}, result {i}: {list(got.shape)} {got.dtype} {got.device}, the reference has "
+                f"{list(want.shape)} {want.dtype} {want.device}"
+            )
+        if got.is_meta or not got.numel() or _left_open(call):
+            continue
+        if call.bits or not got.is_floating_point():
+            if got.dtype == torch.uint8:
+                continue
+            same = _same(got, want)
+            if not same:
+                raise WrongError(f"impl={impl!r}, result {i}: other bytes than the reference's")
+            continue
+        a, b = got.detach().double(), want.double()
+        counts = torch.ones_like(a, dtype=torch.bool)
+        if call.function == "grouped_gemm_masked":
+            rows = (
+                torch.arange(a.shape[1])[None, :, None] < call.arguments["counts"].clamp(0, a.shape[1])[:, None, None]
+            )
+            counts = rows.expand(a.shape)
+        if not torch.equal(a.isnan()[counts], b.isnan()[counts]):
+            raise WrongError(f"impl={impl!r}, result {i}: NaN where the reference has none, or the reverse")
+        counts = counts & ~b.isnan() & (a != b)
+        if not counts.any():
+            continue
+        size = max(float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 0.0, call.size(**call.arguments))
+        worst = float((a[counts] - b[counts]).abs().nan_to_num(math.inf).max())
+        tolerance = 2 * _rounding(call, got.dtype) * call.loose if not quantized else 2 * E4M3
+        if worst > tolerance * size + 1e-30:
+            raise WrongError(
+                f"impl={impl!r}, result {i}: off by {worst:.3g}, the largest is {size:.3g}, allowed {tolerance:.3g}"
+            )
+
+
+def _same(got: Tensor, want: Tensor) -> bool:
+    """Equal, any NaN being as good as another."""
+    if got.dtype == torch.float8_e4m3fn:
+        got, want = got.float(), want.float()
+    return torch.equal(got, want) or bool(((got == want) | ((got != got) & (want != want))).all())

@@ -1,0 +1,104 @@
+"""What fuzzing has found, each once: these raised from inside, or told nothing about the argument."""
+
+import numpy as np
+import pytest
+import torch
+
+import dskernels as ds
+from dskernels.types import Fp8Tensor
+
+
+def operands(m=4, n=8, k=128):
+    return ds.quantize(torch.randn(m, k)), ds.quantize(torch.randn(n, k), (128, 128))
+
+
+@pytest.mark.parametrize("transpose", [(128,), "text", 1, None])
+def test_a_flag_that_is_no_bool_is_named(transpose):
+    with pytest.raises(TypeError, match="transpose: expected a bool"):
+        ds.quantize(torch.randn(4, 128), transpose=transpose)
+    with pytest.raises(TypeError, match="transpose: expected a bool"):
+        ds.swiglu_quantize(torch.randn(4, 256), transpose=transpose)
+
+
+def test_accumulate_that_is_no_bool_is_named():
+    with pytest.raises(TypeError, match="accumulate: expected a bool"):
+        ds.fp8_gemm(*operands(), out=torch.empty(4, 8), accumulate="yes")
+    offsets = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(TypeError, match="accumulate: expected a bool"):
+        ds.grouped_wgrad(torch.randn(4, 8), torch.randn(4, 8), offsets, out=torch.empty(1, 8, 8), accumulate=1)
+
+
+@pytest.mark.parametrize("value", [np.zeros(3), torch.zeros(3), ["fp32"], {}])
+def test_a_choice_that_compares_to_nothing_is_named(value):
+    with pytest.raises(ValueError, match="scale_format: expected 'fp32' or 'ue8m0'"):
+        ds.quantize(torch.randn(4, 128), scale_format=value)
+
+
+@pytest.mark.parametrize("block", [(1.0, 128.0), (True, 128), [1, 128], torch.tensor([1, 128])])
+def test_a_block_is_a_tuple_of_ints(block):
+    with pytest.raises(ValueError, match="block: expected"):
+        ds.quantize(torch.randn(4, 128), block)
+    a, b = operands()
+    with pytest.raises(ValueError, match="a: expected block"):
+        ds.fp8_gemm(Fp8Tensor(a.data, a.scale, block), b)
+
+
+def test_an_empty_stack_is_quantised_to_an_empty_one(device):
+    for impl in ("reference", "triton"):
+        q = ds.quantize(torch.empty(0, 130, 300, device=device), (128, 128), impl=impl)
+        assert q.data.shape == (0, 130, 300)
+        assert q.scale.shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 3, 0), (2, 0, 0)])
+def test_linear_without_columns(shape):
+    assert ds.fp8_linear(torch.empty(shape), torch.empty(5, 0)).shape == (*shape[:-1], 5)
+
+
+@pytest.mark.parametrize("scale", [10**400, -(10**400)])
+def test_an_int_beyond_floats_is_named(scale):
+    q, kv = torch.randn(2, 1, 16), torch.randn(2, 1, 16)
+    cu = torch.tensor([0, 2], dtype=torch.int32)
+    with pytest.raises(ValueError, match="scale: expected a float"):
+        ds.mla_prefill(q, kv, kv, cu, cu, scale=scale)
+
+
+def test_results_are_not_written_behind_autograd():
+    with pytest.raises(ValueError, match="out: expected a tensor that requires no gradient"):
+        ds.fp8_gemm(*operands(), out=torch.empty(4, 8, requires_grad=True))
+    x, angle = torch.randn(3, 1, 4), torch.randn(3, 2)
+    with pytest.raises(ValueError, match="out: expected a tensor that requires no gradient"):
+        ds.apply_rope(x, angle, angle, out=torch.empty(3, 1, 4, requires_grad=True))
+    with torch.no_grad():
+        ds.apply_rope(x, angle, angle, out=torch.empty(3, 1, 4, requires_grad=True))
+
+
+def test_elements_of_a_result_do_not_share_memory():
+    with pytest.raises(ValueError, match="out: expected elements that do not share memory"):
+        ds.fp8_gemm(*operands(), out=torch.empty(1, 8).expand(4, 8))
+    windows = torch.empty(11).as_strided((4, 8), (1, 1))
+    with pytest.raises(ValueError, match="out: expected elements that do not share memory"):
+        ds.fp8_gemm(*operands(), out=windows)
+    ds.fp8_gemm(*operands(), out=torch.empty(4, 20)[:, 3:11])  # gaps are no sharing
+
+
+def test_what_was_made_in_inference_mode_is_written_to_inside_it_only():
+    with torch.inference_mode():
+        bias, load = torch.zeros(4), torch.tensor([1, 2, 3, 4], dtype=torch.int32)
+        ds.update_bias(bias, load, 0.1)
+    with pytest.raises(ValueError, match="bias: expected a tensor that was not made in inference mode"):
+        ds.update_bias(bias, load.clone(), 0.1)
+
+
+def test_bias_of_no_experts(device):
+    for impl in ("reference", "triton"):
+        bias, load = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int32, device=device)
+        assert ds.update_bias(bias, load, 0.1, impl=impl) is bias
+
+
+def test_sparse_tensors_are_named():
+    with pytest.raises(TypeError, match="x: expected a strided tensor"):
+        ds.quantize(torch.eye(4).to_sparse())
+    a, b = operands()
+    with pytest.raises(TypeError, match=r"a.scale: expected a strided tensor"):
+        ds.fp8_gemm(Fp8Tensor(a.data, a.scale.to_sparse()), b)

@@ -1,0 +1,63 @@
+"""Every public operation on whatever arguments: the outcome is right, or a clean error that names the argument.
+
+`make fuzz CASES=20000` looks for new ones; in `make test` a few that are the same each time.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+
+import dskernels as ds
+from fuzz import operations_fp8, operations_model
+from fuzz.drawing import Draw
+from fuzz.judging import WrongError, judge
+from fuzz.spoiling import spoil
+
+CALLS = operations_fp8.CALLS | operations_model.CALLS
+NOT_CALLED = {"explain", "use_impl", "Fp8Tensor", "LoadStatistics", "Permuted", "Routing"}
+CASES = int(os.environ.get("DSKERNELS_FUZZ_CASES", "0"))  # of all operations together; 0 for the few of `make test`
+EACH = -(-CASES // len(CALLS)) or 5
+# One case in this many runs in Triton's interpreter too, which takes 20 times as long as the reference.
+KERNELS = 6
+
+profile = settings(
+    max_examples=EACH,
+    derandomize=CASES == 0,
+    database=None if CASES == 0 else settings.default.database,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate, Phase.shrink] if CASES else [Phase.generate],
+)
+
+
+def test_no_operation_is_left_out():
+    assert set(CALLS) == set(ds.__all__) - NOT_CALLED
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_is_right_or_says_what_is_wrong(operation, device):
+    if device != "cpu":
+        pytest.skip("the arguments are made on the CPU")
+
+    @profile
+    @given(st.data())
+    def run(data):
+        d = Draw(data.draw)
+        call = CALLS[operation](d)
+        impl = "triton" if d.chance(KERNELS) else "reference"
+        spoils = d.one(0, 1, 1, 2)
+        for _ in range(spoils):
+            spoil(d, call)
+        try:
+            judge(call, impl, valid=not call.notes)
+        except Exception as error:
+            note(f"{operation}, impl={impl}: {'; '.join(call.notes) or 'valid'}")
+            raise WrongError(
+                f"{operation}: {'; '.join(call.notes) or 'a valid call'}: {type(error).__name__}: {error}"
+            ) from error
+
+    run()
