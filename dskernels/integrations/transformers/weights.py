@@ -1,0 +1,119 @@
+"""Weights of transformers' modules as the operations take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dskernels as ds
+from dskernels.types import Fp8Tensor
+
+Weight = Tensor | Fp8Tensor
+BLOCK = (128, 128)
+
+
+class Copy:
+    """Something made of weights, kept until one of them is written to or replaced.
+
+    Where torch does not count the changes of a weight (inference tensors), or traces, it is made at each use.
+    """
+
+    def __init__(self) -> None:
+        self._state: tuple | None = None
+        self._made: Any = None
+
+    def __deepcopy__(self, memo: dict) -> Copy:
+        """A copy of a model makes its own."""
+        return Copy()
+
+    def of(self, parts: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+        """What `make` makes of `parts`, without a gradient."""
+        if torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
+            return make()
+        state = tuple([(part.data_ptr(), part._version) for part in parts])
+        if self._state != state:
+            with torch.no_grad():
+                made = make()
+            if parts[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                return made  # it lives in the graph's memory, and holds what it should only in a replay
+            self._state, self._made = state, made
+        return self._made
+
+
+def is_fp8_linear(module: nn.Module) -> bool:
+    """Whether a module is transformers' linear layer of fine-grained fp8."""
+    return type(module).__name__ == "FP8Linear" and hasattr(module, "weight_scale_inv")
+
+
+def is_linear(module: Any) -> bool:
+    """Whether nothing but a product (and a bias) happens when a module is called, so that it need not be called."""
+    plain = type(module) is nn.Linear or (isinstance(module, nn.Module) and is_fp8_linear(module))
+    return plain and not module._forward_hooks and not module._forward_pre_hooks and not hasattr(module, "_hf_hook")
+
+
+def reason_against_fp8(module: Any) -> str | None:
+    """Why e4m3 weights of transformers (a linear layer or stacked experts) are not as the operations take them."""
+    if module.block_size is None or tuple(module.block_size) != BLOCK:
+        return f"its blocks are {module.block_size}, not {BLOCK}"
+    if module.activation_scheme != "dynamic":
+        return f"its activations are scaled {module.activation_scheme}"
+    weight = module.weight if hasattr(module, "weight") else module.down_proj
+    if weight.dtype != torch.float8_e4m3fn:
+        return f"its weights are {str(weight.dtype).removeprefix('torch.')}"
+    return None
+
+
+def fp8_weight(data: Tensor, scale: Tensor) -> Fp8Tensor:
+    """A stored weight; scales that are stored as exponents are read as numbers."""
+    return Fp8Tensor(data.detach(), scale.detach().float(), BLOCK)
+
+
+def weight_of(linear: Any) -> Weight:
+    """The weight of a linear layer of either kind."""
+    if is_fp8_linear(linear) and linear.weight.dtype == torch.float8_e4m3fn:
+        return fp8_weight(linear.weight, linear.weight_scale_inv)
+    return linear.weight
+
+
+def parts_of(linear: Any) -> tuple[Tensor, ...]:
+    """The tensors that `weight_of` is made of, as the key of a `Copy`."""
+    return (linear.weight, linear.weight_scale_inv) if is_fp8_linear(linear) else (linear.weight,)
+
+
+def dense_weight(linear: Any, copy: Copy, dtype: torch.dtype) -> Tensor:
+    """The weight for products in `dtype`; of one in e4m3 a copy, made once."""
+    weight = weight_of(linear)
+    if not isinstance(weight, Fp8Tensor):
+        return weight if weight.dtype == dtype else weight.to(dtype)
+    made = copy.of(parts_of(linear), lambda: weight.dequantize(dtype))
+    return made if made.dtype == dtype else made.to(dtype)
+
+
+def one_below_the_other(gate: Any, up: Any, copy: Copy, fp8: bool) -> Weight | None:
+    """The weights of two linear layers as one, gate first; None where their blocks do not allow it.
+
+    A copy is kept (of the shared experts it is a few per cent of the routed ones), unless gradients are to flow to
+    both. With `fp8` plain weights are quantised.
+    """
+    top, bottom = weight_of(gate), weight_of(up)
+    if isinstance(top, Fp8Tensor) != isinstance(bottom, Fp8Tensor):
+        return None
+    if (fp8 or isinstance(top, Fp8Tensor)) and top.shape[0] % BLOCK[0]:
+        return None
+
+    def join() -> Weight:
+        if isinstance(top, Fp8Tensor) and isinstance(bottom, Fp8Tensor):
+            return Fp8Tensor(torch.cat((top.data, bottom.data)), torch.cat((top.scale, bottom.scale)), BLOCK)
+        both = torch.cat((gate.weight, up.weight))
+        return ds.quantize(both, BLOCK) if fp8 else both
+
+    if (
+        not isinstance(top, Fp8Tensor)
+        and torch.is_grad_enabled()
+        and (gate.weight.requires_grad or up.weight.requires_grad)
+    ):
+        return torch.cat((gate.weight, up.weight))
+    return copy.of((*parts_of(gate), *parts_of(up)), join)
