@@ -10,7 +10,10 @@ import typer
 from rich.console import Console
 
 IMPLEMENTATIONS = ("hopper", "triton", "reference")
-FAMILIES = ("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla", "model", "training", "generation", "scaling")
+FAMILIES = (
+    *("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla"),
+    *("model", "transformers", "training", "generation", "scaling"),
+)
 TABLE_WIDTH = 150  # of a log, which has no width of its own
 
 EXAMPLES = """

@@ -273,6 +273,7 @@ MODEL_V3_SLICE = "v3-slice"  # DeepSeek-V3's dimensions: one dense layer and two
 # Moonlight's dimensions, four layers of its 27, and of V2-Lite's vocabulary a share that leaves the head the 9% of a
 # step that it has in the whole.
 MODEL_TRAINED_SLICE = "trained-slice"
+MODEL_V3_HALF = "v3-half"  # half of DeepSeek-V3's dimensions: one dense layer and three of 256 experts
 MODEL_TINY = "tiny"
 MODEL_DEMO = "demo"  # what `make demo` trains
 
@@ -431,6 +432,8 @@ MODEL_DECODES = (
     ModelDecode("moonlight", 128, 1024),
 )
 MODEL_PREFILLS = (ModelPrefill(MODEL_V3_SLICE, 4096),)
+TRANSFORMERS_PREFILL = ModelPrefill(MODEL_V3_HALF, 4096)
+TRANSFORMERS_DECODE = ModelDecode(MODEL_V3_HALF, 32, 2048)
 DRAFTED = (
     Generation(MODEL_DEMO, "fp32", 1, 3, 64, 3),
     *(Generation(MODEL_DEMO, "bf16", 1, 3, 64, drafts) for drafts in (1, 2, 3, 4)),
