@@ -86,6 +86,7 @@ class HopperConfig:
     warps: int
     blocks: int
     down: bool
+    kept: bool = False
 
     @property
     def rows(self) -> int:
@@ -104,6 +105,7 @@ class HopperConfig:
 QUANTIZE_BOTH = HopperConfig(MATRIX, BY_ROW, BY_COLUMN, warps=8, blocks=3, down=False)
 QUANTIZE_WEIGHT = HopperConfig(MATRIX, BY_TILE, BY_TILE, warps=8, blocks=2, down=False)  # with 3 a register spills
 SWIGLU = HopperConfig(PRODUCT, BY_ROW, 0, warps=4, blocks=4, down=False)
+SWIGLU_KEPT = HopperConfig(PRODUCT, BY_ROW, 0, warps=4, blocks=4, down=False, kept=True)
 SWIGLU_TRANSPOSED = HopperConfig(PRODUCT, 0, BY_COLUMN, warps=8, blocks=2, down=False)
 SWIGLU_BACKWARD = HopperConfig(GRADIENT, BY_ROW, BY_COLUMN, warps=8, blocks=2, down=False)
 PLAIN = {
@@ -116,7 +118,7 @@ TRANSPOSED = {
     for block, share in SHARES.items()
 }
 BOTH = (QUANTIZE_BOTH, QUANTIZE_WEIGHT)
-HOPPER_CONFIGS = (*PLAIN.values(), *TRANSPOSED.values(), *BOTH, SWIGLU, SWIGLU_TRANSPOSED, SWIGLU_BACKWARD)
+HOPPER_CONFIGS = (*PLAIN.values(), *TRANSPOSED.values(), *BOTH, SWIGLU, SWIGLU_KEPT, SWIGLU_TRANSPOSED, SWIGLU_BACKWARD)
 
 
 def choose_hopper(block: Block, transpose: bool) -> HopperConfig:

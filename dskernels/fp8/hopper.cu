@@ -5,6 +5,7 @@
 // column makes the scale. A transposed tile is put together in shared memory, so that it too is written 16 bytes a thread.
 //
 // Options (-D): SOURCE, what is quantised: 0 x (bf16), 1 silu(gate) * up, 2 its gradient, first that of the gate, then that of up.
+// KEPT: a product's gate and up are quantised too, as dskernels/moe/packed.py has them, cols being a multiple of 128.
 // PLAIN and TRANSPOSED say for each of the two results what shares a scale: 0 (there is no such result), 1 (a row of the tile), 2 (a
 // column of it), 3 (the tile). UE8M0. WARPS (8 unless PLAIN = 1 stands alone). BLOCKS to an SM. DOWN: 1 walks the tiles of a column
 // of tiles before the next, 0 those of a row.
@@ -40,11 +41,44 @@ struct Place : Lane {
     __device__ __forceinline__ int col() const { return i_c * 128 + c * 8; }
 };
 
+#if KEPT
+// A row's tiles of gate and of up, of which a lane of 16 has 8 elements each, in e4m3 and their scales behind the row.
+__device__ __forceinline__ void keep(u8* row, const uint4& gates, const uint4& ups, int i_c, int c, int cols, bool valid) {
+    u32 of_gate = 0, of_up = 0;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+        of_gate = larger(of_gate, word(gates, w) & 0x7fff7fffu);
+        of_up = larger(of_up, word(ups, w) & 0x7fff7fffu);
+    }
+    u32 both = larger(__byte_perm(of_gate, of_up, 0x5410), __byte_perm(of_gate, of_up, 0x7632));
+#pragma unroll
+    for (int step = 8; step; step /= 2) both = larger(both, __shfl_xor_sync(~0u, both, step));
+#pragma unroll
+    for (int up = 0; up < 2; ++up) {
+        const uint4& x = up ? ups : gates;
+        const float scale = scale_of(up ? both & 0xffff0000u : both << 16);
+        Divisor d;
+        prepare(d, scale);
+        float y[8];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const u32 pair = raised(word(x, w), d);
+            y[2 * w] = quotient(low(pair), d), y[2 * w + 1] = quotient(high(pair), d);
+        }
+        store(row + up * cols + i_c * 128 + c * 8, make_uint2(e4m3(y[0], y[1], y[2], y[3]), e4m3(y[4], y[5], y[6], y[7])), valid);
+        if (c == 0 && valid) reinterpret_cast<float*>(row + 2 * cols)[up * (cols / 128) + i_c] = scale;
+    }
+}
+#else
+__device__ __forceinline__ void keep(u8*, const uint4&, const uint4&, int, int, int, bool) {}
+#endif
+
 // `x` is bf16 [E, rows, cols], or gate and up side by side, [rows, 2 * cols], and `dy` [rows, cols]. The results are contiguous;
 // stride_s is that of scales from one tile to the next, across the direction in which they stand side by side.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__ q, float* __restrict__ s, u8* __restrict__ qt, float* __restrict__ st,
-         long long stride_xe, int stride_xr, int stride_dyr, int rows, int cols, int tiles_r, int tiles_c, int stride_s, int stride_st) {
+         u8* __restrict__ kept, long long stride_xe, int stride_xr, int stride_dyr, int rows, int cols, int tiles_r, int tiles_c, int stride_s,
+         int stride_st, int stride_kept) {
     __shared__ Factor by_row[BY_ROW ? ROWS : 1];
     __shared__ __align__(16) Columns<Values, Factor, BY_COLUMN ? WARPS : 1> columns;
     __shared__ u32 warp_amax[WARPS];
@@ -146,6 +180,7 @@ quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__
         uint4 dys;  // first: behind the other two, a register spills
         if (SOURCE == GRADIENT) dys = load(from_dy + i * stride_dyr, i < height);
         const uint4 gates = load(from + i * stride_xr, i < height), ups = load(from + i * stride_xr + cols, i < height);
+        if (KEPT) keep(kept + (long long)(at.row() + i) * stride_kept, gates, ups, at.i_c, at.c, cols, i < height);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             float other[4];

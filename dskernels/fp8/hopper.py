@@ -23,6 +23,7 @@ from dskernels.fp8.config import (
     QUANTIZE_WEIGHT,
     SWIGLU,
     SWIGLU_BACKWARD,
+    SWIGLU_KEPT,
     SWIGLU_TRANSPOSED,
     HopperConfig,
     choose_hopper,
@@ -42,21 +43,21 @@ def quantize(x: Tensor, block_rows: int, block_cols: int, ue8m0: bool, transpose
     block = (block_rows, block_cols)
     data, scale = empty_quantized(x, block, transpose)
     results = (None, None, data, scale) if transpose else (data, scale, None, None)
-    _quantize(choose_hopper(block, transpose), x, None, ue8m0, *results)
+    _quantize(choose_hopper(block, transpose), x, None, ue8m0, *results, None)
     return data, scale
 
 
 def quantize_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of `x` [rows, cols] in 1x128 tiles, then of x.T."""
     results = (*empty_quantized(x, (1, 128)), *empty_quantized(x, (128, 1), transpose=True))
-    _quantize(QUANTIZE_BOTH, x, None, ue8m0, *results)
+    _quantize(QUANTIZE_BOTH, x, None, ue8m0, *results, None)
     return results
 
 
 def quantize_weight(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of `x` [E?, rows, cols] in 128x128 blocks, then of x.T."""
     results = (*empty_quantized(x, (128, 128)), *empty_quantized(x, (128, 128), transpose=True))
-    _quantize(QUANTIZE_WEIGHT, x, None, ue8m0, *results)
+    _quantize(QUANTIZE_WEIGHT, x, None, ue8m0, *results, None)
     return results
 
 
@@ -64,14 +65,21 @@ def swiglu_quantize(gate_up: Tensor, ue8m0: bool, transpose: bool) -> tuple[Tens
     """Data and scale of silu(gate) * up, or of its transpose, `gate_up` being [T, 2I]."""
     data, scale = empty_quantized(gate_up[:, : gate_up.shape[1] // 2], (128, 1) if transpose else (1, 128), transpose)
     results = (None, None, data, scale) if transpose else (data, scale, None, None)
-    _quantize(SWIGLU_TRANSPOSED if transpose else SWIGLU, gate_up, None, ue8m0, *results)
+    _quantize(SWIGLU_TRANSPOSED if transpose else SWIGLU, gate_up, None, ue8m0, *results, None)
+    return data, scale
+
+
+def swiglu_quantize_kept(gate_up: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """What `swiglu_quantize` gives; `gate_up` itself, in 1x128 tiles, goes to `kept` (see dskernels.moe.packed)."""
+    data, scale = empty_quantized(gate_up[:, : gate_up.shape[1] // 2], (1, 128))
+    _quantize(SWIGLU_KEPT, gate_up, None, False, data, scale, None, None, kept)
     return data, scale
 
 
 def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of the gradient [T, 2I] of silu(gate) * up in 1x128 tiles, then of its transpose."""
     results = (*empty_quantized(gate_up, (1, 128)), *empty_quantized(gate_up, (128, 1), transpose=True))
-    _quantize(SWIGLU_BACKWARD, gate_up, dy, ue8m0, *results)
+    _quantize(SWIGLU_BACKWARD, gate_up, dy, ue8m0, *results, None)
     return results
 
 
@@ -85,6 +93,7 @@ def _quantize(
     scale: Tensor | None,
     data_t: Tensor | None,
     scale_t: Tensor | None,
+    kept: Tensor | None,
 ) -> Plan:
     """Fill the results that are there: of x, and of its transpose."""
     rows, cols = x.shape[-2:]
@@ -94,11 +103,12 @@ def _quantize(
     return Plan(
         kernel(SOURCE, "quantize", options(config, ue8m0), config.shared, x.device.index),
         arguments=(
-            *map(Pointer, ("x", "dy", "data", "scale", "data_t", "scale_t")),
+            *map(Pointer, ("x", "dy", "data", "scale", "data_t", "scale_t", "kept")),
             ctypes.c_longlong(x.stride(0) if x.dim() == 3 else 0),
             *map(ctypes.c_int, (x.stride(-2), 0 if dy is None else dy.stride(0))),
             *map(ctypes.c_int, (rows, cols, tiles_r, tiles_c)),
             *map(ctypes.c_int, (_tile_stride(config.plain, scale), _tile_stride(config.transposed, scale_t))),
+            ctypes.c_int(0 if kept is None else kept.stride(0)),
         ),
         grid=tiles_r * tiles_c * (x.shape[0] if x.dim() == 3 else 1),
         threads=32 * config.warps,
@@ -117,6 +127,7 @@ def options(config: HopperConfig, ue8m0: bool) -> dict[str, int]:
         "WARPS": config.warps,
         "BLOCKS": config.blocks,
         "DOWN": int(config.down),
+        "KEPT": int(config.kept),
     }
 
 
@@ -147,6 +158,13 @@ def swiglu_quantize_supports(gate_up: Tensor, ue8m0: bool, transpose: bool) -> s
     if not transpose and 0 < gate_up.shape[0] < FEWEST_GATED:
         return f"the Triton kernel is faster for fewer than {FEWEST_GATED} rows"
     return _reason_against(gate_up, transpose, halves=True, name="gate_up") or reason_against_cuda()
+
+
+def swiglu_quantize_kept_supports(gate_up: Tensor) -> str | None:
+    """Why this kernel does not take these arguments, or None."""
+    if gate_up.shape[1] % 256:
+        return f"the gate's columns must fill tiles of 128, there are {gate_up.shape[1] // 2}"
+    return _reason_against(gate_up, False, halves=True, name="gate_up")
 
 
 def swiglu_quantize_backward_supports(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> str | None:

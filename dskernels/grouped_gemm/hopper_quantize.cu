@@ -7,48 +7,10 @@
 // Options (-D): KIND of x: 0 bf16, 1 fp16, 2 fp32. GATHER: row r of the batch is row source[r] / top_k of x. UE8M0. BLOCKS.
 
 #include "quantize.cuh"
+#include "tile_groups.cuh"
 
 constexpr int WARPS = 8;
 constexpr int WIDTH = KIND == 2 ? 4 : 2;  // bytes of an element
-
-// The exclusive scan over the lanes of a warp, the first of which gets `first`.
-template <class F> __device__ __forceinline__ int scanned(int x, int first, F f) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(~0u, x, step);
-        if (lane >= step) x = f(x, other);
-    }
-    x = __shfl_up_sync(~0u, x, 1);
-    return lane == 0 ? first : x;
-}
-
-// First row and first tile of each group, and the end of all as those of one more. Offsets count as their running maximum, clamped into
-// [0, rows], the first as 0: whatever they hold, groups are disjoint and inside the tensors.
-__device__ __forceinline__ void find_groups(const int* offsets, int rows, int groups, int* first_row, int* first_tile) {
-#pragma unroll 1
-    for (int g = threadIdx.x; g <= groups; g += 32 * WARPS) first_row[g] = g == 0 ? 0 : min(max(offsets[g], 0), rows);
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        // A lane has consecutive groups: of an odd number, so that lanes read different banks.
-        const int each = (groups + 32) / 32 | 1, begin = min((int)threadIdx.x * each, groups + 1), end = min(begin + each, groups + 1);
-        int row = 0, tile = 0;
-#pragma unroll 1
-        for (int g = begin; g < end; ++g) row = max(row, first_row[g]);
-        row = scanned(row, 0, [](int a, int b) { return max(a, b); });
-#pragma unroll 1
-        for (int g = begin; g < end; ++g) {
-            const int before = row;
-            row = max(row, first_row[g]);
-            tile += (row - before + 127) / 128;
-            first_row[g] = row, first_tile[g] = tile;
-        }
-        const int earlier = scanned(tile, 0, [](int a, int b) { return a + b; });
-#pragma unroll 1
-        for (int g = begin; g < end; ++g) first_tile[g] += earlier;
-    }
-    __syncthreads();
-}
 
 // `x` [tokens, cols], `source` [rows], `offsets` [groups + 1]; q [cols, 128 * tiles], s [tiles, stride_s].
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
@@ -63,17 +25,13 @@ quantize_grouped(const u8* __restrict__ x, const int* __restrict__ offsets, cons
     __shared__ __align__(128) Turned turned;
     extern __shared__ int first_row[];  // [groups + 1], and after them first_tile
     int* const first_tile = first_row + groups + 1;
-    find_groups(offsets, rows, groups, first_row, first_tile);
+    find_groups<32 * WARPS>(offsets, rows, groups, first_row, first_tile);
 
     const Lane at(threadIdx.x);
     const int items = tiles * ((cols + 127) / 128);
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
         const int tile = item % tiles, col = item / tiles * 128;
-        int group = 0;
-        for (int beyond = groups + 1; beyond - group > 1;) {  // the last group whose first tile is not after this one
-            const int middle = (group + beyond) / 2;
-            (first_tile[middle] <= tile ? group : beyond) = middle;
-        }
+        const int group = group_of(tile, groups, first_tile);
         int row = 0, height = 0;  // first row of this thread, and how many of the 8 from there on are the group's
         if (group < groups) {
             row = first_row[group] + (tile - first_tile[group]) * 128 + at.row0;

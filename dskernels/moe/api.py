@@ -11,6 +11,7 @@ from torch import Tensor
 from dskernels.dispatch import Operation, differentiating
 from dskernels.later import waiting_for
 from dskernels.moe.config import MAX_EXPERTS
+from dskernels.moe.packed import pack, packed_width
 from dskernels.moe.split import split
 from dskernels.reference import moe as reference
 from dskernels.reference.fp8 import quantize
@@ -121,8 +122,10 @@ def fused_experts(
             has made it: products in e4m3 take it in place of quantising `x`. Gradients go to `x`.
         fp8: quantise what is not quantised yet, inside.
         recompute: keep nothing between forward and backward but the arguments, and compute ``w13 @ x`` again; if False,
-            it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never kept. By default it
-            is kept on a GPU, and not on the CPU, where the reference runs the forward again in any case.
+            it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``, with `fp8` in e4m3: the gradient of the SwiGLU, and its
+            output for that of `w2`, are those of the values so kept, also where they are computed again. The outputs of
+            the experts are never kept. By default it is kept on a GPU, and not on the CPU, where the reference runs the
+            forward again in any case.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
@@ -303,30 +306,41 @@ def _fused_experts_reference(*args):
         out = _block(block, fp8)
     else:  # quantised again it is what it was
         out = _block([Fp8Tensor(data, scale).dequantize(torch.float32), *block[1:]], fp8).to(x.dtype)
-    gate_up, shared_gate_up = _kept(x, w13, experts, shared_w13, keep)
+    gate_up, shared_gate_up = _kept(x, w13, experts, shared_w13, fp8, keep)
     if keep:
         permuted = reference.permute(x, experts, w13.shape[0])
-        _product(permuted.x, w13, w13_scale, permuted.offsets, fp8, gate_up)
+        gate_up = _product(permuted.x, w13, w13_scale, permuted.offsets, fp8)
         if shared_w13 is not None:
             every = torch.tensor([0, x.shape[0]])
             scale = None if shared_scale is None else shared_scale[None]
-            _product(x, shared_w13[None], scale, every, fp8, shared_gate_up)
+            shared_gate_up = _product(x, shared_w13[None], scale, every, fp8)
     return out, gate_up, shared_gate_up
 
 
-def _product(a: Tensor, b: Tensor, scale: Tensor | None, offsets: Tensor, fp8: bool, out: Tensor) -> None:
+def _product(a: Tensor, b: Tensor, scale: Tensor | None, offsets: Tensor, fp8: bool) -> Tensor:
+    """Gate and up of each row, as they are kept."""
+    out = a.new_empty(a.shape[0], b.shape[1])
     if not fp8:
-        grouped_gemm(a, b, offsets, out=out)
-    else:
-        grouped_gemm(quantize(a), quantize(b, (128, 128)) if scale is None else _weight(b, scale), offsets, out=out)
+        return grouped_gemm(a, b, offsets, out=out)
+    weight = quantize(b, (128, 128)) if scale is None else _weight(b, scale)
+    return pack(quantize(grouped_gemm(quantize(a), weight, offsets, out=out)))
 
 
-def _kept(x: Tensor, w13: Tensor, experts: Tensor, shared_w13: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+def empty_kept(x: Tensor, rows: int, width: int, fp8: bool) -> Tensor:
+    """An empty tensor for what enters a SwiGLU: in e4m3 it is packed."""
+    if fp8:
+        return x.new_empty((rows, packed_width(width)), dtype=torch.uint8)
+    return x.new_empty(rows, width)
+
+
+def _kept(
+    x: Tensor, w13: Tensor, experts: Tensor, shared_w13: Tensor | None, fp8: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
     """Empty tensors for what enters the SwiGLU of the routed experts and of the shared one; of no rows if not kept."""
-    gate_up = x.new_empty(experts.shape[0] * experts.shape[1] if keep else 0, w13.shape[1])
+    gate_up = empty_kept(x, experts.shape[0] * experts.shape[1] if keep else 0, w13.shape[1], fp8)
     if shared_w13 is None:
-        return gate_up, x.new_empty(0, 0)
-    return gate_up, x.new_empty(x.shape[0] if keep else 0, shared_w13.shape[0])
+        return gate_up, empty_kept(x, 0, 0, fp8)
+    return gate_up, empty_kept(x, x.shape[0] if keep else 0, shared_w13.shape[0], fp8)
 
 
 def _fused_experts_backward_reference(dout, *args):
@@ -363,7 +377,7 @@ _fused_experts = Operation(
     reference=_fused_experts_reference,
     triton="dskernels.moe.triton_experts:fused_experts",
     hopper="dskernels.moe.hopper:fused_experts",
-    fake=lambda *args: (args[0].new_empty(args[0].shape), *_kept(args[0], args[1], args[6], args[7], args[12])),
+    fake=lambda *args: (args[0].new_empty(args[0].shape), *_kept(args[0], args[1], args[6], args[7], *args[11:13])),
 )
 _fused_experts_backward = Operation(
     f"fused_experts_backward(Tensor dout, {BLOCK}, Tensor gate_up, Tensor shared_gate_up, bool fp8, bool[] needs)"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation, differentiating
 from dskernels.later import waiting_for
-from dskernels.moe.api import _check_network, _flat, _product, _weight
+from dskernels.moe.api import _check_network, _flat, _product, _weight, empty_kept
 from dskernels.reference import moe as reference
 from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_fp8, check_tensor
@@ -76,11 +76,10 @@ def _reference(x, w13, w13_scale, w2, w2_scale, fp8):
 def _feed_forward_reference(x, w13, w13_scale, w2, w2_scale, fp8, keep, data, scale):
     given = x if data is None or scale is None else Fp8Tensor(data, scale).dequantize(torch.float32)
     out = _reference(given, w13, w13_scale, w2, w2_scale, fp8).to(x.dtype)
-    gate_up = x.new_empty(x.shape[0] if keep else 0, w13.shape[0])
-    if keep:
-        every = torch.tensor([0, x.shape[0]])
-        _product(x, w13[None], None if w13_scale is None else w13_scale[None], every, fp8, gate_up)
-    return out, gate_up
+    if not keep:
+        return out, empty_kept(x, 0, w13.shape[0], fp8)
+    every = torch.tensor([0, x.shape[0]])
+    return out, _product(x, w13[None], None if w13_scale is None else w13_scale[None], every, fp8)
 
 
 def _backward_reference(dout, *args):
@@ -111,7 +110,7 @@ _feed_forward = Operation(
     hopper="dskernels.moe.hopper:feed_forward",
     fake=lambda x, w13, s13, w2, s2, fp8, keep, data, scale: (
         x.new_empty(x.shape),
-        x.new_empty(x.shape[0] if keep else 0, w13.shape[0]),
+        empty_kept(x, x.shape[0] if keep else 0, w13.shape[0], fp8),
     ),
 )
 _feed_forward_backward = Operation(

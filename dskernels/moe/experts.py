@@ -79,6 +79,12 @@ class Steps:
         weight: a weight and its scale, or (True) its transpose, as the products take it.
         product: each row times its expert's weight, in a dtype.
         hidden: silu(gate) * up of ``[rows, 2I]`` as an operand.
+        kept: ``[rows, 2I]`` as the backward keeps it.
+        hidden_and_kept: both.
+        gradient: given what was kept, the gradient of the hidden rows, the batch and the weights of its rows: the
+            gradient of gate and up as an operand, the same and the weighted hidden rows for `wgrad`, and that of the
+            weights.
+        dispatched: the gradient of the output as an operand, which goes to the experts.
         wgrad: the gradient of a weight, given the rows of both operands and the weight.
         wgrad_requantizes: whether that takes tokens as they are, since it quantises along an expert's rows.
         few: the output of the whole block for a few tokens, given them as an operand, their dtype, the routed network,
@@ -91,6 +97,10 @@ class Steps:
     weight: Callable[[Tensor, Tensor | None, bool], Operand]
     product: Callable[[Rows, Operand, Batch, torch.dtype], Tensor]
     hidden: Callable[[Tensor], Operand]
+    kept: Callable[[Tensor], Tensor]
+    hidden_and_kept: Callable[[Tensor], tuple[Operand, Tensor]]
+    gradient: Callable[[Tensor, Tensor, Batch, Tensor | None], tuple[Operand, Rows, Rows, Tensor | None]]
+    dispatched: Callable[[Tensor], Operand]
     wgrad: Callable[[Rows, Rows, Batch, Tensor], Tensor]
     wgrad_requantizes: bool
     few: Callable[[Operand, torch.dtype, Network, Tensor, Tensor, int], Tensor | None] | None = None
@@ -145,7 +155,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w13, w2, the weights, and both shared weights; empty where one is not needed."""
     needs_dx, needs_dw13, needs_dw2, needs_dweights, needs_shared_dw13, needs_shared_dw2 = needs
-    da = steps.operand(dout)
+    da = steps.dispatched(dout)
     a = None if gate_up.shape[0] > 0 else steps.operand(x)
     dx = dw13 = dw2 = dweights = shared_dw13 = shared_dw2 = None
     if shared is not None and (needs_dx or needs_shared_dw13 or needs_shared_dw2):
@@ -168,10 +178,9 @@ def network_forward(
 ) -> tuple[Tensor, Tensor]:
     """The rows of one network, not yet weighted, and what enters its SwiGLU, of no rows unless that is kept."""
     gate_up = _up(steps, a, network, batch, dtype)
-    hidden = Rows(steps.hidden(gate_up))
-    if not keep:
-        gate_up = gate_up.new_empty(0, gate_up.shape[1])
-    return steps.product(hidden, steps.weight(network.w2, network.w2_scale, False), batch, dtype), gate_up
+    hidden, kept = steps.hidden_and_kept(gate_up) if keep else (steps.hidden(gate_up), steps.kept(gate_up[:0]))
+    del gate_up
+    return steps.product(Rows(hidden), steps.weight(network.w2, network.w2_scale, False), batch, dtype), kept
 
 
 def network_backward(
@@ -194,24 +203,24 @@ def network_backward(
     """
     needs_dx, needs_dw13, needs_dw2 = needs
     if a is not None:
-        gate_up = _up(steps, a, network, batch, x.dtype)
+        gate_up = steps.kept(_up(steps, a, network, batch, x.dtype))
     dy = steps.rows(da, batch)
     dhidden = steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, x.dtype)
-    dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, weights)
+    operand, dgate_up, hidden, dweights = steps.gradient(gate_up, dhidden, batch, weights)
     del gate_up, dhidden
     dx = dw13 = dw2 = None
     if needs_dw2:
         dy = Rows(dout, batch.source) if steps.wgrad_requantizes else dy
-        dw2 = steps.wgrad(dy, Rows(hidden), batch, network.w2)
+        dw2 = steps.wgrad(dy, hidden, batch, network.w2)
     del dy, hidden
     if needs_dx:
         w13 = steps.weight(network.w13, network.w13_scale, True)
-        dx = steps.product(Rows(steps.operand(dgate_up)), w13, batch, x.dtype)
+        dx = steps.product(Rows(operand), w13, batch, x.dtype)
         if batch.index is not None:
             dx = weighted_sum(dx, batch.index, None, residual)
     if needs_dw13:
         rows = Rows(x, batch.source) if steps.wgrad_requantizes else steps.rows(x, batch)
-        dw13 = steps.wgrad(Rows(dgate_up), rows, batch, network.w13)
+        dw13 = steps.wgrad(dgate_up, rows, batch, network.w13)
     return dx, dw13, dw2, dweights
 
 
@@ -307,6 +316,18 @@ def _block(
 
 
 # ---- what implementations share -------------------------------------------------------------------------------------
+
+
+def gradient_by(
+    operand: Callable[[Tensor], Operand],
+) -> Callable[[Tensor, Tensor, Batch, Tensor | None], tuple[Operand, Rows, Rows, Tensor | None]]:
+    """`Steps.gradient` by the portable kernel, its results written out and made operands one by one."""
+
+    def gradient(kept, dhidden, batch, weights):
+        dgate_up, hidden, dweights = swiglu_backward(kept, dhidden, batch.source, weights)
+        return operand(dgate_up), Rows(dgate_up), Rows(hidden), dweights
+
+    return gradient
 
 
 def plain_weight(weight: Tensor, scale: Tensor | None, transpose: bool) -> Tensor:

@@ -28,12 +28,12 @@ def backward_inputs(
     shared_gate_up: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of x and of the routing weights; then dG and dU, and w * A, of the routed experts and of the shared."""
-    da = steps.operand(dout)
+    da = steps.dispatched(dout)
     a = None if gate_up.shape[0] > 0 else steps.operand(x)
 
     def run(network, batch, gate_up, weights, residual):
         if a is not None:
-            gate_up = _up(steps, a, network, batch, x.dtype)
+            gate_up = steps.kept(_up(steps, a, network, batch, x.dtype))
         dy = steps.rows(da, batch)
         dhidden = steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, x.dtype)
         del dy

@@ -19,14 +19,17 @@ from dskernels.cuda.compiler import reason_against_cuda
 from dskernels.cuda.driver import RAGGED_ROWS
 from dskernels.device import empty
 from dskernels.fp8.api import _quantize, _swiglu_quantize
+from dskernels.fp8.hopper import swiglu_quantize_kept, swiglu_quantize_kept_supports
 from dskernels.gemm.api import _fp8_gemm
 from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm import hopper as grouped
 from dskernels.grouped_gemm.hopper_quantize import quantize_grouped
-from dskernels.moe import experts, hopper_few
+from dskernels.moe import experts, hopper_few, hopper_swiglu
 from dskernels.moe.experts import Batch, Operand, Rows, Steps, parts
 from dskernels.moe.experts_split import split_operations
+from dskernels.moe.packed import packed_width
 from dskernels.moe.triton import permute_rows
+from dskernels.moe.triton_packed import packed
 from dskernels.moe.triton_swiglu import swiglu
 from dskernels.types import Fp8Tensor
 
@@ -63,15 +66,21 @@ def _wgrad(dy: Rows, x: Rows, batch: Batch, weight: Tensor) -> Tensor:
 
 def _fp8_wgrad(dy: Rows, x: Rows, batch: Batch, weight: Tensor) -> Tensor:
     dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    (dy_rows, _), (x_rows, _) = parts(dy.data), parts(x.data)
+    dy_t, x_t = _along_tokens(dy, batch), _along_tokens(x, batch)
     if batch.offsets is not None:
-        dy_t = quantize_grouped(dy_rows, batch.offsets, False, dy.source, batch.top_k)
-        x_t = quantize_grouped(x_rows, batch.offsets, False, x.source, batch.top_k)
         grouped.grouped_wgrad(*dy_t, *x_t, batch.offsets, dw, False)
     else:
-        dy_t, x_t = (_quantize(rows, 128, 1, False, True) for rows in (dy_rows, x_rows))
         _fp8_gemm(*dy_t, *x_t, 1, None, dw, False)
     return dw
+
+
+def _along_tokens(rows: Rows, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Data and scale of rows as Wgrad takes them; what is quantised already is so for that."""
+    if isinstance(rows.data, Fp8Tensor):
+        return rows.data.data, rows.data.scale
+    if batch.offsets is not None:
+        return quantize_grouped(rows.data, batch.offsets, False, rows.source, batch.top_k)
+    return _quantize(rows.data, 128, 1, False, True)
 
 
 PLAIN = Steps(
@@ -81,14 +90,49 @@ PLAIN = Steps(
     weight=experts.plain_weight,
     product=_product,
     hidden=swiglu,
+    kept=lambda gate_up: gate_up,
+    hidden_and_kept=lambda gate_up: (swiglu(gate_up), gate_up),
+    gradient=experts.gradient_by(lambda x: x),
+    dispatched=lambda x: x,
     wgrad=_wgrad,
     wgrad_requantizes=False,
 )
+
+
+def _operand(x: Tensor) -> Fp8Tensor:
+    return Fp8Tensor(*_quantize(x, 1, 128, False, False))
+
+
+def _hidden(gate_up: Tensor) -> Fp8Tensor:
+    return Fp8Tensor(*_swiglu_quantize(gate_up, False, False))
+
+
+def _hidden_and_kept(gate_up: Tensor) -> tuple[Fp8Tensor, Tensor]:
+    if swiglu_quantize_kept_supports(gate_up) is not None:
+        return _hidden(gate_up), packed(gate_up)
+    kept = empty(gate_up, (gate_up.shape[0], packed_width(gate_up.shape[1])), torch.uint8)
+    return Fp8Tensor(*swiglu_quantize_kept(gate_up, kept)), kept
+
+
+_written_out = experts.gradient_by(_operand)
+
+
+def _gradient(
+    kept: Tensor, dhidden: Tensor, batch: Batch, weights: Tensor | None
+) -> tuple[Operand, Rows, Rows, Tensor | None]:
+    step = hopper_swiglu.swiglu_backward if hopper_swiglu.takes(dhidden, batch) else _written_out
+    return step(kept, dhidden, batch, weights)
+
+
 FP8 = replace(
     PLAIN,
-    operand=lambda x: Fp8Tensor(*_quantize(x, 1, 128, False, False)),
+    operand=_operand,
     weight=functools.partial(weight_operand, impl=None),
-    hidden=lambda gate_up: Fp8Tensor(*_swiglu_quantize(gate_up, False, False)),
+    hidden=_hidden,
+    kept=packed,
+    hidden_and_kept=_hidden_and_kept,
+    gradient=_gradient,
+    dispatched=lambda dout: Fp8Tensor(*_quantize(dout, 1, 128, True, False)),
     wgrad=_fp8_wgrad,
     wgrad_requantizes=True,
     few=hopper_few.fused_experts,

@@ -19,6 +19,7 @@ from dskernels.grouped_gemm.triton_wgrad import grouped_wgrad, quantize_grouped
 from dskernels.moe import experts
 from dskernels.moe.experts import Batch, Operand, Rows, Steps, parts, stack, stacked
 from dskernels.moe.experts_split import split_operations
+from dskernels.moe.triton_packed import packed
 from dskernels.moe.triton_swiglu import swiglu
 from dskernels.portable import reason_against_e4m3
 from dskernels.types import Fp8Tensor
@@ -68,14 +69,32 @@ PLAIN = Steps(
     weight=experts.plain_weight,
     product=_product,
     hidden=swiglu,
+    kept=lambda gate_up: gate_up,
+    hidden_and_kept=lambda gate_up: (swiglu(gate_up), gate_up),
+    gradient=experts.gradient_by(lambda x: x),
+    dispatched=lambda x: x,
     wgrad=_wgrad,
     wgrad_requantizes=False,
 )
+
+
+def _operand(x: Tensor) -> Fp8Tensor:
+    return Fp8Tensor(*quantize(x, 1, 128, False, False))
+
+
+def _hidden(gate_up: Tensor) -> Fp8Tensor:
+    return Fp8Tensor(*swiglu_quantize(gate_up, False))
+
+
 FP8 = replace(
     PLAIN,
-    operand=lambda x: Fp8Tensor(*quantize(x, 1, 128, False, False)),
+    operand=_operand,
     weight=functools.partial(weight_operand, impl="triton"),
-    hidden=lambda gate_up: Fp8Tensor(*swiglu_quantize(gate_up, False)),
+    hidden=_hidden,
+    kept=packed,
+    hidden_and_kept=lambda gate_up: (_hidden(gate_up), packed(gate_up)),
+    gradient=experts.gradient_by(_operand),
+    dispatched=lambda dout: Fp8Tensor(*quantize(dout, 1, 128, True, False)),
     wgrad=_fp8_wgrad,
     wgrad_requantizes=True,
 )

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dskernels.moe.config import choose_row
+from dskernels.moe.packed import parts_of, scales_at
 from dskernels.portable import cast, launch
 from dskernels.validate import ceil_div
 
@@ -32,6 +33,7 @@ def swiglu_kernel(p_x, p_out, width, stride_x, stride_out, WIDTH: tl.constexpr):
 @triton.jit
 def swiglu_backward_kernel(
     p_x,
+    p_scales,
     p_dhidden,
     p_source,
     p_weights,
@@ -40,13 +42,19 @@ def swiglu_backward_kernel(
     p_dweights,
     width,
     stride_x,
+    stride_scales,
+    first_scale,
     stride_dhidden,
     stride_dx,
     stride_hidden,
+    HAS_SCALES: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Of one row: dx [2 * width], weight * hidden [width], and dweight = <dhidden, hidden>; dhidden is unweighted."""
+    """Of one row: dx [2 * width], weight * hidden [width], and dweight = <dhidden, hidden>; dhidden is unweighted.
+
+    With HAS_SCALES x is e4m3 in tiles of 128 columns, see `packed`.
+    """
     i_r = tl.program_id(0).to(tl.int64)
     weight = 1.0
     if HAS_WEIGHTS:
@@ -60,6 +68,10 @@ def swiglu_backward_kernel(
         m_c = o_c < width
         gate = tl.load(p_x + i_r * stride_x + o_c, mask=m_c, other=0.0).to(tl.float32)
         up = tl.load(p_x + i_r * stride_x + width + o_c, mask=m_c, other=0.0).to(tl.float32)
+        if HAS_SCALES:
+            p_row = p_scales + i_r * stride_scales + first_scale
+            gate *= tl.load(p_row + o_c // 128, mask=m_c, other=0.0)
+            up *= tl.load(p_row + (width + o_c) // 128, mask=m_c, other=0.0)
         dhidden = tl.load(p_dhidden + i_r * stride_dhidden + o_c, mask=m_c, other=0.0).to(tl.float32)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
@@ -73,6 +85,17 @@ def swiglu_backward_kernel(
         tl.store(p_hidden + i_r * stride_hidden + o_c, cast(silu * up * weight, dtype), mask=m_c)
     if HAS_WEIGHTS:
         tl.store(p_dweights + choice, tl.sum(products, 0))
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def sum_of_choices_kernel(p_parts, p_source, p_out, rows, parts, BLOCK: tl.constexpr):
+    """Of BLOCK rows the sum of their parts [parts, rows], in order, to where the choice of each stands."""
+    o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    choice = tl.load(p_source + o_r, mask=o_r < rows, other=-1)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(parts):
+        total += tl.load(p_parts + tl.cast(i, tl.int64) * rows + o_r, mask=choice >= 0, other=0.0)
+    tl.store(p_out + choice, total, mask=choice >= 0)
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
@@ -103,17 +126,22 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient of `gate_up`, the weighted activation, and the gradient of the weights (0 for dropped choices).
 
-    Rows that have no choice (source -1) are left as they are, as no product reads them.
+    `gate_up` is a matrix, or packed. Rows that have no choice (source -1) are left as they are, as no product reads
+    them.
     """
     rows, width = dhidden.shape
-    dgate_up, hidden = torch.empty_like(gate_up), torch.empty_like(dhidden)
+    packed = gate_up.dtype == torch.uint8
+    dgate_up = dhidden.new_empty(rows, 2 * width) if packed else torch.empty_like(gate_up)
+    hidden = torch.empty_like(dhidden)
+    x, scales = parts_of(gate_up) if packed else (gate_up, None)
     dweights = None if weights is None else torch.zeros_like(weights)
     if rows:
         config = choose_row(width)
         launch(
             swiglu_backward_kernel,
             (rows,),
-            gate_up,
+            x,
+            scales,
             dhidden,
             source,
             weights,
@@ -121,12 +149,24 @@ def swiglu_backward(
             hidden,
             dweights,
             width,
-            gate_up.stride(0),
+            x.stride(0),
+            0 if scales is None else scales.stride(0),
+            scales_at(2 * width) // 4,
             dhidden.stride(0),
             dgate_up.stride(0),
             hidden.stride(0),
+            HAS_SCALES=packed,
             HAS_WEIGHTS=weights is not None,
             WIDTH=config.width,
             num_warps=config.num_warps,
         )
     return dgate_up, hidden, dweights
+
+
+def sum_of_choices(parts: Tensor, source: Tensor, weights: Tensor) -> Tensor:
+    """Like `weights`: of each choice the sum of the parts [P, R] of its row, and 0 of dropped ones."""
+    out, rows = torch.zeros_like(weights), source.shape[0]
+    if rows:
+        grid = (ceil_div(rows, 256),)
+        launch(sum_of_choices_kernel, grid, parts, source, out, rows, parts.shape[0], BLOCK=256, num_warps=4)
+    return out

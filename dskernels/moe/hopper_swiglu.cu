@@ -1,0 +1,174 @@
+// The gradient of the SwiGLU of experts, quantised for what multiplies it, on sm_90a: from gate and up as they were kept, in e4m3, and the gradient
+// of the activation, it makes dgate and dup in 1x128 tiles (Dgrad) and along the tokens of each expert (Wgrad), and the weighted activation along
+// tokens. Each is rounded to bf16 first, as if it were written out and quantised by kernels of their own, which moves three times the bytes.
+//
+// A tile is 128 rows of one expert by 128 columns of the gate and the same of up; CTAs stay and walk tiles as in grouped_gemm/hopper_quantize.cu. A
+// thread has 8 rows of 8 columns, and what it has made of them waits in shared memory for its turn.
+//
+// Options (-D): WEIGHTED: rows have weights, of choice source[row], and the gradient of each is added up over its tile's columns. GROUPED: 0 takes
+// all rows for one group. UE8M0. BLOCKS to an SM.
+
+#include "quantize.cuh"
+#include "tile_groups.cuh"
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+
+// Four e4m3 in a word as floats.
+__device__ __forceinline__ void widen(u32 word, float scale, float (&x)[4]) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+        u32 halves;
+        asm("{.reg .b16 h; mov.b16 h, %1; cvt.rn.f16x2.e4m3x2 %0, h;}" : "=r"(halves) : "h"((u16)(word >> 16 * k)));
+        float2 two;
+        asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(two.x), "=f"(two.y) : "r"(halves));
+        x[2 * k] = mul(two.x, scale), x[2 * k + 1] = mul(two.y, scale);
+    }
+}
+__device__ __forceinline__ uint2 load8(const u8* p, bool valid) {
+    uint2 v = make_uint2(0, 0);
+    asm volatile("{.reg .pred p; setp.ne.s32 p, %3, 0; @p ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];}"
+                 : "+r"(v.x), "+r"(v.y)
+                 : "l"(p), "r"((int)valid));
+    return v;
+}
+__device__ __forceinline__ u32 bf16_pair(float a, float b) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
+    return pair;
+}
+
+// `kept` [rows, stride_kept bytes]: 2 * cols e4m3, then, from byte `scales_at` on, a float for each 128 of them. `dhidden` bf16 [rows, cols], cols
+// a multiple of 128. q [rows, 2 * cols], s its scales; qt [2 * cols, 128 * tiles], st; ht [cols, 128 * tiles], hst; dweights [cols / 128, rows].
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+swiglu_backward(const u8* __restrict__ kept, const u16* __restrict__ dhidden, const int* __restrict__ offsets, const int* __restrict__ source,
+                const float* __restrict__ weights, u8* __restrict__ q, float* __restrict__ s, u8* __restrict__ qt, float* __restrict__ st,
+                u8* __restrict__ ht, float* __restrict__ hst, float* __restrict__ dweights, long long stride_kept, int scales_at, int stride_d,
+                int rows, int cols, int groups, int tiles, int stride_s, int stride_st, int stride_hst) {
+    __shared__ Divisor by_row[128];
+    __shared__ __align__(16) Columns<Pairs, Divisor, WARPS> columns;
+    extern __shared__ __align__(128) uint4 waiting[];  // dgate, dup, the activation: [3][8][THREADS]; behind them the groups
+    Turned& turned = *reinterpret_cast<Turned*>(waiting);  // where dgate was: read by then
+    int* const first_row = reinterpret_cast<int*>(waiting + 24 * THREADS);
+    int* const first_tile = first_row + groups + 1;
+    if (GROUPED) find_groups<THREADS>(offsets, rows, groups, first_row, first_tile);
+
+    const Lane at(threadIdx.x);
+    const int items = tiles * (cols / 128);
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        const int tile = item % tiles, i_c = item / tiles;
+        int row = tile * 128 + at.row0, height = min(rows - row, 8);  // first row of this thread, and how many of the 8 are the group's
+        if (GROUPED) {
+            const int group = group_of(tile, groups, first_tile);
+            row = height = 0;
+            if (group < groups) {
+                row = first_row[group] + (tile - first_tile[group]) * 128 + at.row0;
+                height = min(first_row[group + 1] - row, 8);
+            }
+        }
+        const int col = i_c * 128 + at.c * 8;
+
+        __syncthreads();  // nobody stores what is turned any more
+        {
+            const u8* const p = kept + (long long)row * stride_kept;
+            const u16* const p_d = dhidden + (long long)row * stride_d + col;
+            // A lane has the scales and the weight of one row: the lower half of the 16 those of gate, the upper those of up.
+            const int of = at.c % 8;
+            float mine = 0.f, weight = 0.f, product = 0.f;
+            if (of < height) {
+                mine = *reinterpret_cast<const float*>(p + of * stride_kept + scales_at + 4 * (i_c + (at.c < 8 ? 0 : cols / 128)));
+                const int choice = WEIGHTED ? source[row + of] : 0;
+                weight = !WEIGHTED ? 1.f : choice < 0 ? 0.f : weights[choice];
+            }
+#pragma unroll 1
+            for (int first = 0; first < 8; first += 4) {
+                uint2 gates[4], ups[4];
+                uint4 ds[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    gates[i] = load8(p + (first + i) * stride_kept + col, first + i < height);
+                    ups[i] = load8(p + (first + i) * stride_kept + cols + col, first + i < height);
+                    ds[i] = load(p_d + (long long)(first + i) * stride_d, first + i < height);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int lane = at.half * 16 + first + i;
+                    const float gate_scale = __shfl_sync(~0u, mine, lane), up_scale = __shfl_sync(~0u, mine, lane + 8), w = __shfl_sync(~0u, weight, lane);
+                    u32 of_gate[4], of_up[4], of_hidden[4];
+                    float sum = 0.f;
+#pragma unroll
+                    for (int k = 0; k < 2; ++k) {
+                        float gate[4], up[4], dgate[4], dup[4], hidden[4];
+                        widen(k ? gates[i].y : gates[i].x, gate_scale, gate);
+                        widen(k ? ups[i].y : ups[i].x, up_scale, up);
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            // The hardware's approximations do: what follows is rounded to bf16.
+                            const float d = element(ds[i], 4 * k + j), sig = approximate_inverse(1.f + __expf(-gate[j])), silu = gate[j] * sig, dw = d * w;
+                            sum += d * silu * up[j];
+                            dgate[j] = dw * up[j] * sig * (1.f + gate[j] * (1.f - sig));
+                            dup[j] = dw * silu;
+                            hidden[j] = silu * up[j] * w;
+                        }
+#pragma unroll
+                        for (int j = 0; j < 2; ++j) {
+                            of_gate[2 * k + j] = bf16_pair(dgate[2 * j], dgate[2 * j + 1]);
+                            of_up[2 * k + j] = bf16_pair(dup[2 * j], dup[2 * j + 1]);
+                            of_hidden[2 * k + j] = bf16_pair(hidden[2 * j], hidden[2 * j + 1]);
+                        }
+                    }
+                    waiting[(first + i) * THREADS + threadIdx.x] = make_uint4(of_gate[0], of_gate[1], of_gate[2], of_gate[3]);
+                    waiting[(8 + first + i) * THREADS + threadIdx.x] = make_uint4(of_up[0], of_up[1], of_up[2], of_up[3]);
+                    waiting[(16 + first + i) * THREADS + threadIdx.x] = make_uint4(of_hidden[0], of_hidden[1], of_hidden[2], of_hidden[3]);
+                    if (WEIGHTED) {
+#pragma unroll
+                        for (int step = 8; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+                        if (at.c == first + i) product = sum;
+                    }
+                }
+            }
+            if (WEIGHTED && at.c < height) dweights[(long long)i_c * rows + row + at.c] = product;
+        }
+
+#pragma unroll 1
+        for (int turn = 0; turn < 3; ++turn) {
+            Pairs v;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) v.rows[i] = waiting[(turn * 8 + i) * THREADS + threadIdx.x];
+            const int i_out = turn == 1 ? i_c + cols / 128 : i_c;  // of the columns of the gradient
+            if (turn < 2) {
+                const int mine = at.c / 2;
+                const float scale = scale_of(Pairs::bits(v.of_row(at.lane)));
+                if (at.lane % 2 == 0) {
+                    prepare(by_row[at.row0 + mine], scale);
+                    if (mine < height) s[(long long)i_out * stride_s + row + mine] = scale;
+                }
+                __syncwarp();
+                u8* const p = q + (long long)row * 2 * cols + i_out * 128 + at.c * 8;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const Divisor of_row = by_row[at.row0 + i];
+                    float y[8];
+#pragma unroll
+                    for (int w = 0; w < 4; ++w) {
+                        const float2 two = v.quotients(i, w, of_row);
+                        y[2 * w] = two.x, y[2 * w + 1] = two.y;
+                    }
+                    store(p + (long long)i * 2 * cols, make_uint2(e4m3(y[0], y[1], y[2], y[3]), e4m3(y[4], y[5], y[6], y[7])), i < height);
+                }
+                __syncwarp();
+            }
+            columns.find(v, at, (turn < 2 ? st + (long long)tile * stride_st : hst + (long long)tile * stride_hst) + i_out * 128, 128);
+            __syncthreads();
+#pragma unroll
+            for (int w = 0; w < 4; ++w) {
+                const Divisor left = columns.divisors[2 * w][at.c], right = columns.divisors[2 * w + 1][at.c];
+                float2 y[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) y[i] = v.quotients(i, w, left, right);
+                turned.put(at, w, y);
+            }
+            __syncthreads();
+            turned.store((turn < 2 ? qt : ht) + ((long long)i_out * 128 * tiles + tile) * 128, tiles * 128, 128, 128);
+        }
+    }
+}
