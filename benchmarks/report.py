@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from benchmarks import charts, curves, saved
+from benchmarks import charts, curves, saved, tables
 from benchmarks.compare import geometric_mean
 from benchmarks.saved import Saved, SavedRow
 
@@ -33,18 +33,24 @@ STAMP = ("family", "date", "commit", "torch, Triton, CUDA", "driver", *ROOFS, "d
 
 
 def write(folder: Path, results: Path = saved.FOLDER) -> list[Path]:
-    """Write ``report.html`` and its pictures into `folder` from what is saved in `results`; return the paths."""
+    """Write ``report.html``, its pictures and the tables of the pages there from what is saved; return the paths.
+
+    Args:
+        folder: where to.
+        results: where the saved results are.
+    """
     gpus = {gpu: saved.read(gpu, results) for gpu in saved.gpus(results)}
     if not gpus:
         raise saved.NotThere(f"no results in {results}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
     path.write_text(page(gpus), encoding="utf-8")
+    written = [path, *tables.fill_pages(folder, gpus)]
     try:
         from benchmarks import pictures
     except ImportError:  # matplotlib is an extra
-        return [path]
-    return [path, *pictures.write(gpus, folder / "images")]
+        return written
+    return [*written, *pictures.write(gpus, folder / "images")]
 
 
 def page(gpus: Mapping[str, Mapping[str, Saved]]) -> str:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import bench_scaling, charts, curves, report, saved
+from benchmarks import bench_scaling, charts, curves, report, saved, tables
 from benchmarks.curves import OURS, ROOF
 from benchmarks.saved import SavedRow
 
@@ -145,3 +145,33 @@ def test_eager_torch_is_a_rival_of_products_alone():
     assert pictures.rival(row("m1", peers=both)) == "torch"
     assert pictures.rival(row("m1", op="quantize", peers=both)) == "torch_compile"
     assert pictures.rival(row("m1", op="quantize", peers={"torch": 1.0})) is None
+
+
+# ---- tables of the documentation ---------------------------------------------------------------------------------
+
+
+def of_gpu(*rows):
+    return {"gemm": saved.Saved("gemm", {}, {}, rows)}
+
+
+def test_tables_of_operations_are_filled_in():
+    fast = row("m1", us=5.0, tflops=1200.0, peers={"torch": 6.0, "cublaslt": 5.5})
+    gpus = {"h100": of_gpu(row("m1"), fast, row("m2")), "h200": of_gpu(row("m1", us=4.0), row("m9", op="route"))}
+    text = "before\n<!-- speed: fp8_gemm -->\nold\n<!-- /speed -->\nafter\n"
+    filled = tables.fill(text, gpus)
+    lines = filled.splitlines()
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert "old" not in filled
+    assert lines[2].startswith("| workload | H100, µs | rate | % of roof | × best peer | H200, µs |")
+    assert lines[4] == "| m1 | 5.00 | 1,200 TFLOP/s | 50 | 1.10 `cublaslt` | 4.00 | 1.00 GB/s | 50 | – |"
+    assert lines[5] == "| m2 | 10.0 | 1.00 GB/s | 50 | – | – | – | – | – |"
+    assert tables.fill(filled, gpus) == filled
+    assert "Not measured yet." in tables.fill("<!-- speed: x -->\n<!-- /speed -->", gpus)
+    assert "| `fp8_gemm` | m1 | 5.00 |" in tables.fill("<!-- speed: fp8_gemm route -->\n<!-- /speed -->", gpus)
+
+
+def test_the_summary_has_a_line_for_each_operation():
+    gpus = {"h100": of_gpu(row("m1", peers={"torch": 20.0}), row("m2", peers={"torch": 5.0}), row("t1", op="route"))}
+    lines = tables.fill("<!-- speed: * -->\n<!-- /speed -->", gpus).splitlines()
+    assert lines[3:-1] == ["| `fp8_gemm` | 2 | 50 | 1.00 | 0.50 … 2.00 |", "| `route` | 1 | 50 | – | – |"]
