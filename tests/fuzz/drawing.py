@@ -70,7 +70,7 @@ class Draw:
         elif kind == "outlier" and x.numel():
             x.view(-1)[int(torch.randint(x.numel(), (1,), generator=self.random))] = 300.0 * scale
         elif kind == "subnormal":  # but for bf16, whose subnormals Triton's interpreter (3.7) reads as other numbers
-            x = x * (2.0**-120 if dtype == torch.bfloat16 else torch.finfo(dtype).tiny / 8)
+            x = x * (2.0**-100 if dtype == torch.bfloat16 else torch.finfo(dtype).tiny / 8)
         return self.laid_out(x.to(dtype))
 
     def integers(self, *shape: int, low: int, high: int, dtype: torch.dtype = torch.int32) -> Tensor:

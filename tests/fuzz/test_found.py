@@ -50,6 +50,12 @@ def test_an_empty_stack_is_quantised_to_an_empty_one(device):
         assert q.scale.shape == (0, 2, 3)
 
 
+def test_a_stack_of_no_rows_as_it_is_documented():
+    flat, b = ds.quantize(torch.empty(0, 300)), ds.quantize(torch.randn(4, 16, 300), (128, 128))
+    a = Fp8Tensor(flat.data.unflatten(0, (4, 0)), flat.scale.unflatten(0, (4, 0)))
+    assert ds.grouped_gemm_masked(a, b, torch.zeros(4, dtype=torch.int32)).shape == (4, 0, 16)
+
+
 @pytest.mark.parametrize("shape", [(0,), (1, 3, 0), (2, 0, 0)])
 def test_linear_without_columns(shape):
     assert ds.fp8_linear(torch.empty(shape), torch.empty(5, 0)).shape == (*shape[:-1], 5)
