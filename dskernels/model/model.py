@@ -146,7 +146,11 @@ class DeepseekV3(nn.Module):
             x, update, router = block(x, update, batch, cos, sin, None if cache is None else cache[i])
             if router is not None:
                 routers.append(router)
-        return self.norm(x if update is None else x + update), routers
+        if update is None:
+            return self.norm(x), routers
+        # Where blocks norm so, the last stream is added and normed in one launch too.
+        in_one = self.fp8 and torch.is_grad_enabled()
+        return self.norm.beside(x, update, in_one)[0], routers
 
     def predict(
         self, tokens: Tensor, hidden: Tensor, batch: Batch, cache: Tensor | None = None, *, depth: int = 1
