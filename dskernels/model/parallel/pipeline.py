@@ -21,7 +21,7 @@ from dskernels.later import WeightGradients
 from dskernels.model.batch import Batch
 from dskernels.model.data import Packed
 from dskernels.model.loss import Losses, losses
-from dskernels.model.model import DeepseekV3, Output
+from dskernels.model.model import DeepseekV3
 from dskernels.model.moe import MoE, RouterOutput
 from dskernels.model.parallel.plan import Team, spread_experts
 
@@ -81,14 +81,13 @@ class Stage(DeepseekV3):
                 output = super().forward(text.tokens, text.cu_seqlens, mtp=self.mtp_lambda > 0)
                 parts = losses(output, text, self.config, balance_alpha=self.balance_alpha)
                 main, ahead, balance = parts.main * share, parts.mtp * share, parts.balance * balance_share
-                self._note(Losses(main, ahead, balance), output.routers)
+                self._note(Losses(main, ahead, balance), output.routers, balance_share > 0 or share > 0)
                 return (main + self.mtp_lambda * ahead + balance)[None]
             x = self.embed_tokens(x) if self.first else x
             x, routers = self._blocks(x, Batch.prompt(text.cu_seqlens, text.tokens.shape[0]))
             zero = torch.zeros((), device=x.device)
-            none = Output(x, x, (), tuple(routers))
-            balance = sum((self._balance(router, text) for router in none.routers), zero) * balance_share
-            self._note(Losses(zero, zero, balance), none.routers)
+            balance = sum((self._balance(router, text) for router in routers), zero) * balance_share
+            self._note(Losses(zero, zero, balance), routers, balance_share > 0 or share > 0)
             return cast(Tensor, _WithLoss.apply(x, balance)) if balance.requires_grad else x
 
     def trunk(self, tokens: Tensor, batch: Batch, cache: Tensor | None = None) -> tuple[Tensor, list[RouterOutput]]:
@@ -114,9 +113,11 @@ class Stage(DeepseekV3):
             score=self.config.scoring_func,
         )
 
-    def _note(self, parts: Losses, routers: Sequence[RouterOutput]) -> None:
+    def _note(self, parts: Losses, routers: Sequence[RouterOutput], counted: bool) -> None:
         numbers = torch.stack([part.detach().float() for part in parts])
         self.sums = numbers if self.sums is None else self.sums + numbers
+        if not counted:
+            return
         for place, router in zip(self.moe_places, routers, strict=False):
             load = router.routing.load.long()
             self.load[place] = self.load[place] + load if place in self.load else load
@@ -172,13 +173,13 @@ class Pipeline:
         if microbatches < 2 * ranks:
             raise ValueError(f"microbatches: expected at least {2 * ranks} for {ranks} ranks, got {microbatches}")
         spread_experts(model, team)
-        model.to(team.device)
         self.team, self.microbatches = team, microbatches
         self.collect = collect or (lambda: None)
         place = team.place("pipeline")
-        places = (place, 2 * ranks - 1 - place)
-        self.stages = [Stage(model, i, 2 * ranks) for i in places]
+        self.places = places = (place, 2 * ranks - 1 - place)
+        self.stages = [Stage(model, i, 2 * ranks).to(team.device) for i in places]
         dtype, hidden = next(model.parameters()).dtype, model.config.hidden_size
+        self.shape, self.dtype = (tokens, hidden), dtype
         wide = torch.empty(tokens, hidden, dtype=dtype, device="meta", requires_grad=True)
         ids = torch.empty(tokens, dtype=torch.int64, device="meta")
         loss = torch.empty(1, device="meta", requires_grad=True)
@@ -230,6 +231,31 @@ class Pipeline:
         index = torch.arange(self.microbatches)
         tokens = (torch.cat([batch.tokens for batch in text]),) if self.stages[0].first else ()
         self.schedule.step(*tokens, target=index, losses=[], return_outputs=False, index=index)
+        return self._sums()
+
+    @torch.no_grad()
+    def evaluate(self, text: Sequence[Packed], shares: Sequence[float]) -> Tensor:
+        """Losses of as many micro-batches without a backward, likewise; ``load`` counts those of a share."""
+        for stage in self.stages:
+            stage.begin(text, [(share, 0.0) for share in shares], 1.0, 0.0)
+        ranks, group = self.team.plan.pipeline, self.team.group("pipeline")
+        here, mine = self.team.place("pipeline"), dict(zip(self.places, self.stages, strict=True))
+        for i, batch in enumerate(text):  # one after the other: the schedules of V shape have no forward alone
+            x = batch.tokens
+            for place in range(2 * ranks):
+                if place not in mine:
+                    continue
+                before = rank_of(place - 1, ranks) if place else here
+                if before != here:
+                    x = torch.empty(self.shape, dtype=self.dtype, device=self.team.device)
+                    dist.recv(x, group=group, group_src=before)
+                x = mine[place](x, torch.tensor([i]))
+                after = rank_of(place + 1, ranks) if place + 1 < 2 * ranks else here
+                if after != here:
+                    dist.send(x, group=group, group_dst=after)
+        return self._sums()
+
+    def _sums(self) -> Tensor:
         sums = torch.stack([cast(Tensor, stage.sums) for stage in self.stages]).sum(0)
         dist.all_reduce(sums, group=self.team.group("pipeline"))
         return sums
@@ -264,6 +290,11 @@ class Pipeline:
         for name, parameter in self.named_parameters().items():
             if parameter.grad is not None:
                 self.team.total(parameter.grad, "data" if name.endswith(expert_names) else "batch")
+
+
+def rank_of(place: int, ranks: int) -> int:
+    """Which rank of the pipeline has a stage."""
+    return min(place, 2 * ranks - 1 - place)
 
 
 def split(layers: int, stages: int) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from dskernels.model.config import Config
 from dskernels.model.model import DeepseekV3
 from dskernels.model.parallel.expert import ExpertParallel, Wire
+from dskernels.model.parallel.shards import local
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others before it gives up
 
@@ -228,3 +230,34 @@ def shard(model: nn.Module, team: Team, *, dtype: torch.dtype | None, units: boo
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+            module.register_forward_pre_hook(_Renewal(module))
+
+
+class _Renewal:
+    """Tells those who keep something made of a weight, such as its quantised copy, that it has changed.
+
+    FSDP2 gathers a weight into the same memory under the same version number, whatever it has become. The shards that
+    it gathers know better.
+    """
+
+    def __init__(self, unit: nn.Module) -> None:
+        self.weights = [
+            (module, name, local(parameter))
+            for module in _of_unit(unit)
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
+        self.seen = -1
+
+    def __call__(self, unit: nn.Module, args: object) -> None:
+        version = sum(shard._version for _, _, shard in self.weights)
+        if version != self.seen:
+            torch.autograd.graph.increment_version([getattr(module, name) for module, name, _ in self.weights])
+            self.seen = version
+
+
+def _of_unit(unit: nn.Module) -> Iterator[nn.Module]:
+    """A module that FSDP2 gathers at once, and what is in it and not gathered by itself."""
+    yield unit
+    for child in unit.children():
+        if not isinstance(child, FSDPModule):
+            yield from _of_unit(child)

@@ -1,0 +1,344 @@
+"""Training on many ranks: the recipe of one process, step by step, with the same numbers whatever the plan.
+
+Every rank draws the same micro-batches and takes its own of them, so that a plan changes who computes what and nothing
+else: losses differ from those of one process by rounding alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from dskernels.model.config import Config
+from dskernels.model.data import Corpus, Packed, batches, document_lengths
+from dskernels.model.disk import writing
+from dskernels.model.loss import Losses, losses
+from dskernels.model.model import DeepseekV3
+from dskernels.model.moe import MoE
+from dskernels.model.parallel.optimizer import EXPERTS, TeamAdamW
+from dskernels.model.parallel.pipeline import Pipeline
+from dskernels.model.parallel.plan import Team, parallelize
+from dskernels.model.parallel.shards import Piece, bounds, read_pieces, whole_tensors, write_pieces
+from dskernels.model.train import METRICS_FILE, History, _check
+from dskernels.model.train_config import TrainConfig
+from dskernels.model.train_state import checkpoints, read_about
+from dskernels.model.train_step import Pending, Stepper, count, no_load
+from dskernels.model.writing import save
+
+
+def train(
+    model_config: Config,
+    data: Corpus,
+    train_config: TrainConfig,
+    team: Team,
+    *,
+    out: str | Path,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    checkpoint_every: int = 0,
+    keep: int = 2,
+    resume: bool | None = None,
+    schedule: str = "dualpipev",
+    tokenizer_from: str | Path | None = None,
+) -> History:
+    """Trains a model on all ranks of a team; every rank calls it with the same arguments.
+
+    Args:
+        model_config: see `dskernels.model.train.train`, as all that is not here.
+        data: likewise, the same on every rank.
+        train_config: likewise. ``microbatches`` is their number on all ranks: a multiple of the ranks with their own
+            text, at least 2 P for each where there is a pipeline of P.
+        team: the ranks, see `Team.start`.
+        out: folder, which all ranks see; rank 0 writes metrics and model, each its pieces of a checkpoint.
+        progress: called with each line, on rank 0.
+        checkpoint_every: steps between two checkpoints, 0 for none. One made by some ranks goes on with any others.
+        keep: how many of them stay.
+        resume: True goes on from the last checkpoint, False begins anew, None goes on if there is one.
+        schedule: see `Pipeline`.
+        tokenizer_from: a folder whose tokenizer is copied beside the weights.
+
+    Returns:
+        The lines of this call, on every rank.
+
+    Raises:
+        ValueError: as with one process; the plan does not fit the model or the micro-batches.
+        FloatingPointError: a loss or a gradient is not finite, on every rank.
+    """
+    _check(model_config, data, train_config)
+    if train_config.ema:
+        raise ValueError("ema: an average of the weights is for one process")
+    run = _Run(model_config, data, train_config, team, Path(out), schedule)
+    found = next(iter(checkpoints(run.out)), None)
+    if resume and found is None:
+        raise ValueError(f"resume: {run.out} has no checkpoint to go on from")
+    dist.barrier()
+    if found is not None and resume is not False:
+        run.restore(found)
+    history: History = []
+    with (run.out / METRICS_FILE).open("a" if run.step else "w") if run.chief else _Nowhere() as file:
+        for line in run.lines(checkpoint_every, keep):
+            history.append(line)
+            if run.chief:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                if progress is not None:
+                    progress(line)
+    run.export(tokenizer_from)
+    return history
+
+
+class _Nowhere:
+    def __enter__(self) -> Any:
+        return None
+
+    def __exit__(self, *exc_info: object) -> None: ...
+
+
+class TeamStepper(Stepper):
+    """`Stepper` whose micro-batches are spread over the ranks."""
+
+    optimizer: TeamAdamW
+
+    def __init__(
+        self, model: Any, optimizer: TeamAdamW, config: TrainConfig, team: Team, pipeline: Pipeline | None
+    ) -> None:
+        super().__init__(model, optimizer, config)
+        self.team, self.pipeline = team, pipeline
+
+    def backward(self, text: Sequence[Packed], step: int) -> tuple[Tensor, Tensor]:
+        """As with one process, from all micro-batches of the step, of which this rank runs its own."""
+        config, team = self.config, self.team
+        mtp_lambda, each = config.mtp_lambda_at(step), len(text) // team.plan.batches
+        predictions = max(sum(int(batch.predictions) for batch in text), 1)
+        mine = text[team.place("batch") * each :][:each]
+        shares = [(int(batch.predictions) / predictions, 1 / len(text)) for batch in mine]
+        mine = [batch.to(self.device) for batch in mine]
+        if self.pipeline is not None:
+            sums = self.pipeline.step(mine, shares, mtp_lambda=mtp_lambda, balance_alpha=config.balance_alpha)
+            load = self.pipeline.load()
+        else:
+            sums, load = self._alone(mine, shares, mtp_lambda)
+        self.optimizer.reduce()
+        return team.total(sums), team.total(load)
+
+    def _alone(
+        self, text: Sequence[Packed], shares: Sequence[tuple[float, float]], mtp_lambda: float
+    ) -> tuple[Tensor, Tensor]:
+        model, config = self.model, self.config
+        sums, load = torch.zeros(3, device=self.device), no_load(model)
+        for i, (batch, (share, balance_share)) in enumerate(zip(text, shares, strict=True)):
+            if isinstance(model, FSDPModule) and not self.team.plan.reshard:
+                model.set_requires_gradient_sync(i == len(text) - 1)  # else they add up where they are
+            output = model(*batch, mtp=mtp_lambda > 0)
+            parts = losses(output, batch, model.config, balance_alpha=config.balance_alpha)
+            parts = Losses(parts.main * share, parts.mtp * share, parts.balance * balance_share)
+            (parts.main + mtp_lambda * parts.mtp + parts.balance).backward()
+            self.optimizer.collect()
+            sums += torch.stack(parts).detach()
+            count(load, output)
+        return sums, load
+
+    @torch.no_grad()
+    def evaluate(self, held_out: Sequence[Packed]) -> dict[str, Any]:
+        """Losses on held-out text, of which each rank looks at its part; all look at as many batches."""
+        team = self.team
+        each = -(-len(held_out) // team.plan.batches)
+        if self.pipeline is not None:
+            each = max(each, self.pipeline.microbatches)
+        weights = [int(batch.predictions) for batch in held_out]
+        rest = each * team.plan.batches - len(held_out)
+        padded = [*zip(held_out, weights, strict=True), *[(held_out[0], 0)] * rest]
+        mine = padded[team.place("batch") * each :][:each]
+        text = [(batch.to(self.device), weight / max(sum(weights), 1)) for batch, weight in mine]
+        if self.pipeline is None:
+            sums, load = torch.zeros(3, device=self.device), no_load(self.model)
+            for batch, share in text:
+                output = self.model(*batch, mtp=True)
+                sums += torch.stack(losses(output, batch, self.model.config, balance_alpha=0.0)) * share
+                if share:
+                    count(load, output)
+        else:
+            sums, load = torch.zeros(3, device=self.device), no_load(self.model)
+            n = self.pipeline.microbatches
+            for first in range(0, each, n):
+                part = [*text[first : first + n]]
+                part += [(part[0][0], 0.0)] * (n - len(part))
+                sums += self.pipeline.evaluate([batch for batch, _ in part], [share for _, share in part])
+                load += self.pipeline.load()
+        sums, load = team.total(sums), team.total(load)
+        main, ahead, _ = sums.tolist()
+        return dict(validation_loss=main, validation_mtp_loss=ahead, load=load.tolist())
+
+    def _culprit(self, pending: Pending) -> str:
+        return f"seen by rank {dist.get_rank()} of {dist.get_world_size()}; one process names the tensor"
+
+
+class _Run:
+    """A model on its way through the steps, as this rank sees it."""
+
+    def __init__(
+        self, model_config: Config, data: Corpus, config: TrainConfig, team: Team, out: Path, schedule: str
+    ) -> None:
+        self.config, self.team, self.out = config, team, out
+        self.rank, self.step = dist.get_rank(), 0
+        self.chief = self.rank == 0
+        if self.chief:
+            with writing(out):
+                out.mkdir(parents=True, exist_ok=True)
+        plan = team.plan
+        if config.microbatches % plan.batches:
+            raise ValueError(
+                f"microbatches: expected a multiple of the {plan.batches} ranks with their own text, "
+                f"got {config.microbatches}"
+            )
+        tokens = config.batch_tokens // config.microbatches
+        fp8, low = config.precision == "fp8", config.dtype != torch.float32
+        # The same weights on every rank, from which each keeps its own: on the CPU, so that none holds all on a GPU.
+        self.model = DeepseekV3(model_config, fp8=fp8, recompute=config.recompute, device="meta", dtype=torch.float32)
+        self.model.to_empty(device="cpu")
+        self.model.init_weights(torch.Generator().manual_seed(config.seed))
+        self.pipeline: Pipeline | None = None
+        if plan.pipeline > 1:
+            self.pipeline = Pipeline(
+                self.model.to(config.dtype),
+                team,
+                tokens=tokens,
+                microbatches=config.microbatches // plan.batches,
+                schedule=schedule,
+                collect=lambda: self.optimizer.collect(),
+            )
+            parameters = self.pipeline.named_parameters()
+        else:
+            parallelize(self.model, team, dtype=config.dtype if low else None)
+            parameters = dict(self.model.named_parameters())
+        self.optimizer = TeamAdamW(
+            parameters,
+            team,
+            replicated=self.pipeline is not None,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            moments=config.moments,
+        )
+        model = self.model if self.pipeline is None else _parts(self.pipeline, model_config, team.device)
+        self.stepper = TeamStepper(model, self.optimizer, config, team, self.pipeline)
+        sizes = dict(batch_tokens=tokens, sequence_length=config.sequence_length, seed=config.seed)
+        self.text = batches(data.train, **sizes)
+        one_pass = -(-int(document_lengths(data.validation).sum()) // tokens)
+        looks = min(config.validation_batches, one_pass)
+        self.held_out = list(itertools.islice(batches(data.validation, **sizes), looks))
+
+    def lines(self, checkpoint_every: int, keep: int) -> Iterator[dict[str, Any]]:
+        """Trains; gives the lines of the metrics as they come."""
+        config, stepper = self.config, self.stepper
+        if self.step == 0:
+            yield dict(step=0, **stepper.evaluate(self.held_out))
+        pending: Pending | None = None
+        stepper.last = time.perf_counter()
+        while self.step < config.steps:
+            text = list(itertools.islice(self.text, config.microbatches))
+            started = stepper.start(text, self.step)
+            if pending is not None:
+                yield stepper.finish(pending)
+            pending = started
+            self.step += 1
+            last = self.step == config.steps
+            look = last or self.step % config.validate_every == 0
+            checkpoint = last or (checkpoint_every > 0 and self.step % checkpoint_every == 0)
+            if not (look or checkpoint):
+                continue
+            yield stepper.finish(pending)
+            pending = None
+            if look:
+                yield dict(step=self.step, **stepper.evaluate(self.held_out))
+            if checkpoint:
+                self.checkpoint(keep)
+            stepper.last = time.perf_counter()
+
+    def checkpoint(self, keep: int) -> None:
+        """Writes what `restore` reads."""
+        place = self.text.state()
+        about = dict(
+            text_position=dict(next=place["next"], taken=place["taken"]),
+            updates=float(self.optimizer.steps),
+            recipe=json.loads(json.dumps(dataclasses.asdict(self.config))),
+            plan=dataclasses.asdict(self.team.plan),
+        )
+        pieces = {name: piece for name, piece in self._pieces(place["generator"]).items() if self._writes(name)}
+        write_pieces(self.out, self.step, about, pieces, keep=keep, rank=self.rank)
+
+    def restore(self, path: Path) -> None:
+        """Goes on from a checkpoint, by whatever ranks it was made."""
+        about = read_about(path)
+        generator = torch.empty_like(self.text.state()["generator"])
+        with torch.no_grad():
+            read_pieces(path, self._pieces(generator))
+        self.step = int(about["step"])
+        self.optimizer.steps.fill_(float(about["updates"]))
+        self.optimizer.refresh()
+        self.text.restore({**about["text_position"], "generator": generator})
+
+    def export(self, tokenizer_from: str | Path | None) -> None:
+        """The whole model, as others read it, from the pieces of the last checkpoint."""
+        if self.chief:
+            path = checkpoints(self.out)[0]
+            model = DeepseekV3(self.model.config, device="cpu", dtype=self.config.dtype)
+            masters, buffers = whole_tensors(path, "master."), whole_tensors(path, "buffer.")
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(masters[name])
+                for name, buffer in model.named_buffers():
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
+            save(model, self.out, tokenizer_from=tokenizer_from)
+        dist.barrier()
+
+    def _pieces(self, generator: Tensor) -> dict[str, Piece]:
+        """All that a step depends on, as far as this rank holds it."""
+        optimizer, team = self.optimizer, self.team
+        kinds = {"master": optimizer.flat, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+        pieces = {}
+        for kind, flat in kinds.items():
+            for name, rows in optimizer.named(flat).items():
+                spread = name.endswith(EXPERTS)
+                part, parts = (team.place("expert"), team.plan.expert) if spread else (0, 1)
+                pieces[f"{kind}.{name}"] = Piece(rows, *bounds(optimizer.whole[name], part, parts))
+        models = [self.model] if self.pipeline is None else self.pipeline.stages
+        for model in models:
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    pieces[f"buffer.{name}"] = Piece(buffer, 0, buffer.shape[0])
+        pieces["text.generator"] = Piece(generator, 0, generator.shape[0])
+        return pieces
+
+    def _writes(self, name: str) -> bool:
+        """Of the ranks that hold the same, the first writes it."""
+        team = self.team
+        if name == "text.generator":
+            return self.chief
+        if name.startswith("buffer."):
+            return team.place("batch") == 0
+        if self.pipeline is None:
+            return True
+        return team.place("data" if name.endswith(EXPERTS) else "batch") == 0
+
+
+def _parts(pipeline: Pipeline, config: Config, device: torch.device) -> Any:
+    """What a `Stepper` asks of a model, for the stages of a rank."""
+    here = pipeline.moe_layers()
+    layers = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers
+    elsewhere = cast(MoE, SimpleNamespace(gate=SimpleNamespace(e_score_correction_bias=None)))
+    return SimpleNamespace(
+        config=config,
+        embed_tokens=SimpleNamespace(weight=torch.empty(0, device=device)),
+        moe_layers=[here.get(i, elsewhere) for i in range(layers)],
+    )
