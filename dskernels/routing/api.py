@@ -73,10 +73,12 @@ def route(
     """
     if (
         physical is None
+        and isinstance(logits, Tensor)
         and (bias is None or isinstance(bias, Tensor))
         and type(top_k) is type(n_groups) is type(top_groups) is int
         and type(normalize) is bool
         and type(scale) is float
+        and type(score) is str
         and score in SCORES
     ):
         again = _route.again(logits, bias, top_k, n_groups, top_groups, score == "softmax", normalize, scale, impl=impl)

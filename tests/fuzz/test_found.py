@@ -43,6 +43,13 @@ def test_a_block_is_a_tuple_of_ints(block):
         ds.fp8_gemm(Fp8Tensor(a.data, a.scale, block), b)
 
 
+def test_logits_that_are_none_and_a_score_that_compares_to_nothing():
+    with pytest.raises(TypeError, match="logits: expected a torch.Tensor, got NoneType"):
+        ds.route(None, top_k=1)
+    with pytest.raises(ValueError, match="score: expected 'sigmoid' or 'softmax'"):
+        ds.route(torch.randn(2, 4), top_k=1, score=np.zeros(3))
+
+
 def test_an_empty_stack_is_quantised_to_an_empty_one(device):
     for impl in ("reference", "triton"):
         q = ds.quantize(torch.empty(0, 130, 300, device=device), (128, 128), impl=impl)
