@@ -16,9 +16,9 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.roofline import Chain, Roofs, Work
+from benchmarks.saved import FOLDER
 from benchmarks.timing import Times
 
-FOLDER = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 
 

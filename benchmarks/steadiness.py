@@ -7,7 +7,8 @@ family the roofs are measured again, beside the clock that the multiprocessors t
 
 from __future__ import annotations
 
-import subprocess
+import ctypes
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -31,41 +32,43 @@ class WarmUp:
         return f"warm after {self.turns} turns of a product, whose time changed by {change:+.1%} from the first"
 
 
-def warm_up(time: Callable[[Mapping[str, Call]], dict[str, Times]], product: Call) -> WarmUp:
-    """Time `product` until it takes as long as in the turn before, twice in a row."""
-    first = last = time({"product": product})["product"].us
+def warm_up(measure: Callable[[Mapping[str, Call]], dict[str, Times]], product: Call) -> WarmUp:
+    """Time `product` with `timing.Stopwatch.time` until it takes as long as in the turn before, twice in a row."""
+    first = last = measure({"product": product})["product"].us
     turns, alike = 1, 0
     while turns < MOST_TURNS and alike < 2:
-        us = time({"product": product})["product"].us
+        us = measure({"product": product})["product"].us
         alike = alike + 1 if abs(us / last - 1) < SETTLED else 0
         last, turns = us, turns + 1
     return WarmUp(turns, first, last)
 
 
 def clock_mhz(product: Call, times: int = 200) -> float | None:
-    """The clock of the multiprocessors during so many products; None where nobody can tell.
-
-    Those of the roof take 0.3 s on an H100, longer than nvidia-smi takes to look.
-    """
+    """The clock of the multiprocessors amid so many products (0.3 s of the roof's); None where nobody can tell."""
     import torch
 
     for _ in range(times):
         product()
+    time.sleep(0.1)
+    mhz = _sm_clock(torch.cuda.current_device())
+    torch.cuda.synchronize()
+    return mhz
+
+
+def _sm_clock(index: int) -> float | None:
+    """What the driver's own library says at once; nvidia-smi would still be starting when the products are done."""
     try:
-        answer = subprocess.run(
-            ("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"),
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        index = torch.cuda.current_device()
-        lines = answer.stdout.split()
-        return float(lines[index if len(lines) > index else 0])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
         return None
-    finally:
-        torch.cuda.synchronize()
+    device, mhz = ctypes.c_void_p(), ctypes.c_uint()
+    sm_clock = 1  # NVML_CLOCK_SM
+    steps = (
+        lambda: nvml.nvmlInit_v2(),
+        lambda: nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)),
+        lambda: nvml.nvmlDeviceGetClockInfo(device, sm_clock, ctypes.byref(mhz)),
+    )
+    return float(mhz.value) if all(step() == 0 for step in steps) else None
 
 
 def clocks(before: Roofs, after: Roofs, mhz_before: float | None, mhz_after: float | None) -> dict[str, float | None]:

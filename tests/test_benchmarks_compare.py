@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -218,6 +219,29 @@ def test_warming_up_ends_anyway():
     times = iter(range(1, 100))
     warm = steadiness.warm_up(lambda calls: {"product": Times(us := next(times) * 10.0, us, us)}, lambda: None)
     assert warm.turns == steadiness.MOST_TURNS
+
+
+def test_without_a_driver_nobody_knows_the_clock(monkeypatch):
+    def absent(name):
+        raise OSError
+
+    monkeypatch.setattr(steadiness.ctypes, "CDLL", absent)
+    assert steadiness._sm_clock(0) is None
+
+
+def test_the_clock_is_what_the_driver_says(monkeypatch):
+    def clock(device, kind, mhz):
+        mhz._obj.value = 1755
+        return 0
+
+    driver = SimpleNamespace(
+        nvmlInit_v2=lambda: 0,
+        nvmlDeviceGetHandleByIndex_v2=lambda index, device: 0 if index.value == 1 else 6,
+        nvmlDeviceGetClockInfo=clock,
+    )
+    monkeypatch.setattr(steadiness.ctypes, "CDLL", lambda name: driver)
+    assert steadiness._sm_clock(1) == 1755
+    assert steadiness._sm_clock(0) is None
 
 
 def test_drift_of_the_roofs():

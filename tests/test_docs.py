@@ -1,12 +1,10 @@
-"""What the documentation says: its Python runs, its links lead somewhere, and nothing public is left out."""
+"""What the documentation says: its Python runs, its links lead somewhere, and no page is left out."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-
-import dskernels
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -55,11 +53,6 @@ def test_links_lead_somewhere(path):
         assert where.exists(), f"{name(path)}: {target}"
         if where.suffix == ".md" and anchor:
             assert anchor in anchors(where), f"{name(path)}: {target}"
-
-
-def test_every_public_operation_is_in_the_reference():
-    listed = re.findall(r"^::: dskernels\.(\w+)", (DOCS / "operations.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(listed) == sorted(dskernels.__all__)
 
 
 def test_every_page_is_in_the_navigation():
