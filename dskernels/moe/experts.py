@@ -123,13 +123,13 @@ def forward(
     ones in memory is one more of these. `quantized` is `x` as the products take it, where that is there already.
     """
     a = steps.operand(x) if quantized is None else quantized
-    of_shared = x.new_empty(0, 0 if shared is None else shared.w13.shape[0])
+    of_shared = steps.kept(x.new_empty(0, 0 if shared is None else shared.w13.shape[0]))
     if shared is not None and not keep and (together := _one_stack(steps, routed, shared)) is not None:
         routed, shared, n_shared = together, None, 1
     if steps.few is not None and shared is None and not keep:
         out = steps.few(a, x.dtype, routed, weights, experts, n_shared)
         if out is not None:
-            return out, x.new_empty(0, routed.w13.shape[1]), of_shared
+            return out, steps.kept(x.new_empty(0, routed.w13.shape[1])), of_shared
     if n_shared:
         experts, weights = append_choices(experts, weights, routed.w13.shape[0] - n_shared, n_shared)
 
