@@ -137,13 +137,16 @@ class TeamStepper(Stepper):
         model, config = self.model, self.config
         sums, load = torch.zeros(3, device=self.device), no_load(model)
         for i, (batch, (share, balance_share)) in enumerate(zip(text, shares, strict=True)):
-            if isinstance(model, FSDPModule) and not self.team.plan.reshard:
-                model.set_requires_gradient_sync(i == len(text) - 1)  # else they add up where they are
+            last = i == len(text) - 1
+            waits = isinstance(model, FSDPModule) and not self.team.plan.reshard and not last
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(not waits)  # else they add up where they are, in fp32
             output = model(*batch, mtp=mtp_lambda > 0)
             parts = losses(output, batch, model.config, balance_alpha=config.balance_alpha)
             parts = Losses(parts.main * share, parts.mtp * share, parts.balance * balance_share)
             (parts.main + mtp_lambda * parts.mtp + parts.balance).backward()
-            self.optimizer.collect()
+            if not waits:
+                self.optimizer.collect()
             sums += torch.stack(parts).detach()
             count(load, output)
         return sums, load
