@@ -43,8 +43,8 @@ bench: ## time the operations on this machine's GPU, beside their peers
 	$(PYTHON) -m benchmarks $(ARGS)
 
 docs: $(READY) ## build the documentation into site/
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]' --no-build-isolation
-	$(BIN)/mkdocs build --strict $(ARGS)
+	$(BIN)/python -m pip install -q -c constraints.txt -r docs/requirements.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean: ## remove .venv and everything that was generated
 	rm -rf $(VENV) build dist site demo run *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
