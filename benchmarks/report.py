@@ -98,9 +98,8 @@ def _gpu(gpu: str, families: Mapping[str, Saved]) -> str:
         _overview(rows),
     ]
     for family in families.values():
-        parts.append(f'<h3 id="{escape(gpu)}-{escape(family.family)}">{escape(family.family)}</h3>')
-        parts.append(_table(family.rows))
-        parts.append(_charts(family.rows))
+        parts.append(f'<div class="family"><h3>{escape(family.family)}</h3>')
+        parts += [_table(family.rows), _charts(family.rows), "</div>"]
     return "\n".join([*parts, "</section>"])
 
 

@@ -32,6 +32,9 @@ document.querySelector("#filter").addEventListener("input", (event) => {
   for (const row of document.querySelectorAll("tr[data-title], figure[data-title]")) {
     row.classList.toggle("hidden", !words.every((word) => row.dataset.title.toLowerCase().includes(word)));
   }
+  for (const family of document.querySelectorAll(".family")) {
+    family.classList.toggle("hidden", !family.querySelector("[data-title]:not(.hidden)"));
+  }
 });
 
 document.querySelector("#theme").addEventListener("click", () => {
