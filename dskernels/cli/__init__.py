@@ -166,7 +166,7 @@ def _options(
 def main() -> None:
     """Run the command; what a user can get wrong ends in one line on stderr: exit status 1, or 2 for a wrong option."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(standalone_mode=False, prog_name="dskernels") or 0)
     except USAGE as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # its message is the help

@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from dskernels.cli import together
+
 if TYPE_CHECKING:
     from dskernels.model import ChatTemplate, DeepseekV3, LatentCache, TextStream
     from dskernels.model.tokens import Tokenizer
@@ -28,6 +30,8 @@ echo "What is an expert?" | dskernels generate DeepSeek-V2-Lite-Chat --chat
 dskernels generate DeepSeek-V2-Lite-Chat --chat --temperature 0.7 --top-p 0.95 --seed 1
 
 dskernels generate run --batch prompts.jsonl --out texts.jsonl --stop "\\n\\n"
+
+torchrun --nproc-per-node 2 -m dskernels generate run --prompt "def "
 """
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAGE = 64
@@ -129,7 +133,8 @@ def generate(
         },
         seed,
     )
-    interactive = writer.template is not None and batch is None and sys.stdin.isatty() and sys.stdout.isatty()
+    alone = together.ranks() == 1
+    interactive = alone and writer.template is not None and batch is None and sys.stdin.isatty() and sys.stdout.isatty()
     if batch is not None:
         prompts = read_prompts(batch, writer.template, template, tokenizer, writer.messages)
         for one in prompts:
@@ -308,8 +313,11 @@ def _device(name: str | None) -> torch.device:
 
 
 def _load(path: Path, device: torch.device, settings: dict[str, Any]) -> DeepseekV3:
-    """Reads the model behind a bar."""
+    """Reads the model behind a bar; under torchrun each rank has a part of it."""
     from dskernels.model import load
+
+    if together.ranks() > 1:
+        return together.load(path, settings, console)
 
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     # A bar that is not drawn would still leave its line break.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dskernels.cli import together
 
 if TYPE_CHECKING:
     from dskernels.model import Config
@@ -26,6 +29,8 @@ dskernels train small --data 'texts/**/*.txt' --tokenizer train:8192 --precision
 dskernels train small --data run/tokens --precision bf16 --steps 1500 --out other
 
 dskernels plot run other --out both.png
+
+torchrun --nproc-per-node 4 -m dskernels train demo --plan data=2,expert=2 --out run
 """
 TOKENS = "tokens"
 console = Console()
@@ -84,6 +89,10 @@ def train(
         bool | None,
         typer.Option("--resume/--restart", help="Go on, or begin anew; by default go on if there is a checkpoint."),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="Under torchrun: what its ranks do, such as data=2,expert=2 or pipeline=2; else all expert."),
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write metrics for TensorBoard.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu; else the GPU if there is one.")] = None,
 ) -> None:
@@ -125,6 +134,12 @@ def train(
         validate_every=max(1, steps // 10) if validate_every is None else validate_every,
         validation_batches=validation_batches,
     )
+    if together.ranks() > 1 or plan is not None:
+        if tensorboard:
+            raise ValueError("--tensorboard: is for one process")
+        where_to: dict[str, Any] = dict(checkpoint_every=checkpoint_every, keep=keep, resume=resume)
+        together.train(config, data, out, tokenizer, held_out, recipe, plan, device, **where_to)
+        return
     shape = _shape(config)
     found = next(iter(checkpoints(out)), None) if resume is not False else None
     corpus, tokens, about = _text(data, out, tokenizer, held_out, seed, again=found is not None)
@@ -132,6 +147,9 @@ def train(
     _write_json(out / "train.json", {"config": config, **asdict(recipe)})
     if found is not None:
         console.print(f"Going on from {found}.", highlight=False, soft_wrap=True)
+    # What imports have made stays: to look through it again and again would cost time in every step.
+    gc.collect()
+    gc.freeze()
     with ExitStack() as stack:
         shown: list[Callable[[dict[str, Any]], None]] = [stack.enter_context(TrainingProgress(steps, console))]
         if tensorboard:

@@ -116,6 +116,12 @@ def train_bpe(files: Iterable[str | Path], vocab_size: int) -> FileEncoder:
         show_progress=False,
     )
     reader.train_from_iterator(_sample(files), trainer)
+    # A prompt begins as a document does, for whoever reads the file.
+    reader.post_processor = package.processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A $B:1",
+        special_tokens=[(END_OF_TEXT, reader.token_to_id(END_OF_TEXT))],
+    )
     return FileEncoder(reader, END_OF_TEXT, f"byte-level BPE of {reader.get_vocab_size():,} tokens")
 
 

@@ -97,12 +97,14 @@ def _draw_throughput(axes: Any, runs: Mapping[str, History]) -> None:
     for (name, history), color in zip(runs.items(), _colors(runs), strict=True):
         x, y = _series(history, "tokens_per_second")
         x, y = (x[1:], y[1:]) if len(y) > 2 else (x, y)  # the first step compiles
+        if not y:
+            continue
         curve = smoothed(y)
         axes.plot(x, curve, color=color, linewidth=1.4, label=f"{name}, median {sorted(y)[len(y) // 2]:,.0f}")
         highest = max(highest, *curve)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     _finish(axes, "Throughput", "tokens per second", [], "lower right")
-    axes.set_ylim(0.0, highest * 1.25)
+    axes.set_ylim(0.0, highest * 1.25 or 1.0)
 
 
 def _draw_loads(parts: Sequence[Any], loads: Mapping[str, list[list[int]]]) -> None:

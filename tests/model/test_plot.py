@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dskernels.model.plot import plot_experts, plot_loss, plot_training, read_history
+from dskernels.model.plot_runs import plot_runs
 
 pytest.importorskip("matplotlib")
 
@@ -61,6 +62,19 @@ def test_what_cannot_be_drawn_is_said(tmp_path, plot, history, message):
     with pytest.raises(ValueError, match=message):
         plot(history, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+def test_runs_beside_each_other(tmp_path):
+    """With and without experts and MTP; four of them, the heat maps in two rows."""
+    more = dict(layer_loads=[2.0, 1.5], tokens_per_second=100.0)
+    loads = [{**line, **more} if "loss" in line else line for line in HISTORY]
+    plot_runs({"one": loads}, tmp_path / "one.png")
+    plot_runs({"a": loads, "b": HISTORY, "c": loads, "$d": loads}, tmp_path / "four.png", title="Four $runs")
+    plot_runs({"plain": [dict(step(1), mtp_loss=0.0), look(1)]}, tmp_path / "plain.png")
+    sizes = [size_of(tmp_path / f"{name}.png") for name in ("plain", "one", "four")]
+    assert sizes[0][1] < sizes[1][1] < sizes[2][1]
+    with pytest.raises(ValueError, match="b: no training step in its history"):
+        plot_runs({"a": loads, "b": [look(0)]}, tmp_path / "x.png")
 
 
 def test_matplotlib_missing_is_one_line(tmp_path, monkeypatch):

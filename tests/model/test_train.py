@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from dskernels.model import Config, DeepseekV3, LatentCache, Output, RouterOutpu
 from dskernels.model.data import BOUNDARY, Corpus, Packed, batches
 from dskernels.model.loss import losses
 from dskernels.model.optimizer import MasterAdamW, clipping
-from dskernels.model.progress import TrainingProgress
+from dskernels.model.progress import TensorBoardLog, TrainingProgress
+from dskernels.model.throughput import step_flops
 from dskernels.model.train import MEASURED, TrainConfig, evaluate, train
 from dskernels.model.train_step import Stepper
 
@@ -148,9 +151,9 @@ def test_gradient_in_fp64_is_the_difference_of_the_loss(monkeypatch):
         )
     batch = random_batch(9, 7)
 
-    @ds.use_impl("reference")
     def loss():
-        parts = losses(model(*batch, mtp=True), batch, model.config, balance_alpha=0.5)
+        with ds.use_impl("reference"):
+            parts = losses(model(*batch, mtp=True), batch, model.config, balance_alpha=0.5)
         return parts.main + 0.3 * parts.mtp + parts.balance
 
     loss().backward()
@@ -464,6 +467,53 @@ def test_a_terminal_gets_a_bar_and_a_table():
     assert first[:4] == ["0", "-", "-", "5.500"]
     assert last[:4] == ["2", "4.000", "4.500", "4.250"]
     assert "2,000" in last
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    """A stand-in for its writer, which is not installed everywhere."""
+    written, opened = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            opened.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    log = TensorBoardLog(tmp_path, 3)
+    log(dict(step=4, loss=2.5, layer_loads=[1.5, 2.0], mfu=None))
+    log(dict(step=4, validation_loss=2.0, load=[[1, 2]]))
+    log.close()
+    assert opened == [(str(tmp_path / "tensorboard"), 4)]
+    assert written == [
+        ("training/loss", 2.5, 4),
+        ("load/layer 0", 1.5, 4),
+        ("load/layer 1", 2.0, 4),
+        ("validation/validation_loss", 2.0, 4),
+        "closed",
+    ]
+
+
+def test_operations_of_a_step_by_hand():
+    """Of one token alone there is one pair of a query and a key; the rest are the products."""
+    config = Config.from_name("tiny", **SMALL)
+    h, heads, latent = 32, 4, 32 + 16
+    attention = h * heads * 48 + h * latent + 32 * heads * 64 + heads * 32 * h
+    experts = 3 * h * 16 * (2 + 1) + h * 8  # two chosen, one shared, the router
+    head = 257 * h
+    plain = 2 * attention + 3 * h * 64 + experts + head
+    mtp = attention + experts + 2 * h * h + head
+    pair = heads * (48 + 32)
+    one = torch.tensor([0, 1])
+    assert step_flops(config, one, mtp=False) == 6 * plain + 3 * 2 * pair * 2
+    assert step_flops(config, one, mtp=True) == 6 * (plain + mtp) + 3 * 3 * pair * 2
+    # Two sequences of three: two times six pairs, and no more.
+    two = step_flops(config, torch.tensor([0, 3, 3, 6]), mtp=False)
+    assert two == 6 * 6 * plain + 3 * 2 * pair * 2 * 12
 
 
 # ---- schedules and bad input ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Runs that are stopped: the same numbers after it as without, whatever was being done, and one line that says where."""
+"""Runs that are stopped: the same numbers after it as without, whatever was being done, and one line says where."""
 
 import errno
 import json
@@ -163,7 +163,7 @@ def test_another_run_is_not_gone_on_with(corpus, tmp_path):
         train(MODEL.replace(hidden_size=64), corpus, config, out=tmp_path)
     with pytest.raises(ValueError, match="another run, its text has train = "):
         train(MODEL, Corpus(corpus.train[:2], corpus.validation), config, out=tmp_path)
-    with pytest.raises(ValueError, match="resume: .* has no checkpoint to go on from"):
+    with pytest.raises(ValueError, match=r"resume: .* has no checkpoint to go on from"):
         train(MODEL, corpus, config, out=tmp_path / "new", resume=True)
     for name in ("checkpoint_every", "keep"):
         with pytest.raises(ValueError, match=f"{name}: expected at least"):
@@ -229,16 +229,17 @@ def test_a_full_disk_keeps_the_last_checkpoint(corpus, tmp_path, monkeypatch, mo
     config = TrainConfig(**SHORT)
     where = {"train_state": train_state, "writing": writing}[module]
 
-    def progress(line):
-        if line["step"] == 3:
-            monkeypatch.setattr(where, name, failure)
+    with monkeypatch.context() as patched:
 
-    with pytest.raises(OSError, match=message) as error:
-        train(MODEL, corpus, config, out=tmp_path, checkpoint_every=2, progress=progress)
+        def progress(line):
+            if line["step"] == 3:
+                patched.setattr(where, name, failure)
+
+        with pytest.raises(OSError, match=message) as error:
+            train(MODEL, corpus, config, out=tmp_path, checkpoint_every=2, progress=progress)
     last = train_state.checkpoints(tmp_path)[0]
     assert str(error.value).endswith(f"the last good checkpoint is {last}")
     assert "\n" not in str(error.value)
-    monkeypatch.undo()
     history = train(MODEL, corpus, config, out=tmp_path, checkpoint_every=2)
     assert numbers(history) == numbers(train(MODEL, corpus, config, out=tmp_path / "whole"))
 
