@@ -1,0 +1,126 @@
+"""``torchrun ... -m dskernels train`` and ``generate``: the same commands on many ranks, of which the first speaks."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from dskernels.model import DeepseekV3
+    from dskernels.model.parallel.plan import Plan, Team
+    from dskernels.model.train_config import TrainConfig
+
+
+def ranks() -> int:
+    """How many ranks torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def parse_plan(text: str | None, count: int) -> Plan:
+    """``data=2,expert=4`` as a `Plan` for so many ranks; by default each has its own text and all share the experts.
+
+    Raises:
+        ValueError: it cannot be read, or is for another number of ranks.
+    """
+    from dskernels.model.parallel.plan import Plan
+
+    if text is None:
+        return Plan(expert=count)
+    numbers: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in ("data", "expert", "pipeline") or not value.isdecimal():
+            raise ValueError(f"--plan: expected data=N, expert=N or pipeline=N with commas between, got {part!r}")
+        numbers[name] = int(value)
+    plan = Plan(**numbers)
+    if plan.ranks != count:
+        raise ValueError(f"--plan: {text} is for {plan.ranks} ranks, torchrun has started {count}")
+    return plan
+
+
+def start(plan: Plan, device: str | None, console: Console) -> Team:
+    """Joins the ranks; all but the first are quiet from now on."""
+    from dskernels.model.parallel.plan import Team
+
+    team = Team.start(plan, device)
+    atexit.register(team.close)
+    if dist.get_rank():
+        console.quiet = True
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    return team
+
+
+def train(
+    config: str,
+    data: list[Path] | None,
+    out: Path,
+    tokenizer: str,
+    held_out: float,
+    recipe: TrainConfig,
+    plan: str | None,
+    device: str | None,
+    *,
+    checkpoint_every: int,
+    keep: int,
+    resume: bool | None,
+) -> None:
+    """Trains on all ranks, and shows the table on the first."""
+    from dskernels.cli import training
+    from dskernels.model.parallel.training import train as run
+    from dskernels.model.plot import plot_run
+    from dskernels.model.progress import TrainingProgress
+    from dskernels.model.train_state import checkpoints
+
+    console = training.console
+    split = parse_plan(plan, ranks())
+    least = split.batches * (2 * split.pipeline if split.pipeline > 1 else 1)
+    if recipe.microbatches == 1:
+        recipe = dataclasses.replace(recipe, microbatches=least)
+    team = start(split, device, console)
+    chief = dist.get_rank() == 0
+    shape = training._shape(config)
+    split.check(shape, ranks())
+    found = next(iter(checkpoints(out)), None) if resume is not False else None
+    if not chief:  # the first makes the tokens, which the others then read
+        dist.barrier()
+        data, found = [out / training.TOKENS] if not (data and len(data) == 1 and _tokens(data[0])) else data, None
+    corpus, tokens, about = training._text(data, out, tokenizer, held_out, recipe.seed, again=found is not None)
+    model_config = training._with_vocabulary(shape, config, about)
+    if chief:
+        training._write_json(out / "train.json", {"config": config, **dataclasses.asdict(recipe)})
+        dist.barrier()
+    numbers = ", ".join(f"{n} {getattr(split, n)}" for n in ("data", "expert", "pipeline") if getattr(split, n) > 1)
+    console.print(f"{ranks()} ranks: {numbers}; {recipe.microbatches} micro-batches a step.", highlight=False)
+    with ExitStack() as stack:
+        progress = stack.enter_context(TrainingProgress(recipe.steps, console)) if chief else None
+        options: dict[str, Any] = dict(checkpoint_every=checkpoint_every, keep=keep, resume=resume)
+        history = run(model_config, corpus, recipe, team, out=out, progress=progress, tokenizer_from=tokens, **options)
+    looks = [line["validation_loss"] for line in history if "validation_loss" in line]
+    if chief and looks:
+        pictures = plot_run(history, out)
+        said = f"Held-out loss {looks[0]:.3f} -> {looks[-1]:.3f} nats a token."
+        console.print(f"{said} Model, metrics, {', '.join(pictures)}: {out}.", highlight=False, soft_wrap=True)
+
+
+def load(path: Path, settings: dict[str, Any], console: Console) -> DeepseekV3:
+    """A model of which each rank has its part, to generate with."""
+    from dskernels.model import load as read
+    from dskernels.model.parallel.decode import parallelize_decode
+    from dskernels.model.parallel.plan import Plan
+
+    team = start(Plan(tensor=ranks()), None, console)
+    return parallelize_decode(read(path, device="cpu", **settings), team)
+
+
+def _tokens(path: Path) -> bool:
+    from dskernels.model.token_file import is_token_folder
+
+    return is_token_folder(path)

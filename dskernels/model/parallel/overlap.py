@@ -1,0 +1,110 @@
+"""Two micro-batches at once: the messages of one travel under the computation of the other.
+
+Each micro-batch runs in a thread of its own, but only one of them at a time: where one has begun a message it hands
+over, and is handed back to when the other has begun its own. So the order of messages is the same on every rank.
+Backward needs no threads: the tokens of the `Chain` make autograd walk the same interleaving in reverse.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from dskernels.model.parallel.expert import Chain, ExpertParallel
+from dskernels.model.parallel.plan import expert_modules
+
+T = TypeVar("T")
+
+
+class _Baton(Chain):
+    """A chain whose turns are handed round."""
+
+    def __init__(self, runners: int) -> None:
+        super().__init__()
+        self.turn, self.running = 0, list(range(runners))
+        self.changed = threading.Condition()
+        self.failed: BaseException | None = None
+
+    def wait(self, me: int) -> None:
+        """Until it is this one's turn."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == me or self.failed is not None)
+            if self.failed is not None:
+                raise RuntimeError("another micro-batch failed") from self.failed
+
+    def switch(self) -> None:
+        me = self.turn
+        self._next(me)
+        self.wait(me)
+
+    def leave(self, me: int, failed: BaseException | None = None) -> None:
+        """Has finished, and wants no more turns."""
+        if failed is not None and self.failed is None:
+            self.failed = failed
+        self._next(me)
+        with self.changed:
+            self.running.remove(me)
+
+    def _next(self, me: int) -> None:
+        with self.changed:
+            place = self.running.index(me)
+            self.turn = self.running[(place + 1) % len(self.running)]
+            self.changed.notify_all()
+
+
+def overlapped(model: nn.Module, functions: Sequence[Callable[[], T]]) -> list[T]:
+    """Runs functions that call the model, a micro-batch each, with their messages under each other's computation.
+
+    One backward of the sum of what they give overlaps in the same way. The numbers are those of running one after the
+    other. FSDP2 would let go of weights that the other micro-batch still needs: use ``Plan(reshard=False)``.
+
+    Args:
+        model: whose experts are spread over ranks (else this runs one after the other).
+        functions: as many on every rank, two as a rule.
+
+    Returns:
+        What each returned.
+    """
+    spread = [experts.compute for experts, _ in expert_modules(model) if isinstance(experts.compute, ExpertParallel)]
+    if not spread or len(functions) < 2:
+        return [function() for function in functions]
+    baton = _Baton(len(functions))
+    results: list[Any] = [None] * len(functions)
+    grad, device = torch.is_grad_enabled(), torch.cuda.current_device() if torch.cuda.is_available() else None
+    stream = None if device is None else torch.cuda.current_stream()
+
+    def run(me: int, function: Callable[[], T]) -> None:
+        failed: BaseException | None = None
+        try:
+            baton.wait(me)
+            if device is not None:
+                torch.cuda.set_device(device)
+            with torch.set_grad_enabled(grad), torch.cuda.stream(stream):
+                results[me] = function()
+        except BaseException as error:
+            failed = error
+        finally:
+            baton.leave(me, failed)
+
+    for compute in spread:
+        compute.chain = baton
+    threads = [
+        threading.Thread(target=contextvars.copy_context().run, args=(run, i, function))
+        for i, function in enumerate(functions)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        for compute in spread:
+            compute.chain = None
+    if baton.failed is not None:
+        raise baton.failed
+    return results
