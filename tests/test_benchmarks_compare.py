@@ -160,6 +160,10 @@ def test_the_figure_to_hold_is_the_fastest_unless_one_was_asked_for():
 # ---- another commit ----------------------------------------------------------------------------------------------
 
 
+in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a checkout of the repository")
+
+
+@in_git
 def test_the_library_of_a_commit_beside_these_benchmarks():
     with base.checked_out("HEAD") as (name, place):
         assert len(name) == 40
@@ -174,6 +178,7 @@ def test_the_library_of_a_commit_beside_these_benchmarks():
     assert str(place.parent) not in listed
 
 
+@in_git
 def test_commits_run_in_turns_and_are_compared(monkeypatch):
     turns, speed = [], iter((100.0, 50.0, 50.0, 102.0))
 
