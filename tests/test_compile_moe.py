@@ -107,9 +107,9 @@ def test_row_kernels_compile_without_spills():
             (
                 f"{SWIGLU}:swiglu_backward_kernel",
                 swiglu_backward,
-                ("width",),
-                ("x", "dhidden", "dx", "hidden"),
-                {"HAS_WEIGHTS": True},
+                ("width", "first_scale"),
+                ("x", "scales", "dhidden", "dx", "hidden"),
+                {"HAS_WEIGHTS": True, "HAS_SCALES": False, "p_scales": None},
             ),
         ):
             aligned = [f"stride_{name}" for name in strides] + [s for s in sizes if s in ("H", "width")]
@@ -121,3 +121,35 @@ def test_row_kernels_compile_without_spills():
     for report in reports:
         if report.source.constants["WIDTH"] == 1024:
             assert report.count("LDG.E.128"), report
+
+
+def test_kernels_of_what_is_packed_compile_without_spills():
+    """Of e4m3 and fp32 in one row, which begins at a multiple of 16 bytes."""
+    bf16 = dict.fromkeys(("p_dhidden", "p_dx", "p_hidden"), "*bf16")
+    parts = {"p_parts": "*fp32", "p_source": "*i32", "p_out": "*fp32", **integers("rows", "parts")}
+    assert_clean(
+        compile_all(
+            [
+                Compile(
+                    f"{SWIGLU}:swiglu_backward_kernel",
+                    signature={
+                        **{"p_x": "*fp8e4nv", "p_scales": "*fp32", "p_source": "*i32", "p_weights": "*fp32", **bf16},
+                        **{"p_dweights": "*fp32", **integers("width", "first_scale")},
+                        **integers(*(f"stride_{name}" for name in ("x", "scales", "dhidden", "dx", "hidden"))),
+                    },
+                    constants={"HAS_WEIGHTS": True, "HAS_SCALES": True, "WIDTH": 1024},
+                    divisible=("width", "stride_x", "stride_dhidden", "stride_dx", "stride_hidden"),
+                ),
+                Compile(
+                    "dskernels.moe.triton_packed:pack_kernel",
+                    signature={
+                        **{"p_x": "*bf16", "p_q": "*fp8e4nv", "p_s": "*fp32", **integers("rows", "cols")},
+                        **integers("stride_x", "stride_q", "stride_s", "first_scale"),
+                    },
+                    constants={},
+                    divisible=("cols", "stride_x", "stride_q"),
+                ),
+                Compile(f"{SWIGLU}:sum_of_choices_kernel", signature=parts, constants={"BLOCK": 256}),
+            ]
+        )
+    )

@@ -28,10 +28,10 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> contextlib.Abstra
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not tensor.requires_grad or not tensor.numel():
         return contextlib.nullcontext()
     again_there = _Again(again)
-    place = tensor.untyped_storage().data_ptr()
+    place = tensor.untyped_storage()._cdata  # which memory it is, also of tensors that have none
 
     def pack(kept: Tensor) -> Tensor | _Part:
-        if kept.device != tensor.device or kept.untyped_storage().data_ptr() != place:
+        if kept.device != tensor.device or kept.untyped_storage()._cdata != place:
             return kept
         again_there.parts += 1
         return _Part(again_there, kept.shape, kept.stride(), kept.storage_offset() - tensor.storage_offset())
