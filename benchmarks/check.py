@@ -11,16 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
 
 from rich.table import Table
 
 from benchmarks.saved import Saved, SavedRow
-
-if TYPE_CHECKING:
-    from benchmarks.results import Row
-
-Figure: TypeAlias = "Row | SavedRow"  # timed just now, or saved
 
 MARGIN = 0.05
 REPEATS = 3
@@ -52,7 +46,7 @@ class Verdict:
         return self.ratio < 1 - MARGIN
 
 
-def views(now: Figure, then: SavedRow, *, same_peers: bool = True) -> dict[str, float]:
+def views(now: SavedRow, then: SavedRow, *, same_peers: bool = True) -> dict[str, float]:
     """The speed now over that of then, by time, by share of the roof, and beside each peer that is in both.
 
     A peer counts only where both runs have the same version of it, which for those of torch is torch's.
@@ -64,7 +58,7 @@ def views(now: Figure, then: SavedRow, *, same_peers: bool = True) -> dict[str, 
     return found
 
 
-def verdict(repeats: Sequence[Figure], then: SavedRow, *, same_peers: bool = True) -> Verdict:
+def verdict(repeats: Sequence[SavedRow], then: SavedRow, *, same_peers: bool = True) -> Verdict:
     """Of one job that was timed once or more."""
     seen = [views(now, then, same_peers=same_peers) for now in repeats]
     ratios = tuple(max(view.values()) for view in seen)
@@ -82,9 +76,9 @@ def saved_figure(rows: Iterable[SavedRow], impl: str | None) -> SavedRow | None:
 
 
 def judge(
-    first: Figure,
+    first: SavedRow,
     then: SavedRow,
-    again: Callable[[], Figure | None],
+    again: Callable[[], SavedRow | None],
     *,
     same_peers: bool = True,
 ) -> Verdict:

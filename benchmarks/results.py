@@ -8,7 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,15 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.roofline import Chain, Roofs, Work
-from benchmarks.saved import FOLDER
+from benchmarks.saved import FOLDER, SavedRow
 from benchmarks.timing import Times
 
 ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
-class Row:
-    """One implementation on one workload, and its peers there, in microseconds."""
-
-    op: str
-    workload: str
-    impl: str
-    us: float
-    p20: float
-    p80: float
-    tflops: float | None
-    gbs: float
-    roof_pct: float
-    peers: dict[str, float] = field(default_factory=dict)
-    host_us: float | None = None
-    drift: float = 1.0
+class Row(SavedRow):
+    """One implementation on one workload, and its peers there, in microseconds, as it was just timed."""
 
     @classmethod
     def of(
@@ -66,16 +53,6 @@ class Row:
             host_us=host_us,
             drift=times.drift,
         )
-
-    @property
-    def best_peer(self) -> str | None:
-        """The fastest peer."""
-        return min(self.peers, key=self.peers.__getitem__, default=None)
-
-    @property
-    def vs_best_peer(self) -> float | None:
-        """How many times as fast as the fastest peer: above 1 is faster than it."""
-        return None if self.best_peer is None else self.peers[self.best_peer] / self.us
 
     def to_json(self) -> dict[str, Any]:
         """The row as the file has it; `host_us` only if it was measured."""
