@@ -1,0 +1,75 @@
+"""Rows written straight into the memory of other GPUs of the host, which torch's symmetric memory has mapped.
+
+Names: `p_` pointer, `i_` index of a program, `o_` offsets, `m_` mask. A word is 4 bytes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dskernels.portable import launch
+
+BLOCK = 2048  # words that a program has in flight: 8 KB
+
+
+@triton.jit
+def put_kernel(
+    p_rows,
+    p_needed,
+    p_peers,
+    slot,
+    width,
+    head,
+    rows_of_rank,
+    stride_row,
+    stride_needed_token,
+    stride_needed_rank,
+    BLOCK: tl.constexpr,
+):
+    """One row to one rank, into its slot there: all of it where it is needed, else its first `head` words alone."""
+    i_t = tl.program_id(0).to(tl.int64)
+    i_r = tl.program_id(1).to(tl.int64)
+    needed = tl.load(p_needed + i_t * stride_needed_token + i_r * stride_needed_rank)
+    # Rows are whole 16 bytes, which a cast address does not say: without the hints 4 bytes travel at a time.
+    words = tl.multiple_of(tl.where(needed != 0, width, head), 4)
+    p_row = p_rows + (i_r * rows_of_rank + i_t) * stride_row
+    p_slot = tl.load(p_peers + i_r).to(tl.pointer_type(tl.int32)) + (slot + i_t) * width
+    p_row, p_slot = tl.multiple_of(p_row, 16), tl.multiple_of(p_slot, 16)
+    for first in range(0, words, BLOCK):
+        o_w = first + tl.arange(0, BLOCK)
+        m_w = o_w < words
+        tl.store(p_slot + o_w, tl.load(p_row + o_w, mask=m_w, other=0), mask=m_w)
+
+
+def put(rows: Tensor, needed: Tensor, peers: Tensor, *, slot: int, head: int, rows_of_rank: int) -> None:
+    """Writes rows to the slots of every rank.
+
+    Args:
+        rows: int32 ``[., W]``; the row of token t for rank r is ``r * rows_of_rank + t``.
+        needed: bool or uint8 ``[T, R]``, any strides: who gets the whole row.
+        peers: int64 ``[R]``, the address of each rank's slots, int32 ``[., W]``.
+        slot: where the first token goes.
+        head: words of a row that every rank gets.
+        rows_of_rank: 0 if all ranks get the same rows.
+    """
+    tokens, ranks = needed.shape
+    if tokens == 0:
+        return
+    launch(
+        put_kernel,
+        (tokens, ranks),
+        rows,
+        needed,
+        peers,
+        slot,
+        rows.shape[1],
+        head,
+        rows_of_rank,
+        rows.stride(0),
+        needed.stride(0),
+        needed.stride(1),
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
