@@ -15,10 +15,17 @@ import torch
 import dskernels as ds
 from dskernels import parity
 from dskernels.cuda.driver import Planned
+from dskernels.fp8.hopper import swiglu_quantize_kept
 from dskernels.gemm import hopper
 from dskernels.gemm.config import HOPPER_CONFIGS, HopperConfig
 from dskernels.grouped_gemm import config as grouped_config
 from dskernels.grouped_gemm import hopper as grouped_hopper
+from dskernels.moe import hopper_swiglu
+from dskernels.moe.experts import Batch
+from dskernels.moe.packed import packed_width
+from dskernels.moe.triton_packed import packed
+from dskernels.moe.triton_sort import sort
+from dskernels.moe.triton_swiglu import swiglu_backward
 from dskernels.parity.inputs import quantized, spread
 from dskernels.parity.paging import paged_cache
 
@@ -38,7 +45,9 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
     yield "fp8_gemm, few rows", few_rows
     yield "quantize_both", quantize_both
     yield "quantize_grouped", quantize_grouped
+    yield "quantize_both, a weight", quantize_weight
     yield "swiglu_quantize, its transpose and its gradient", swiglu_quantize
+    yield "swiglu of experts, kept and its gradient", kept_swiglu
     yield "rmsnorm_quantize", rmsnorm_quantize
     for name, config in each(grouped_config.HOPPER_CONFIGS):
         yield f"grouped_gemm {name}", functools.partial(ragged_rows, config)
@@ -80,6 +89,28 @@ def quantize_both() -> bool:
     x = torch.randn(144, 264, device="cuda").bfloat16()
     pairs = zip(ds.quantize_both(x, impl="hopper"), ds.reference.quantize_both(x), strict=True)
     return all(torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8)) for got, want in pairs)
+
+
+def quantize_weight() -> bool:
+    x = torch.randn(2, 144, 272, device="cuda").bfloat16()
+    pairs = zip(*(ds.quantize_both(x, block=(128, 128), impl=impl) for impl in ("hopper", "reference")), strict=True)
+    return all(torch.equal(got.data.view(torch.uint8), want.data.view(torch.uint8)) for got, want in pairs)
+
+
+def kept_swiglu() -> bool:
+    experts = torch.randint(-1, 3, (150, 2), device="cuda", dtype=torch.int32)
+    offsets, index, source = sort(experts, 4)
+    batch, weights = Batch(300, 2, offsets, index, source), torch.rand(150, 2, device="cuda")
+    gate_up, dhidden = torch.randn(300, 512, device="cuda").bfloat16(), torch.randn(300, 256, device="cuda").bfloat16()
+    kept = torch.empty(300, packed_width(512), dtype=torch.uint8, device="cuda")
+    swiglu_quantize_kept(gate_up, kept)
+    right = torch.equal(kept[:, : 512 + 16], packed(gate_up)[:, : 512 + 16])
+    for of_batch, of_rows, w in ((batch, 300, weights), (Batch(256), 256, None)):
+        got = hopper_swiglu.swiglu_backward(kept[:of_rows], dhidden[:of_rows], of_batch, w)[0]
+        want = swiglu_backward(kept[:of_rows], dhidden[:of_rows], of_batch.source, w)[0]
+        used = int(offsets[-1]) if of_batch.offsets is not None else of_rows
+        right &= parity.difference(got.dequantize()[:used], ds.quantize(want).dequantize()[:used]) < 1e-4
+    return right
 
 
 def swiglu_quantize() -> bool:
