@@ -171,9 +171,9 @@ def show_comparison(console: Console, a: str, b: str, families, filters) -> None
     found = [pair for pair in found if all(text in pair.a.title for text in filters)]
     if not found:
         raise typer.BadParameter(f"no job in common: {a}, {b}")
-    short = {name: name if len(name) <= 16 else letter for name, letter in ((a, "A"), (b, "B"))}
+    short = {name: name if len(name) <= 8 else letter for name, letter in ((a, "A"), (b, "B"))}
     for name, some in sets.items():
-        for line in compare.introduce(short[name], some):
+        for line in compare.introduce(name if short[name] == name else f"{short[name]} = {name}", some):
             console.print(line, highlight=False)
     console.print(compare.draw(found, short[a], short[b]))
     mean = compare.geometric_mean(pair.speedup for pair in found)
