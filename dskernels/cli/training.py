@@ -142,10 +142,13 @@ def train(
         return
     shape = _shape(config)
     found = next(iter(checkpoints(out)), None) if resume is not False else None
+    if resume and found is None:
+        raise ValueError(f"--resume: {out} has no checkpoint to go on from")
     corpus, tokens, about = _text(data, out, tokenizer, held_out, seed, again=found is not None)
     model_config = _with_vocabulary(shape, config, about)
-    _write_json(out / "train.json", {"config": config, **asdict(recipe)})
-    if found is not None:
+    if found is None:
+        _write_json(out / "train.json", {"config": config, **asdict(recipe)})
+    else:
         console.print(f"Going on from {found}.", highlight=False, soft_wrap=True)
     # What imports have made stays: to look through it again and again would cost time in every step.
     gc.collect()
