@@ -4,16 +4,18 @@
 PYTHON  ?= python3
 WORKERS ?= auto
 ARGS    ?=
+CASES   ?= 20000
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu sanitize bench docs clean
+.PHONY: help demo test lint format test-gpu sanitize bench docs clean fuzz numerics soak portability
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo "ARGS=... is handed on (make test ARGS='-k gemm'); PYTHON=... chooses the Python; WORKERS=... the test processes."
 
 demo: $(READY) ## train a small DeepSeek-V3 here, save it, load it, generate from it
@@ -38,6 +40,20 @@ test-gpu: ## kernel tests on this machine's GPU; fails where there is none
 sanitize: ## compute-sanitizer over one config of every CUDA C++ kernel, on this machine's GPU
 	PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
 	PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/sanitize.py --racecheck
+	PYTHONPATH=. compute-sanitizer --tool synccheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
+	PYTHONPATH=. compute-sanitizer --tool initcheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
+
+fuzz: $(READY) ## every public operation on whatever arguments: make fuzz CASES=20000
+	DSKERNELS_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
+
+soak: ## random operations, and generation under random load with faults: make soak ARGS='--minutes 9 --out soak.json'
+	$(PYTHON) tests/soak.py $(ARGS)
+
+numerics: ## the error of each operation against fp64, beside torch's: docs/numerics.md
+	$(PYTHON) -m benchmarks.numerics $(ARGS)
+
+portability: $(READY) ## compile every kernel for six GPUs by several releases of Triton, without a GPU: docs/support.md
+	$(BIN)/python tests/portability.py releases $(TRITONS) $(ARGS)
 
 bench: ## time the operations on this machine's GPU, beside their peers
 	$(PYTHON) -m benchmarks $(ARGS)

@@ -54,9 +54,9 @@ def check_tensor(
 
 
 def check_written(name: str, x: Tensor) -> None:
-    """Check that a kernel may write to `x`, which `check_tensor` has passed: autograd has no part in it, and no two of
-    its elements are one."""
-    if x.requires_grad and torch.is_grad_enabled():
+    """Check that a kernel may write to `x`, a tensor: autograd lets it, and no two of its elements are one."""
+    leaf = x if x._base is None else x._base
+    if leaf.requires_grad and leaf.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"{name}: expected a tensor that requires no gradient, as it is written to in place")
     if torch.compiler.is_dynamo_compiling():
         return  # it cannot trace what follows, and sees writes itself

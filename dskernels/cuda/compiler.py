@@ -51,7 +51,15 @@ def _module(path: Path, options: tuple[tuple[str, int], ...], device: int):
     flags = (*FLAGS, *(f"-D{name}={value}" for name, value in options))
     with cupy.cuda.Device(device):
         module = cupy.RawModule(code=source_of(path), options=flags, backend="nvrtc")
-        module.compile()
+        try:
+            module.compile()
+        except OSError as error:  # a home that is read-only, a disk that is full
+            raise OSError(
+                error.errno,
+                f"the cache of compiled kernels cannot be used ({error.strerror or error}): set CUPY_CACHE_DIR to a "
+                "folder that can be written to, or CUPY_CACHE_IN_MEMORY=1",
+                error.filename,
+            ) from error
     return module
 
 

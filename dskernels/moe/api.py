@@ -17,7 +17,7 @@ from dskernels.reference import moe as reference
 from dskernels.reference.fp8 import quantize
 from dskernels.reference.grouped_gemm import grouped_gemm
 from dskernels.types import Fp8Tensor, Permuted, Routing
-from dskernels.validate import HALF_OR_SINGLE, check_fp8, check_int, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_fp8, check_int, check_tensor
 
 IDS = (torch.int32, torch.int64)
 
@@ -148,7 +148,10 @@ def fused_experts(
     if n_shared and shared is not None:
         raise ValueError(f"n_shared: expected 0 where `shared` is given, got {n_shared}")
     given = (w13, w2, *(shared or ()))
-    fp8 = bool(fp8) or any(isinstance(weight, Fp8Tensor) for weight in given)
+    check_bool("fp8", fp8)
+    if recompute is not None:
+        check_bool("recompute", recompute)
+    fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in given)
     _check_network(("w13", w13), ("w2", w2), x, fp8, stacked=True)
     check_int("w13: number of experts", w13.shape[0], low=1, high=MAX_EXPERTS)
     if n_shared >= w13.shape[0]:

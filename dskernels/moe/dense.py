@@ -12,7 +12,7 @@ from dskernels.later import waiting_for
 from dskernels.moe.api import _check_network, _flat, _product, _weight, empty_kept
 from dskernels.reference import moe as reference
 from dskernels.types import Fp8Tensor
-from dskernels.validate import HALF_OR_SINGLE, check_fp8, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_fp8, check_tensor
 
 
 def feed_forward(
@@ -50,7 +50,10 @@ def feed_forward(
     Source: Shazeer, arXiv 2002.05202; DeepSeek-V3 report, figure 6.
     """
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
-    fp8 = bool(fp8) or isinstance(w13, Fp8Tensor) or isinstance(w2, Fp8Tensor)
+    check_bool("fp8", fp8)
+    if recompute is not None:
+        check_bool("recompute", recompute)
+    fp8 = fp8 or isinstance(w13, Fp8Tensor) or isinstance(w2, Fp8Tensor)
     _check_network(("w13", w13), ("w2", w2), x, fp8, stacked=False)
     if quantized is not None:
         check_fp8("quantized", quantized, blocks=[(1, 128)], like=x)

@@ -25,9 +25,7 @@ class Memory:
     """All bytes behind the tensors of a call, to see what was written, and to put them back."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self.tensors = [
-            (path, x) for path, x in leaves(arguments) if x.device.type == "cpu" and x.layout is torch.strided
-        ]
+        self.tensors = [(path, x) for path, x in leaves(arguments) if not x.is_meta and x.layout is torch.strided]
         self.tensors = [(path, x) for path, x in self.tensors if not x.is_quantized]
         self.before = [_bytes(x).clone() for _, x in self.tensors]
 
@@ -55,11 +53,11 @@ class WrongError(Exception):
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(x.detach().untyped_storage())
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.detach().untyped_storage())
 
 
 def _over(memory: Tensor, like: Tensor) -> Tensor:
-    return torch.empty(0, dtype=like.dtype).set_(
+    return torch.empty(0, dtype=like.dtype, device=like.device).set_(
         memory.untyped_storage(), like.storage_offset(), like.shape, like.stride()
     )
 
@@ -178,8 +176,11 @@ def _compare_exact(call: Call, result: Any, kept: list[Tensor]) -> None:
 
 def _rounding(call: Call, dtype: torch.dtype) -> float:
     """Of a result, or of what is rounded on the way to it: keys and values that are projected from latents."""
-    if call.function in ("mla_prefill_cached", "fused_experts", "feed_forward") and dtype.is_floating_point:
-        dtype = next(iter(call.arguments.values())).dtype
+    given = call.arguments
+    inside = call.function in ("mla_prefill_cached", "fused_experts", "feed_forward")
+    inside |= call.function == "mla_decode" and given["cache"].dtype == torch.uint8  # whose rows are multiplied out
+    if inside and dtype.is_floating_point:
+        dtype = next(iter(given.values())).dtype
     return ROUNDING.get(dtype, 0.0)
 
 

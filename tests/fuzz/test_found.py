@@ -44,7 +44,7 @@ def test_a_block_is_a_tuple_of_ints(block):
 
 
 def test_logits_that_are_none_and_a_score_that_compares_to_nothing():
-    with pytest.raises(TypeError, match="logits: expected a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match=r"logits: expected a torch.Tensor, got NoneType"):
         ds.route(None, top_k=1)
     with pytest.raises(ValueError, match="score: expected 'sigmoid' or 'softmax'"):
         ds.route(torch.randn(2, 4), top_k=1, score=np.zeros(3))
@@ -84,6 +84,24 @@ def test_results_are_not_written_behind_autograd():
         ds.apply_rope(x, angle, angle, out=torch.empty(3, 1, 4, requires_grad=True))
     with torch.no_grad():
         ds.apply_rope(x, angle, angle, out=torch.empty(3, 1, 4, requires_grad=True))
+
+
+@pytest.mark.parametrize("flag", ["fp8", "recompute"])
+def test_flags_of_experts_are_named(flag):
+    x, w13, w2 = torch.randn(2, 16), torch.randn(2, 16, 16), torch.randn(2, 16, 8)
+    ids = torch.zeros(2, 1, dtype=torch.int32)
+    with pytest.raises(TypeError, match=f"{flag}: expected a bool"):
+        ds.fused_experts(x, w13, w2, ds.Routing(torch.ones(2, 1), ids, ids, ids), **{flag: torch.zeros(3)})
+    with pytest.raises(TypeError, match=f"{flag}: expected a bool"):
+        ds.feed_forward(x, w13[0], w2[0], **{flag: torch.zeros(3)})
+
+
+def test_a_cache_does_not_come_to_depend_on_a_weight():
+    kv, k_rope, angle, cache = torch.randn(2, 16), torch.randn(2, 4), torch.randn(2, 2), torch.zeros(1, 4, 20)
+    weight, slots = torch.nn.Parameter(torch.ones(16)), torch.tensor([0, 1])
+    for impl in ("reference", "triton", "reference"):
+        ds.write_latent_cache(kv, k_rope, weight, angle, angle, cache, slots, eps=1e-6, impl=impl)
+        assert not cache.requires_grad
 
 
 def test_elements_of_a_result_do_not_share_memory():

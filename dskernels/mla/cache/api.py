@@ -71,7 +71,8 @@ def write_latent_cache(
     check_written("cache", cache)
     check_tensor("slots", slots, dtype=torch.int64, shape=(tokens,), like=kv)
     check_float("eps", eps)
-    _write_latent_cache(kv, k_rope, norm_weight, cos, sin, cache, slots, eps, impl=impl)
+    with torch.no_grad():  # or autograd would keep each step's inputs, for a cache that then depends on a weight
+        _write_latent_cache(kv, k_rope, norm_weight, cos, sin, cache, slots, eps, impl=impl)
     return cache
 
 

@@ -1,0 +1,270 @@
+"""Compile every portable kernel for every GPU that is named here, by the Triton that is installed, without a GPU.
+
+The kernels and their configurations are those of the compile tests, which are run with a recorder in place of the
+compiler; of each kernel and each set of argument types the smallest configuration is compiled, or all of them with
+`--each config`.
+
+    python tests/portability.py compile --out support-3.7.json      with this Triton
+    python tests/portability.py releases 3.6.0 3.7.1                each in an environment of its own: docs/support.json
+    python tests/portability.py table                               docs/support.md out of docs/support.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+RESULTS, TABLE = ROOT / "docs" / "support.json", ROOT / "docs" / "support.md"
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+GPUS = {
+    "sm_80": "A100",
+    "sm_89": "L40S, RTX 4090",
+    "sm_90": "H100, H200",
+    "sm_100": "B200",
+    "sm_120": "RTX 5090, RTX PRO 6000",
+    "gfx942": "MI300X",
+}
+# What one block may use of shared memory (of LDS on an AMD GPU).
+SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+WITHOUT_E4M3 = "sm_80 has no e4m3"
+NEWER_ONLY = "a configuration that is chosen from sm_90 on"
+LEFT_OUT = (WITHOUT_E4M3, NEWER_ONLY)
+
+
+class Recorder:
+    """A pytest plugin: tests that compile are run up to there, and what they would compile is kept."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def install(self) -> None:
+        """Put this in place of the compiler; before a test module is imported."""
+        import compiling
+
+        compiling.compile_all = self._record
+        compiling.assert_clean = lambda *args, **kwargs: None
+
+    def _record(self, kernels: Iterable[Any]) -> list[Any]:
+        kernels = list(kernels)
+        self.found += kernels
+        return [_NotCompiled() for kernel in kernels for _ in kernel.targets]
+
+
+class _NotCompiled:
+    """In place of a report: a test that looks at it has recorded all that it compiles."""
+
+    def __getattr__(self, name: str) -> Any:
+        import pytest
+
+        pytest.skip("recorded")
+
+
+def recorded() -> list[Any]:
+    """Every kernel and configuration that the compile tests compile."""
+    import pytest
+
+    recorder = Recorder()
+    recorder.install()
+    files = [
+        path
+        for path in HERE.rglob("test_*.py")
+        if "compile_all" in path.read_text() and path.name != "test_compiling.py"
+    ]
+    chosen = ["-k", "compile or registers or spills"]
+    pytest.main(
+        ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, sorted(files)), *chosen],
+        plugins=[recorder],
+    )
+    return recorder.found
+
+
+def representatives(kernels: Iterable[Any], each: str) -> list[Any]:
+    """One of each kernel (and argument types): that of the smallest tiles, by the product of its integer constants."""
+    chosen: dict[tuple[str, str], Any] = {}
+    for spec in kernels:
+        sizes = [v for v in spec.constants.values() if isinstance(v, int) and not isinstance(v, bool) and v > 0]
+        pointers = sorted(t for t in spec.signature.values() if t.startswith(("*", "tensordesc")))
+        of_sm_80 = bool({"sm_80", "sm_89"} & set(spec.targets))
+        key = (spec.kernel, {"kernel": f"{of_sm_80}", "types": f"{of_sm_80} {pointers}", "config": str(spec)}[each])
+        size = 1
+        for value in sizes:
+            size *= value
+        if key not in chosen or size < chosen[key][0]:
+            chosen[key] = size, spec
+    return [spec for _, spec in chosen.values()]
+
+
+def outcome(spec: Any, target: str) -> str:
+    """An empty text where the kernel compiles for the target and fits, else why not."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    module, _, name = spec.kernel.partition(":")
+    e4m3 = any("fp8e4nv" in t for t in spec.signature.values())
+    if target == "sm_80" and e4m3:
+        return WITHOUT_E4M3
+    if target in ("sm_80", "sm_89", "gfx942") and not {"sm_80", "sm_89"} & set(spec.targets):
+        return NEWER_ONLY
+    try:
+        kernel = getattr(importlib.import_module(module), name)
+        names = list(kernel.arg_names)
+        aligned = [n for n, t in spec.signature.items() if t.startswith("*") or n in spec.divisible]
+        source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+            kernel,
+            {n: spec.signature.get(n, "constexpr") for n in names},
+            {(names.index(n),): value for n, value in spec.constants.items()},
+            {(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+        )
+        gpu = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
+        options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+        if target.startswith("gfx"):
+            options = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
+        with contextlib.redirect_stdout(None):  # where Triton prints a program that does not assemble
+            compiled = triton.compile(source, target=gpu, options=options)
+    except Exception as error:  # whatever Triton raises is the answer
+        cause = error.__cause__ or error
+        lines = [line.strip() for line in f"{cause}".splitlines() if line.strip()]
+        said = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+        return f"{type(error).__name__}: {said}"[:200]
+    if compiled.metadata.shared > SHARED[target]:
+        return f"{compiled.metadata.shared} bytes of shared memory, a block has {SHARED[target]}"
+    return ""
+
+
+def compile_here(each: str, targets: Iterable[str] = TARGETS) -> dict[str, Any]:
+    """Compile for all targets with the Triton of this process."""
+    import triton
+
+    os.environ.pop("TRITON_INTERPRET", None)
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder) / "kernels.pickle"
+        child = [sys.executable, str(Path(__file__)), "record", str(listed)]
+        subprocess.run(child, check=True, stdout=subprocess.DEVNULL)
+        kernels = representatives(pickle.loads(listed.read_bytes()), each)
+    rows: dict[str, dict[str, list[str]]] = {}
+    for target in targets:
+        rows[target] = {}
+        for spec in kernels:
+            rows[target].setdefault(spec.kernel, []).append(outcome(spec, target))
+        texts = [text for all_ in rows[target].values() for text in all_ if text not in LEFT_OUT]
+        print(f"{target}: {texts.count('')} of {len(texts)} compile", flush=True)
+    return {"triton": triton.__version__, "python": platform.python_version(), "kernels": len(kernels), "targets": rows}
+
+
+def compile_releases(releases: Iterable[str], each: str) -> list[dict[str, Any]]:
+    """Each release of Triton in an environment of its own, on top of this one's torch and test tools."""
+    site = next(path for path in sys.path if path.endswith("site-packages"))
+    results = []
+    for release in releases:
+        with tempfile.TemporaryDirectory() as folder:
+            packages, out = Path(folder) / "packages", Path(folder) / "result.json"
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--target",
+                str(packages),
+                f"triton=={release}",
+            ]
+            subprocess.run(pip, check=True)
+            path = os.pathsep.join(map(str, (packages, ROOT, HERE, site)))
+            environment = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(Path(folder) / "cache")}
+            command = [
+                sys.executable,
+                str(Path(__file__)),
+                "compile",
+                "--out",
+                str(out),
+                "--each",
+                each,
+            ]
+            print(f"Triton {release}", flush=True)
+            subprocess.run(command, check=True, env=environment)
+            results.append(json.loads(out.read_text()))
+    return results
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The support matrix as a page of the documentation."""
+    lines = [
+        "# What runs where",
+        "",
+        "Generated by `make portability`; do not edit. Every portable kernel, in the smallest of its configurations",
+        "for each set of argument types, compiled without a GPU by each release of Triton. A kernel counts if it",
+        "compiles and its shared memory fits. That says nothing about its results or its speed: kernels are tested",
+        "and measured on sm_90, and tested in Triton's interpreter.",
+        "",
+        "| Triton | " + " | ".join(f"{target} ({GPUS[target]})" for target in TARGETS) + " |",
+        "|---|" + "---|" * len(TARGETS),
+    ]
+    notes: dict[str, list[str]] = {}
+    for result in results:
+        cells = []
+        for target in TARGETS:
+            rows = result["targets"].get(target, {})
+            texts = [(kernel, text) for kernel, all_ in rows.items() for text in all_]
+            left_out = sum(text in LEFT_OUT for _, text in texts)
+            failed = [(kernel, text) for kernel, text in texts if text and text not in LEFT_OUT]
+            cells.append(f"{len(texts) - left_out - len(failed)} of {len(texts) - left_out}" if texts else "not tried")
+            for kernel, text in failed:
+                notes.setdefault(f"Triton {result['triton']}, {target}", []).append(
+                    f"`{kernel.removeprefix('dskernels.')}`: {text}"
+                )
+        lines.append(f"| {result['triton']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Kernels that read or write e4m3 are left out for sm_80, which has no such type: quantising, products in e4m3",
+        "and the e4m3 cache run there on the reference. The kernels in CUDA C++ are for sm_90 alone.",
+    ]
+    for where, failed in notes.items():
+        lines += ["", f"## {where}", "", *(f"- {text}" for text in dict.fromkeys(failed))]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("compile")
+    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
+    many = commands.add_parser("releases")
+    many.add_argument("release", nargs="+")
+    for command in (one, many):
+        what = "what one configuration is compiled of"
+        command.add_argument("--each", default="types", choices=("kernel", "types", "config"), help=what)
+    commands.add_parser("table")
+    commands.add_parser("record").add_argument("out", type=Path)
+    asked = parser.parse_args()
+    if asked.command == "record":
+        asked.out.write_bytes(pickle.dumps(recorded()))
+        return
+    if asked.command == "compile":
+        asked.out.write_text(json.dumps(compile_here(asked.each, asked.targets), indent=1) + "\n")
+        return
+    if asked.command == "releases":
+        RESULTS.write_text(json.dumps(compile_releases(asked.release, asked.each), indent=1) + "\n")
+    TABLE.write_text(table(json.loads(RESULTS.read_text())))
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(HERE)]
+    main()
