@@ -9,7 +9,7 @@ from world import run
 
 import dskernels as ds
 from dskernels.model.parallel.exchange import destinations, exponents, from_exponents, pack, unpack
-from dskernels.model.parallel.expert import ExpertParallel, feed_forward
+from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.types import Routing
 
 E, H, I, K = 8, 64, 32, 3
@@ -45,7 +45,7 @@ def one_process(weights, ranks, wire):
         travelled = x + (ds.quantize(x.detach(), scale_format="ue8m0").dequantize() - x.detach())
     none = experts.new_empty(0)
     out = ds.fused_experts(travelled, w["w13"], w["w2"], Routing(gates, experts, none, none))
-    out = out + feed_forward(x, w["s13"], w["s2"], fp8=False)
+    out = out + ds.feed_forward(x, w["s13"], w["s2"], fp8=False)
     out.backward(dout)
     sizes = [len(rank[0]) for rank in ranks]
     return [t.split(sizes) for t in (out.detach(), x.grad, gates.grad)], {name: t.grad for name, t in w.items()}

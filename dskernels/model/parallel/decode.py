@@ -19,7 +19,7 @@ from dskernels.model.layers import FeedForward, Linear
 from dskernels.model.model import DeepseekV3
 from dskernels.model.moe import MoE
 from dskernels.model.parallel.exchange import exponents, from_exponents, pack, unpack
-from dskernels.model.parallel.expert import Wire, feed_forward
+from dskernels.model.parallel.expert import Wire
 from dskernels.model.parallel.plan import Team
 from dskernels.types import Fp8Tensor, Routing
 
@@ -119,7 +119,7 @@ class DecodeExperts:
             rows = pack(x, routing.weights, routing.experts.int())
         every = rows.new_empty(ranks * tokens, rows.shape[1])
         work = dist.all_gather_into_tensor(every, rows, group=self.group, async_op=True)
-        residual = None if shared is None else feed_forward(x, *shared, fp8=fp8)  # under the message
+        residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8)  # under the message
         work.wait()
         if self.wire == "fp8":
             head = [(hidden, torch.float8_e4m3fn), (-(-hidden // 128), torch.uint8)]

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 import dskernels as ds
@@ -86,7 +85,7 @@ class ExpertParallel:
         chain = self.chain or Chain()
         chain.token = ticket = _Leave.apply(chain.token, x, routing.weights, routing.experts, trip, self.wire)
         chain.switch()
-        residual = None if shared is None else feed_forward(x, *shared, fp8=fp8)
+        residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8)
         shape = (x.shape[1], x.dtype, routing.weights.shape[1])
         chain.token, arrived, weights, experts = _Arrive.apply(ticket, chain.token, trip, shape, self.wire)
         y = ds.fused_experts(arrived, w13, w2, self._local(weights, experts, trip), fp8=fp8)
@@ -104,18 +103,6 @@ class ExpertParallel:
             ids, weights = ids.gather(1, order), weights.gather(1, order)
         none = ids.new_empty(0)
         return Routing(weights.contiguous(), ids.contiguous(), none, none)
-
-
-def feed_forward(x: Tensor, w13: Tensor | Fp8Tensor, w2: Tensor | Fp8Tensor, *, fp8: bool) -> Tensor:
-    """``w2(silu(gate) * up)``, the shared expert."""
-
-    def linear(x: Tensor, weight: Tensor | Fp8Tensor) -> Tensor:
-        if fp8 or isinstance(weight, Fp8Tensor):
-            return ds.fp8_linear(x, weight)
-        return F.linear(x, weight)
-
-    gate, up = linear(x, w13).chunk(2, -1)
-    return linear(F.silu(gate) * up, w2)
 
 
 # ---- the four ends of two messages, each other's gradients ----------------------------------------------------------

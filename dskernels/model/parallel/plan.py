@@ -34,6 +34,7 @@ class Plan:
         wire: what a token travels to its experts as, see `ExpertParallel`.
         reshard: let go of gathered weights after each block's forward, and gather them again for its backward: less
             memory, more messages.
+        sms: how many SMs of a GPU a message of NCCL may take from what is computed beside it; None leaves it to NCCL.
 
     Raises:
         ValueError: a number is below 1, or ``tensor`` stands beside others.
@@ -45,11 +46,14 @@ class Plan:
     tensor: int = 1
     wire: Wire = "same"
     reshard: bool = True
+    sms: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("data", "expert", "pipeline", "tensor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.sms is not None and self.sms < 1:
+            raise ValueError(f"sms: expected at least 1, got {self.sms}")
         if self.tensor > 1 and self.ranks != self.tensor:
             raise ValueError("tensor: is for generation, where data, expert and pipeline are 1")
 
@@ -116,6 +120,8 @@ class Team:
             # Multicast over NVLink has hung shared hosts, and gains nothing that was measured here.
             os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
             os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+            if plan.sms is not None:
+                os.environ["NCCL_MAX_CTAS"] = str(plan.sms)  # a CTA of NCCL's holds one SM
             local = int(os.environ.get("LOCAL_RANK", 0))
             if device is None:
                 device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"

@@ -16,7 +16,7 @@ from torch import Tensor
 import dskernels as ds
 from dskernels.model.parallel.decode import DecodeExperts, _here
 from dskernels.model.parallel.exchange import destinations, exponents, from_exponents, pack, unpack
-from dskernels.model.parallel.expert import Wire, feed_forward
+from dskernels.model.parallel.expert import Wire
 from dskernels.model.parallel.symmetric_triton import put
 from dskernels.types import Fp8Tensor, Permuted, Routing
 
@@ -103,7 +103,7 @@ class SymmetricDecodeExperts(DecodeExperts):
             raise ValueError(f"x: expected at most {self.tokens} tokens, got {tokens}")
         needed = self.needed(routing.experts)
         self.dispatch(x, routing, needed)
-        residual = None if shared is None else feed_forward(x, *shared, fp8=fp8)
+        residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8)
         arrived = self.arriving.slots[: ranks * tokens].view(torch.float32)
         weights, experts, rows, *scale = unpack(arrived, self.tail + self.payload)
         if self.wire == "fp8":
