@@ -71,7 +71,8 @@ def main(
         ),
     ] = False,
     base: Annotated[
-        str | None, typer.Option(help="Time the library of this commit too, in processes before and after.")
+        str | None,
+        typer.Option(help="Time the library of this commit, or of the checkout in this folder, before and after."),
     ] = None,
     compare: Annotated[
         tuple[str, str] | None,

@@ -61,23 +61,37 @@ def _middle(times: Sequence[float]) -> float:
 
 @contextmanager
 def checked_out(commit: str) -> Iterator[tuple[str, Path]]:
-    """The full name of a commit, and a folder to run in: this tree's benchmarks beside that commit's library."""
-    answer = _git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
-    if answer.returncode:
-        raise Failed(f"no commit {commit}")
-    name = answer.stdout.strip()
+    """The full name of a commit, and a folder to run in: this tree's benchmarks beside that commit's library.
+
+    Args:
+        commit: a commit, or the folder of another checkout, as on a machine that has the files alone.
+    """
     with tempfile.TemporaryDirectory(prefix="dskernels-base-") as folder:
         tree, place = Path(folder) / "tree", Path(folder) / "run"
-        answer = _git("worktree", "add", "--detach", str(tree), name)
-        if answer.returncode:
-            raise Failed(answer.stderr.strip())
+        given = (Path(commit) / "dskernels" / "__init__.py").is_file()
+        if given:
+            name, tree = Path(commit).name, Path(commit).resolve()
+        else:
+            name = _add_worktree(commit, tree)
         try:
             place.mkdir()
             (place / "dskernels").symlink_to(tree / "dskernels")
             (place / "benchmarks").symlink_to(ROOT / "benchmarks")
             yield name, place
         finally:
-            _git("worktree", "remove", "--force", str(tree))
+            if not given:
+                _git("worktree", "remove", "--force", str(tree))
+
+
+def _add_worktree(commit: str, tree: Path) -> str:
+    answer = _git("rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+    if answer.returncode:
+        raise Failed(f"no commit {commit}")
+    name = answer.stdout.strip()
+    answer = _git("worktree", "add", "--detach", str(tree), name)
+    if answer.returncode:
+        raise Failed(answer.stderr.strip())
+    return name
 
 
 def run(arguments: Sequence[str], place: Path, commit: str, out: Path) -> str:

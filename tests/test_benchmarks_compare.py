@@ -178,6 +178,15 @@ def test_the_library_of_a_commit_beside_these_benchmarks():
     assert str(place.parent) not in listed
 
 
+def test_the_library_of_another_folder(tmp_path):
+    (tmp_path / "other" / "dskernels").mkdir(parents=True)
+    (tmp_path / "other" / "dskernels" / "__init__.py").touch()
+    with base.checked_out(str(tmp_path / "other")) as (name, place):
+        assert name == "other"
+        assert (place / "dskernels").resolve() == tmp_path / "other" / "dskernels"
+    assert (tmp_path / "other" / "dskernels" / "__init__.py").exists()
+
+
 @in_git
 def test_commits_run_in_turns_and_are_compared(monkeypatch):
     turns, speed = [], iter((100.0, 50.0, 50.0, 102.0))
