@@ -20,17 +20,26 @@ MODEL = Config.from_name("tiny", **SMALL)
 SHORT = {**QUICK, "steps": 6, "batch_tokens": 32, "validate_every": 3, "validation_batches": 1, "ema": 0.9}
 
 
-@pytest.fixture(autouse=True)
-def _average_often(monkeypatch):
-    monkeypatch.setattr(ema, "EMA_EVERY", 2)
+@pytest.fixture(scope="module", autouse=True)
+def _average_often():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ema, "EMA_EVERY", 2)
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def corpus():
     text = torch.tensor(list(b"for i in range(10):\n    print(i)\n" * 6), dtype=torch.int16)
     boundary = torch.tensor([BOUNDARY], dtype=torch.int16)
     documents = [torch.cat((boundary, text[i:], boundary)) for i in range(4)]
     return Corpus(documents[1:], documents[:1])
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """The folder and the history of a run that was never stopped."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, train(MODEL, corpus, TrainConfig(**SHORT), out=out)
 
 
 def stop_at(step):
@@ -96,7 +105,7 @@ train(MODEL, Corpus(documents[1:], documents[:1]), TrainConfig(**SHORT), out={ou
 """
 
 
-def test_kill_9_loses_nothing(corpus, tmp_path):
+def test_kill_9_loses_nothing(corpus, whole, tmp_path):
     """A process that is really killed, two steps behind a checkpoint and in the middle of writing the next."""
     torch.save([*corpus.validation, *corpus.train], tmp_path / "text.pt")
     out = tmp_path / "parts"
@@ -111,9 +120,8 @@ def test_kill_9_loses_nothing(corpus, tmp_path):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 6  # two looks, four steps
     config = TrainConfig(**SHORT)
     history = train(MODEL, corpus, config, out=out, checkpoint_every=2)
-    whole = train(MODEL, corpus, config, out=tmp_path / "whole")
-    assert numbers(history) == numbers(whole)
-    same_files(tmp_path / "whole", out, "model.safetensors", "ema/model.safetensors")
+    assert numbers(history) == numbers(whole[1])
+    same_files(whole[0], out, "model.safetensors", "ema/model.safetensors")
     assert not list((out / "checkpoints").glob(".*.partial"))
 
 
@@ -138,7 +146,7 @@ def test_a_checkpoint_in_several_files(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_writes_a_checkpoint_and_says_so(corpus, tmp_path, number):
+def test_ctrl_c_writes_a_checkpoint_and_says_so(corpus, whole, tmp_path, number):
     config = TrainConfig(**SHORT)
 
     def progress(line):
@@ -150,7 +158,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_so(corpus, tmp_path, number):
         train(MODEL, corpus, config, out=tmp_path / "parts", checkpoint_every=2, progress=progress)
     assert signal.getsignal(number) is before
     history = train(MODEL, corpus, config, out=tmp_path / "parts", checkpoint_every=2)
-    assert numbers(history) == numbers(train(MODEL, corpus, config, out=tmp_path / "whole"))
+    assert numbers(history) == numbers(whole[1])
 
 
 def test_another_run_is_not_gone_on_with(corpus, tmp_path):
@@ -223,7 +231,7 @@ def full_in_rust(*args, **kwargs):
     ],
     ids=["checkpoint", "flush", "export"],
 )
-def test_a_full_disk_keeps_the_last_checkpoint(corpus, tmp_path, monkeypatch, module, name, failure, message):
+def test_a_full_disk_keeps_the_last_checkpoint(corpus, whole, tmp_path, monkeypatch, module, name, failure, message):
     from dskernels.model import writing
 
     config = TrainConfig(**SHORT)
@@ -241,7 +249,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(corpus, tmp_path, monkeypatch, mo
     assert str(error.value).endswith(f"the last good checkpoint is {last}")
     assert "\n" not in str(error.value)
     history = train(MODEL, corpus, config, out=tmp_path, checkpoint_every=2)
-    assert numbers(history) == numbers(train(MODEL, corpus, config, out=tmp_path / "whole"))
+    assert numbers(history) == numbers(whole[1])
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is always full")
