@@ -16,7 +16,7 @@ from dskernels.model import Config, ema, load, train_state
 from dskernels.model.data import BOUNDARY, Corpus
 from dskernels.model.train import Interrupted, TrainConfig, train
 
-MODEL = Config.from_name("tiny", **SMALL)
+MODEL = Config.from_name("tiny", **{**SMALL, "n_routed_experts": 4})
 SHORT = {**QUICK, "steps": 6, "batch_tokens": 32, "validate_every": 3, "validation_batches": 1, "ema": 0.9}
 
 
@@ -60,10 +60,9 @@ def same_files(a, b, *names):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_that_stopped_goes_on_as_if_it_had_not(corpus, tmp_path, precision):
-    """Model, average and history to the bit; stopped twice, once before the first checkpoint."""
-    config = TrainConfig(**{**SHORT, "precision": precision}, microbatches=2)
+def test_a_run_that_stopped_goes_on_as_if_it_had_not(corpus, tmp_path):
+    """In bf16 with masters: model, average and history to the bit; stopped twice, once before the first checkpoint."""
+    config = TrainConfig(**{**SHORT, "precision": "bf16"}, microbatches=2)
     whole = train(MODEL, corpus, config, out=tmp_path / "whole", checkpoint_every=3)
     for step in (1, 5):
         killed, progress = stop_at(step)
