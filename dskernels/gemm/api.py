@@ -197,7 +197,7 @@ def _fp8_linear_forward(
         rows, columns = quantize_both(x, scale_format=form, impl=impl)
     elif keep:
         columns = quantize(x, (128, 1), scale_format=form, transpose=True, impl=impl)
-    elif rows is None:
+    if rows is None:
         rows = quantize(x, scale_format=form, impl=impl)
     # As bytes: what autograd would do with a result in e4m3 (add gradients up, say) torch cannot.
     kept = _nothing_kept(x) if columns is None else (columns.data.view(torch.uint8), columns.scale)

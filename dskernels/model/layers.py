@@ -50,8 +50,9 @@ class RMSNorm(nn.Module):
         if not fp8:
             x = x if update is None else x + update
             return self(x), None, x
-        options = dict(with_normed=True, scale_format=scale_format)
-        quantized, x, normed = ds.rmsnorm_quantize(x, self.weight, self.eps, update, **options)
+        quantized, x, normed = ds.rmsnorm_quantize(
+            x, self.weight, self.eps, update, with_normed=True, scale_format=scale_format
+        )
         return normed, quantized, x
 
     def again(self, x: Tensor, fp8: bool) -> Tensor:

@@ -34,7 +34,7 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> contextlib.Abstra
         if kept.device != tensor.device or kept.untyped_storage()._cdata != place:
             return kept
         again_there.parts += 1
-        return _Part(again_there, kept.shape, kept.stride(), kept.storage_offset() - tensor.storage_offset())
+        return _Part(again_there, kept.shape, kept.stride(), int(kept.storage_offset() - tensor.storage_offset()))
 
     return saved_tensors_hooks(pack, lambda kept: kept.take() if isinstance(kept, _Part) else kept)
 

@@ -90,8 +90,9 @@ def _backward_reference(dout, *args):
     places = [i for i, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
     for i in places:
         network[i] = network[i].detach().requires_grad_()
+    x, w13, w13_scale, w2, w2_scale = network
     with differentiating():
-        out = _reference(*network, fp8)
+        out = _reference(x, w13, w13_scale, w2, w2_scale, fp8)
     gradients = iter(torch.autograd.grad(out, [network[i] for i in places], dout))
     return tuple(next(gradients) if needed else dout.new_empty(0) for needed in needs)
 
