@@ -49,7 +49,8 @@ def test_memory(tokens, routed, shared, top_k, hidden):
 
 def test_choice():
     assert [config_few.choose_down(n, MULTIPROCESSORS).split for n in (2048, 4096, 7168, 16384)] == [8, 4, 2, 1]
-    assert config_few.MOST_TOKENS <= config_few.OPERAND
+    assert config_few.most_tokens(2048, 1408) == 4
+    assert config_few.most_tokens(7168, 2048) == 2
     assert config_few.most_chosen(6, 64, 2) == 8
     assert config_few.most_chosen(64, 8, 1) == 9
 
@@ -74,7 +75,7 @@ def run(sm_90, monkeypatch):
         return out
 
     monkeypatch.setattr(hopper_few, "empty", poisoned)
-    monkeypatch.setattr(config_few, "MOST_TOKENS", config_few.OPERAND)
+    monkeypatch.setattr(config_few, "most_tokens", lambda *_: config_few.OPERAND)
     blocks = {
         few: hopper.experts.operations(hopper.PLAIN, hopper.replace(hopper.FP8, few=few))[0] for few in (counted, None)
     }

@@ -6,10 +6,6 @@ from dskernels.gemm.config import SHARED_OF_MULTIPROCESSOR, SHARED_RESERVED, Sma
 from dskernels.validate import ceil_div
 
 OPERAND = 8  # tokens are the narrow operand of the tensor cores, which is so wide at least: so many may be run
-# And so many are. One was timed: 2.45 ms for Moonlight's shape, 2.15 so, before launches overlapped. More touch more
-# experts, and what is saved is the same: about 15 us a block, of 40 with one token and 100 with 8. Between 2 and 8 no
-# comparison has been run yet.
-MOST_TOKENS = 4
 MOST_CHOICES = 256  # of all tokens
 TILE = 64  # rows of a weight that a CTA multiplies at a time
 CHUNK = 16  # blocks of K that hopper_few_down.cu quantises at a time
@@ -21,6 +17,17 @@ UP = SmallConfig(TILE, OPERAND, split=1, resident=1)
 # 1.99 with two CTAs of the second one, 1.92 with four. To ask the L2 for what is needed next (weights of shared experts
 # before the choice is known, those of the second product at the end of the first) cost 1 and 2%.
 DOWN_RESIDENT = 3
+
+
+def most_tokens(hidden: int, inner: int) -> int:
+    """Up to how many tokens these kernels are the faster ones, for experts of that size.
+
+    They save launches, and stream weights more slowly: 3.1 to 3.8 TB/s, the grouped products 4.1 to 4.3. A block on an
+    H200, microseconds, of Moonlight's size (2048 x 1408) with 1, 2, 3, 4, 6 and 8 tokens: 23.2, 38.5, 51.4, 61.0, 86.7
+    and 105, by the others 36.7, 50.2, 59.6, 66.3, 84.6 and 97.3. Of DeepSeek-V3's (7168 x 2048) with 1, 2, 4 and 8: 110,
+    196, 370 and 677, by the others 120, 199, 355 and 630.
+    """
+    return 4 if hidden * inner <= 2048 * 2048 else 2
 
 
 def most_chosen(choices: int, routed: int, shared: int) -> int:

@@ -33,7 +33,7 @@ def fused_experts(
     """Output [T, H] for tokens `a`; the last `n_shared` experts are those of every token. None if it is not for these
     kernels: more tokens, weights that are quantised inside, ids of another type than `route` returns, or fp32."""
     w13_scale, w2_scale = network.w13_scale, network.w2_scale
-    if not isinstance(a, Fp8Tensor) or w13_scale is None or w2_scale is None or not _fits(a, dtype, experts):
+    if not isinstance(a, Fp8Tensor) or w13_scale is None or w2_scale is None or not _fits(a, dtype, network, experts):
         return None
     tokens, most = a.shape[0], most_of(experts, network.w13, n_shared)
     gate_up = empty(a.data, (most * tokens, network.w13.shape[1]), dtype)
@@ -45,8 +45,8 @@ def fused_experts(
     return out
 
 
-def _fits(a: Fp8Tensor, dtype: torch.dtype, experts: Tensor) -> bool:
-    few = 0 < a.shape[0] <= config.MOST_TOKENS and 0 < experts.numel() <= config.MOST_CHOICES
+def _fits(a: Fp8Tensor, dtype: torch.dtype, network: Network, experts: Tensor) -> bool:
+    few = 0 < a.shape[0] <= config.most_tokens(*network.w2.shape[1:]) and 0 < experts.numel() <= config.MOST_CHOICES
     ids = experts.dtype == torch.int32 and experts.is_contiguous()
     aligned = a.data.data_ptr() % 16 == 0 and a.data.stride(0) % 16 == 0 and a.scale.data_ptr() % 16 == 0
     return few and ids and aligned and a.data.is_cuda and dtype in (torch.bfloat16, torch.float16)
