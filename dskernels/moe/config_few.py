@@ -24,8 +24,8 @@ def most_tokens(hidden: int, inner: int) -> int:
 
     They save launches, and stream weights more slowly: 3.1 to 3.8 TB/s, the grouped products 4.1 to 4.3. A block on an
     H200, microseconds, of Moonlight's size (2048 x 1408) with 1, 2, 3, 4, 6 and 8 tokens: 23.2, 38.5, 51.4, 61.0, 86.7
-    and 105, by the others 36.7, 50.2, 59.6, 66.3, 84.6 and 97.3. Of DeepSeek-V3's (7168 x 2048) with 1, 2, 4 and 8: 110,
-    196, 370 and 677, by the others 120, 199, 355 and 630.
+    and 105, the others 36.7, 50.2, 59.6, 66.3, 84.6 and 97.3. Of DeepSeek-V3's (7168 x 2048) with 1, 2, 4 and 8: 110,
+    196, 370 and 677, the others 120, 199, 355 and 630.
     """
     return 4 if hidden * inner <= 2048 * 2048 else 2
 
