@@ -147,16 +147,18 @@ def outcome(spec: Any, target: str) -> str:
     return ""
 
 
-def compile_here(each: str, targets: Iterable[str] = TARGETS) -> dict[str, Any]:
+def record() -> list[Any]:
+    """`recorded` in a process of its own, one whose kernels are interpreted: the tests' own way."""
+    with tempfile.TemporaryDirectory() as folder:
+        listed = Path(folder) / "kernels.pickle"
+        subprocess.run([sys.executable, __file__, "record", str(listed)], check=True, stdout=subprocess.DEVNULL)
+        return pickle.loads(listed.read_bytes())
+
+
+def compile_here(kernels: list[Any], targets: Iterable[str] = TARGETS) -> dict[str, Any]:
     """Compile for all targets with the Triton of this process."""
     import triton
 
-    os.environ.pop("TRITON_INTERPRET", None)
-    with tempfile.TemporaryDirectory() as folder:
-        listed = Path(folder) / "kernels.pickle"
-        child = [sys.executable, str(Path(__file__)), "record", str(listed)]
-        subprocess.run(child, check=True, stdout=subprocess.DEVNULL)
-        kernels = representatives(pickle.loads(listed.read_bytes()), each)
     rows: dict[str, dict[str, list[str]]] = {}
     for target in targets:
         rows[target] = {}
@@ -167,38 +169,22 @@ def compile_here(each: str, targets: Iterable[str] = TARGETS) -> dict[str, Any]:
     return {"triton": triton.__version__, "python": platform.python_version(), "kernels": len(kernels), "targets": rows}
 
 
-def compile_releases(releases: Iterable[str], each: str) -> list[dict[str, Any]]:
+def compile_releases(releases: Iterable[str], kernels: list[Any], targets: Iterable[str]) -> list[dict[str, Any]]:
     """Each release of Triton in an environment of its own, on top of this one's torch and test tools."""
     site = next(path for path in sys.path if path.endswith("site-packages"))
     results = []
     for release in releases:
         with tempfile.TemporaryDirectory() as folder:
-            packages, out = Path(folder) / "packages", Path(folder) / "result.json"
-            pip = [
-                sys.executable,
-                "-m",
-                "pip",
-                "install",
-                "-q",
-                "--no-deps",
-                "--target",
-                str(packages),
-                f"triton=={release}",
-            ]
-            subprocess.run(pip, check=True)
+            packages, out, listed = (Path(folder) / name for name in ("packages", "result.json", "kernels.pickle"))
+            listed.write_bytes(pickle.dumps(kernels))
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(packages)]
+            subprocess.run([*pip, f"triton=={release}"], check=True)
             path = os.pathsep.join(map(str, (packages, ROOT, HERE, site)))
             environment = {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(Path(folder) / "cache")}
-            command = [
-                sys.executable,
-                str(Path(__file__)),
-                "compile",
-                "--out",
-                str(out),
-                "--each",
-                each,
-            ]
+            environment.pop("TRITON_INTERPRET", None)
+            command = [sys.executable, __file__, "compile", "--out", str(out), "--kernels", str(listed)]
             print(f"Triton {release}", flush=True)
-            subprocess.run(command, check=True, env=environment)
+            subprocess.run([*command, "--targets", *targets], check=True, env=environment)
             results.append(json.loads(out.read_text()))
     return results
 
@@ -243,25 +229,27 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("compile")
+    one, many = commands.add_parser("compile"), commands.add_parser("releases")
     one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
-    many = commands.add_parser("releases")
     many.add_argument("release", nargs="+")
     for command in (one, many):
         what = "what one configuration is compiled of"
         command.add_argument("--each", default="types", choices=("kernel", "types", "config"), help=what)
+        command.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
+        command.add_argument("--kernels", type=Path, help="what `record` wrote")
     commands.add_parser("table")
     commands.add_parser("record").add_argument("out", type=Path)
     asked = parser.parse_args()
     if asked.command == "record":
         asked.out.write_bytes(pickle.dumps(recorded()))
         return
-    if asked.command == "compile":
-        asked.out.write_text(json.dumps(compile_here(asked.each, asked.targets), indent=1) + "\n")
-        return
-    if asked.command == "releases":
-        RESULTS.write_text(json.dumps(compile_releases(asked.release, asked.each), indent=1) + "\n")
+    if asked.command in ("compile", "releases"):
+        kernels = record() if asked.kernels is None else pickle.loads(asked.kernels.read_bytes())
+        kernels = representatives(kernels, asked.each)
+        if asked.command == "compile":
+            asked.out.write_text(json.dumps(compile_here(kernels, asked.targets), indent=1) + "\n")
+            return
+        RESULTS.write_text(json.dumps(compile_releases(asked.release, kernels, asked.targets), indent=1) + "\n")
     TABLE.write_text(table(json.loads(RESULTS.read_text())))
 
 

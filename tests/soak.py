@@ -105,7 +105,8 @@ class Load:
         """What the prompt gives alone, by a cache of its own."""
         key = tuple(prompt), tokens
         if key not in self.alone:
-            self.alone[key] = generate(self.model, [prompt], max_new_tokens=tokens, page_size=4, eos=()).finish()[0]
+            alone = generate(self.model, [prompt], max_new_tokens=tokens, page_size=4, eos=(), graphs=False)
+            self.alone[key] = alone.finish()[0]
         return self.alone[key]
 
     def round(self, chance: random.Random, counts: dict[str, int]) -> None:

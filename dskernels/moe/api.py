@@ -256,6 +256,8 @@ def _combine_reference(y: Tensor, offsets: Tensor, index: Tensor, weights: Tenso
 
 
 def _combine_backward_reference(dout, y, offsets, index, weights):
+    if index.shape[1] == 0:  # without choices the result is a constant
+        return y.new_zeros(y.shape), weights.new_zeros(weights.shape)
     y, weights = (t.detach().requires_grad_() for t in (y, weights))
     with differentiating():
         out = _combine_reference(y, offsets, index, weights)

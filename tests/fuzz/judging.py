@@ -122,9 +122,16 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def _left_open(call: Call) -> bool:
-    """Whether the contract says nothing about the numbers: logits of what is not finite."""
-    operands = (call.arguments.get("x"), call.arguments.get("weight"))
-    return call.function == "route_hidden" and not all(bool(x.isfinite().all()) for x in operands)
+    """Whether the contract says nothing about the numbers: logits of what is not finite, sequences that overlap."""
+    given = call.arguments
+    if call.function == "route_hidden":
+        return not all(bool(x.isfinite().all()) for x in (given["x"], given["weight"]))
+    for name, rows in (("cu_seqlens_q", given.get("q")), ("cu_seqlens_k", given.get("k"))):
+        if name in given and isinstance(given[name], Tensor) and not given[name].is_meta:
+            ends = given[name].tolist()
+            if ends and (ends != sorted(ends) or ends[0] != 0 or ends[-1] > rows.shape[0]):
+                return True
+    return False
 
 
 def _comparable(call: Call, result: Any) -> list[Tensor]:
@@ -147,6 +154,8 @@ def _compare_exact(call: Call, result: Any, kept: list[Tensor]) -> None:
     if call.exact is None or any(
         x.is_complex() or x.is_quantized or x.layout is not torch.strided for _, x in leaves(call.arguments)
     ):
+        return
+    if _left_open(call):
         return
     needs = inspect.signature(call.exact).parameters
     extra = {"result": result} if "result" in needs else {}
@@ -228,7 +237,8 @@ def _compare(call: Call, gots: list[Tensor], wants: list[Tensor], impl: str) -> 
         counts = torch.ones_like(a, dtype=torch.bool)
         if call.function == "grouped_gemm_masked":
             rows = (
-                torch.arange(a.shape[1])[None, :, None] < call.arguments["counts"].clamp(0, a.shape[1])[:, None, None]
+                torch.arange(a.shape[1], device=a.device)[None, :, None]
+                < call.arguments["counts"].clamp(0, a.shape[1])[:, None, None]
             )
             counts = rows.expand(a.shape)
         if not torch.equal(a.isnan()[counts], b.isnan()[counts]):

@@ -86,6 +86,14 @@ def test_results_are_not_written_behind_autograd():
         ds.apply_rope(x, angle, angle, out=torch.empty(3, 1, 4, requires_grad=True))
 
 
+def test_gradient_of_no_choices():
+    y, weights = torch.randn(0, 8, requires_grad=True), torch.randn(3, 0, requires_grad=True)
+    permuted = ds.permute(torch.randn(3, 8), torch.zeros(3, 0, dtype=torch.int32), 2)
+    for impl in ("reference", "triton"):
+        got = torch.autograd.grad(ds.combine(y, permuted, weights, impl=impl).sum(), (y, weights))
+        assert [x.shape for x in got] == [(0, 8), (3, 0)]
+
+
 @pytest.mark.parametrize("flag", ["fp8", "recompute"])
 def test_flags_of_experts_are_named(flag):
     x, w13, w2 = torch.randn(2, 16), torch.randn(2, 16, 16), torch.randn(2, 16, 8)

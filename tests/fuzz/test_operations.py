@@ -20,7 +20,7 @@ from fuzz.spoiling import spoil
 CALLS = operations_fp8.CALLS | operations_model.CALLS
 NOT_CALLED = {"explain", "use_impl", "Fp8Tensor", "LoadStatistics", "Permuted", "Routing"}
 CASES = int(os.environ.get("DSKERNELS_FUZZ_CASES", "0"))  # of all operations together; 0 for the few of `make test`
-EACH = -(-CASES // len(CALLS)) or 5
+EACH = -(-CASES // len(CALLS)) or 4
 # One case in this many runs in Triton's interpreter too, which takes 20 times as long as the reference.
 KERNELS = 6
 
