@@ -166,4 +166,4 @@ def test_shared_memory_is_as_large_as_the_launcher_says():
     values = {"ROWS": 9 * 64 * 128, "TILE": 64 * 128, "BLOCK": 64}
     for name, expression in sizes.items():
         values[name] = eval(expression, {}, values)
-    assert values["OFFSET_BARRIERS"] + 16 * 8 == SHARED
+    assert values["OFFSET_BARRIERS"] + 18 * 8 == SHARED

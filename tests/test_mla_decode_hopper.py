@@ -26,11 +26,11 @@ def test_choice():
     assert {choose_hopper_config(16, page, False).loader for page in (1, 3, 4, 60)} == {ROWS}
     assert {choose_hopper_config(rows, page, True).loader for rows in (1, 128) for page in (1, 64)} == {E4M3}
     # Row blocks that can be paired load for each other.
-    for fp8 in (False, True):
-        clusters = {rows: choose_hopper_config(rows, 64, fp8).cluster for rows in (1, 64, 65, 128, 129, 256)}
-        assert clusters == {1: 1, 64: 1, 65: 2, 128: 2, 129: 1, 256: 2}
+    clusters = {rows: choose_hopper_config(rows, 64, False).cluster for rows in (1, 64, 65, 128, 129, 256)}
+    assert clusters == {1: 1, 64: 1, 65: 2, 128: 2, 129: 1, 256: 2}
+    assert choose_hopper_config(128, 64, True).cluster == 1
     for rows in (16, 128):
-        for page, fp8 in ((64, False), (8, False), (1, False), (64, True)):
+        for page, fp8 in ((64, False), (8, False), (1, False), (64, True), (1, True)):
             config = choose_hopper_config(rows, page, fp8)
             # The CTA has 168 for each of 384 threads, and one that asks for more than are left waits forever.
             assert config.registers % 8 == 0

@@ -165,8 +165,6 @@ inline void cluster_arrive() {}
 inline void cluster_wait() {}
 inline void cluster_sync() {}
 inline void barrier_arrive_at(u32, u32) { fault("no cluster"); }
-inline u32 cluster_addr(u32, u32) { fault("no cluster"); }
-inline void cluster_store(u32, u32, float4) { fault("no cluster"); }
 
 // ---- numbers of 16 and 8 bits --------------------------------------------------------------------------------------
 
@@ -182,7 +180,9 @@ inline float e4m3(u8 x) {
     const float size = exponent == 15 && mantissa == 7 ? NAN : exponent ? ldexpf(8 + mantissa, exponent - 10) : ldexpf(mantissa, -9);
     return x >> 7 ? -size : size;
 }
-inline u32 unpack_pair(u16 pair, float scale) { return pack(e4m3(pair & 255) * scale, e4m3(pair >> 8) * scale); }
+inline void unpack(u32 (&to)[2], u32 four, float scale) {
+    for (int i = 0; i < 2; ++i) to[i] = pack(e4m3(four >> 16 * i & 255) * scale, e4m3(four >> (16 * i + 8) & 255) * scale);
+}
 inline float exp2_fast(float x) { return exp2f(x); }
 
 // ---- copies --------------------------------------------------------------------------------------------------------
@@ -221,9 +221,12 @@ template <int N> void registers_fence(float (&)[N]) {}
 template <int COUNT> void registers_grow() {}
 template <int COUNT> void registers_shrink() {}
 inline u32 anew(u32 base) { return base; }
+inline int again(int x) { return x; }
 inline void made(u32 (&)[16]) {}
 inline void keep(void*) {}
 inline void let_next_begin() {}
+inline void launch_dependents() {}
+inline void wait_for_dependency() {}
 inline void wait_for_last() {}
 
 inline u32 first_of(u64 operand) { return (operand & 0x3fff) << 4; }

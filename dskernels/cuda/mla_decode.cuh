@@ -19,8 +19,10 @@ constexpr int OFFSET_SUMS = OFFSET_MAXIMA + 2 * BLOCK * 4, OFFSET_PIECES = OFFSE
 constexpr int OFFSET_BARRIERS = OFFSET_PIECES + 2 * 32;
 
 __device__ __forceinline__ u32 full(u32 base, int stage, int group) { return base + OFFSET_BARRIERS + (stage * TILE_GROUPS + group) * 8; }
-// Half 0 of a stage is the left half of the values, half 1 the right one and the rope part.
+// Half 0 of a stage is the left half of the values, half 1 the right one.
 __device__ __forceinline__ u32 empty(u32 base, int stage, int half) { return base + OFFSET_BARRIERS + (2 * TILE_GROUPS + stage * 2 + half) * 8; }
+// The rope part, of which there are no values, is free as soon as the scores have been made.
+__device__ __forceinline__ u32 rope_empty(u32 base, int stage) { return base + OFFSET_BARRIERS + (2 * TILE_GROUPS + 6 + stage) * 8; }
 __device__ __forceinline__ u32 q_full(u32 base) { return base + OFFSET_BARRIERS + (2 * TILE_GROUPS + 4) * 8; }
 __device__ __forceinline__ u32 q_empty(u32 base) { return base + OFFSET_BARRIERS + (2 * TILE_GROUPS + 5) * 8; }
 

@@ -27,6 +27,13 @@ __device__ __forceinline__ void smem_store16(u32 addr, u32 a, u32 b, u32 c, u32 
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// A number that the compiler does not know from one use to the next: what follows from it, it would keep in registers.
+__device__ __forceinline__ int again(int x) {
+    int y;
+    asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
 // ---- the cache -----------------------------------------------------------------------------------------------------
 
 struct Cache {
@@ -120,6 +127,7 @@ __device__ __forceinline__ void load_boxes(Share share, const Batch& batch, cons
                     const int g = group_at(s, j);
                     if (g == 0) barrier_wait(empty(base, s, 0), phases.of(s));
                     if (g == 2) barrier_wait(empty(base, s, 1), phases.of(s));
+                    if (g == 4) barrier_wait(rope_empty(base, s), phases.of(s));
                     if (WHOLE_BOXES || lane == 0) barrier_expect(full(base, s, g), tiles_of(g) * TILE);
 #pragma unroll
                     for (int k = 0; k < 2; ++k) {
@@ -138,33 +146,36 @@ __device__ __forceinline__ void load_boxes(Share share, const Batch& batch, cons
 
 // ---- row by row ----------------------------------------------------------------------------------------------------
 
-// A warpgroup's work: rows of any page size, 16 bytes at a time. A warp has 16 rows of a block, a thread two of them, 8 apart; and of each 16
-// bytes of the left half of a tile's 128 and 16 of the right one, that of odd rows first: so eight lanes, of two rows, write to all banks.
-// Where two CTAs unpack e4m3 for each other, each has half of the rows: a warp eight, a thread one.
-constexpr int SHARING = LOADER == 2 ? CLUSTER : 1, OWN_ROWS = 2 / SHARING, ROWS_OF_WARP = 8 * OWN_ROWS;
-__device__ __forceinline__ int first_row(int warp) { return (SHARING > 1 ? cluster_rank() * (BLOCK / 2) : 0) + warp * ROWS_OF_WARP; }
+// A warpgroup's work: rows of any page size, 16 bytes at a time. A warp has 16 rows of a block, a thread four of them, 4 apart, and of each 128 of
+// their bytes the same 16. Eight lanes have half of a row and the other half of the next: so what they write goes to all banks, as it is or unpacked
+// to twice as much, and a warp reads whole rows.
+constexpr int OWN_ROWS = 4, ROWS_OF_WARP = 16;
+__device__ __forceinline__ int own_row(int lane) { return lane / 16 * 2 + (lane / 8 + lane / 4) % 2; }
 struct Rows {
-    const u8* at[OWN_ROWS];
+    const u8* mine;          // the row of the lane's number, of the warp's
+    const u8* at[OWN_ROWS];  // the thread's 16 bytes of its rows
     // The places of a warp's rows are asked for by its lanes, one each, before they are needed here.
     __device__ __forceinline__ void find(const Cache& cache, int2 place, int lane) {
+        mine = cache.row(place);
 #pragma unroll
-        for (int h = 0; h < OWN_ROWS; ++h) {
-            const int from = h * 8 + lane / 4;
-            at[h] = cache.row(make_int2(__shfl_sync(0xffffffffu, place.x, from), __shfl_sync(0xffffffffu, place.y, from)));
-        }
+        for (int n = 0; n < OWN_ROWS; ++n) at[n] = (const u8*)__shfl_sync(0xffffffffu, (u64)mine, own_row(lane) + 4 * n) + lane % 8 * 16;
     }
 };
 __device__ __forceinline__ int2 ask_row(const Cache& cache, const Piece& piece, int block, int warp, int lane) {
-    return cache.ask(piece.request, min((piece.first + block) * BLOCK + first_row(warp) + lane % ROWS_OF_WARP, piece.length - 1));
+    return cache.ask(piece.request, min((piece.first + block) * BLOCK + warp * ROWS_OF_WARP + lane % ROWS_OF_WARP, piece.length - 1));
 }
 
 // 16 bytes of a tile, in the 128-byte swizzle.
 __device__ __forceinline__ u32 chunk(u32 tile, int row, int column) { return tile + row * 128 + (column ^ row % 8) * 16; }
-// The chunks of a tile that a thread has, in shared memory and in its rows: of each row, h, two, k.
-__device__ __forceinline__ u32 own_chunk(u32 tile, int h, int k, int warp, int lane) {
-    return (chunk(tile, first_row(warp) + lane / 4, lane / 4 % 2 * 4 + lane % 4) ^ k * 64) + h * 8 * 128;
+// Of a thread's chunk in its first row, that of its n-th one.
+__device__ __forceinline__ u32 below(u32 at, int n) { return (at ^ n % 2 * 64) + n * 512; }
+
+// Copy the thread's part of a tile, which its rows have `offset` bytes on.
+__device__ __forceinline__ void copy_tile(u32 tile, const Rows& rows, int offset, int warp, int lane) {
+    const u32 to = chunk(tile, warp * ROWS_OF_WARP + own_row(lane), lane % 8);
+#pragma unroll
+    for (int n = 0; n < OWN_ROWS; ++n) copy16_async(below(to, n), rows.at[n] + offset);
 }
-__device__ __forceinline__ const u8* own_bytes(const Rows& rows, int h, int k, int lane) { return rows.at[h] + ((lane / 4 + k) % 2 * 4 + lane % 4) * 16; }
 
 template <class Meta>
 __device__ __forceinline__ void load_rows(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, int part, int row_block,
@@ -190,16 +201,10 @@ __device__ __forceinline__ void load_rows(Share share, const Batch& batch, const
 #pragma unroll 1
             for (int j = 0; j < TILE_GROUPS; ++j) {
                 const int g = group_at(s, j);
-                if (g == 0) barrier_wait(empty(base, s, 0), phases.of(s));
-                if (g == 2) barrier_wait(empty(base, s, 1), phases.of(s));
+                if (j % 2 == 0) barrier_wait(g < 4 ? empty(base, s, g / 2) : rope_empty(base, s), phases.of(s));
 #pragma unroll
-                for (int t = 0; t < 2; ++t) {
-                    if (t >= tiles_of(g)) continue;
-#pragma unroll
-                    for (int n = 0; n < 2 * OWN_ROWS; ++n)
-                        copy16_async(own_chunk(base + OFFSET_K + s * ROWS + (2 * g + t) * TILE, n / 2, n % 2, warp, lane),
-                                     own_bytes(rows, n / 2, n % 2, lane) + (2 * g + t) * 128);
-                }
+                for (int t = 0; t < 2; ++t)
+                    if (t < tiles_of(g)) copy_tile(base + OFFSET_K + s * ROWS + (2 * g + t) * TILE, rows, (2 * g + t) * 128, warp, lane);
                 barrier_arrive_after_copies(full(base, s, g));
             }
             phases.advance(s);
@@ -209,88 +214,76 @@ __device__ __forceinline__ void load_rows(Share share, const Batch& batch, const
 
 // ---- from e4m3 -----------------------------------------------------------------------------------------------------
 
-// Two e4m3 times a scale, rounded once to 16 bits.
-__device__ __forceinline__ u32 unpack_pair(u16 pair, float scale) {
-    u32 halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
-    return pack(widen((u16)halves, 1) * scale, widen((u16)(halves >> 16), 1) * scale);
+// Four e4m3 times a scale, rounded once to 16 bits.
+__device__ __forceinline__ void unpack(u32 (&to)[2], u32 four, float scale) {
+    u32 low, high;
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}" : "=r"(low), "=r"(high) : "r"(four));
+    to[0] = pack(widen((u16)low, 1) * scale, widen((u16)(low >> 16), 1) * scale);
+    to[1] = pack(widen((u16)high, 1) * scale, widen((u16)(high >> 16), 1) * scale);
 }
 
-// Where unpacked rows go: into this CTA's shared memory, and with SHARING into the other's, `there` bytes on, where the barrier counts them.
-struct Target {
-    u32 there;
-    __device__ __forceinline__ void store(u32 at, u32 barrier, u32 a, u32 b, u32 c, u32 d) const {
-        smem_store16(at, a, b, c, d);
-        if (SHARING > 1)
-            cluster_store(at + there, barrier + there, make_float4(__uint_as_float(a), __uint_as_float(b), __uint_as_float(c), __uint_as_float(d)));
-    }
-};
-
-// A group of two tiles of a thread's rows, on its way from memory: 16 columns of each tile, which become two chunks.
+// The thread's part of a group of two tiles, on its way from memory: 16 columns of each of its rows, which become two chunks.
 struct Loaded {
-    uint4 bytes[OWN_ROWS][2];
-    float scale[OWN_ROWS];
-    __device__ __forceinline__ void load(const Rows& rows, int group, int lane) {
+    uint4 bytes[OWN_ROWS];
+    __device__ __forceinline__ void load(const Rows& rows, int offset) {
 #pragma unroll
-        for (int h = 0; h < OWN_ROWS; ++h) {
-#pragma unroll
-            for (int t = 0; t < 2; ++t) bytes[h][t] = global_load16(rows.at[h] + group * 128 + t * 64 + lane % 4 * 16);
-            scale[h] = __ldg((const float*)(rows.at[h] + VALUE) + group);
-        }
+        for (int n = 0; n < OWN_ROWS; ++n) bytes[n] = global_load16(rows.at[n] + offset);
     }
-    __device__ __forceinline__ void unpack(const Target& target, u32 tiles, u32 barrier, int warp, int lane) const {
-        const u32 to = chunk(tiles, first_row(warp) + lane / 4, lane % 4 * 2);
+    // `to` is the first chunk of the first row; `scale` is of the row of the lane's number.
+    __device__ __forceinline__ void store(u32 to, float scale, int lane) const {
 #pragma unroll
-        for (int n = 0; n < 2 * OWN_ROWS; ++n) {
-            const int h = n / 2, t = n % 2;
-            const u32 words[4] = {bytes[h][t].x, bytes[h][t].y, bytes[h][t].z, bytes[h][t].w}, at = to + t * TILE + h * 8 * 128;
-            u32 x[8];
-#pragma unroll
-            for (int w = 0; w < 4; ++w) {
-                x[2 * w] = unpack_pair((u16)words[w], scale[h]);
-                x[2 * w + 1] = unpack_pair((u16)(words[w] >> 16), scale[h]);
-            }
-            target.store(at, barrier, x[0], x[1], x[2], x[3]);
-            target.store(at ^ 16, barrier, x[4], x[5], x[6], x[7]);
+        for (int n = 0; n < OWN_ROWS; ++n) {
+            const float factor = __shfl_sync(0xffffffffu, scale, own_row(lane) + 4 * n);
+            u32 a[2], b[2];
+            unpack(a, bytes[n].x, factor);
+            unpack(b, bytes[n].y, factor);
+            smem_store16(below(to, n), a[0], a[1], b[0], b[1]);
+            unpack(a, bytes[n].z, factor);
+            unpack(b, bytes[n].w, factor);
+            smem_store16(below(to ^ 16, n), a[0], a[1], b[0], b[1]);
         }
     }
 };
 
-// A warpgroup's work. Rows are asked for two blocks ahead, into the L2, and loaded two groups ahead, into registers, or four where half of the rows
-// are the other CTA's; their places a while before. No fence stands here, which would wait for all that: whoever multiplies has one.
+// A warpgroup's work. Rows are loaded two groups ahead, into registers, and asked for before, into the L2; their places before that. A block ahead,
+// which those that multiply could spare the registers for, is within 1%. No fence stands here, which would wait for all that: whoever multiplies
+// has one.
 template <class Meta>
 __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, int part, int row_block,
                                           Meta begins) {
-    constexpr int ROW_BYTES = VALUE + VALUE / 128 * 4 + ROPE * 2, AHEAD = 4 / OWN_ROWS, LANES = 32 / ROWS_OF_WARP;
+    constexpr int AHEAD = 2, SCALES = VALUE, ROPE_PART = SCALES + VALUE / 128 * 4, ROW_BYTES = ROPE_PART + ROPE * 2;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const Target target{SHARING > 1 ? cluster_addr(base, cluster_rank() ^ 1) - base : 0};
-    // A warp has stored its rows of a group; the first one also says how many bytes come from the other CTA.
-    auto arrive = [&](u32 barrier, int group) {
+    const u32 own = base + OFFSET_K + chunk(lane / 4 % 2 * TILE, warp * ROWS_OF_WARP + own_row(lane), lane % 4 * 2);
+    auto arrive = [&](u32 barrier) {
         __syncwarp();
-        if (SHARING > 1 && threadIdx.x == 256) barrier_expect(barrier, tiles_of(group) * TILE / 2);
-        else if (lane == 0) barrier_arrive(barrier);
+        if (elect_one()) barrier_arrive(barrier);
     };
+    // Of stage 1 the right half comes first.
+    auto offset = [](int stage, int j) { return (j / 2 ^ stage) * 256 + j % 2 * 128; };
     Phases phases;
     for (;; phases.next_piece()) {
         int count;
         const Piece piece = share.next(batch, part, count);
-        // LANES have a row, and ask for half a line each: every 128 bytes alone, it is 2% slower, every 32, 8%.
+        auto ask = [&](int block) { return ask_row(cache, piece, min(block, piece.blocks - 1), warp, lane); };
+        // Two lanes have a row, and ask for half a line each: every 128 bytes alone, it is 9% slower.
         auto prefetch = [&](int block, int2 place) {
-            if (block >= piece.blocks) return;
+            if (PREFETCH == 0 || block >= piece.blocks) return;
             const u8* row = cache.row(place) + lane / ROWS_OF_WARP * 64;
-            for (int i = 0; i < ROW_BYTES; i += LANES * 64) prefetch_line(row + i);
+#pragma unroll
+            for (int i = 0; i < ROW_BYTES; i += 128) prefetch_line(row + i);
         };
         Rows rows;
         Loaded loaded[AHEAD];
+        float4 scales;  // of the row of the lane's number
         int2 next, ahead;
         if (piece.blocks > 0) {
-            next = ask_row(cache, piece, 0, warp, lane);
-            for (int i = 1; i < 1 + PREFETCH; ++i) prefetch(i, ask_row(cache, piece, i, warp, lane));
-            ahead = ask_row(cache, piece, 1 + PREFETCH, warp, lane);
-            rows.find(cache, next, lane);
-            if (AHEAD == 4) next = ask_row(cache, piece, min(1, piece.blocks - 1), warp, lane);
+            rows.find(cache, ask(0), lane);
 #pragma unroll
-            for (int j = 0; j < AHEAD; ++j) loaded[j].load(rows, j, lane);
+            for (int j = 0; j < AHEAD; ++j) loaded[j].load(rows, offset(0, j));
+            scales = __ldg((const float4*)(rows.mine + SCALES));
+            next = ask(1);
+            for (int i = 1; i <= PREFETCH; ++i) prefetch(i, ask(i));
+            ahead = ask(1 + PREFETCH);
         }
         if (threadIdx.x == 256) {
             if (count > 0) begins(piece.request, count);
@@ -301,39 +294,37 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
 #pragma unroll 1
         for (int i = 0; i < piece.blocks; ++i) {
             const int s = i % 2;
-            const u32 stage = base + OFFSET_K + s * ROWS;
-            if (PREFETCH > 0) {
-                prefetch(i + 1 + PREFETCH, ahead);
-                ahead = ask_row(cache, piece, i + 2 + PREFETCH, warp, lane);
+            const u32 rope = base + OFFSET_K + s * ROWS + 8 * TILE;
+            barrier_wait(rope_empty(base, s), phases.of(s));
+            if (OUT == 0) {
+                copy_tile(rope, rows, ROPE_PART, warp, lane);
+                barrier_arrive_after_copies(full(base, s, 4));
+            } else {
+                const u32 to = chunk(rope, warp * ROWS_OF_WARP + own_row(lane), lane % 8);
+#pragma unroll
+                for (int n = 0; n < OWN_ROWS; ++n) {
+                    const uint4 x = global_load16(rows.at[n] + ROPE_PART);
+                    auto half = [](u32 two) { return pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
+                    smem_store16(below(to, n), half(x.x), half(x.y), half(x.z), half(x.w));
+                }
+                arrive(full(base, s, 4));
             }
-            if (AHEAD == 2) next = ask_row(cache, piece, min(i + 1, piece.blocks - 1), warp, lane);
-            uint4 rope[2 * OWN_ROWS];
+            const float factor[4] = {s ? scales.z : scales.x, s ? scales.w : scales.y, s ? scales.x : scales.z, s ? scales.y : scales.w};
+            prefetch(i + 1 + PREFETCH, ahead);
+            ahead = ask(i + 2 + PREFETCH);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int g = group_at(s, j);
                 if (j == 4 - AHEAD) {  // what is loaded from here on is the next block's
-#pragma unroll
-                    for (int k = 0; k < 2 * OWN_ROWS; ++k) rope[k] = global_load16(own_bytes(rows, k / 2, k % 2, lane) + ROW_BYTES - ROPE * 2);
                     rows.find(cache, next, lane);
-                    if (AHEAD == 4) next = ask_row(cache, piece, min(i + 2, piece.blocks - 1), warp, lane);
+                    next = ask(i + 2);
+                    scales = __ldg((const float4*)(rows.mine + SCALES));
                 }
                 // Of a half's second group this has been waited for; but the assembler moves the loads below no branch, as it else does.
-                barrier_wait(empty(base, s, g / 2), phases.of(s));
-                loaded[j % AHEAD].unpack(target, stage + 2 * g * TILE, full(base, s, g), warp, lane);
-                arrive(full(base, s, g), g);
-                const int to = j + AHEAD;
-                loaded[j % AHEAD].load(rows, to < 4 ? group_at(s, to) : group_at(1 - s, to - 4), lane);
+                barrier_wait(empty(base, s, j / 2 ^ s), phases.of(s));
+                loaded[j % AHEAD].store(own + s * ROWS + offset(s, j) * (TILE / 64), factor[j], lane);
+                arrive(full(base, s, group_at(s, j)));
+                loaded[j % AHEAD].load(rows, j + AHEAD < 4 ? offset(s, j + AHEAD) : offset(1 - s, j + AHEAD - 4));
             }
-#pragma unroll
-            for (int k = 0; k < 2 * OWN_ROWS; ++k) {
-                uint4 x = rope[k];
-                if (OUT == 1) {
-                    auto half = [](u32 two) { return pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
-                    x = make_uint4(half(x.x), half(x.y), half(x.z), half(x.w));
-                }
-                target.store(own_chunk(stage + 8 * TILE, k / 2, k % 2, warp, lane), full(base, s, 4), x.x, x.y, x.z, x.w);
-            }
-            arrive(full(base, s, 4), 4);
             phases.advance(s);
         }
     }

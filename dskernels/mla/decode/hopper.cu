@@ -11,7 +11,7 @@
 //   LOADER      0 the tensor memory accelerator, 1 row by row, 2 row by row from e4m3
 //   WHOLE_BOXES with LOADER 0, 1: pages are multiples of 64 rows, so that a copy takes 64; 0: fewer, as an argument says
 //   PREFETCH    with LOADER 2: blocks that are asked for, into the L2, ahead of their load
-//   CLUSTER     with LOADER 0 or 2: CTAs, of neighbouring query rows, that load for each other, 1 or 2
+//   CLUSTER     with LOADER 0: CTAs, of neighbouring query rows, that load for each other, 1 or 2
 //   BOUNDARY    what a request costs beside its blocks, in blocks; WHOLE: how many blocks more than its even share a part may get where that
 //               spares cutting requests
 //   REGISTERS   of a thread that multiplies; one that loads has 504 - 2 * REGISTERS, as a CTA of 384 threads begins with 168 for each
@@ -85,8 +85,9 @@ __device__ __forceinline__ int end_of(const Piece& piece, int row, int heads) {
 
 // Take out the positions, of a block from which on the request has `left`, that this thread's rows do not see.
 __device__ __forceinline__ void hide(float (&scores)[32], const Piece& piece, int left, int row_block, int heads) {
-    const int lane = threadIdx.x % 32, r = row_block * BLOCK + threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const int thread = again(threadIdx.x), lane = thread % 32, r = row_block * BLOCK + thread % 128 / 32 * 16 + lane / 4;
     const int first = lane % 4 * 2 + piece.length - left;  // position of the thread's first column
+    heads = again(heads);
     const int seen[2] = {end_of(piece, r, heads) - first, end_of(piece, r + 8, heads) - first};
 #pragma unroll
     for (int j = 0; j < 32; ++j)
@@ -164,7 +165,8 @@ template <int STAGE, int GROUP> __device__ __forceinline__ void start_other(floa
 
 // Zero values from row `valid` on: their weight is 0, and 0 * NaN would not be. The whole warpgroup's work.
 __device__ __forceinline__ void clear_rows(u32 stage, int valid) {
-    for (int i = valid * 64 + threadIdx.x % 128; i < BLOCK * 64; i += 128) smem_store16(stage + i % 64 / 8 * TILE + i / 64 * 128 + i % 8 * 16, 0, 0, 0, 0);
+#pragma unroll 1
+    for (int i = valid * 64 + again(threadIdx.x) % 128; i < BLOCK * 64; i += 128) smem_store16(stage + i % 64 / 8 * TILE + i / 64 * 128 + i % 8 * 16, 0, 0, 0, 0);
     proxy_fence();
     named_sync<128>(OWN + threadIdx.x / 128);
 }
@@ -203,7 +205,9 @@ __device__ __forceinline__ void store_sums(const float (&sums)[128], const float
 template <int GROUP>
 __device__ __forceinline__ void finish(float (&sums)[128], Rowwise& row, const Piece& piece, const Results& results, u32 base, int row_block, int warp,
                                        int lane) {
-    const int r = warp * 16 + lane / 4;
+    warp = again(warp);
+    lane = again(lane);
+    const int r = warp * 16 + lane / 4, heads = again(results.heads);
     float factor[2], lse[2];
     const u32 mine = base + OFFSET_SUMS + (GROUP * BLOCK + r) * 4, other = base + OFFSET_SUMS + ((1 - GROUP) * BLOCK + r) * 4;
 #pragma unroll
@@ -217,11 +221,11 @@ __device__ __forceinline__ void finish(float (&sums)[128], Rowwise& row, const P
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const float theirs = smem_load(other + i * 32), weight = GROUP == 0 ? row.weight[i] + theirs : theirs + row.weight[i];
-        const bool dead = weight == 0.f || end_of(piece, row_block * BLOCK + r + 8 * i, results.heads) <= 0;
+        const bool dead = weight == 0.f || end_of(piece, row_block * BLOCK + r + 8 * i, heads) <= 0;
         factor[i] = dead ? 0.f : 1.f / weight;
         lse[i] = dead ? nothing() : row.largest[i] + log2f(weight);
     }
-    const int rows = results.heads * results.q_tokens, first = row_block * BLOCK + r;
+    const int rows = heads * results.q_tokens, first = row_block * BLOCK + r;
     if (piece.slot < 0) {
         Element* out = results.out + ((long long)piece.request * rows + first) * VALUE + GROUP * (VALUE / 2);
         store_sums(sums, factor, out, out + 8 * VALUE, first < rows, first + 8 < rows, lane);
@@ -229,7 +233,7 @@ __device__ __forceinline__ void finish(float (&sums)[128], Rowwise& row, const P
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int n = first + 8 * i;
-                if (n < rows) results.lse[((long long)piece.request * results.heads + n % results.heads) * results.q_tokens + n / results.heads] = lse[i] * LN_2;
+                if (n < rows) results.lse[((long long)piece.request * heads + n % heads) * results.q_tokens + n / heads] = lse[i] * LN_2;
             }
         }
     } else {
@@ -250,12 +254,13 @@ __device__ __forceinline__ void finish(float (&sums)[128], Rowwise& row, const P
 
 // A request without positions.
 __device__ __forceinline__ void write_nothing(const Piece& piece, const Results& results, int row_block) {
-    const int rows = results.heads * results.q_tokens, first = row_block * BLOCK, count = min(BLOCK, rows - first);
+    const int thread = again(threadIdx.x), heads = again(results.heads), rows = heads * results.q_tokens, first = row_block * BLOCK, count = min(BLOCK, rows - first);
     uint4* out = (uint4*)(results.out + ((long long)piece.request * rows + first) * VALUE);
-    for (int i = threadIdx.x; i < count * (VALUE / 8); i += 256) out[i] = make_uint4(0, 0, 0, 0);
-    if (threadIdx.x < count) {
-        const int n = first + threadIdx.x;
-        results.lse[((long long)piece.request * results.heads + n % results.heads) * results.q_tokens + n / results.heads] = nothing();
+#pragma unroll 1
+    for (int i = thread; i < count * (VALUE / 8); i += 256) out[i] = make_uint4(0, 0, 0, 0);
+    if (thread < count) {
+        const int n = first + thread;
+        results.lse[((long long)piece.request * heads + n % heads) * results.q_tokens + n / heads] = nothing();
     }
 }
 
@@ -274,7 +279,6 @@ template <int GROUP> __device__ __forceinline__ void attend(const Results& resul
             continue;
         }
         Rowwise row = {{nothing(), nothing()}, {0.f, 0.f}};
-        const int fresh = piece.fresh;
         int todo = piece.blocks;                                        // of the piece, not of a pair's first blocks alone
         int left = piece.length - (piece.first + GROUP) * BLOCK;  // positions from the block on that this warpgroup makes scores of
         float sums[128], scores[32], largest[2];
@@ -287,14 +291,15 @@ template <int GROUP> __device__ __forceinline__ void attend(const Results& resul
                 start_scores<0>(scores, base, phase & 1);
                 wgmma_wait<0>();
                 registers_fence(scores);
+                release(rope_empty(base, 0), lane);
+                if (left < BLOCK) clear_rows(base + OFFSET_K, left);
                 phase ^= 1;
                 if (todo <= 2 && lane == 0) barrier_arrive(q_empty(base));
-                if (left < BLOCK - 1 + fresh) hide(scores, read_piece(at), left, row_block, results.heads);
+                if (left < BLOCK - 1 + results.q_tokens) hide(scores, read_piece(at), left, row_block, results.heads);
                 largest[0] = row.largest[0];
                 largest[1] = row.largest[1];
                 weigh(scores, weights, row, largest, scale);
                 move_to<false>(sums, row, largest);
-                if (left < BLOCK) clear_rows(base + OFFSET_K, left);
                 start_own<0, GROUP>(sums, weights, base);
                 named_sync<128>(OWN);  // all have read what was handed over before
                 hand_over(weights, largest, base, 0, warp, lane);
@@ -319,20 +324,21 @@ template <int GROUP> __device__ __forceinline__ void attend(const Results& resul
                 start_scores<1>(scores, base, phase & 1);
                 wgmma_wait<0>();
                 registers_fence(scores);
+                release(rope_empty(base, 1), lane);
+                if (left < BLOCK) clear_rows(base + OFFSET_K + ROWS, left);
                 phase ^= 1;
                 if (todo <= 3 && lane == 0) barrier_arrive(q_empty(base));
                 named_sync<256>(FIRST_READY);
                 take_maxima(largest, base, 0, warp, lane);
                 move_to<true>(sums, row, largest);
                 start_other<0, GROUP>(sums, base);
-                if (left < BLOCK - 1 + fresh) hide(scores, read_piece(at), left, row_block, results.heads);
+                if (left < BLOCK - 1 + results.q_tokens) hide(scores, read_piece(at), left, row_block, results.heads);
                 weigh(scores, weights, row, largest, scale);
                 made(weights);
                 wgmma_wait<0>();
                 registers_fence(sums);
                 release(empty(base, 0, 1), lane);
                 move_to<false>(sums, row, largest);
-                if (left < BLOCK) clear_rows(base + OFFSET_K + ROWS, left);
                 start_own<1, GROUP>(sums, weights, base);
                 named_sync<128>(OWN + 1);
                 hand_over(weights, largest, base, 1, warp, lane);
@@ -370,8 +376,10 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
     Share share;
     if (threadIdx.x == 0) {
         for (int s = 0; s < 2; ++s) {
-            for (int g = 0; g < TILE_GROUPS; ++g) barrier_init(full(base, s, g), LOADER == 0 ? 1 : LOADER == 1 ? 128 : 4);
+            // Copies arrive thread by thread, what has been unpacked warp by warp.
+            for (int g = 0; g < TILE_GROUPS; ++g) barrier_init(full(base, s, g), LOADER == 0 ? 1 : LOADER == 2 && (g < 4 || OUT == 1) ? 4 : 128);
             for (int half = 0; half < 2; ++half) barrier_init(empty(base, s, half), 4 * CLUSTER);
+            barrier_init(rope_empty(base, s), 4 * CLUSTER);
         }
         barrier_init(q_full(base), 1);
         barrier_init(q_empty(base), 8);
