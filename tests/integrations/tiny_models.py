@@ -47,7 +47,6 @@ FAMILIES = {
     "Qwen3-MoE": ("Qwen3Moe", {"num_experts": 8, "num_experts_per_tok": 4, "head_dim": 16, "norm_topk_prob": True}),
     "GLM-4.5": ("Glm4Moe", {**EXPERTS, "n_group": 1, "topk_group": 1, "head_dim": 16, "use_qk_norm": True}),
 }
-LATENT_FAMILIES = ("V3", "V3, yarn, no q_lora", "Moonlight", "Kimi-K2", "V2", "V2-Lite")
 
 
 def tiny_model(family, *, seed=0, **changes):
