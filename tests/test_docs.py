@@ -9,7 +9,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
-# Pages whose Python has tests of its own: test_run_a_model.py, which makes checkpoints, and integrations/test_porting.py.
+# Their Python has tests of its own: test_run_a_model.py, which makes checkpoints, and integrations/test_porting.py.
 ELSEWHERE = {DOCS / "run_a_model.md", DOCS / "porting.md"}
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
