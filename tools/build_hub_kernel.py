@@ -1,6 +1,6 @@
 """Builds the folder that Hugging Face's `kernels` library loads: the portable kernels, for any torch and any GPU.
 
-    python tools/build_hub_kernel.py OUT  # then upload OUT, or load it: kernels.get_local_kernel(OUT, "dskernels")
+    python tools/build_hub_kernel.py OUT  # then upload OUT, or load it: kernels.get_local_kernel(Path(OUT))
 
 The layout is ``build/torch-universal/<name>/``, a package of Python alone. CUDA C++ is not in it: what it would add on
 sm_90 needs CuPy, and a package of that name beside it. Imports become relative, as the library loads a kernel under a
@@ -10,6 +10,7 @@ name of its own.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,15 @@ FAMILIES = ("fp8", "gemm", "grouped_gemm", "moe", "mla", "routing", "loss")
 NAME = "dskernels"
 IMPORT = re.compile(r"^(\s*)from dskernels(\.[\w.]+)? import ", re.MULTILINE)
 TARGET = re.compile(r'"dskernels\.([\w.]+):(\w+)"')
+# What the library reads of a build; any backend loads a universal one.
+METADATA = {
+    "id": f"{NAME}_universal",
+    "name": NAME,
+    "version": 1,
+    "license": "MIT",
+    "python-depends": [],
+    "backend": {"type": "cuda"},
+}
 CARD = """---
 tags: [kernel]
 ---
@@ -47,6 +57,7 @@ def build(out: Path) -> Path:
         _write(path.read_text(), package, path.relative_to(ROOT / NAME))
     for path in sorted((ROOT / "reference").glob("*.py")):
         _write(path.read_text(), package, Path("reference") / path.name)
+    (package.parent / "metadata.json").write_text(json.dumps(METADATA, indent=2) + "\n")
     (out / "README.md").write_text(CARD)
     shutil.copy(ROOT / "LICENSE", out / "LICENSE")
     return package

@@ -19,7 +19,9 @@ def kernel(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("build_hub_kernel", ROOT / "tools" / "build_hub_kernel.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    package = tool.build(tmp_path_factory.mktemp("hub"))
+    out = tmp_path_factory.mktemp("hub")
+    package = tool.build(out)
+    assert (package.parent / "metadata.json").exists()
     assert package.parts[-3:] == ("build", "torch-universal", "dskernels")
     name = "_kernel_of_a_hub"
     spec = importlib.util.spec_from_file_location(
@@ -51,3 +53,13 @@ def test_its_kernels_are_its_own(kernel):
         if target is not None:
             assert target.startswith(f"{kernel.__name__}.")
             assert dispatch._load(target).__module__.startswith(f"{kernel.__name__}.")
+
+
+def test_the_library_loads_it(tmp_path):
+    library = pytest.importorskip("kernels", reason="Hugging Face's kernels is not installed")
+    spec = importlib.util.spec_from_file_location("build_hub_kernel", ROOT / "tools" / "build_hub_kernel.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.build(tmp_path)
+    module = library.get_local_kernel(tmp_path)
+    assert module.route(torch.randn(3, 8), top_k=2).experts.shape == (3, 2)
