@@ -56,6 +56,7 @@ def fused_experts(
     shared: tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor] | None = None,
     fp8: bool = False,
     recompute: bool | None = None,
+    keep: str = "input",
 ) -> Tensor:
     """Run the whole expert block, ``out[t] = shared(x[t]) + sum_j weights[t, j] * expert[experts[t, j]](x[t])``.
 
@@ -65,11 +66,11 @@ def fused_experts(
     """
     x_TH = _wide(x)
     fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in (w13, w2, *(shared or ())))
-    out = torch.zeros_like(x_TH) if shared is None else feed_forward(x_TH, *shared, fp8=fp8, dispatched=True)
+    out = torch.zeros_like(x_TH) if shared is None else feed_forward(x_TH, *shared, fp8=fp8, dispatched=True, keep=keep)
     for e, (w13_IH, w2_HI) in enumerate(zip(_matrices(w13), _matrices(w2), strict=True)):
         token, choice = torch.where(routing.experts == e)
         weights = routing.weights[token, choice]
-        y_RH = feed_forward(x_TH[token], w13_IH, w2_HI, weights, fp8=fp8, dispatched=True)
+        y_RH = feed_forward(x_TH[token], w13_IH, w2_HI, weights, fp8=fp8, dispatched=True, keep=keep)
         out = out.index_add(0, token, y_RH)
     return out.to(x.dtype)
 
@@ -82,17 +83,18 @@ def feed_forward(
     *,
     fp8: bool = False,
     dispatched: bool = False,
+    keep: str = "input",
 ) -> Tensor:
     """One gated network: ``w2 @ (silu(gate) * up)`` with ``gate, up = w13 @ x`` (Shazeer, arXiv 2002.05202).
 
-    With fp8 weights, or ``fp8=True``, each product is that of `fp8_linear`, and what enters the SwiGLU is cached in
-    e4m3 (report section 3.3.3). Rows are multiplied by `weights` [T], and their gradient only after it is quantised;
-    `dispatched`: with scales that are powers of two.
+    With fp8 weights, or ``fp8=True``, each product is that of `fp8_linear`, and with ``keep="fp8"`` what enters the
+    SwiGLU is cached in e4m3 (report section 3.3.3). Rows are multiplied by `weights` [T], and their gradient only after
+    it is quantised; `dispatched`: with scales that are powers of two.
     """
     w13, w2 = _wide(w13), _wide(w2)
     if fp8 or isinstance(w13, Fp8Tensor) or isinstance(w2, Fp8Tensor):
         master, scale = (w2.data, w2.scale) if isinstance(w2, Fp8Tensor) else (w2, None)
-        return _GatedLinear.apply(fp8_linear(_wide(x), w13), master, scale, weights, dispatched).to(x.dtype)
+        return _GatedLinear.apply(fp8_linear(_wide(x), w13), master, scale, weights, dispatched, keep).to(x.dtype)
     y = F.linear(_swiglu(F.linear(_wide(x), w13)), w2)
     return (y if weights is None else weights[:, None] * y).to(x.dtype)
 
@@ -103,26 +105,26 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 class _GatedLinear(torch.autograd.Function):
-    """``silu(gate) * up``, the product after it, and weights; the backward is that of gate and up in e4m3."""
+    """``silu(gate) * up``, the product after it, and weights; the backward is that of gate and up as they are kept."""
 
     @staticmethod
-    def forward(ctx, gate_up, w2, scale, weights, dispatched):
+    def forward(ctx, gate_up, w2, scale, weights, dispatched, keep):
         ctx.save_for_backward(gate_up, w2, scale, weights)
-        ctx.dispatched = dispatched
+        ctx.dispatched, ctx.keep = dispatched, keep
         y = fp8_linear(_swiglu(gate_up), w2 if scale is None else Fp8Tensor(w2, scale, (128, 128)))
         return y if weights is None else weights[:, None] * y
 
     @staticmethod
     def backward(ctx, dy):
         gate_up, w2, scale, weights = ctx.saved_tensors
-        kept = quantize(gate_up).dequantize().requires_grad_()
+        kept = (quantize(gate_up).dequantize() if ctx.keep == "fp8" else gate_up).detach().requires_grad_()
         w2 = w2.detach().requires_grad_(scale is None)
         weights = None if weights is None else weights.detach().requires_grad_()
         with torch.enable_grad():
             hidden = _swiglu(kept) if weights is None else weights[:, None] * _swiglu(kept)
             weight = w2 if scale is None else Fp8Tensor(w2, scale, (128, 128))
             y = fp8_linear(hidden, weight, dy_format="ue8m0" if ctx.dispatched else "fp32")
-        inputs = (kept, w2, None, weights, None)
+        inputs = (kept, w2, None, weights, None, None)
         wanted = [x for x in inputs if x is not None and x.requires_grad]
         gradients = iter(torch.autograd.grad(y, wanted, dy))
         return tuple(next(gradients) if x is not None and x.requires_grad else None for x in inputs)

@@ -154,7 +154,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Activation, dtype: torch.dtype | None = None, quantized: Fp8Tensor | None = None) -> Tensor:
         """``[T, hidden]`` to ``[T, hidden]``, in ``dtype`` if the input is quantised; ``quantized`` as for `Linear`."""
         if self.trains_in_fp8 and isinstance(x, Tensor):
-            return ds.feed_forward(x, self.w13.weight, self.w2.weight, fp8=True, quantized=quantized)
+            return ds.feed_forward(x, self.w13.weight, self.w2.weight, fp8=True, quantized=quantized, keep="fp8")
         gate_up = self.w13(x, dtype)
         if self.w2.takes_fp8:
             return self.w2(ds.swiglu_quantize(gate_up), gate_up.dtype)

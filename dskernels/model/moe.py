@@ -123,6 +123,7 @@ class Experts(nn.Module):
             n_shared=self.n_shared,
             quantized=quantized,
             fp8=fp8,
+            keep="fp8",
         )
 
 

@@ -11,15 +11,16 @@ from torch import Tensor
 from dskernels.dispatch import Operation, differentiating
 from dskernels.later import waiting_for
 from dskernels.moe.config import MAX_EXPERTS
-from dskernels.moe.packed import pack, packed_width
+from dskernels.moe.packed import KEPT, PACKED, is_packed, pack, packed_width
 from dskernels.moe.split import split
 from dskernels.reference import moe as reference
 from dskernels.reference.fp8 import quantize
 from dskernels.reference.grouped_gemm import grouped_gemm
 from dskernels.types import Fp8Tensor, Permuted, Routing
-from dskernels.validate import HALF_OR_SINGLE, check_bool, check_fp8, check_int, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_int, check_tensor
 
 IDS = (torch.int32, torch.int64)
+HOW_KEPT = ("input", "fp8")
 
 
 def permute(x: Tensor, experts: Tensor, n_experts: int, *, impl: str | None = None) -> Permuted:
@@ -94,6 +95,7 @@ def fused_experts(
     quantized: Fp8Tensor | None = None,
     fp8: bool = False,
     recompute: bool | None = None,
+    keep: str = "input",
     impl: str | None = None,
 ) -> Tensor:
     """Run the whole expert block: every token through its experts, and all through the shared one.
@@ -122,10 +124,11 @@ def fused_experts(
             has made it: products in e4m3 take it in place of quantising `x`. Gradients go to `x`.
         fp8: quantise what is not quantised yet, inside.
         recompute: keep nothing between forward and backward but the arguments, and compute ``w13 @ x`` again; if False,
-            it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``, with `fp8` in e4m3: the gradient of the SwiGLU, and its
-            output for that of `w2`, are those of the values so kept, also where they are computed again. The outputs of
-            the experts are never kept. By default it is kept on a GPU, and not on the CPU, where the reference runs the
-            forward again in any case.
+            it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never kept. By default it
+            is kept on a GPU, and not on the CPU, where the reference runs the forward again in any case.
+        keep: with `fp8`, how that is kept: ``"input"``, in x's dtype, or ``"fp8"``, in e4m3, half the bytes. The
+            gradient of the SwiGLU, and its output for that of `w2`, are then those of the values so kept, also where
+            they are computed again.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
@@ -169,13 +172,15 @@ def fused_experts(
     check_tensor("routing.experts", experts, dtype=IDS, shape=tuple(weights.shape), like=x)
     flat = [part for weight in given for part in _flat(weight)]
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *flat))
-    keep = needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute)
+    check_choice("keep", keep, HOW_KEPT)
+    kept = KEPT if needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute) else 0
+    kept |= PACKED if fp8 and keep == "fp8" and needs_gradient else 0
     shared_flat = flat[4:] or [None] * 4
     if needs_gradient and n_shared:
         weights, experts = _with_shared(weights, experts, w13.shape[0], n_shared)
         n_shared = 0
     operand = (None, None) if quantized is None or not fp8 else (quantized.data, quantized.scale)
-    return _fused_experts(x, *flat[:4], weights, experts, *shared_flat, fp8, keep, *operand, n_shared, impl=impl)[0]
+    return _fused_experts(x, *flat[:4], weights, experts, *shared_flat, fp8, kept, *operand, n_shared, impl=impl)[0]
 
 
 def _with_shared(weights: Tensor, experts: Tensor, n_experts: int, n_shared: int) -> tuple[Tensor, Tensor]:
@@ -294,12 +299,14 @@ def _weight(data: Tensor | None, scale: Tensor | None) -> Any:
     return data if data is None or scale is None else Fp8Tensor(data, scale, (128, 128))
 
 
-def _block(block: Sequence[Any], fp8: bool) -> Tensor:
+def _block(block: Sequence[Any], fp8: bool, packed: bool = False) -> Tensor:
     """The reference on the flat arguments."""
     x, w13, w13_scale, w2, w2_scale, weights, experts, *shared = block
     network = None if shared[0] is None else (_weight(*shared[:2]), _weight(*shared[2:]))
     routing = Routing(weights, experts, experts, experts)
-    return reference.fused_experts(x, _weight(w13, w13_scale), _weight(w2, w2_scale), routing, shared=network, fp8=fp8)
+    weights_ = _weight(w13, w13_scale), _weight(w2, w2_scale)
+    keep = "fp8" if packed else "input"
+    return reference.fused_experts(x, *weights_, routing, shared=network, fp8=fp8, keep=keep)
 
 
 def _fused_experts_reference(*args):
@@ -311,41 +318,44 @@ def _fused_experts_reference(*args):
         out = _block(block, fp8)
     else:  # quantised again it is what it was
         out = _block([Fp8Tensor(data, scale).dequantize(torch.float32), *block[1:]], fp8).to(x.dtype)
+    packed = fp8 and bool(keep & PACKED)
     gate_up, shared_gate_up = _kept(x, w13, experts, shared_w13, fp8, keep)
-    if keep:
+    if keep & KEPT:
         permuted = reference.permute(x, experts, w13.shape[0])
-        gate_up = _product(permuted.x, w13, w13_scale, permuted.offsets, fp8)
+        gate_up = _product(permuted.x, w13, w13_scale, permuted.offsets, fp8, packed)
         if shared_w13 is not None:
             every = torch.tensor([0, x.shape[0]])
             scale = None if shared_scale is None else shared_scale[None]
-            shared_gate_up = _product(x, shared_w13[None], scale, every, fp8)
+            shared_gate_up = _product(x, shared_w13[None], scale, every, fp8, packed)
     return out, gate_up, shared_gate_up
 
 
-def _product(a: Tensor, b: Tensor, scale: Tensor | None, offsets: Tensor, fp8: bool) -> Tensor:
+def _product(a: Tensor, b: Tensor, scale: Tensor | None, offsets: Tensor, fp8: bool, packed: bool) -> Tensor:
     """Gate and up of each row, as they are kept."""
     out = a.new_empty(a.shape[0], b.shape[1])
     if not fp8:
         return grouped_gemm(a, b, offsets, out=out)
     weight = quantize(b, (128, 128)) if scale is None else _weight(b, scale)
-    return pack(quantize(grouped_gemm(quantize(a), weight, offsets, out=out)))
+    grouped_gemm(quantize(a), weight, offsets, out=out)
+    return pack(quantize(out)) if packed else out
 
 
-def empty_kept(x: Tensor, rows: int, width: int, fp8: bool) -> Tensor:
-    """An empty tensor for what enters a SwiGLU: in e4m3 it is packed."""
-    if fp8:
+def empty_kept(x: Tensor, rows: int, width: int, packed: bool) -> Tensor:
+    """An empty tensor for what enters a SwiGLU."""
+    if packed:
         return x.new_empty((rows, packed_width(width)), dtype=torch.uint8)
     return x.new_empty(rows, width)
 
 
 def _kept(
-    x: Tensor, w13: Tensor, experts: Tensor, shared_w13: Tensor | None, fp8: bool, keep: bool
+    x: Tensor, w13: Tensor, experts: Tensor, shared_w13: Tensor | None, fp8: bool, keep: int
 ) -> tuple[Tensor, Tensor]:
     """Empty tensors for what enters the SwiGLU of the routed experts and of the shared one; of no rows if not kept."""
-    gate_up = empty_kept(x, experts.shape[0] * experts.shape[1] if keep else 0, w13.shape[1], fp8)
+    packed, kept = fp8 and bool(keep & PACKED), bool(keep & KEPT)
+    gate_up = empty_kept(x, experts.shape[0] * experts.shape[1] if kept else 0, w13.shape[1], packed)
     if shared_w13 is None:
-        return gate_up, empty_kept(x, 0, 0, fp8)
-    return gate_up, empty_kept(x, x.shape[0] if keep else 0, shared_w13.shape[0], fp8)
+        return gate_up, x.new_empty(0, 0)
+    return gate_up, empty_kept(x, x.shape[0] if kept else 0, shared_w13.shape[0], packed)
 
 
 def _fused_experts_backward_reference(dout, *args):
@@ -354,7 +364,7 @@ def _fused_experts_backward_reference(dout, *args):
     for i in places:
         block[i] = block[i].detach().requires_grad_()
     with differentiating():
-        out = _block(block, fp8)
+        out = _block(block, fp8, is_packed(gate_up))
     gradients = iter(torch.autograd.grad(out, [block[i] for i in places], dout))
     return tuple(next(gradients) if needed else dout.new_empty(0) for needed in needs)
 
@@ -377,7 +387,7 @@ DIFFERENTIABLE = (0, 1, 3, 5, 7, 9)
 SCALES = {1: 2, 3: 4, 7: 8, 9: 10}
 
 _fused_experts = Operation(
-    f"fused_experts({BLOCK}, bool fp8, bool keep, Tensor? quantized, Tensor? quantized_scale, int n_shared)"
+    f"fused_experts({BLOCK}, bool fp8, int keep, Tensor? quantized, Tensor? quantized_scale, int n_shared)"
     " -> (Tensor, Tensor, Tensor)",
     reference=_fused_experts_reference,
     triton="dskernels.moe.triton_experts:fused_experts",

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation, differentiating
 from dskernels.later import waiting_for
-from dskernels.moe.api import _check_network, _flat, _product, _weight, empty_kept
+from dskernels.moe.api import HOW_KEPT, _check_network, _flat, _product, _weight, empty_kept
+from dskernels.moe.packed import KEPT, PACKED, is_packed
 from dskernels.reference import moe as reference
 from dskernels.types import Fp8Tensor
-from dskernels.validate import HALF_OR_SINGLE, check_bool, check_fp8, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_tensor
 
 
 def feed_forward(
@@ -23,6 +24,7 @@ def feed_forward(
     quantized: Fp8Tensor | None = None,
     fp8: bool = False,
     recompute: bool | None = None,
+    keep: str = "input",
     impl: str | None = None,
 ) -> Tensor:
     """Run one gated feed-forward network on all tokens: ``w2 @ (silu(gate) * up)``, the halves of ``w13 @ x``.
@@ -37,6 +39,7 @@ def feed_forward(
         quantized: ``[T, H]`` in 1x128 tiles, see :func:`fused_experts`.
         fp8: quantise what is not quantised yet, inside.
         recompute: keep nothing but the arguments for the backward, see :func:`fused_experts`.
+        keep: how what enters the SwiGLU is kept, see :func:`fused_experts`.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
     Returns:
@@ -61,9 +64,11 @@ def feed_forward(
             raise ValueError(f"quantized: expected the shape {list(x.shape)} of x, got {list(quantized.shape)}")
     flat = (*_flat(w13), *_flat(w2))
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
-    keep = needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute)
+    check_choice("keep", keep, HOW_KEPT)
+    kept = KEPT if needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute) else 0
+    kept |= PACKED if fp8 and keep == "fp8" and needs_gradient else 0
     operand = (None, None) if quantized is None or not fp8 else (quantized.data, quantized.scale)
-    return _feed_forward(x, *flat, fp8, keep, *operand, impl=impl)[0]
+    return _feed_forward(x, *flat, fp8, kept, *operand, impl=impl)[0]
 
 
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
@@ -72,27 +77,29 @@ DIFFERENTIABLE = (0, 1, 3)  # x and both weights, among the arguments
 SCALES = {1: 2, 3: 4}
 
 
-def _reference(x, w13, w13_scale, w2, w2_scale, fp8):
-    return reference.feed_forward(x, _weight(w13, w13_scale), _weight(w2, w2_scale), fp8=fp8)
+def _reference(x, w13, w13_scale, w2, w2_scale, fp8, packed=False):
+    keep = "fp8" if packed else "input"
+    return reference.feed_forward(x, _weight(w13, w13_scale), _weight(w2, w2_scale), fp8=fp8, keep=keep)
 
 
 def _feed_forward_reference(x, w13, w13_scale, w2, w2_scale, fp8, keep, data, scale):
     given = x if data is None or scale is None else Fp8Tensor(data, scale).dequantize(torch.float32)
     out = _reference(given, w13, w13_scale, w2, w2_scale, fp8).to(x.dtype)
-    if not keep:
-        return out, empty_kept(x, 0, w13.shape[0], fp8)
+    packed = fp8 and bool(keep & PACKED)
+    if not keep & KEPT:
+        return out, empty_kept(x, 0, w13.shape[0], packed)
     every = torch.tensor([0, x.shape[0]])
-    return out, _product(x, w13[None], None if w13_scale is None else w13_scale[None], every, fp8)
+    return out, _product(x, w13[None], None if w13_scale is None else w13_scale[None], every, fp8, packed)
 
 
 def _backward_reference(dout, *args):
-    *network, _, fp8, needs = args
+    *network, gate_up, fp8, needs = args
     places = [i for i, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
     for i in places:
         network[i] = network[i].detach().requires_grad_()
     x, w13, w13_scale, w2, w2_scale = network
     with differentiating():
-        out = _reference(x, w13, w13_scale, w2, w2_scale, fp8)
+        out = _reference(x, w13, w13_scale, w2, w2_scale, fp8, is_packed(gate_up))
     gradients = iter(torch.autograd.grad(out, [network[i] for i in places], dout))
     return tuple(next(gradients) if needed else dout.new_empty(0) for needed in needs)
 
@@ -108,13 +115,13 @@ def _backward_fake(dout, *args):
 NETWORK = "Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale"
 
 _feed_forward = Operation(
-    f"feed_forward({NETWORK}, bool fp8, bool keep, Tensor? quantized, Tensor? quantized_scale) -> (Tensor, Tensor)",
+    f"feed_forward({NETWORK}, bool fp8, int keep, Tensor? quantized, Tensor? quantized_scale) -> (Tensor, Tensor)",
     reference=_feed_forward_reference,
     triton="dskernels.moe.triton_experts:feed_forward",
     hopper="dskernels.moe.hopper:feed_forward",
     fake=lambda x, w13, s13, w2, s2, fp8, keep, data, scale: (
         x.new_empty(x.shape),
-        empty_kept(x, x.shape[0] if keep else 0, w13.shape[0], fp8),
+        empty_kept(x, x.shape[0] if keep & KEPT else 0, w13.shape[0], fp8 and bool(keep & PACKED)),
     ),
 )
 _feed_forward_backward = Operation(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dskernels.moe.config import MAX_EXPERTS
+from dskernels.moe.packed import KEPT, PACKED, is_packed
 from dskernels.moe.triton import weighted_sum
 from dskernels.moe.triton_sort import append_choices, sort
 from dskernels.moe.triton_swiglu import swiglu_backward
@@ -262,31 +263,45 @@ def _up(steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.d
 # ---- the registered operations --------------------------------------------------------------------------------------
 
 
-def operations(plain: Steps, quantized: Steps) -> tuple[Callable, Callable]:
-    """`fused_experts` and its backward on the operations' flat arguments, of steps for plain and for e4m3 operands."""
+class Kinds(NamedTuple):
+    """Steps for plain operands, for those in e4m3, and for those that also keep what enters the SwiGLU in e4m3."""
+
+    plain: Steps
+    quantized: Steps
+    packing: Steps
+
+    def chosen(self, fp8: bool, packed: bool) -> Steps:
+        """Of these."""
+        return self.packing if fp8 and packed else self.quantized if fp8 else self.plain
+
+
+def operations(kinds: Kinds) -> tuple[Callable, Callable]:
+    """`fused_experts` and its backward on the operations' flat arguments."""
 
     def fused_experts(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *block, fp8, keep, data, scale, n_shared = args
         given = None if data is None or scale is None else Fp8Tensor(data, scale)
-        return forward(quantized if fp8 else plain, *_block(*block), keep, given, n_shared)
+        steps = kinds.chosen(fp8, bool(keep & PACKED))
+        return forward(steps, *_block(*block), bool(keep & KEPT), given, n_shared)
 
     def fused_experts_backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *block, gate_up, shared_gate_up, fp8, needs = args
-        return backward(quantized if fp8 else plain, dout, *_block(*block), gate_up, shared_gate_up, needs)
+        steps = kinds.chosen(fp8, is_packed(gate_up))
+        return backward(steps, dout, *_block(*block), gate_up, shared_gate_up, needs)
 
     return fused_experts, fused_experts_backward
 
 
-def dense_operations(plain: Steps, quantized: Steps) -> tuple[Callable, Callable]:
+def dense_operations(kinds: Kinds) -> tuple[Callable, Callable]:
     """`feed_forward` and its backward, likewise: one network that every token takes."""
 
     def feed_forward(x, w13, w13_scale, w2, w2_scale, fp8, keep, data, scale):
-        steps = quantized if fp8 else plain
+        steps, network = kinds.chosen(fp8, bool(keep & PACKED)), Network(w13, w13_scale, w2, w2_scale)
         a = steps.operand(x) if data is None or scale is None else Fp8Tensor(data, scale)
-        return network_forward(steps, a, Network(w13, w13_scale, w2, w2_scale), steps.every_token(x), x.dtype, keep)
+        return network_forward(steps, a, network, steps.every_token(x), x.dtype, bool(keep & KEPT))
 
     def feed_forward_backward(dout, x, w13, w13_scale, w2, w2_scale, gate_up, fp8, needs):
-        steps, network = quantized if fp8 else plain, Network(w13, w13_scale, w2, w2_scale)
+        steps, network = kinds.chosen(fp8, is_packed(gate_up)), Network(w13, w13_scale, w2, w2_scale)
         a = None if gate_up.shape[0] > 0 else steps.operand(x)
         da, batch = steps.operand(dout), steps.every_token(x)
         gradients = network_backward(steps, dout, da, x, a, network, batch, gate_up, None, tuple(needs), None)[:3]

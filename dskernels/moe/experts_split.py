@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dskernels.moe.experts import Batch, Network, Rows, Steps, _block, _routed, _up
+from dskernels.moe.experts import Batch, Kinds, Network, Rows, Steps, _block, _routed, _up
+from dskernels.moe.packed import is_packed
 from dskernels.moe.triton import weighted_sum
 from dskernels.moe.triton_swiglu import swiglu_backward
 
@@ -86,17 +87,18 @@ def backward_weights(
     return tuple(gradients)
 
 
-def split_operations(plain: Steps, quantized: Steps) -> tuple[Callable, Callable]:
-    """Both halves on the operations' flat arguments, of steps for plain and for e4m3 operands."""
+def split_operations(kinds: Kinds) -> tuple[Callable, Callable]:
+    """Both halves on the operations' flat arguments."""
 
     def inputs(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *block, gate_up, shared_gate_up, fp8 = args
-        return backward_inputs(quantized if fp8 else plain, dout, *_block(*block), gate_up, shared_gate_up)
+        steps = kinds.chosen(fp8, is_packed(gate_up))
+        return backward_inputs(steps, dout, *_block(*block), gate_up, shared_gate_up)
 
     def of_weights(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *block, _, _, dgate_up, hidden, shared_dgate_up, shared_hidden, fp8, needs = args
         x, routed, _, experts, shared = _block(*block)
         kept = dgate_up, hidden, shared_dgate_up, shared_hidden
-        return backward_weights(quantized if fp8 else plain, dout, x, routed, experts, shared, *kept, needs)
+        return backward_weights(kinds.chosen(fp8, False), dout, x, routed, experts, shared, *kept, needs)
 
     return inputs, of_weights

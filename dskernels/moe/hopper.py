@@ -25,7 +25,7 @@ from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm import hopper as grouped
 from dskernels.grouped_gemm.hopper_quantize import quantize_grouped
 from dskernels.moe import experts, hopper_few, hopper_swiglu
-from dskernels.moe.experts import Batch, Operand, Rows, Steps, parts
+from dskernels.moe.experts import Batch, Kinds, Operand, Rows, Steps, parts
 from dskernels.moe.experts_split import split_operations
 from dskernels.moe.packed import packed_width
 from dskernels.moe.triton import permute_rows
@@ -129,18 +129,20 @@ FP8 = replace(
     operand=_operand,
     weight=functools.partial(weight_operand, impl=None),
     hidden=_hidden,
-    kept=packed,
-    hidden_and_kept=_hidden_and_kept,
-    gradient=_gradient,
+    hidden_and_kept=lambda gate_up: (_hidden(gate_up), gate_up),
+    gradient=_written_out,
     dispatched=lambda dout: Fp8Tensor(*_quantize(dout, 1, 128, True, False)),
     wgrad=_fp8_wgrad,
     wgrad_requantizes=True,
     few=hopper_few.fused_experts,
 )
 
-fused_experts, fused_experts_backward = experts.operations(PLAIN, FP8)
-feed_forward, feed_forward_backward = experts.dense_operations(PLAIN, FP8)
-fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(PLAIN, FP8)
+PACKING = replace(FP8, kept=packed, hidden_and_kept=_hidden_and_kept, gradient=_gradient)
+KINDS = Kinds(PLAIN, FP8, PACKING)
+
+fused_experts, fused_experts_backward = experts.operations(KINDS)
+feed_forward, feed_forward_backward = experts.dense_operations(KINDS)
+fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(KINDS)
 
 
 def fused_experts_supports(x: Tensor, *args: object) -> str | None:

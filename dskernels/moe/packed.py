@@ -14,6 +14,14 @@ from dskernels.types import Fp8Tensor
 from dskernels.validate import ceil_div
 
 E4M3 = torch.float8_e4m3fn
+# What an operation is told of what it keeps: whether it is kept, and whether in e4m3 (which counts where it is computed
+# again too).
+KEPT, PACKED = 1, 2
+
+
+def is_packed(kept: Tensor) -> bool:
+    """Whether what was kept, be it no rows, is packed."""
+    return kept.dtype == torch.uint8
 
 
 def scales_at(cols: int) -> int:

@@ -17,7 +17,7 @@ from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm.triton import product
 from dskernels.grouped_gemm.triton_wgrad import grouped_wgrad, quantize_grouped
 from dskernels.moe import experts
-from dskernels.moe.experts import Batch, Operand, Rows, Steps, parts, stack, stacked
+from dskernels.moe.experts import Batch, Kinds, Operand, Rows, Steps, parts, stack, stacked
 from dskernels.moe.experts_split import split_operations
 from dskernels.moe.triton_packed import packed
 from dskernels.moe.triton_swiglu import swiglu
@@ -91,8 +91,7 @@ FP8 = replace(
     operand=_operand,
     weight=functools.partial(weight_operand, impl="triton"),
     hidden=_hidden,
-    kept=packed,
-    hidden_and_kept=lambda gate_up: (_hidden(gate_up), packed(gate_up)),
+    hidden_and_kept=lambda gate_up: (_hidden(gate_up), gate_up),
     gradient=experts.gradient_by(_operand),
     dispatched=lambda dout: Fp8Tensor(*quantize(dout, 1, 128, True, False)),
     wgrad=_fp8_wgrad,
@@ -100,9 +99,12 @@ FP8 = replace(
 )
 
 
-fused_experts, fused_experts_backward = experts.operations(PLAIN, FP8)
-feed_forward, feed_forward_backward = experts.dense_operations(PLAIN, FP8)
-fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(PLAIN, FP8)
+PACKING = replace(FP8, kept=packed, hidden_and_kept=lambda gate_up: (_hidden(gate_up), packed(gate_up)))
+KINDS = Kinds(PLAIN, FP8, PACKING)
+
+fused_experts, fused_experts_backward = experts.operations(KINDS)
+feed_forward, feed_forward_backward = experts.dense_operations(KINDS)
+fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(KINDS)
 
 
 def fused_experts_supports(x: Tensor, *args: object) -> str | None:

@@ -71,6 +71,7 @@ class ExpertParallel:
         n_shared: int = 0,
         quantized: Fp8Tensor | None = None,
         fp8: bool = False,
+        keep: str = "input",
     ) -> Tensor:
         """As `dskernels.fused_experts`, with ``w13`` and ``w2`` of this rank's experts and ids of all.
 
@@ -85,10 +86,10 @@ class ExpertParallel:
         chain = self.chain or Chain()
         chain.token = ticket = _Leave.apply(chain.token, x, routing.weights, routing.experts, trip, self.wire)
         chain.switch()
-        residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8)
+        residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8, keep=keep)
         shape = (x.shape[1], x.dtype, routing.weights.shape[1])
         chain.token, arrived, weights, experts = _Arrive.apply(ticket, chain.token, trip, shape, self.wire)
-        y = ds.fused_experts(arrived, w13, w2, self._local(weights, experts, trip), fp8=fp8)
+        y = ds.fused_experts(arrived, w13, w2, self._local(weights, experts, trip), fp8=fp8, keep=keep)
         chain.token = ticket = _LeaveBack.apply(chain.token, y, trip)
         chain.switch()
         chain.token, out = _ArriveBack.apply(ticket, chain.token, trip, y.shape[1], y.dtype)
