@@ -29,8 +29,16 @@ config = DeepseekV3Config(
     topk_group=4,
     q_lora_rank=512 if big else 128,
 )
-model = DeepseekV3ForCausalLM(config).to(device, torch.bfloat16 if big else torch.float32).eval()
+model = DeepseekV3ForCausalLM(config).to(device).eval()
 tokens = torch.randint(0, config.vocab_size, (2, 16), device=device)
+with torch.no_grad():
+    exact = model(tokens).logits  # fp32
+if big:
+    model.to(torch.bfloat16)
+
+
+def distance(logits: torch.Tensor, other: torch.Tensor) -> float:
+    return float((logits - other).float().norm() / other.float().norm())
 
 
 def generate() -> torch.Tensor:
@@ -50,9 +58,12 @@ generate()  # kernels are compiled
 again = generate()
 with torch.no_grad():
     after = model(tokens).logits
-error = (after - before).float().norm() / before.float().norm()
-print(f"relative distance of the logits: {error:.1e}; the same text: {torch.equal(text, again)}")
-assert error < (5e-2 if big else 1e-4)
+print(f"relative distance of the logits: {distance(after, before):.1e}; the same text: {torch.equal(text, again)}")
+if big:  # a random router's scores are nearly equal, so that a rounding to bf16 turns choices, with and without
+    print(f"from fp32: {distance(before, exact):.1e} before, {distance(after, exact):.1e} after")
+    assert distance(after, exact) < 1.5 * distance(before, exact)
+else:
+    assert distance(after, before) < 1e-4
 
 acceleration.undo()
 with torch.no_grad():
