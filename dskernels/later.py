@@ -80,7 +80,7 @@ def waiting_for(*weights: Tensor) -> Waiting | None:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.linear`, whose weight's gradient may wait."""
-    if _collecting.get() is None or not torch.is_grad_enabled() or waiting_for(weight) is None:
+    if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled() or waiting_for(weight) is None:
         return F.linear(x, weight)
     return _Linear.apply(x, weight)
 

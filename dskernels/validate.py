@@ -173,6 +173,9 @@ def check_bool(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Check that `value` is one of `choices`."""
+    for choice in choices:  # mostly it is one itself
+        if value is choice:
+            return
     if not _among(value, choices):
         raise ValueError(f"{name}: expected {' or '.join(_spell(c) for c in choices)}, got {_spell(value)}")
 

@@ -165,6 +165,8 @@ inline void cluster_arrive() {}
 inline void cluster_wait() {}
 inline void cluster_sync() {}
 inline void barrier_arrive_at(u32, u32) { fault("no cluster"); }
+inline u32 cluster_addr(u32, u32) { fault("no cluster"); }
+inline void cluster_store(u32, u32, float4) { fault("no cluster"); }
 
 // ---- numbers of 16 and 8 bits --------------------------------------------------------------------------------------
 

@@ -63,7 +63,8 @@ def fp8_gemm(
             return out
     check_fp8("a", a, blocks=A_BLOCKS)
     check_fp8("b", b, blocks=B_BLOCKS, like=a.data)
-    check_bool("accumulate", accumulate)
+    if type(accumulate) is not bool:
+        check_bool("accumulate", accumulate)
     (m, k), (n, k_b) = a.data.shape, b.data.shape
     if k != k_b:
         raise ValueError(f"b: expected K = {k} columns like a, got {k_b}")

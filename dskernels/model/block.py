@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from dskernels.model.attention import Attention
@@ -59,8 +60,9 @@ class Block(nn.Module):
             with self._keeping(x, self.input_layernorm, h):
                 update = attention(h, batch, cos, sin, cache, quantized)
         if isinstance(mlp, MoE):
-            # What goes to other ranks has scales that are powers of two. The router multiplies what is not quantised.
-            form = "fp32" if mlp.takes_fp8 else "ue8m0"
+            # In training what goes to other ranks has scales that are powers of two. The router multiplies what is not
+            # quantised.
+            form = "ue8m0" if torch.is_grad_enabled() else "fp32"
             h, quantized, x = norm.beside(x, update, self.fp8, form)
             with self._keeping(x, norm, h):
                 update, router = mlp(h, quantized)

@@ -68,7 +68,7 @@ class Linear(nn.Module):
         outputs: rows.
         fp8: whether products run in e4m3.
         keep: what is kept of the input of such products, see `dskernels.fp8_linear`.
-        scale_format: of the scales of that input.
+        scale_format: of the scales of that input in training; else they are fp32, as where weights are kept.
 
     Attributes:
         weight: ``[outputs, inputs]``. In e4m3 where the weight is kept quantised (see `keep_in_fp8`), which is for
@@ -125,7 +125,8 @@ class Linear(nn.Module):
             return ds.fp8_gemm(x, operand, out_dtype=dtype)
         if not self.fp8:
             return later.linear(x, self.weight)
-        return ds.fp8_linear(x, operand, quantized=quantized, scale_format=self.scale_format, keep=self.keep)
+        form = self.scale_format if torch.is_grad_enabled() else "fp32"
+        return ds.fp8_linear(x, operand, quantized=quantized, scale_format=form, keep=self.keep)
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
