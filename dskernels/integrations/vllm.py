@@ -1,14 +1,16 @@
 """A plugin of vLLM: block-scaled fp8 linear layers and the grouped router of DeepSeek's models on these operations.
 
-vLLM loads it by itself where dskernels is installed (entry point ``vllm.general_plugins``); ``VLLM_PLUGINS`` says which
-plugins it loads, and an empty one none. Written against vLLM 0.33. Its experts stay its own: it takes no kernels for
-them from outside.
+vLLM finds it where dskernels is installed (entry point ``vllm.general_plugins``), and it does something where the
+variable ``VLLM_PLUGINS``, the list of the plugins that vLLM loads, names ``dskernels``: whoever installs these
+operations for something else keeps vLLM's own. Written against vLLM 0.33. Its experts stay its own: it takes no kernels
+for them from outside.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
 from typing import Any
 
 import torch
@@ -22,8 +24,14 @@ ROUTER = "vllm.model_executor.layers.fused_moe.router.grouped_topk_router"
 BLOCK = (128, 128)
 
 
+def register_if_named() -> None:
+    """What vLLM calls in each of its processes: `register`, where ``VLLM_PLUGINS`` names dskernels."""
+    if "dskernels" in os.environ.get("VLLM_PLUGINS", "").split(","):
+        register()
+
+
 def register() -> None:
-    """What vLLM calls in each of its processes; once is enough."""
+    """Put these operations into vLLM; once is enough."""
     kernels = importlib.import_module(KERNELS)
     kernel = linear_kernel()
     platform = importlib.import_module("vllm.platforms").PlatformEnum.CUDA
