@@ -95,7 +95,7 @@ def fake_cupy(monkeypatch, compile_):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(30, "Read-only file system", "/home/x/.cupy"), OSError(28, "No space left on device")]
+    "error", [OSError(30, "Read-only file system", "cupy-cache"), OSError(28, "No space left on device")]
 )
 def test_a_cache_of_kernels_that_cannot_be_written(monkeypatch, error):
     def compile_():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dskernels.model.config import read_json
 from dskernels.model.disk import flush, writing
+from dskernels.model.writing import in_shards
 
 FOLDER, STATE_FILE = "checkpoints", "state.json"
 SHARD = 2_000_000_000  # bytes of a file, and of what the host holds while it is written
@@ -62,7 +63,8 @@ def write_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             files: list[str] = []
-            for shard in _shards(tensors):
+            on_host = ((name, tensor.detach().to("cpu", copy=True)) for name, tensor in tensors)
+            for shard in in_shards(on_host, SHARD):
                 files.append(f"state-{len(files) + 1:05d}.safetensors")
                 save_file(shard, partial / files[-1])
                 flush(partial / files[-1])
@@ -129,18 +131,6 @@ def read_tensors(path: Path, files: list[str], into: Mapping[str, Tensor]) -> No
             raise ValueError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     if missing:
         raise ValueError(f"{path}: tensor {min(missing)} is missing")
-
-
-def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > SHARD:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor.detach().to("cpu", copy=True)
-        size += tensor.nbytes
-    yield shard
 
 
 def _remove(path: Path) -> None:

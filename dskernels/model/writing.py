@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def save(
     written: list[tuple[Path, list[str]]] = []
     total_size = 0
     try:
-        for shard in _shards(_tensors(model, kept, fp8, scale_format, progress), shard_size):
+        for shard in in_shards(_tensors(model, kept, fp8, scale_format, progress), shard_size):
             written.append((folder / f"model-{len(written) + 1:05d}.partial", list(shard)))
             total_size += sum(tensor.nbytes for tensor in shard.values())
             save_file(shard, written[-1][0], metadata={"format": "pt"})
@@ -148,7 +148,8 @@ def _tensors(
     yield from (source.extras if source else {}).items()
 
 
-def _shards(tensors: Iterator[tuple[str, Tensor]], shard_size: int) -> Iterator[dict[str, Tensor]]:
+def in_shards(tensors: Iterable[tuple[str, Tensor]], shard_size: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in portions of at most so many bytes, or of one tensor."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:

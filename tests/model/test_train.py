@@ -1,17 +1,12 @@
 """Training: losses against loops over tokens, gradients against differences, and the recipe's promises step by step."""
 
 import dataclasses
-import io
 import itertools
 import json
 import math
-import re
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from tiny import packed, tiny_model
 
 import dskernels as ds
@@ -20,8 +15,6 @@ from dskernels.model import Config, DeepseekV3, LatentCache, Output, RouterOutpu
 from dskernels.model.data import BOUNDARY, Corpus, Packed, batches
 from dskernels.model.loss import losses
 from dskernels.model.optimizer import MasterAdamW, clipping
-from dskernels.model.progress import TensorBoardLog, TrainingProgress
-from dskernels.model.throughput import step_flops
 from dskernels.model.train import MEASURED, TrainConfig, evaluate, train
 from dskernels.model.train_step import Stepper
 
@@ -431,142 +424,6 @@ def test_other_members_of_the_family_train(corpus, tmp_path, changes):
 def test_operations_run_by_the_implementation_asked_for(corpus, tmp_path):
     with ds.use_impl("hopper"), pytest.raises(ValueError, match="impl='hopper' cannot run this"):
         train(Config.from_name("tiny", **SMALL), corpus, TrainConfig(**QUICK), out=tmp_path, device="cpu")
-
-
-# ---- what is shown --------------------------------------------------------------------------------------------------
-
-LINES = [
-    dict(step=0, validation_loss=5.5, validation_mtp_loss=5.5, load=[]),
-    dict(step=1, loss=5.25, mtp_loss=5.125, tokens_per_second=1234.5),
-    dict(step=2, loss=4.0, mtp_loss=4.5, tokens_per_second=2000.0),
-    dict(step=2, validation_loss=4.25, validation_mtp_loss=5.0, load=[]),
-]
-
-
-def shown(terminal):
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=120)
-    with TrainingProgress(2, console) as progress:
-        for line in LINES:
-            progress(line)
-    return stream.getvalue()
-
-
-def test_a_log_gets_a_line_for_each_look_at_held_out_text():
-    assert shown(terminal=False).splitlines() == [
-        "step 0: held out 5.500",
-        "step 2: loss 4.000  MTP 4.500  held out 4.250  2,000 tokens/s",
-    ]
-
-
-def test_a_terminal_gets_a_bar_and_a_table():
-    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(terminal=True)).splitlines()
-    assert "2/2" in lines[-4]
-    heads, first, last = (line.split() for line in lines[-3:])
-    assert heads[:5] == ["step", "loss", "MTP", "held", "out"]
-    assert first[:4] == ["0", "-", "-", "5.500"]
-    assert last[:4] == ["2", "4.000", "4.500", "4.250"]
-    assert "2,000" in last
-
-
-def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
-    """A stand-in for its writer, which is not installed everywhere."""
-    written, opened = [], []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            opened.append((folder, purge_step))
-
-        def add_scalar(self, *scalar):
-            written.append(scalar)
-
-        def close(self):
-            written.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    log = TensorBoardLog(tmp_path, 3)
-    log(dict(step=4, loss=2.5, layer_loads=[1.5, 2.0], mfu=None))
-    log(dict(step=4, validation_loss=2.0, load=[[1, 2]]))
-    log.close()
-    assert opened == [(str(tmp_path / "tensorboard"), 4)]
-    assert written == [
-        ("training/loss", 2.5, 4),
-        ("load/layer 0", 1.5, 4),
-        ("load/layer 1", 2.0, 4),
-        ("validation/validation_loss", 2.0, 4),
-        "closed",
-    ]
-
-
-def test_operations_of_a_step_by_hand():
-    """Of one token alone there is one pair of a query and a key; the rest are the products."""
-    config = Config.from_name("tiny", **SMALL)
-    h, heads, latent = 32, 4, 32 + 16
-    attention = h * heads * 48 + h * latent + 32 * heads * 64 + heads * 32 * h
-    experts = 3 * h * 16 * (2 + 1) + h * 8  # two chosen, one shared, the router
-    head = 257 * h
-    plain = 2 * attention + 3 * h * 64 + experts + head
-    mtp = attention + experts + 2 * h * h + head
-    pair = heads * (48 + 32)
-    one = torch.tensor([0, 1])
-    assert step_flops(config, one, mtp=False) == 6 * plain + 3 * 2 * pair * 2
-    assert step_flops(config, one, mtp=True) == 6 * (plain + mtp) + 3 * 3 * pair * 2
-    # Two sequences of three: two times six pairs, and no more.
-    two = step_flops(config, torch.tensor([0, 3, 3, 6]), mtp=False)
-    assert two == 6 * 6 * plain + 3 * 2 * pair * 2 * 12
-
-
-# ---- schedules and bad input ----------------------------------------------------------------------------------------
-
-
-def test_schedules_are_those_of_the_report():
-    config = TrainConfig(
-        steps=1480, warmup_steps=20, learning_rate=2.2e-4, final_learning_rate=2.2e-5, bias_update_rate=0.001
-    )
-    assert config.learning_rate_at(0) == pytest.approx(2.2e-4 / 20)
-    assert config.learning_rate_at(19) == config.learning_rate_at(999) == 2.2e-4
-    assert config.learning_rate_at(1215) == pytest.approx((2.2e-4 + 2.2e-5) / 2)  # half of the cosine, 1000 to 1430
-    assert config.learning_rate_at(1430) == config.learning_rate_at(1479) == pytest.approx(2.2e-5)
-    assert [config.mtp_lambda_at(step) for step in (0, 999, 1000, 1479)] == [0.3, 0.3, 0.1, 0.1]
-    assert [config.bias_update_rate_at(step) for step in (0, 1429, 1430)] == [0.001, 0.001, 0.0]
-
-
-def test_a_schedule_without_a_cosine_ends_at_its_constant():
-    config = TrainConfig(steps=10, warmup_steps=0, decay_from=1.0, settle_from=1.0)
-    assert {config.learning_rate_at(step) for step in range(10)} == {config.learning_rate}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("steps", 0),
-        ("batch_tokens", 1),
-        ("microbatches", 0),
-        ("microbatches", 3),
-        ("sequence_length", 1),
-        ("warmup_steps", -1),
-        ("decay_from", 0.99),
-        ("settle_from", 1.5),
-        ("learning_rate", 0.0),
-        ("learning_rate", math.nan),
-        ("final_learning_rate", -1e-5),
-        ("betas", (0.9, 1.0)),
-        ("weight_decay", -0.1),
-        ("clip", 0.0),
-        ("bias_update_rate", -0.001),
-        ("balance_alpha", -1.0),
-        ("mtp_lambda", -0.3),
-        ("final_mtp_lambda", math.nan),
-        ("precision", "fp4"),
-        ("ema", 1.0),
-        ("ema", -0.1),
-        ("validate_every", 0),
-        ("validation_batches", 0),
-    ],
-)
-def test_a_field_out_of_range_is_named(name, value):
-    with pytest.raises(ValueError, match=rf"\b{name}\b"):
-        TrainConfig(**{name: value})
 
 
 def test_bad_places_and_texts_are_refused_before_training(corpus, tmp_path):

@@ -29,8 +29,20 @@ def both(rank):
         texts = [generate(m, PROMPTS, max_new_tokens=6, **options).tokens for m in (model, whole)]
         assert texts[0] == texts[1]
 
+    in_the_model(rank, whole)
     fixed_size(rank, "same", 1e-5)
     fixed_size(rank, "fp8", 0.06)  # a number of e4m3 is off by 2^-4 of itself at most
+
+
+def in_the_model(rank, whole):
+    """It takes what the model hands to whatever multiplies its experts."""
+    moe = copy.deepcopy(whole.layers[-1].mlp)
+    own = slice(4 * rank, 4 * rank + 4)
+    moe.experts.w13, moe.experts.w2 = (torch.nn.Parameter(w[own].detach()) for w in (moe.experts.w13, moe.experts.w2))
+    moe.experts.compute = DecodeExperts(dist.group.WORLD, 8)
+    x = torch.randn(2, 5, moe.experts.w13.shape[2], generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x[rank])[0], whole.layers[-1].mlp(x[rank])[0], rtol=1e-4, atol=1e-5)
 
 
 def fixed_size(rank, wire, tolerance):

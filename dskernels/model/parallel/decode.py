@@ -18,8 +18,7 @@ from dskernels.model.attention import Attention
 from dskernels.model.layers import FeedForward, Linear
 from dskernels.model.model import DeepseekV3
 from dskernels.model.moe import MoE
-from dskernels.model.parallel.exchange import exponents, from_exponents, pack, unpack
-from dskernels.model.parallel.expert import Wire
+from dskernels.model.parallel.exchange import Wire, loaded, pack, unloaded, unpack, widths
 from dskernels.model.parallel.plan import Team
 from dskernels.types import Fp8Tensor, Routing
 
@@ -70,7 +69,7 @@ class TensorExperts:
         self, x: Tensor, w13: Tensor | Fp8Tensor, w2: Tensor | Fp8Tensor, routing: Routing, **options: Any
     ) -> Tensor:
         """As `dskernels.fused_experts`, with the weights of this rank and ids of all experts."""
-        y = ds.fused_experts(x, w13, w2, _here(routing, self.first, w13.shape[0]), **options)
+        y = ds.fused_experts(x, w13, w2, choices_here(routing, self.first, w13.shape[0]), **options)
         dist.all_reduce(y, group=self.group)
         return y
 
@@ -106,37 +105,29 @@ class DecodeExperts:
         n_shared: int = 0,
         quantized: Fp8Tensor | None = None,
         fp8: bool = False,
+        keep: str = "input",
     ) -> Tensor:
-        """As `dskernels.fused_experts`, without a gradient."""
+        """As `dskernels.fused_experts`, without a gradient: ``quantized`` and ``keep`` change nothing."""
         if n_shared:
             raise ValueError("n_shared: shared experts in the stack of the routed ones are for one process")
         ranks, (tokens, hidden), k = self.group.size(), x.shape, routing.weights.shape[1]
         tail = [(k, torch.float32), (k, torch.int32)]
-        if self.wire == "fp8":
-            q = ds.quantize(x, scale_format="ue8m0")
-            rows = pack(q.data.view(torch.uint8), exponents(q), routing.weights, routing.experts.int())
-        else:
-            rows = pack(x, routing.weights, routing.experts.int())
+        rows = pack(*loaded(x, self.wire), routing.weights, routing.experts.int())
         every = rows.new_empty(ranks * tokens, rows.shape[1])
         work = dist.all_gather_into_tensor(every, rows, group=self.group, async_op=True)
         residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8)  # under the message
         work.wait()
-        if self.wire == "fp8":
-            head = [(hidden, torch.float8_e4m3fn), (-(-hidden // 128), torch.uint8)]
-            data, scale, weights, experts = unpack(every, head + tail)
-            arrived = from_exponents(data, scale, x.dtype)
-        else:
-            arrived, weights, experts = unpack(every, [(hidden, x.dtype), *tail])
+        *parts, weights, experts = unpack(every, widths(hidden, x.dtype, self.wire) + tail)
         none = experts.new_empty(0)
-        here = _here(Routing(weights.contiguous(), experts.contiguous(), none, none), self.first, w13.shape[0])
-        y = ds.fused_experts(arrived, w13, w2, here, fp8=fp8)
+        here = choices_here(Routing(weights.contiguous(), experts.contiguous(), none, none), self.first, w13.shape[0])
+        y = ds.fused_experts(unloaded(parts, x.dtype), w13, w2, here, fp8=fp8)
         back = torch.empty_like(y)
         dist.all_to_all_single(back, y, group=self.group)
         out = back.view(ranks, tokens, hidden).float().sum(0).to(x.dtype)
         return out if residual is None else out + residual
 
 
-def _here(routing: Routing, first: int, n: int) -> Routing:
+def choices_here(routing: Routing, first: int, n: int) -> Routing:
     """The choices of n experts from ``first`` on, numbered from 0; others are dropped."""
     ids = routing.experts - first
     return routing._replace(experts=torch.where((ids >= 0) & (ids < n), ids, -1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 
 import dskernels as ds
 from dskernels.types import Fp8Tensor, Permuted
+
+Wire = Literal["same", "fp8"]
 
 ALIGNMENT = 16  # bytes: each part of a row begins at a multiple, as tensor memory accelerators and views want it
 
@@ -180,3 +182,23 @@ def from_exponents(data: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tenso
     """The values again, from e4m3 ``[T, K]`` and the exponents of its scales. Exact in bf16."""
     scale = (exponents.int() << 23).view(torch.float32)
     return Fp8Tensor(data, scale).dequantize(dtype)
+
+
+def loaded(x: Tensor, wire: Wire) -> list[Tensor]:
+    """The parts of a row that tokens travel as: themselves, or e4m3 and the exponents of power-of-two scales."""
+    if wire == "same":
+        return [x]
+    quantized = ds.quantize(x, scale_format="ue8m0")
+    return [quantized.data.view(torch.uint8), exponents(quantized)]
+
+
+def widths(hidden: int, dtype: torch.dtype, wire: Wire) -> list[tuple[int, torch.dtype]]:
+    """Width and dtype of each of these parts, for `unpack`."""
+    if wire == "same":
+        return [(hidden, dtype)]
+    return [(hidden, torch.float8_e4m3fn), (-(-hidden // 128), torch.uint8)]
+
+
+def unloaded(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The tokens again."""
+    return parts[0] if len(parts) == 1 else from_exponents(parts[0], parts[1], dtype)

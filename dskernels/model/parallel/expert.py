@@ -7,17 +7,15 @@ carries bf16, or e4m3 with power-of-two scales; combine, and gradients both ways
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.model.parallel.exchange import Trip, exponents, from_exponents, pack, unpack
+from dskernels.model.parallel.exchange import Trip, Wire, loaded, pack, unloaded, unpack, widths
 from dskernels.types import Fp8Tensor, Routing
-
-Wire = Literal["same", "fp8"]
 
 
 class Chain:
@@ -121,12 +119,7 @@ class _Leave(torch.autograd.Function):
     ) -> Tensor:
         ctx.trip, ctx.widths = trip, ((x.shape[1], x.dtype), (weights.shape[1], torch.float32))
         ctx.set_materialize_grads(False)
-        if wire == "fp8":
-            quantized = ds.quantize(x, scale_format="ue8m0")
-            payload = [quantized.data.view(torch.uint8), exponents(quantized)]
-        else:
-            payload = [x]
-        trip.send(trip.spread(pack(*payload, weights, experts.int())))
+        trip.send(trip.spread(pack(*loaded(x, wire), weights, experts.int())))
         return x.new_zeros(0)
 
     @staticmethod
@@ -149,15 +142,9 @@ class _Arrive(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         hidden, dtype, k = shape
         tail = [(k, torch.float32), (k, torch.int32)]
-        rows = trip.arrived()
-        if wire == "fp8":
-            head = [(hidden, torch.float8_e4m3fn), (-(-hidden // 128), torch.uint8)]
-            data, scale, weights, experts = unpack(rows, head + tail)
-            tokens = from_exponents(data, scale, dtype)
-        else:
-            tokens, weights, experts = unpack(rows, [(hidden, dtype), *tail])
+        *parts, weights, experts = unpack(trip.arrived(), widths(hidden, dtype, wire) + tail)
         ctx.mark_non_differentiable(experts)
-        return ticket.new_zeros(0), tokens, weights, experts
+        return ticket.new_zeros(0), unloaded(parts, dtype), weights, experts
 
     @staticmethod
     def backward(

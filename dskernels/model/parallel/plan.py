@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dskernels.model.config import Config
 from dskernels.model.model import DeepseekV3
-from dskernels.model.parallel.expert import ExpertParallel, Wire
+from dskernels.model.parallel.exchange import Wire
+from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.shards import local
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others before it gives up

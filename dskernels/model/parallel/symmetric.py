@@ -14,9 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.model.parallel.decode import DecodeExperts, _here
-from dskernels.model.parallel.exchange import destinations, exponents, from_exponents, pack, unpack
-from dskernels.model.parallel.expert import Wire
+from dskernels.model.parallel.decode import DecodeExperts, choices_here
+from dskernels.model.parallel.exchange import Wire, destinations, loaded, pack, unloaded, unpack, widths
 from dskernels.model.parallel.symmetric_triton import put
 from dskernels.types import Fp8Tensor, Permuted, Routing
 
@@ -72,10 +71,7 @@ class SymmetricDecodeExperts(DecodeExperts):
         super().__init__(group, n_experts, wire=wire)
         self.per_rank, self.tokens = n_experts // group.size(), tokens
         self.tail = [(top_k, torch.float32), (top_k, torch.int32)]
-        if wire == "fp8":
-            self.payload = [(hidden, torch.float8_e4m3fn), (-(-hidden // 128), torch.uint8)]
-        else:
-            self.payload = [(hidden, dtype)]
+        self.payload = widths(hidden, dtype, wire)
         sizes = [-(-width * kind.itemsize // 16) * 4 for width, kind in (*self.tail, *self.payload)]
         self.head = sum(sizes[:2])  # the choices, which come first
         rows = group.size() * tokens
@@ -94,6 +90,7 @@ class SymmetricDecodeExperts(DecodeExperts):
         n_shared: int = 0,
         quantized: Fp8Tensor | None = None,
         fp8: bool = False,
+        keep: str = "input",
     ) -> Tensor:
         """As `DecodeExperts`, for at most ``tokens`` tokens."""
         if n_shared:
@@ -105,12 +102,10 @@ class SymmetricDecodeExperts(DecodeExperts):
         self.dispatch(x, routing, needed)
         residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8)
         arrived = self.arriving.slots[: ranks * tokens].view(torch.float32)
-        weights, experts, rows, *scale = unpack(arrived, self.tail + self.payload)
-        if self.wire == "fp8":
-            rows = from_exponents(rows, scale[0], x.dtype)
+        weights, experts, *parts = unpack(arrived, self.tail + self.payload)
         none = experts.new_empty(0)
-        here = _here(Routing(weights.contiguous(), experts.contiguous(), none, none), self.first, self.per_rank)
-        y = ds.fused_experts(rows, w13, w2, here, fp8=fp8)
+        here = choices_here(Routing(weights.contiguous(), experts.contiguous(), none, none), self.first, self.per_rank)
+        y = ds.fused_experts(unloaded(parts, x.dtype), w13, w2, here, fp8=fp8)
         self.send_back(y, (here.experts >= 0).any(1).view(ranks, tokens).T)
         index = torch.arange(tokens, device=x.device)[:, None] + tokens * torch.arange(ranks, device=x.device)
         index = torch.where(needed, index, -1).int()
@@ -125,12 +120,7 @@ class SymmetricDecodeExperts(DecodeExperts):
 
     def dispatch(self, x: Tensor, routing: Routing, needed: Tensor) -> None:
         """Tokens to their ranks; when it returns, the stream has those of all."""
-        if self.wire == "fp8":
-            q = ds.quantize(x, scale_format="ue8m0")
-            payload = [q.data.view(torch.uint8), exponents(q)]
-        else:
-            payload = [x]
-        rows = pack(routing.weights, routing.experts.int(), *payload).view(torch.int32)
+        rows = pack(routing.weights, routing.experts.int(), *loaded(x, self.wire)).view(torch.int32)
         slot = self.group.rank() * x.shape[0]
         put(rows, needed, self.arriving.addresses, slot=slot, head=self.head, rows_of_rank=0)
         self.arriving.handle.barrier(channel=0)
