@@ -228,7 +228,7 @@ def draw(results: dict[str, Any]) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel("root mean square of the error over that of the result, each kind of data a dot")
-        axes.legend(loc="lower left", fontsize=8)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours), fontsize=8, frameon=False)
         PICTURE.parent.mkdir(exist_ok=True)
         figure.savefig(PICTURE, bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)

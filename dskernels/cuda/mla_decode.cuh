@@ -60,7 +60,6 @@ __device__ __forceinline__ void multiply_values(float (&d)[128], const u32* p, u
 struct Piece {
     int request, first, blocks, length, fresh;  // blocks < 0: there is no more; fresh: how many of its tokens are new
     int slot;                                   // where a part of the result goes, < 0: this is all of it
-    __device__ __forceinline__ int blocks_of_request() const { return (length + BLOCK - 1) / BLOCK; }
 };
 
 __device__ __forceinline__ void write_piece(u32 at, const Piece& x) {
