@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import warnings
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fuzz.drawing import Call, leaves
 # Roundings of the result, over the largest magnitude; a call says how many times as much it may lose.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 2e-6, torch.float64: 1e-6}
 E4M3 = 0.066  # half a step of e4m3 next to the largest of a tile, its scale rounded up to a power of two
+OUTCOMES: defaultdict[str, Counter[str]] = defaultdict(Counter)  # of this run, operation by operation
 
 
 class Memory:
