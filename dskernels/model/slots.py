@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -12,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import forced_impl
+from dskernels.model.capture import capturing, mode
 from dskernels.model.model import DeepseekV3
 from dskernels.model.passes import Passes, Sequences
 
@@ -163,7 +161,7 @@ class StepGraphs:
                 # A step of rows without sequences, which changes nothing: what is compiled, loaded or kept cannot be
                 # within a capture.
                 passes.step(Sequences.empty(passes, rows, self.sequences.block_table.shape[1]))
-                with _capturing(graph, self._pool):
+                with capturing(graph, self._pool):
                     passes.step(self.sequences.rows(0, rows))
         except torch.OutOfMemoryError:
             raise
@@ -179,48 +177,6 @@ class StepGraphs:
         self._versions = [version(t) for t in weights]
         self._mode = mode()
         return graph
-
-
-class _capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph
-    """Records what the current stream is given, without the collection of garbage and of memory that `torch.cuda.graph`
-    begins with (0.1 s and more in a large program)."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
-        self._graph, self._pool = graph, pool
-
-    def __enter__(self) -> None:
-        # A graph that is collected meanwhile (they may lie in cycles) is taken apart, which ends the capture.
-        self._collecting = gc.isenabled()
-        gc.disable()
-        # Other threads may do what they like (load a file into pinned memory), it is not recorded.
-        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            self._graph.capture_end()
-        except RuntimeError:
-            self._repair()
-            if error is None:
-                raise
-        finally:
-            if self._collecting:
-                gc.enable()
-
-    def _repair(self) -> None:
-        """After a capture that failed torch believes that it goes on: memory would still be taken from its pool, and
-        random numbers be refused outside of it. A capture of nothing ends that."""
-        with suppress(RuntimeError):  # not all versions of torch need it
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-        with suppress(RuntimeError):  # why the first one failed is the better thing to say
-            nothing = torch.cuda.CUDAGraph()
-            nothing.capture_begin(capture_error_mode="thread_local")
-            torch.cuda._sleep(1)
-            nothing.capture_end()
-
-
-def mode() -> tuple[str | None, bool]:
-    """What decides from outside which kernels run."""
-    return forced_impl(), torch.is_autocast_enabled("cuda")
 
 
 def tensors_of(model: DeepseekV3) -> list[Tensor]:
