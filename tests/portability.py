@@ -18,10 +18,11 @@ import json
 import os
 import pickle
 import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,9 @@ def compile_here(kernels: list[Any], targets: Iterable[str] = TARGETS) -> dict[s
     return {"triton": triton.__version__, "python": platform.python_version(), "kernels": len(kernels), "targets": rows}
 
 
-def compile_releases(releases: Iterable[str], kernels: list[Any], targets: Iterable[str]) -> list[dict[str, Any]]:
+def compile_releases(releases: Iterable[str], kernels: list[Any], targets: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Each release of Triton in an environment of its own, on top of this one's torch and test tools."""
     site = next(path for path in sys.path if path.endswith("site-packages"))
-    results = []
     for release in releases:
         with tempfile.TemporaryDirectory() as folder:
             packages, out, listed = (Path(folder) / name for name in ("packages", "result.json", "kernels.pickle"))
@@ -189,8 +189,16 @@ def compile_releases(releases: Iterable[str], kernels: list[Any], targets: Itera
             command = [sys.executable, __file__, "compile", "--out", str(out), "--kernels", str(listed)]
             print(f"Triton {release}", flush=True)
             subprocess.run([*command, "--targets", *targets], check=True, env=environment)
-            results.append(json.loads(out.read_text()))
-    return results
+            yield json.loads(out.read_text())
+
+
+def keep(result: dict[str, Any]) -> None:
+    """One release's result, in place of what there was of the same release."""
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    results = [other for other in before if other["triton"] != result["triton"]] + [result]
+    results.sort(key=lambda one: [int(part) for part in re.findall(r"\d+", one["triton"])[:3]])
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    TABLE.write_text(table(results))
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -253,7 +261,9 @@ def main() -> None:
         if asked.command == "compile":
             asked.out.write_text(json.dumps(compile_here(kernels, asked.targets), indent=1) + "\n")
             return
-        RESULTS.write_text(json.dumps(compile_releases(asked.release, kernels, asked.targets), indent=1) + "\n")
+        for result in compile_releases(asked.release, kernels, asked.targets):
+            keep(result)
+        return
     TABLE.write_text(table(json.loads(RESULTS.read_text())))
 
 
