@@ -23,7 +23,7 @@ def events(monkeypatch):
 
         return call
 
-    for kind, name in (("begin", "_begin"), ("end", "arrived")):
+    for kind, name in (("begin", "_begin"), ("end", "_take")):
         original = getattr(expert.Trip, name)
         monkeypatch.setattr(expert.Trip, name, noted(kind, original))
     return seen

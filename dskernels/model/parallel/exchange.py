@@ -27,7 +27,7 @@ class Destinations(NamedTuple):
     """Where tokens go.
 
     Attributes:
-        ranks: int32 ``[T, n]``, the ranks of each token, each once, -1 where there are fewer than n.
+        ranks: int32 ``[T, n]``, the ranks of each token, each once and in their order, -1 where there are fewer than n.
         rows: int64 ``[R]``, rows for each rank.
         choices: int64 ``[R]``, the most experts that one of these rows has there.
     """
@@ -57,7 +57,8 @@ def destinations(experts: Tensor, n_ranks: int, per_rank: int, most: int | None 
     else:
         before = torch.ones(k, k, dtype=torch.bool, device=experts.device).tril(-1)
         again = ((rank[:, :, None] == rank[:, None, :]) & before).any(-1)
-        ranks = torch.where(again, -1, rank)
+        ranks = torch.where(again | (rank < 0), n_ranks, rank).sort(1).values
+        ranks = torch.where(ranks < n_ranks, ranks, -1)
     if most is not None and most < ranks.shape[1]:
         order = (ranks < 0).int().argsort(dim=1, stable=True)[:, :most]
         ranks = ranks.gather(1, order)
@@ -101,30 +102,41 @@ class Trip:
         return cls(group, to, sent, received, max(1, *choices))
 
     @property
-    def columns(self) -> int:
-        """Ranks that a token may go to."""
-        return self.to.index.shape[1]
+    def tokens(self) -> int:
+        """How many this rank has."""
+        return self.to.index.shape[0]
 
-    def spread(self, tokens: Tensor) -> Tensor:
-        """A copy of each token's row for each rank that it goes to, ``[sum(sent), W]``, rank by rank."""
-        source = self._source()
-        return tokens.index_select(0, source)
+    @property
+    def rows(self) -> int:
+        """How many arrive."""
+        return sum(self.received)
 
-    def gathered(self, rows: Tensor) -> Tensor:
-        """The sum of the rows of each token ``[T, W]``, in fp32 in the order of `to.index`; ``rows`` has T * n rows."""
-        ones = torch.ones(self.to.index.shape, device=rows.device)
-        return ds.combine(rows, self.to, ones)
+    @property
+    def device(self) -> torch.device:
+        """This rank's."""
+        return self.to.index.device
 
-    def send(self, rows: Tensor) -> None:
-        """Begins to send ``[sum(sent), W]``, and to receive ``[sum(received), W]``."""
-        self._begin(rows, rows.new_empty(sum(self.received), rows.shape[1]), self.sent, self.received)
+    def send(self, parts: Sequence[Tensor]) -> None:
+        """Begins to send a row of each part, ``[tokens, .]``, to each rank that it goes to."""
+        rows = pack(*parts).index_select(0, self._source())
+        self._begin(rows, rows.new_empty(self.rows, rows.shape[1]), self.sent, self.received)
 
-    def send_back(self, rows: Tensor) -> None:
-        """Begins the way back: ``[sum(received), W]`` leave, ``[sum(sent), W]`` come, with room for all T * n."""
-        room = rows.new_empty(self.to.index.numel(), rows.shape[1])
+    def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+        """The rows that came, part by part, ``[rows, width]``, given the width and dtype of each."""
+        return unpack(self._take(), columns)
+
+    def send_back(self, parts: Sequence[Tensor]) -> None:
+        """Begins the way back of rows, ``[rows, .]``."""
+        rows = pack(*parts)
+        room = rows.new_empty(self.to.index.numel(), rows.shape[1])  # as `combine` takes it
         self._begin(rows, room, self.received, self.sent)
 
-    def arrived(self) -> Tensor:
+    def returned(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+        """The sum of the rows of each token, ``[tokens, width]``, in fp32 in the order of `to.index`, part by part."""
+        ones = torch.ones(self.to.index.shape, device=self.device)
+        return [ds.combine(part, self.to, ones) for part in unpack(self._take(), columns)]
+
+    def _take(self) -> Tensor:
         """What came; waits for it (on a GPU the stream does, not the host)."""
         work, buffer = self.pending.pop()
         if work is not None:

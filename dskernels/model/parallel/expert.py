@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.model.parallel.exchange import Trip, Wire, loaded, pack, unloaded, unpack, widths
+from dskernels.model.parallel.exchange import Trip, Wire, loaded, unloaded, widths
+from dskernels.model.parallel.fixed import FixedTrip
+from dskernels.model.parallel.mail import Mail
 from dskernels.types import Fp8Tensor, Routing
 
 
@@ -42,19 +44,33 @@ class ExpertParallel:
         wire: what a dispatched token travels as: "same", its own dtype, or "fp8", e4m3 in 1x128 tiles with
             power-of-two scales, half the bytes.
         most_ranks: the most ranks that one token's experts are on, where the routing limits them.
+        mail: sends every token to every rank in messages of a fixed size, which nothing waits for on the host; by
+            default tokens are counted first, and go to the ranks of their experts alone.
+        tokens: with `mail`, the most that a rank brings, the same number on every rank. Memory and the messages are for
+            so many, so that all should bring them.
 
     Raises:
-        ValueError: the ranks do not divide the experts, or an unknown wire.
+        ValueError: the ranks do not divide the experts, an unknown wire, or one of `mail` and `tokens` alone.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, n_experts: int, *, wire: Wire = "same", most_ranks: int | None = None
+        self,
+        group: dist.ProcessGroup,
+        n_experts: int,
+        *,
+        wire: Wire = "same",
+        most_ranks: int | None = None,
+        mail: Mail | None = None,
+        tokens: int | None = None,
     ) -> None:
         if n_experts % group.size():
             raise ValueError(f"n_experts: {group.size()} ranks do not divide {n_experts} experts")
         if wire not in ("same", "fp8"):
             raise ValueError(f'wire: expected "same" or "fp8", got {wire!r}')
+        if (mail is None) != (tokens is None):
+            raise ValueError("tokens: expected with mail, and not without")
         self.group, self.wire, self.most_ranks = group, wire, most_ranks
+        self.mail, self.tokens = mail, tokens
         self.per_rank = n_experts // group.size()
         self.chain: Chain | None = None
 
@@ -73,14 +89,14 @@ class ExpertParallel:
     ) -> Tensor:
         """As `dskernels.fused_experts`, with ``w13`` and ``w2`` of this rank's experts and ids of all.
 
-        Every rank of the group has to call it, with any number of tokens. It waits for the device once, for the sizes
-        of the messages. The shared expert runs under the dispatch.
+        Every rank of the group has to call it, with any number of tokens. Without `mail` it waits for the device once,
+        for the sizes of the messages. The shared expert runs under the dispatch.
         """
         if n_shared:
             raise ValueError("n_shared: shared experts in the stack of the routed ones are for one process")
         if w13.shape[0] != self.per_rank:
             raise ValueError(f"w13: expected the {self.per_rank} experts of this rank, got {w13.shape[0]}")
-        trip = Trip.plan(routing.experts, self.group, self.per_rank, self.most_ranks)
+        trip = self._trip(x, routing)
         chain = self.chain or Chain()
         chain.token = ticket = _Leave.apply(chain.token, x, routing.weights, routing.experts, trip, self.wire)
         chain.switch()
@@ -93,11 +109,16 @@ class ExpertParallel:
         chain.token, out = _ArriveBack.apply(ticket, chain.token, trip, y.shape[1], y.dtype)
         return out if residual is None else out + residual
 
-    def _local(self, weights: Tensor, experts: Tensor, trip: Trip) -> Routing:
-        """The choices of the received rows that are this rank's, first in each row and in their order."""
+    def _trip(self, x: Tensor, routing: Routing) -> Trip | FixedTrip:
+        if self.mail is None or self.tokens is None:
+            return Trip.plan(routing.experts, self.group, self.per_rank, self.most_ranks)
+        return FixedTrip(self.mail, x.shape[0], self.tokens, x.device)
+
+    def _local(self, weights: Tensor, experts: Tensor, trip: Trip | FixedTrip) -> Routing:
+        """The choices of the received rows that are this rank's, in their order; first in each row, where few are."""
         ids = experts - self.group.rank() * self.per_rank
         ids = torch.where((ids >= 0) & (ids < self.per_rank), ids, -1)
-        if trip.choices < ids.shape[1]:
+        if trip.choices is not None and trip.choices < ids.shape[1]:
             order = (ids < 0).int().argsort(dim=1, stable=True)[:, : trip.choices]
             ids, weights = ids.gather(1, order), weights.gather(1, order)
         none = ids.new_empty(0)
@@ -115,19 +136,24 @@ class _Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor | None, x: Tensor, weights: Tensor, experts: Tensor, trip: Trip, wire: Wire
+        ctx: Any,
+        token: Tensor | None,
+        x: Tensor,
+        weights: Tensor,
+        experts: Tensor,
+        trip: Trip | FixedTrip,
+        wire: Wire,
     ) -> Tensor:
         ctx.trip, ctx.widths = trip, ((x.shape[1], x.dtype), (weights.shape[1], torch.float32))
         ctx.set_materialize_grads(False)
-        trip.send(trip.spread(pack(*loaded(x, wire), weights, experts.int())))
+        trip.send([*loaded(x, wire), weights, experts.int()])
         return x.new_zeros(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.trip.pending:  # nothing downstream had a gradient
             return (None,) * 6
-        rows = ctx.trip.arrived()
-        dx, dweights = (ctx.trip.gathered(part) for part in unpack(rows, ctx.widths))
+        dx, dweights = ctx.trip.returned(ctx.widths)
         return None, dx, dweights, None, None, None
 
 
@@ -136,13 +162,13 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ticket: Tensor, token: Tensor, trip: Trip, shape: tuple[int, torch.dtype, int], wire: Wire
+        ctx: Any, ticket: Tensor, token: Tensor, trip: Trip | FixedTrip, shape: tuple[int, torch.dtype, int], wire: Wire
     ) -> tuple[Tensor, ...]:
         ctx.trip, ctx.shape = trip, shape
         ctx.set_materialize_grads(False)
         hidden, dtype, k = shape
         tail = [(k, torch.float32), (k, torch.int32)]
-        *parts, weights, experts = unpack(trip.arrived(), widths(hidden, dtype, wire) + tail)
+        *parts, weights, experts = trip.arrived(widths(hidden, dtype, wire) + tail)
         ctx.mark_non_differentiable(experts)
         return ticket.new_zeros(0), unloaded(parts, dtype), weights, experts
 
@@ -150,11 +176,10 @@ class _Arrive(torch.autograd.Function):
     def backward(
         ctx: Any, _: Tensor | None, dx: Tensor | None, dweights: Tensor | None, __: None
     ) -> tuple[Tensor | None, ...]:
-        (hidden, dtype, k), rows = ctx.shape, sum(ctx.trip.received)
-        device = ctx.trip.to.index.device
+        (hidden, dtype, k), rows, device = ctx.shape, ctx.trip.rows, ctx.trip.device
         dx = torch.zeros(rows, hidden, dtype=dtype, device=device) if dx is None else dx
         dweights = torch.zeros(rows, k, device=device) if dweights is None else dweights
-        ctx.trip.send_back(pack(dx, dweights))
+        ctx.trip.send_back([dx, dweights])
         return (dx.new_zeros(0),) * 2 + (None,) * 3
 
 
@@ -162,15 +187,15 @@ class _LeaveBack(torch.autograd.Function):
     """Combine begins; backward, the gradients of the experts' outputs have come."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, y: Tensor, trip: Trip) -> Tensor:
+    def forward(ctx: Any, token: Tensor, y: Tensor, trip: Trip | FixedTrip) -> Tensor:
         ctx.trip, ctx.width = trip, (y.shape[1], y.dtype)
         ctx.set_materialize_grads(False)
-        trip.send_back(pack(y))
+        trip.send_back([y])
         return y.new_zeros(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, unpack(ctx.trip.arrived(), [ctx.width])[0], None
+        return None, ctx.trip.arrived([ctx.width])[0], None
 
 
 class _ArriveBack(torch.autograd.Function):
@@ -178,17 +203,16 @@ class _ArriveBack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ticket: Tensor, token: Tensor, trip: Trip, hidden: int, dtype: torch.dtype
+        ctx: Any, ticket: Tensor, token: Tensor, trip: Trip | FixedTrip, hidden: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        ctx.trip, ctx.shape = trip, (trip.to.index.shape[0], hidden, dtype)
+        ctx.trip, ctx.shape = trip, (trip.tokens, hidden, dtype)
         ctx.set_materialize_grads(False)
-        out = trip.gathered(unpack(trip.arrived(), [(hidden, dtype)])[0])
-        return ticket.new_zeros(0), out
+        return ticket.new_zeros(0), trip.returned([(hidden, dtype)])[0]
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         trip, (tokens, hidden, dtype) = ctx.trip, ctx.shape
         if dout is None:
-            dout = torch.zeros(tokens, hidden, dtype=dtype, device=trip.to.index.device)
-        trip.send(trip.spread(pack(dout)))
+            dout = torch.zeros(tokens, hidden, dtype=dtype, device=trip.device)
+        trip.send([dout])
         return (dout.new_zeros(0),) * 2 + (None,) * 3

@@ -172,7 +172,7 @@ class Pipeline:
             raise ValueError(f"schedule: expected {', '.join(SCHEDULES)}, got {schedule!r}")
         if microbatches < 2 * ranks:
             raise ValueError(f"microbatches: expected at least {2 * ranks} for {ranks} ranks, got {microbatches}")
-        spread_experts(model, team)
+        spread_experts(model, team, tokens=tokens, dtype=next(model.parameters()).dtype)
         self.team, self.microbatches = team, microbatches
         self.collect = collect or (lambda: None)
         place = team.place("pipeline")

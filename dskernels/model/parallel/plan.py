@@ -6,7 +6,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dskernels.model.config import Config
 from dskernels.model.model import DeepseekV3
+from dskernels.model.parallel.copies import CopyEngines, message_bytes, reach_each_other
 from dskernels.model.parallel.exchange import Wire
 from dskernels.model.parallel.expert import ExpertParallel
+from dskernels.model.parallel.mail import Collective, Mail
 from dskernels.model.parallel.shards import local
 
 TIMEOUT = 600.0  # seconds that a rank waits for the others before it gives up
+# Sent to every rank, a token is wanted there by 99.9% of 2 and 90% of 4, as 8 choices fall, but by 66% of 8.
+MOST_FIXED = 4
+
+Exchange = Literal["auto", "counted", "fixed"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class Plan:
         pipeline: ranks that share the layers, two stages each, in the form of a V (`Pipeline`).
         tensor: ranks that share the heads and the experts for the same text, to generate with (`parallelize_decode`).
         wire: what a token travels to its experts as, see `ExpertParallel`.
+        exchange: "counted", tokens to the ranks of their experts alone, whose numbers the host waits for once a layer;
+            "fixed", all tokens to all ranks, and no wait: by copy engines where the GPUs reach each other's memory,
+            else by `torch.distributed`. "auto" is "fixed" for at most 4 ranks with such GPUs, where the tokens of a
+            rank are known beforehand (`train`, `Pipeline`, ``parallelize(tokens=...)``), else "counted".
         reshard: let go of gathered weights after each block's forward, and gather them again for its backward: less
             memory, more messages.
         sms: how many SMs of a GPU a message of NCCL may take from what is computed beside it; None leaves it to NCCL.
@@ -46,6 +56,7 @@ class Plan:
     pipeline: int = 1
     tensor: int = 1
     wire: Wire = "same"
+    exchange: Exchange = "auto"
     reshard: bool = True
     sms: int | None = None
 
@@ -53,6 +64,8 @@ class Plan:
         for name in ("data", "expert", "pipeline", "tensor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.exchange not in ("auto", "counted", "fixed"):
+            raise ValueError(f'exchange: expected "auto", "counted" or "fixed", got {self.exchange!r}')
         if self.sms is not None and self.sms < 1:
             raise ValueError(f"sms: expected at least 1, got {self.sms}")
         if self.tensor > 1 and self.ranks != self.tensor:
@@ -159,7 +172,9 @@ class Team:
         dist.destroy_process_group()
 
 
-def parallelize(model: DeepseekV3, team: Team, *, dtype: torch.dtype | None = None) -> DeepseekV3:
+def parallelize(
+    model: DeepseekV3, team: Team, *, dtype: torch.dtype | None = None, tokens: int | None = None
+) -> DeepseekV3:
     """Spreads a model over the ranks of a team, for training: experts to their ranks, all else by FSDP2.
 
     The model itself stays as it is written; each rank then calls it with its own text. Gradients are summed over the
@@ -170,30 +185,52 @@ def parallelize(model: DeepseekV3, team: Team, *, dtype: torch.dtype | None = No
             changed in place and moved to the team's device.
         team: the ranks.
         dtype: compute with parameters rounded to this, bf16 as a rule; gradients are summed in fp32.
+        tokens: the most that a rank brings at a time, the same on every rank, see `Plan.exchange`.
 
     Raises:
-        ValueError: the plan does not fit the model.
+        ValueError: the plan does not fit the model, or its exchange is "fixed" and `tokens` is missing.
     """
     team.plan.check(model.config, dist.get_world_size())
-    spread_experts(model, team)
+    spread_experts(model, team, tokens=tokens, dtype=dtype or torch.float32)
     model.to(team.device)
     shard(model, team, dtype=dtype)
     return model
 
 
-def spread_experts(model: nn.Module, team: Team) -> None:
-    """Leaves each rank its part of the experts of every layer."""
+def spread_experts(model: nn.Module, team: Team, *, tokens: int | None, dtype: torch.dtype) -> None:
+    """Leaves each rank its part of the experts of every layer; tokens travel in `dtype`, see `parallelize`."""
     ranks, place = team.plan.expert, team.place("expert")
-    if ranks == 1:
+    found = expert_modules(model)
+    if ranks == 1 or not found:
         return
-    for experts, config in expert_modules(model):
+    mail = mail_for(found[0][1], team, tokens, dtype)
+    for experts, config in found:
         per_rank = config.n_routed_experts // ranks
         own = slice(place * per_rank, (place + 1) * per_rank)
         experts.w13 = nn.Parameter(experts.w13.detach()[own].clone())
         experts.w2 = nn.Parameter(experts.w2.detach()[own].clone())
         experts.compute = ExpertParallel(
-            team.group("expert"), config.n_routed_experts, wire=team.plan.wire, most_ranks=most_ranks(config, ranks)
+            team.group("expert"),
+            config.n_routed_experts,
+            wire=team.plan.wire,
+            most_ranks=most_ranks(config, ranks),
+            mail=mail,
+            tokens=None if mail is None else tokens,
         )
+
+
+def mail_for(config: Config, team: Team, tokens: int | None, dtype: torch.dtype) -> Mail | None:
+    """What takes the tokens of all layers to all ranks, where the plan wants that; every rank calls it."""
+    group, exchange = team.group("expert"), team.plan.exchange
+    if exchange == "counted" or (exchange == "auto" and (tokens is None or group.size() > MOST_FIXED)):
+        return None
+    if tokens is None:
+        raise ValueError('exchange: "fixed" wants to know how many tokens a rank brings, `tokens`')
+    if not reach_each_other(group):
+        return Collective(group) if exchange == "fixed" else None
+    widest = config.hidden_size * dtype.itemsize
+    beside = 8 * config.num_experts_per_tok + config.hidden_size // 128 + 64  # weights, ids, exponents, gaps
+    return CopyEngines(group, message_bytes([(tokens, widest), (tokens, beside)]))
 
 
 def expert_modules(model: nn.Module) -> list:

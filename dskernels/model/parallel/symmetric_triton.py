@@ -5,11 +5,15 @@ Names: `p_` pointer, `i_` index of a program, `o_` offsets, `m_` mask. A word is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.portable import launch
+from dskernels.portable import INTERPRETED, cast, launch
+from dskernels.validate import ceil_div
 
 BLOCK = 2048  # words that a program has in flight: 8 KB
 
@@ -73,3 +77,44 @@ def put(rows: Tensor, needed: Tensor, peers: Tensor, *, slot: int, head: int, ro
         BLOCK=BLOCK,
         num_warps=8,
     )
+
+
+SUM_BLOCK = 2048  # elements of a program
+
+
+@triton.jit
+def sum_kernel(p_out, p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, size, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Elementwise sum of up to 8 tensors in fp32, in their order, rounded once."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < size
+    total = tl.load(p_0 + o, mask=m, other=0).to(tl.float32)
+    if RANKS > 1:
+        total += tl.load(p_1 + o, mask=m, other=0).to(tl.float32)
+    if RANKS > 2:
+        total += tl.load(p_2 + o, mask=m, other=0).to(tl.float32)
+    if RANKS > 3:
+        total += tl.load(p_3 + o, mask=m, other=0).to(tl.float32)
+    if RANKS > 4:
+        total += tl.load(p_4 + o, mask=m, other=0).to(tl.float32)
+    if RANKS > 5:
+        total += tl.load(p_5 + o, mask=m, other=0).to(tl.float32)
+    if RANKS > 6:
+        total += tl.load(p_6 + o, mask=m, other=0).to(tl.float32)
+    if RANKS > 7:
+        total += tl.load(p_7 + o, mask=m, other=0).to(tl.float32)
+    tl.store(p_out + o, cast(total, p_out.dtype.element_ty), mask=m)
+
+
+def sum_ranks(parts: Sequence[Tensor], *, out: Tensor) -> None:
+    """Writes the sum of tensors, contiguous and of one shape and dtype, in fp32 in their order, to `out`."""
+    if out.numel() == 0:
+        return
+    if len(parts) > 8 or not (out.is_cuda or INTERPRETED.value):
+        total = torch.zeros(out.shape, device=out.device)
+        for part in parts:
+            total += part
+        out.copy_(total)
+        return
+    eight = [*parts, *[parts[0]] * (8 - len(parts))]
+    grid = (ceil_div(out.numel(), SUM_BLOCK),)
+    launch(sum_kernel, grid, out, *eight, out.numel(), RANKS=len(parts), BLOCK=SUM_BLOCK, num_warps=8)

@@ -222,7 +222,7 @@ class _Run:
             )
             parameters = self.pipeline.named_parameters()
         else:
-            parallelize(self.model, team, dtype=config.dtype if low else None)
+            parallelize(self.model, team, dtype=config.dtype if low else None, tokens=tokens)
             parameters = dict(self.model.named_parameters())
         self.optimizer = TeamAdamW(
             parameters,

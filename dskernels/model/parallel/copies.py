@@ -1,0 +1,189 @@
+"""Messages between the GPUs of one host by their copy engines: straight into the other's memory, and no SM is taken.
+
+NCCL's kernels hold SMs, and a product that fills all of them waits for the last one: on 2 H200 a product beside NCCL
+took longer than both one after the other. Here a message is a copy over NVLink on a stream of its own, behind it a
+number that the driver writes there (a stream memory operation), and a stream that waits until it reads that number. No
+kernel takes part, and none polls.
+
+The numbers count messages and come from the host: this cannot be captured in a CUDA graph, and says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import socket
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dskernels.model.parallel.mail import ALIGNMENT, Mail, Part, layout
+
+SLOTS = 4  # messages that may be under way, or read, at once: two micro-batches have one each in both directions
+PIECE = 2**24  # bytes: what has come of a large message is read while the rest travels, in pieces of about so much
+MOST_PIECES = 8
+_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ, by cyclic comparison
+
+
+class Copied(NamedTuple):
+    """A message that has been sent.
+
+    Attributes:
+        number: of it, from 0.
+        parts: where they lie in its slot.
+        pieces: into how many the first part is cut.
+        own: what this rank would have sent to itself.
+    """
+
+    number: int
+    parts: list[Part]
+    pieces: int
+    own: list[Tensor]
+
+    def piece(self, i: int) -> slice:
+        """Its rows."""
+        rows = self.own[0].shape[0]
+        return slice(rows * i // self.pieces, rows * (i + 1) // self.pieces)
+
+
+class CopyEngines(Mail):
+    """`Mail` for GPUs that reach each other's memory.
+
+    Args:
+        group: the ranks. All make this at once.
+        size: the most bytes of a message from one rank to another.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
+        super().__init__(group)
+        from torch.distributed import _symmetric_memory as symmetric
+
+        self.size = size
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.flags_at = SLOTS * self.ranks * size
+        # For each slot and rank: how far it has sent, and how far it has read what is sent to it.
+        memory = symmetric.empty(self.flags_at + SLOTS * self.ranks * 8, dtype=torch.uint8, device=self.device)
+        handle = symmetric.rendezvous(memory, group)
+        self.memory = [handle.get_buffer(rank, memory.shape, memory.dtype) for rank in range(self.ranks)]
+        self.kept = memory, handle
+        memory[self.flags_at :].zero_()
+        self.count = 0
+        self.stream = torch.cuda.Stream(priority=-1)
+        torch.cuda.synchronize()
+        dist.barrier(group=group)
+
+    def send(self, outgoing: Sequence[Sequence[Tensor]]) -> Copied:
+        """See `Mail`."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("messages by copy engines are counted by the host: they cannot be in a CUDA graph")
+        own = list(outgoing[self.rank])
+        parts, size = layout(own)
+        if size > self.size:
+            raise ValueError(f"outgoing: expected at most {self.size} bytes for a rank, got {size}")
+        rows, nbytes = own[0].shape[0], own[0].numel() * own[0].element_size()
+        sent = Copied(self.count, parts, max(1, min(MOST_PIECES, round(nbytes / PIECE), rows)), own)
+        self.count += 1
+        slot, turn = sent.number % SLOTS, sent.number // SLOTS
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for rank in self._others():
+                there = self._slot(rank, slot, self.rank)
+                if turn:  # what was there has been read
+                    self._wait(self._flag(self.rank, slot, rank, read=True), turn)
+                for part, tensor in zip(parts[1:], outgoing[rank][1:], strict=True):
+                    self._copy(part.of(there), tensor)
+                first = parts[0].of(there)
+                for i in range(sent.pieces):
+                    self._copy(first[sent.piece(i)], outgoing[rank][0][sent.piece(i)])
+                    self._write(self._flag(rank, slot, self.rank, read=False), self._reached(turn, i))
+        return sent
+
+    def arriving(self, sent: Copied) -> Iterator[slice]:
+        """See `Mail`."""
+        slot, turn = sent.number % SLOTS, sent.number // SLOTS
+        for i in range(sent.pieces):
+            for rank in self._others():
+                self._wait(self._flag(self.rank, slot, rank, read=False), self._reached(turn, i))
+            yield sent.piece(i)
+
+    def from_rank(self, sent: Copied, rank: int) -> list[Tensor]:
+        """See `Mail`."""
+        if rank == self.rank:
+            return sent.own
+        here = self._slot(self.rank, sent.number % SLOTS, rank)
+        return [part.of(here) for part in sent.parts]
+
+    def finished(self, sent: Copied) -> None:
+        """See `Mail`."""
+        for rank in self._others():
+            self._write(self._flag(rank, sent.number % SLOTS, self.rank, read=True), sent.number // SLOTS + 1)
+
+    def _others(self) -> list[int]:
+        """All ranks but this, so that no two send to one at a time if all go on as fast."""
+        return [(self.rank + i) % self.ranks for i in range(1, self.ranks)]
+
+    def _slot(self, at: int, slot: int, source: int) -> Tensor:
+        """Where rank `at` has the bytes of rank `source`."""
+        begin = (slot * self.ranks + source) * self.size
+        return self.memory[at][begin : begin + self.size]
+
+    def _flag(self, at: int, slot: int, about: int, *, read: bool) -> int:
+        """Where a number is on rank `at`: how far rank `about` has sent, or has read what rank `at` sends."""
+        return self.memory[at].data_ptr() + self.flags_at + 8 * (slot * self.ranks + about) + 4 * read
+
+    @staticmethod
+    def _reached(turn: int, piece: int) -> int:
+        """The number of a piece, larger than all before it in this slot."""
+        return turn * MOST_PIECES + piece + 1
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        source.record_stream(self.stream)
+        target.copy_(source)
+
+    def _write(self, address: int, value: int) -> None:
+        _call("cuStreamWriteValue32_v2", self.device, address, value, 0)
+
+    def _wait(self, address: int, value: int) -> None:
+        _call("cuStreamWaitValue32_v2", self.device, address, value, _AT_LEAST)
+
+
+def reach_each_other(group: dist.ProcessGroup) -> bool:
+    """Whether all ranks have GPUs of one host that reach each other's memory, and the driver what this needs.
+
+    Every rank of the group has to call it; all get the same answer.
+    """
+    here: tuple[str, str, bool] = (socket.gethostname(), "", False)
+    if torch.cuda.is_available() and dist.get_backend(group) == "nccl":
+        device = torch.cuda.current_device()
+        others = (i for i in range(torch.cuda.device_count()) if i != device)
+        reaches = all(torch.cuda.can_device_access_peer(device, i) for i in others)
+        here = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid), reaches)
+    every: list[tuple[str, str, bool]] = [here] * group.size()
+    dist.all_gather_object(every, here, group=group)
+    hosts, gpus, reaches_ = zip(*every, strict=True)
+    return len(set(hosts)) == 1 and len(set(gpus)) == group.size() and all(reaches_)
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    for name in ("cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2"):
+        getattr(library, name).argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
+    return library
+
+
+def _call(name: str, device: torch.device, address: int, value: int, flags: int) -> None:
+    """A stream memory operation on torch's current stream."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    status = getattr(_driver(), name)(stream, address, value & 0xFFFFFFFF, flags)
+    if status:
+        raise RuntimeError(f"{name}: the driver says {status}")
+
+
+def message_bytes(shapes: Sequence[tuple[int, int]]) -> int:
+    """Bytes of a message with parts of so many rows of so many bytes, as `layout` makes it."""
+    return sum(math.ceil(rows * width / ALIGNMENT) * ALIGNMENT for rows, width in shapes)

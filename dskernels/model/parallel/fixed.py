@@ -1,0 +1,103 @@
+"""Tokens to the ranks of their experts in messages of a fixed size: every token goes to every rank.
+
+Nobody counts, so nothing waits for the device. The rows of rank s stand at ``s * capacity`` on every rank, and a choice
+that is another rank's is dropped there. With 2 ranks and 8 of 32 experts a token, 999 of 1,000 tokens are wanted by
+both anyway; with R ranks a part ``1 - (1 - 1 / R) ** 8`` is: 90% of 4, 66% of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dskernels.model.parallel.exchange import pack, unpack
+from dskernels.model.parallel.mail import Mail
+from dskernels.model.parallel.symmetric_triton import sum_ranks
+
+
+class FixedTrip:
+    """The way of one batch of tokens through one layer's experts, as `Trip`, whose bits its sums have.
+
+    Args:
+        mail: takes the messages.
+        tokens: of this rank.
+        capacity: rows of a message, the same on every rank; at least `tokens`.
+        device: of the tokens.
+
+    Raises:
+        ValueError: more tokens than that.
+    """
+
+    choices: int | None = None  # the most experts that a row has here: nobody knows
+
+    def __init__(self, mail: Mail, tokens: int, capacity: int, device: torch.device) -> None:
+        if tokens > capacity:
+            raise ValueError(f"x: expected at most {capacity} tokens, got {tokens}")
+        self.mail, self.tokens, self.capacity, self.device = mail, tokens, capacity, device
+        self.pending: list[Any] = []
+
+    @property
+    def rows(self) -> int:
+        """How many arrive."""
+        return self.mail.ranks * self.capacity
+
+    def send(self, parts: Sequence[Tensor]) -> None:
+        """Begins to send a row of each part for every token; integers of rows that there are no tokens for are -1."""
+        missing = self.capacity - self.tokens
+        if missing:
+            parts = [pad(part, (0, 0, 0, missing), value=-1 if part.dtype == torch.int32 else 0) for part in parts]
+        message = _message(parts)
+        self._begin([message] * self.mail.ranks)
+
+    def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+        """The rows of all ranks, part by part, ``[rows, width]``."""
+        sent, mail = self.pending.pop(), self.mail
+        first, *_ = own = mail.from_rank(sent, mail.rank)
+        rows = first.new_empty(mail.ranks, *first.shape)
+        rows[mail.rank].copy_(first)  # before anything has come
+        others = [rank for rank in range(mail.ranks) if rank != mail.rank]
+        for piece in mail.arriving(sent):
+            for rank in others:
+                rows[rank, piece].copy_(mail.from_rank(sent, rank)[0][piece])
+        parts = [rows.flatten(0, 1).view(columns[0][1])]
+        if len(own) > 1:
+            tails = torch.cat([mail.from_rank(sent, rank)[1] for rank in range(mail.ranks)])
+            parts += unpack(tails, columns[1:])
+        mail.finished(sent)
+        return parts
+
+    def send_back(self, parts: Sequence[Tensor]) -> None:
+        """Begins to send rows, ``[rows, width]``, to the ranks that they came from."""
+        split = [part.contiguous().chunk(self.mail.ranks) for part in parts]
+        self._begin([_message([part[rank] for part in split]) for rank in range(self.mail.ranks)])
+
+    def returned(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+        """The sum over the ranks of each token's rows, ``[tokens, width]``, in fp32 in their order, part by part."""
+        sent, mail = self.pending.pop(), self.mail
+        by_rank = [mail.from_rank(sent, rank) for rank in range(mail.ranks)]
+        first = by_rank[0][0]
+        sums = [first.new_empty(self.tokens, first.shape[1])]
+        for piece in mail.arriving(sent):
+            start, stop, _ = piece.indices(self.tokens)
+            if start < stop:
+                sum_ranks([parts[0][start:stop] for parts in by_rank], out=sums[0][start:stop])
+        if len(columns) > 1:  # weights: each choice is one rank's, and zero on the others
+            tails = torch.stack([parts[1][: self.tokens] for parts in by_rank]).sum(0)
+            sums += unpack(tails, columns[1:])
+        mail.finished(sent)
+        return sums
+
+    def _begin(self, outgoing: Sequence[Sequence[Tensor]]) -> None:
+        if self.pending:
+            raise RuntimeError("a message of this trip is still under way")
+        self.pending.append(self.mail.send(outgoing))
+
+
+def _message(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The first part, which is nearly all of it, as it is; the others side by side."""
+    first, *rest = parts
+    return [first.contiguous(), *([pack(*rest)] if rest else [])]

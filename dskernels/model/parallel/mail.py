@@ -1,0 +1,123 @@
+"""Messages of a fixed size between ranks: as many bytes from each to each, whatever the tokens.
+
+What a message holds is decided by shapes alone, so that no rank has to wait for numbers from its device: the host may
+run ahead of it. `Collective` sends them by `torch.distributed`; `dskernels.model.parallel.copies` by the copy engines
+of the GPUs of one host, which takes no SM from what is computed meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+ALIGNMENT = 256  # bytes: where each part of a message begins, and each message
+
+
+class Part(NamedTuple):
+    """Where a part of a message lies in its bytes.
+
+    Attributes:
+        begin: the first byte.
+        shape: of the tensor there.
+        dtype: of its elements.
+    """
+
+    begin: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def of(self, message: Tensor) -> Tensor:
+        """That tensor, given the bytes of the message."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return message[self.begin : self.begin + size].view(self.dtype).view(self.shape)
+
+
+def layout(parts: Sequence[Tensor]) -> tuple[list[Part], int]:
+    """The parts of a message of these tensors, and its bytes."""
+    found, end = [], 0
+    for part in parts:
+        found.append(Part(end, part.shape, part.dtype))
+        end += -(-part.numel() * part.element_size() // ALIGNMENT) * ALIGNMENT
+    return found, end
+
+
+class Mail:
+    """Messages among the ranks of a group. Every rank sends and takes the same ones in the same order.
+
+    Args:
+        group: the ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.ranks, self.rank = group, group.size(), group.rank()
+
+    def send(self, outgoing: Sequence[Sequence[Tensor]]) -> Any:
+        """Begins a message to every rank.
+
+        Args:
+            outgoing: for each rank the parts of its message, contiguous, of shapes and dtypes that are the same for
+                all ranks of the group. The one for this rank stays where it is.
+
+        Returns:
+            What the others take.
+        """
+        raise NotImplementedError
+
+    def arriving(self, sent: Any) -> Iterator[slice]:
+        """The rows of the first part, piece by piece as they come from every rank; other parts come with the first.
+
+        It is the stream of the device that waits for them.
+        """
+        raise NotImplementedError
+
+    def from_rank(self, sent: Any, rank: int) -> list[Tensor]:
+        """The parts that a rank has sent here, valid from `arriving` to `finished`."""
+        raise NotImplementedError
+
+    def finished(self, sent: Any) -> None:
+        """They have been read, by what is on the stream so far: others may come in their place."""
+        raise NotImplementedError
+
+
+class Sent(NamedTuple):
+    """A message of a `Collective`."""
+
+    work: dist.Work | None
+    buffer: Tensor
+    parts: list[Part]
+    own: list[Tensor]
+
+
+class Collective(Mail):
+    """`Mail` by one `all_to_all_single` a message, on any backend."""
+
+    def send(self, outgoing: Sequence[Sequence[Tensor]]) -> Sent:
+        """See `Mail`."""
+        own = list(outgoing[self.rank])
+        parts, size = layout(own)
+        device = own[0].device
+        leaving = torch.empty(self.ranks, size, dtype=torch.uint8, device=device)
+        for rank, tensors in enumerate(outgoing):
+            for part, tensor in zip(parts, tensors, strict=True):
+                part.of(leaving[rank]).copy_(tensor)
+        coming = torch.empty_like(leaving)
+        work = dist.all_to_all_single(coming, leaving, group=self.group, async_op=True)
+        return Sent(work, coming, parts, own)
+
+    def arriving(self, sent: Sent) -> Iterator[slice]:
+        """See `Mail`."""
+        if sent.work is not None:
+            sent.work.wait()
+        yield slice(0, sent.own[0].shape[0])
+
+    def from_rank(self, sent: Sent, rank: int) -> list[Tensor]:
+        """See `Mail`."""
+        return sent.own if rank == self.rank else [part.of(sent.buffer[rank]) for part in sent.parts]
+
+    def finished(self, sent: Sent) -> None:
+        """See `Mail`."""
