@@ -14,6 +14,8 @@ from dskernels.fp8.triton import magnitude, quantize_supports, tile_scale, to_e4
 from dskernels.portable import INTERPRETED, cast, fused_multiply_add, launch
 from dskernels.validate import ceil_div
 
+INFINITE = tl.constexpr(float("inf"))
+
 
 @triton.jit(do_not_specialize=["stride_sc"])
 def rmsnorm_quantize_kernel(
@@ -56,7 +58,10 @@ def rmsnorm_quantize_kernel(
             tl.store(p_total + o_c, x, mask=o_c < cols)
         x = x.to(tl.float32)
         high, low = squared(x)
-        factor = norm_factor(high, low, cols, eps)
+        total = sum_of_pairs(high, low)
+        if not total < INFINITE:
+            total = tl.sum(tl.sum(square_in_fp64(x), axis=1), axis=0)
+        factor = norm_factor(total, cols, eps)
         store_normed(x * factor * weight, p_normed, p_q, p_s, 0, cols, stride_sc, UE8M0, NORMED, TILES)
     else:
         high, low = tl.zeros([TILES, 128], tl.float32), tl.zeros([TILES, 128], tl.float32)
@@ -66,7 +71,13 @@ def rmsnorm_quantize_kernel(
                 tl.store(p_total + start + o_c, x, mask=start + o_c < cols)
             square, rest = squared(x.to(tl.float32))
             high, low = add_pairs(high, low, square, rest)
-        factor = norm_factor(high, low, cols, eps)
+        total = sum_of_pairs(high, low)
+        if not total < INFINITE:
+            total = tl.zeros_like(total)
+            for start in range(0, cols, 128):
+                x = stream(p_x, p_residual, start + tl.arange(0, 128), cols, HAS_RESIDUAL)
+                total += tl.sum(square_in_fp64(x), axis=0)
+        factor = norm_factor(total, cols, eps)
         for start in range(0, cols, TILES * 128):
             # The sum is formed again rather than read back: a thread may not see what another has stored.
             x = stream(p_x, p_residual, start + o_c, cols, HAS_RESIDUAL).to(tl.float32)
@@ -75,7 +86,8 @@ def rmsnorm_quantize_kernel(
 
 
 # The factor of a row is the reference's to the bit, and so are the scales: one ulp of it would be up to five of theirs.
-# For that the squares are added up with twice the mantissa, each sum held as a float and the rest that it leaves out.
+# For that the squares are added up with twice the mantissa, each sum held as a float and the rest that it leaves out; in
+# fp64, which some GPUs have little of, only where a square is beyond fp32, as of 2e19, or a number is not finite.
 
 
 @triton.jit
@@ -94,14 +106,27 @@ def squared(x):
 
 
 @triton.jit
-def norm_factor(high, low, cols, eps):
-    """1 / sqrt(mean + eps) of a row, whose squares are high + low [TILES, 128], each operation rounded to nearest."""
+def square_in_fp64(x):
+    """x^2."""
+    x = x.to(tl.float64)
+    return x * x
+
+
+@triton.jit
+def sum_of_pairs(high, low):
+    """The sum of all high + low [TILES, 128], in fp64."""
     if INTERPRETED:
         total = tl.sum(tl.sum(high.to(tl.float64) + low.to(tl.float64), axis=1), axis=0)
     else:
         high, low = tl.reduce((high, low), 1, add_pairs)
         high, low = tl.reduce((high, low), 0, add_pairs)
         total = high.to(tl.float64) + low.to(tl.float64)
+    return total
+
+
+@triton.jit
+def norm_factor(total, cols, eps):
+    """1 / sqrt(total / cols + eps), each operation rounded to nearest."""
     mean = (total / cols).to(tl.float32)
     return tl.div_rn(tl.full(mean.shape, 1.0, tl.float32), tl.sqrt_rn(mean + eps))
 

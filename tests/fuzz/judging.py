@@ -75,7 +75,7 @@ def attempt(call: Call, impl: str | None) -> Any:
             return function(**call.arguments, **how)
     except (TypeError, ValueError) as error:
         named = re.match(r"\w+", str(error))
-        if named is None or named[0] not in (*parameters, call.function, *_inner_operations(call.function)):
+        if named is None or named[0] not in (*parameters, *_inner_operations(call.function)):
             raise WrongError(
                 f"impl={impl!r}: an error that names no argument: {type(error).__name__}: {error}"
             ) from error
@@ -83,9 +83,8 @@ def attempt(call: Call, impl: str | None) -> Any:
 
 
 def _inner_operations(function: str) -> tuple[str, ...]:
-    """Registered operations whose name an error of `impl=` may begin with."""
-    inner = [name for name in ds.dispatch.OPERATIONS if name.startswith(function)]
-    return (*inner, "gather_latents", "mla_prefill_onto")
+    """Registered operations, of which one that a function is made of may not take what `impl=` is asked for."""
+    return (function, *ds.dispatch.OPERATIONS)
 
 
 def judge(call: Call, impl: str, valid: bool) -> str:

@@ -141,3 +141,17 @@ def test_sparse_tensors_are_named():
     a, b = operands()
     with pytest.raises(TypeError, match=r"a.scale: expected a strided tensor"):
         ds.fp8_gemm(Fp8Tensor(a.data, a.scale.to_sparse()), b)
+
+
+@pytest.mark.parametrize("cols", [300, 20000])  # whose row stays in registers, and whose does not
+def test_norm_of_what_has_squares_beyond_fp32(device, cols):
+    """Found on a GPU: an infinity made the portable kernel's whole row NaN, and 2e19 its row zero."""
+    x, weight = torch.randn(3, cols).bfloat16().to(device), torch.randn(cols).bfloat16().to(device)
+    x[0, 3], x[1, 7], x[2, 5] = 3e19, float("inf"), float("nan")
+    for residual in (None, torch.randn(3, cols).bfloat16().to(device)):
+        got, want = (
+            ds.rmsnorm_quantize(x, weight, 1e-6, residual, with_normed=True, impl=impl)[2]
+            for impl in ("triton", "reference")
+        )
+        assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
+        assert want.isnan().sum(1).tolist() == [0, 1, cols]
