@@ -18,12 +18,13 @@ LAYERS, TOKENS = 4, 12
 MTP, BALANCE = 0.3, 0.01
 
 
-def batch(i):
+def batch(i, device="cpu"):
     """Text number i; each has as many predictions as any other."""
     generator = torch.Generator().manual_seed(i)
-    return Packed(
+    text = Packed(
         torch.randint(0, 64, (TOKENS,), generator=generator), torch.tensor([0, 3 + i % 6, TOKENS], dtype=torch.int32)
     )
+    return text.to(device)
 
 
 def forward(model, text, share):
@@ -32,10 +33,10 @@ def forward(model, text, share):
     return parts, torch.stack([router.routing.load for router in output.routers])
 
 
-def one_process(model, n):
-    sums, load = torch.zeros(3), 0
+def one_process(model, n, device):
+    sums, load = torch.zeros(3, device=device), 0
     for i in range(n):
-        parts, here = forward(model, batch(i), 1 / n)
+        parts, here = forward(model, batch(i, device), 1 / n)
         (parts[0] + MTP * parts[1] + parts[2]).backward()
         sums += parts.detach()
         load = load + here
@@ -47,7 +48,7 @@ def in_parallel(model, team, schedule, microbatches):
     n, place = microbatches * team.plan.batches, team.place("batch") * microbatches
     if team.plan.pipeline > 1:
         pipeline = Pipeline(model, team, tokens=TOKENS, microbatches=microbatches, schedule=schedule)
-        text = [batch(place + i) for i in range(microbatches)]
+        text = [batch(place + i, team.device) for i in range(microbatches)]
         for _ in range(
             2 if schedule == "dualpipev" else 1
         ):  # the second step has to begin where nothing was left by the first
@@ -57,24 +58,25 @@ def in_parallel(model, team, schedule, microbatches):
             assert all(len(stage.queue) == 0 for stage in pipeline.stages)
         pipeline.reduce()
         return team.total(sums), team.total(pipeline.load()), pipeline.named_parameters()
-    parallelize(model, team)
-    sums, load = torch.zeros(3), 0
+    parallelize(model, team, tokens=TOKENS)
+    sums, load = torch.zeros(3, device=team.device), 0
     for i in range(microbatches):
-        parts, here = forward(model, batch(place + i), 1 / n)
+        parts, here = forward(model, batch(place + i, team.device), 1 / n)
         (parts[0] + MTP * parts[1] + parts[2]).backward()
         sums += parts.detach()
         load = load + here
     return team.total(sums), team.total(load), dict(model.named_parameters())
 
 
-def check_plan(plan, schedule=None):
+def check_plan(plan, schedule=None, device="cpu"):
     torch.manual_seed(0)
     whole = tiny_model(num_hidden_layers=LAYERS, n_routed_experts=8, num_experts_per_tok=3, vocab_size=64)
     model = copy.deepcopy(whole)
-    team = Team.start(plan, "cpu")
+    team = Team.start(plan, device)
+    whole.to(device)
     microbatches = 4 if plan.pipeline > 1 else 2
     sums, load, parameters = in_parallel(model, team, schedule, microbatches)
-    wanted_sums, wanted_load = one_process(whole, microbatches * plan.batches)
+    wanted_sums, wanted_load = one_process(whole, microbatches * plan.batches, device)
     torch.testing.assert_close(sums, wanted_sums)
     assert torch.equal(load, wanted_load.to(load.dtype))
     wanted = dict(whole.named_parameters())
@@ -126,7 +128,8 @@ def test_quantised_weights_follow_those_that_are_gathered():
 
 def test_two_ranks():
     pipelines = [(Plan(pipeline=2), "dualpipev"), (Plan(pipeline=2), "zbv")]
-    first, second = run(2, check_plans, [(Plan(data=2),), (Plan(expert=2),), *pipelines])
+    fixed = Plan(expert=2, exchange="fixed")
+    first, second = run(2, check_plans, [(Plan(data=2),), (fixed,), *pipelines])
     names = set(first[0])
     for case in (2, 3):
         assert set(first[case]) | set(second[case]) == names
@@ -157,6 +160,8 @@ def test_what_does_not_fit_says_so():
     config = Config.from_name("tiny")
     with pytest.raises(ValueError, match="data: expected at least 1, got 0"):
         Plan(data=0)
+    with pytest.raises(ValueError, match='exchange: expected "auto", "counted" or "fixed"'):
+        Plan(exchange="some")
     with pytest.raises(ValueError, match="tensor: is for generation"):
         Plan(tensor=2, data=2)
     with pytest.raises(ValueError, match="are 6 ranks, but there are 4"):

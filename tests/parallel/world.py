@@ -1,4 +1,5 @@
-"""Some ranks on the CPU, over gloo: a function runs on all of them, and what one says is wrong fails the test.
+"""Some ranks on the CPU, over gloo, or a GPU each: a function runs on all of them, and what one says is wrong fails the
+test.
 
 Processes are forked from a server that has imported torch and dskernels and done nothing else, so that a world starts
 in half a second.
@@ -20,13 +21,15 @@ CONTEXT.set_forkserver_preload(
 LIMIT = 300  # seconds that a world may take: a few, on a machine that does nothing else
 
 
-def run(ranks, function, *args):
+def run(ranks, function, *args, gpus=False):
     """``function(rank, *args)`` on so many ranks; gives what each returns, raises what the first raises."""
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(ranks):
             here, there = CONTEXT.Pipe(duplex=False)
-            process = CONTEXT.Process(target=_main, args=(rank, ranks, folder, there, function, args), daemon=True)
+            process = CONTEXT.Process(
+                target=_main, args=(rank, ranks, gpus, folder, there, function, args), daemon=True
+            )
             process.start()
             there.close()
             pipes.append(here)
@@ -48,14 +51,18 @@ def run(ranks, function, *args):
     return results
 
 
-def _main(rank, ranks, folder, pipe, function, args):
+def _main(rank, ranks, gpus, folder, pipe, function, args):
     try:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
         store = dist.FileStore(f"{folder}/store", ranks)
         timeout = datetime.timedelta(seconds=LIMIT)
-        dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timeout)
+        if gpus:
+            os.environ.update(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
+            torch.cuda.set_device(rank)
+        options = dict(rank=rank, world_size=ranks, store=store, timeout=timeout)
+        dist.init_process_group("nccl" if gpus else "gloo", **options)
         result = function(rank, *args)
         dist.barrier()
         dist.destroy_process_group()
