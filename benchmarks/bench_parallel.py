@@ -1,21 +1,23 @@
-"""Exchanges between the GPUs of one host, and an expert-parallel layer with and without overlap.
+"""Several GPUs of one host: exchanges, an expert-parallel layer with and without overlap, training, a pipeline.
 
-    torchrun --nproc-per-node 2 -m benchmarks.bench_parallel [--out parallel.json] [--quick]
+    torchrun --nproc-per-node 2 -m benchmarks.bench_parallel [--out parallel.json] [--only layer] [--quick]
 
-Each number is the median over the repetitions of the slowest rank. Rates are bytes that leave a rank, by time. The peer
-is a plain NCCL `all_to_all_single` of the same bytes. On gloo ranks without GPUs it runs too, to be tried; its times
-mean nothing there.
+Each number is the median over the repetitions of the slowest rank, by the events of its GPU, where all launches wait in
+its queue before it begins: what the host takes is in none. Rates are the bytes that a rank has for all ranks, its own
+included, by time, so that those of one size compare as times do. The peer is a plain NCCL `all_to_all_single` of as
+many bytes. On gloo ranks without GPUs it runs too, to be tried; its times mean nothing there.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import functools
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
+from benchmarks import models, parallel_runs
+from benchmarks.workloads import MODEL_TRAINED_SLICE
+from dskernels.model import Config
+from dskernels.model.moe import MoE
+from dskernels.model.parallel.copies import CopyEngines, message_bytes, reach_each_other
 from dskernels.model.parallel.decode import DecodeExperts
-from dskernels.model.parallel.exchange import Trip, pack
+from dskernels.model.parallel.exchange import Trip, Wire, loaded, unloaded, widths
 from dskernels.model.parallel.expert import ExpertParallel
+from dskernels.model.parallel.fixed import FixedTrip
+from dskernels.model.parallel.mail import Collective, Mail
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.plan import Plan, Team
 from dskernels.types import Routing
+
+WAIT = int(2e7)  # cycles, about 10 ms, in which the host fills the queue
 
 
 class Bench:
@@ -38,18 +49,14 @@ class Bench:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
 
-    def time(self, function: Callable[[], Any]) -> float:
-        """Seconds, the median of the slowest rank."""
+    def time(self, function: Callable[[], Any], calls: int = 1) -> float:
+        """Seconds of a call, the median of the slowest rank."""
         for _ in range(3):
             function()
         times = []
         for _ in range(self.repeats):
             dist.barrier()
-            self._wait()
-            start = time.perf_counter()
-            function()
-            self._wait()
-            spent = torch.tensor([time.perf_counter() - start], dtype=torch.float64, device=self.device)
+            spent = torch.tensor([self._once(function, calls)], dtype=torch.float64, device=self.device)
             dist.all_reduce(spent, op=dist.ReduceOp.MAX)
             times.append(float(spent))
         return statistics.median(times)
@@ -70,43 +77,79 @@ class Bench:
                 function()
         return self.time(graph.replay) / calls
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def _once(self, function: Callable[[], Any], calls: int) -> float:
+        if self.device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            return (time.perf_counter() - start) / calls
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(WAIT)
+        begin.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
 
 
 def routing_of(tokens: int, experts: int, top_k: int, device: torch.device) -> Routing:
     return ds.route(torch.randn(tokens, experts, device=device), top_k=top_k)
 
 
+def mail_of(group: dist.ProcessGroup, tokens: int, hidden: int, top_k: int, **options: Any) -> Mail:
+    """What a training run would use for as many tokens."""
+    if not reach_each_other(group):
+        return Collective(group)
+    return CopyEngines(
+        group, message_bytes([(tokens, 2 * hidden), (tokens, 8 * top_k + hidden // 128 + 64)]), **options
+    )
+
+
 def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, experts: int, top_k: int) -> dict:
-    """Dispatch and combine in bf16, and in e4m3 there, beside an all-to-all of as many bytes."""
+    """Dispatch and combine of a training step, fixed and counted, beside an all-to-all of as many bytes."""
     device = bench.device
     routing = routing_of(tokens, experts, top_k, device)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
-    trip = Trip.plan(routing.experts, group, experts // group.size())
-    packed = pack(x, routing.weights, routing.experts)
+    mail = mail_of(group, tokens, hidden, top_k)
+    columns = [(top_k, torch.float32), (top_k, torch.int32)]
 
-    def dispatch() -> None:
-        trip.send(trip.spread(packed))
-        trip.arrived()
+    def dispatch(trip: Trip | FixedTrip, wire: Wire = "same") -> None:
+        trip.send([*loaded(x, wire), routing.weights, routing.experts])
+        *parts, _, _ = trip.arrived(widths(hidden, x.dtype, wire) + columns)
+        unloaded(parts, x.dtype)
 
-    back = torch.randn(sum(trip.received), hidden, device=device).bfloat16()
+    def combine(trip: Trip | FixedTrip, y: Tensor) -> None:
+        trip.send_back([y])
+        trip.returned([(hidden, y.dtype)])
 
-    def combine() -> None:
-        trip.send_back(pack(back))
-        trip.gathered(trip.arrived().view(torch.bfloat16))
-
-    rows = torch.tensor(sum(trip.sent), device=device)
-    dist.all_reduce(rows, op=dist.ReduceOp.MAX)  # an all-to-all in equal parts wants one number for all ranks
-    each = int(rows) * packed.shape[1] * 4
-    source = torch.empty(each // group.size() * group.size() // 4, device=device)
+    counted = Trip.plan(routing.experts, group, experts // group.size())
+    fixed = functools.partial(FixedTrip, mail, tokens, tokens, device)
+    y = torch.randn(counted.rows, hidden, device=device).bfloat16()
+    every = torch.randn(group.size() * tokens, hidden, device=device).bfloat16()
+    nbytes = group.size() * tokens * (hidden * 2 + top_k * 8)
+    source = torch.empty(nbytes // 4 // group.size() * group.size(), device=device)
     target = torch.empty_like(source)
-    plain = bench.time(lambda: dist.all_to_all_single(target, source, group=group))
-    whole = bench.time(lambda: Trip.plan(routing.experts, group, experts // group.size()))
-    result: dict[str, Any] = dict(tokens=tokens, hidden=hidden, bytes=each, plan_us=whole * 1e6)
-    for name, seconds in (("nccl", plain), ("dispatch", bench.time(dispatch)), ("combine", bench.time(combine))):
-        result[f"{name}_us"], result[f"{name}_gb_per_s"] = seconds * 1e6, each / seconds / 1e9
+    calls = 5 if device.type == "cuda" else 1
+    timed: dict[str, Callable[[], Any]] = {
+        "nccl": lambda: dist.all_to_all_single(target, source, group=group),
+        "dispatch": lambda: dispatch(fixed()),
+        "combine": lambda: combine(fixed(), every),
+        "dispatch_fp8": lambda: dispatch(fixed(), "fp8"),
+        "counted_dispatch": lambda: dispatch(counted),
+        "counted_combine": lambda: combine(counted, y),
+    }
+    plan = bench.time(lambda: Trip.plan(routing.experts, group, experts // group.size()))
+    found = {name: [bench.time(function, calls)] for name, function in timed.items()}
+    for name in reversed(timed):  # and in the other order
+        found[name].append(bench.time(timed[name], calls))
+    result: dict[str, Any] = dict(tokens=tokens, hidden=hidden, bytes=nbytes, counting_us=plan * 1e6)
+    for name, seconds in found.items():
+        best = statistics.fmean(seconds)
+        result[f"{name}_us"], result[f"{name}_gb_per_s"] = best * 1e6, nbytes / best / 1e9
+    for name in ("dispatch", "combine"):
+        result[f"{name}_of_nccl"] = result["nccl_us"] / result[f"{name}_us"]
     return result
 
 
@@ -124,12 +167,7 @@ def small(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
 
         for wire in ("same", "fp8"):
             exchange = SymmetricDecodeExperts(
-                group,
-                experts,
-                tokens=tokens,
-                hidden=hidden,
-                top_k=top_k,
-                wire=wire,
+                group, experts, tokens=tokens, hidden=hidden, top_k=top_k, wire="fp8" if wire == "fp8" else "same"
             )
             needed = exchange.needed(routing.experts)
             y = torch.randn(tokens * group.size(), hidden, device=device).bfloat16()
@@ -140,85 +178,157 @@ def small(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
     return result
 
 
+class Layers(torch.nn.Module):
+    """Expert blocks one behind the other, with the same weights, as `overlapped` finds them."""
+
+    def __init__(self, compute: Callable[..., Tensor], w13: Tensor, w2: Tensor, fp8: bool) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.moe = MoE(Config.from_name("tiny"), False)
+        self.moe.experts.compute = compute
+        self.weights, self.fp8 = (w13, w2), fp8
+
+    def forward(self, x: Tensor, routings: Sequence[Routing]) -> Tensor:
+        for routing in routings:
+            x = self.moe.experts.compute(x, *self.weights, routing, fp8=self.fp8, keep="fp8")
+        return x
+
+
 def layer(
-    bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, inner: int, experts: int, top_k: int
-) -> dict:
-    """An expert-parallel layer of two micro-batches, forward: one by one, overlapped, and without its messages."""
+    bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, inner: int, experts: int, top_k: int,
+    *, depth: int, fp8: bool, backward: bool,
+) -> dict:  # fmt: skip
+    """An expert-parallel layer of two micro-batches, the mean of several in a row: overlapped, and one by one.
+
+    "Compute only" is `fused_experts` with as many experts a rank and choices a token, all of them here.
+    """
     device, per_rank = bench.device, experts // group.size()
     w13 = (torch.randn(per_rank, 2 * inner, hidden, device=device) / hidden**0.5).bfloat16()
     w2 = (torch.randn(per_rank, hidden, inner, device=device) / inner**0.5).bfloat16()
-    halves = [torch.randn(tokens // 2, hidden, device=device).bfloat16() for _ in range(2)]
-    routings = [routing_of(tokens // 2, experts, top_k, device) for _ in range(2)]
-    spread = ExpertParallel(group, experts)
-    holder = _Layer(spread, w13, w2)
+    leaves = [w13.requires_grad_(backward), w2.requires_grad_(backward)]
+    half = tokens // 2
+    xs = [torch.randn(half, hidden, device=device).bfloat16().requires_grad_(backward) for _ in range(2)]
+    there = [[routing_of(half, experts, top_k, device) for _ in range(depth)] for _ in range(2)]
+    here = [[routing_of(half, per_rank, min(top_k, per_rank), device) for _ in range(depth)] for _ in range(2)]
+    mail = mail_of(group, half, hidden, top_k)
+    fixed = Layers(ExpertParallel(group, experts, mail=mail, tokens=half), w13, w2, fp8)
+    counted = Layers(ExpertParallel(group, experts), w13, w2, fp8)
+    alone = Layers(ds.fused_experts, w13, w2, fp8)
 
-    @torch.no_grad()
-    def one_by_one() -> None:
-        for x, routing in zip(halves, routings, strict=True):
-            holder(x, routing)
+    def step(model: Layers, routings: list[list[Routing]], together: bool) -> None:
+        for leaf in (*leaves, *xs):
+            leaf.grad = None
+        runs = [functools.partial(model, x, r) for x, r in zip(xs, routings, strict=True)]
+        with torch.set_grad_enabled(backward):
+            outs = overlapped(model, runs) if together else [run() for run in runs]
+            if backward:
+                torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
 
-    @torch.no_grad()
-    def together() -> None:
-        overlapped(holder, [functools.partial(holder, x, r) for x, r in zip(halves, routings, strict=True)])
-
-    # As many rows as arrive on average, all for experts that are here.
-    local = [routing_of(tokens // 2, per_rank, min(top_k, per_rank), device) for _ in range(2)]
-
-    @torch.no_grad()
-    def alone() -> None:
-        for x, routing in zip(halves, local, strict=True):
-            ds.fused_experts(x, w13, w2, routing)
-
-    names = ("compute_only_ms", "unoverlapped_ms", "overlapped_ms")
-    return dict(tokens=tokens) | {
-        name: bench.time(function) * 1e3 for name, function in zip(names, (alone, one_by_one, together), strict=True)
+    timed: dict[str, Callable[[], Any]] = {
+        "compute_only": lambda: step(alone, here, False),
+        "overlapped": lambda: step(fixed, there, True),
+        "unoverlapped": lambda: step(fixed, there, False),
+        "counted_overlapped": lambda: step(counted, there, True),
+        "counted_unoverlapped": lambda: step(counted, there, False),
     }
+    found = {name: [bench.time(function)] for name, function in timed.items()}
+    for name in reversed(timed):
+        found[name].append(bench.time(timed[name]))
+    result: dict[str, Any] = dict(tokens=tokens, layers=depth, precision="fp8" if fp8 else "bf16", backward=backward)
+    result |= {f"{name}_ms": statistics.fmean(seconds) * 1e3 / depth for name, seconds in found.items()}
+    result["of_compute_only"] = result["compute_only_ms"] / result["overlapped_ms"]
+    return result
 
 
-class _Layer(torch.nn.Module):
-    """Experts as `overlapped` finds them."""
+def decode_layer(bench: Bench, group: dist.ProcessGroup, hidden: int, inner: int, experts: int, top_k: int) -> float:
+    """Microseconds of a layer of `DecodeExperts` for 8 tokens a rank, in a CUDA graph."""
+    device, per_rank = bench.device, experts // group.size()
+    decode = DecodeExperts(group, experts)
+    x, routing = torch.randn(8, hidden, device=device).bfloat16(), routing_of(8, experts, top_k, device)
+    w13 = torch.randn(per_rank, 2 * inner, hidden, device=device).bfloat16()
+    w2 = torch.randn(per_rank, hidden, inner, device=device).bfloat16()
+    return bench.graph(lambda: decode(x, w13, w2, routing)) * 1e6
 
-    def __init__(self, spread: ExpertParallel, w13: Tensor, w2: Tensor) -> None:
-        super().__init__()
-        from dskernels.model.config import Config
-        from dskernels.model.moe import MoE
 
-        with torch.device("meta"):
-            self.moe = MoE(Config.from_name("tiny"), False)
-        self.moe.experts.compute = spread
-        self.spread, self.weights = spread, (w13, w2)
+def training(device: torch.device, quick: bool) -> dict:
+    """Throughput of one GPU and of all."""
+    ranks = dist.get_world_size()
+    plans = {
+        "data": Plan(data=ranks),
+        "data_gathered": Plan(data=ranks, reshard=False),
+        "expert": Plan(expert=ranks),
+        "expert_counted": Plan(expert=ranks, exchange="counted"),
+    }
+    if quick:
+        config, sizes = Config.from_name("tiny"), dict(tokens=32, microbatches=2, length=16, steps=1, precision="fp32")
+    else:
+        config = models.config_of(MODEL_TRAINED_SLICE)
+        sizes = dict(tokens=32768, microbatches=2, length=4096, steps=4, precision="fp8")
+    return parallel_runs.throughput(config, plans, device=device, **sizes)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        return self.spread(x, *self.weights, routing)
+
+def pipeline(device: torch.device, quick: bool) -> dict:
+    """DualPipeV with two stages a rank, all alike: blocks of experts, a small vocabulary."""
+    ranks = dist.get_world_size()
+    options: dict[str, Any] = dict(num_hidden_layers=2 * ranks, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    if quick:
+        sizes: dict[str, Any] = dict(tokens=32, length=16, microbatches=4 * ranks, steps=1, precision="fp32")
+        config = Config.from_name("tiny", **options)
+    else:
+        sizes = dict(tokens=32768, length=4096, microbatches=4 * ranks, steps=3, precision="fp8")
+        options |= dict(vocab_size=1024, bos_token_id=None, eos_token_id=())
+        config = Config.from_name("moonlight", **options)
+    return parallel_runs.pipeline_bubble(config, device=device, **sizes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="where the JSON goes, after each part")
+    parser.add_argument("--only", nargs="*", help="large, small, layer, training, pipeline; else all")
+    parser.add_argument("--commit", default=None, help="that is measured, to be noted")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     arguments = parser.parse_args()
     team = Team.start(Plan(expert=int(os.environ.get("WORLD_SIZE", "1"))))
-    group, quick = team.group("expert"), arguments.quick
-    bench = Bench(team.device, 3 if quick else 20)
+    group, quick, device = team.group("expert"), arguments.quick, team.device
+    bench = Bench(device, 2 if quick else 10)
     torch.manual_seed(dist.get_rank())
     hidden, inner, experts, top_k = (128, 64, 8, 2) if quick else (7168, 2048, 32, 8)
-    results: dict[str, Any] = {"ranks": group.size(), "device": _name(team.device), "large": [], "small": []}
-    for tokens in (64,) if quick else (1024, 4096, 16384):
-        results["large"].append(large(bench, group, tokens, hidden, experts, top_k))
-    for tokens in (8,) if quick else (32, 128):
-        results["small"].append(small(bench, group, tokens, hidden, experts, top_k))
-    results["layer"] = layer(bench, group, 64 if quick else 4096, hidden, inner, experts, top_k)
-    decode = DecodeExperts(group, experts)
-    x, routing = torch.randn(8, hidden, device=team.device).bfloat16(), routing_of(8, experts, top_k, team.device)
-    w13 = torch.randn(experts // group.size(), 2 * inner, hidden, device=team.device).bfloat16()
-    w2 = torch.randn(experts // group.size(), hidden, inner, device=team.device).bfloat16()
-    results["decode_layer_us"] = bench.graph(lambda: decode(x, w13, w2, routing)) * 1e6
-    if dist.get_rank() == 0:
-        text = json.dumps(results, indent=2)
-        print(text)
-        if arguments.out:
-            arguments.out.write_text(text + "\n")
+    tokens = 64 if quick else 4096
+    layers = functools.partial(layer, bench, group, tokens, hidden, inner, experts, top_k, depth=2 if quick else 4)
+    parts: dict[str, Callable[[], Any]] = {
+        "large": lambda: [
+            large(bench, group, n, hidden, experts, top_k) for n in ((64,) if quick else (1024, 4096, 16384))
+        ],
+        "small": lambda: [small(bench, group, n, hidden, experts, top_k) for n in ((8,) if quick else (32, 128))],
+        "decode_layer_us": lambda: decode_layer(bench, group, hidden, inner, experts, top_k),
+        "layer": lambda: [
+            layers(fp8=fp8, backward=backward) for fp8, backward in ((False, False), (True, False), (True, True))
+        ],
+        "training": lambda: training(device, quick),
+        "pipeline": lambda: pipeline(device, quick),
+    }
+    results: dict[str, Any] = dict(
+        ranks=group.size(), device=_name(device), torch=torch.__version__, commit=arguments.commit,
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    )  # fmt: skip
+    for name, part in parts.items():
+        if arguments.only and name not in arguments.only:
+            continue
+        started = time.perf_counter()
+        results[name] = part()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if dist.get_rank() == 0:
+            print(f"{name}: {time.perf_counter() - started:.1f} s")
+            print(json.dumps(_short(results[name]), indent=2), flush=True)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     team.close()
+
+
+def _short(found: Any) -> Any:
+    """Without what is drawn and not read."""
+    return {key: value for key, value in found.items() if key != "slots"} if isinstance(found, dict) else found
 
 
 def _name(device: torch.device) -> str:
