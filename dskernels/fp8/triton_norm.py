@@ -86,8 +86,8 @@ def rmsnorm_quantize_kernel(
 
 
 # The factor of a row is the reference's to the bit, and so are the scales: one ulp of it would be up to five of theirs.
-# For that the squares are added up with twice the mantissa, each sum held as a float and the rest that it leaves out; in
-# fp64, which some GPUs have little of, only where a square is beyond fp32, as of 2e19, or a number is not finite.
+# For that the squares are added up with twice the mantissa, each sum held as a float and the rest that it leaves out.
+# In fp64, which some GPUs have little of, it is done only where a square is beyond fp32, as of 2e19, or not finite.
 
 
 @triton.jit

@@ -56,11 +56,11 @@ def all_cases(families: Iterable[str] = FAMILIES) -> list[Case]:
     return [case for family in families for case in importlib.import_module(f"dskernels.parity.{family}").CASES]
 
 
-def check(case: Case, device: torch.device, impl: str) -> Outcome:
-    """Run `case` by `impl` and by the reference, and compare."""
+def check(case: Case, device: torch.device, impl: str, reference_on: torch.device | None = None) -> Outcome:
+    """Run `case` by `impl` and by the reference, on the same device unless another is given, and compare."""
     reference = importlib.import_module("dskernels.reference")
-    got = _results(getattr(dskernels, case.op), case, device, impl=impl)
-    want = _results(getattr(reference, case.op), case, device)
+    got = [x.to(reference_on or device) for x in _results(getattr(dskernels, case.op), case, device, impl=impl)]
+    want = _results(getattr(reference, case.op), case, reference_on or device)
     if len(got) != len(want):
         raise RuntimeError(f"{case.op}: {len(got)} results against {len(want)} of the reference")
     worst = max((_difference(g, w) for g, w in zip(got, want, strict=True)), default=0.0)
