@@ -9,7 +9,7 @@ from html import escape
 from benchmarks.curves import OURS, ROOF, SIZES, Curve
 
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 104, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 56, 116, 14, 44
 TICK_ROOM, LABEL_ROOM = 40, 15  # pixels that a tick of x needs, and a label at a line's end
 
 
@@ -36,9 +36,8 @@ def scaling(curve: Curve) -> str:
     ]
     ends = {name: next(y(v) for v in reversed(values) if v) for name, values in lines.items()}
     for name, at in spread(ends, TOP, HEIGHT - BOTTOM).items():
-        parts.append(
-            f'<text class="label {colour(name)}" x="{WIDTH - RIGHT + 10}" y="{at + 4:.1f}">{escape(name)}</text>'
-        )
+        place = f'x="{WIDTH - RIGHT + 10}" y="{at + 4:.1f}"'
+        parts.append(f'<text class="label {colour(name)}" {place}>{escape(curve.label(name))}</text>')
     title = f"{curve.title}: microseconds against {SIZES[curve.size]}"
     body = "\n".join(parts)
     return (
@@ -118,7 +117,7 @@ def _line(name: str, values: Sequence[float | None], curve: Curve, x: Axis, y: A
     parts = [f'<polyline class="line {colour(name)}" points="{path}"/>']
     if name != ROOF:
         for px, py, at, value in points:
-            hint = f"{name}: {number(value)} µs at {SIZES[curve.size]} {at:,}"
+            hint = f"{curve.label(name)}: {number(value)} µs at {SIZES[curve.size]} {at:,}"
             dot = f'<circle class="dot {colour(name)}" cx="{px:.1f}" cy="{py:.1f}" r="3.5">'
             parts.append(f"{dot}<title>{escape(hint)}</title></circle>")
     return parts

@@ -51,6 +51,10 @@ class Curve:
         """What is drawn."""
         return f"{self.op}, {self.others}" if self.others else self.op
 
+    def label(self, line: str) -> str:
+        """What a line is called."""
+        return line if line in (OURS, ROOF) else self.rows[0].label(line)
+
     @property
     def lines(self) -> dict[str, list[float | None]]:
         """Microseconds of each line at each point, None where it has none: the roof, each peer, and ours."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image
 
-from benchmarks import charts, curves
+from benchmarks import charts, curves, saved
 from benchmarks.compare import geometric_mean
 from benchmarks.curves import OURS, ROOF, SIZES, Curve
 from benchmarks.saved import Saved, SavedRow
@@ -18,10 +18,7 @@ from benchmarks.saved import Saved, SavedRow
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-PANELS = 6  # of the scaling view
-# Eager PyTorch is a rival where it calls one tuned product, not where it is a chain of elementwise kernels.
-PRODUCTS = ("fp8_gemm", "fp8_linear", "grouped_gemm")
-NO_RIVALS = ("plain", "uncached", "unshared")
+PANELS = 9  # of the scaling view
 PEER_COLOURS = ("p1", "p2", "p3", "p4")
 
 
@@ -52,10 +49,11 @@ def write(gpus: Mapping[str, Mapping[str, Saved]], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for gpu, families in gpus.items():
-        rows = [row for family in families.values() for row in family.rows]
+        rows = saved.jobs(families)
+        swept = families[saved.SWEEPS].rows if saved.SWEEPS in families else rows
         name = next(iter(families.values())).stamp["gpu"]
         for theme in (LIGHT, DARK):
-            for kind, figure in (("peers", peers(rows, name, theme)), ("scaling", scaling(rows, name, theme))):
+            for kind, figure in (("peers", peers(rows, name, theme)), ("scaling", scaling(swept, name, theme))):
                 path = folder / f"{gpu}_{kind}_{theme.name}.png"
                 _save(figure, path, theme)
                 paths.append(path)
@@ -75,12 +73,12 @@ def peers(rows: Sequence[SavedRow], gpu: str, theme: Theme):
     operations: dict[str, dict[str, float]] = {}
     of_op: dict[str, list[str]] = {}
     for row in rows:
-        if name := rival(row):
-            operations.setdefault(row.op, {})[row.workload] = row.peers[name] / row.us
-            of_op.setdefault(row.op, []).append(name)
+        if row.rival and row.vs_rival:
+            operations.setdefault(row.op, {})[row.workload] = row.vs_rival
+            of_op.setdefault(row.op, []).append(row.label(row.rival))
     means = {op: geometric_mean(ratios.values()) for op, ratios in operations.items()}
     order = sorted(operations, key=means.__getitem__)
-    figure, axes = plt.subplots(figsize=(9, 1.1 + 0.3 * len(order)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 1.1 + 0.25 * len(order)), layout="constrained")
     _dress(axes, theme)
     for i, op in enumerate(order):
         ratios = list(operations[op].values())
@@ -111,12 +109,6 @@ def peers(rows: Sequence[SavedRow], gpu: str, theme: Theme):
         fontsize=10,
     )
     return figure
-
-
-def rival(row: SavedRow) -> str | None:
-    """The fastest peer that is a rival."""
-    names = [n for n in row.peers if n not in NO_RIVALS and (n != "torch" or row.op.startswith(PRODUCTS))]
-    return min(names, key=row.peers.__getitem__, default=None)
 
 
 def scaling(rows: Sequence[SavedRow], gpu: str, theme: Theme):
@@ -154,7 +146,7 @@ def _draw(axes, curve: Curve, theme: Theme) -> None:
             style = dict(color=theme.ours, marker="o", markersize=4, linewidth=2)
         else:
             style = dict(color=getattr(theme, next(others, "dim")), marker="o", markersize=3, linewidth=1.2)
-        axes.plot(*zip(*points, strict=True), label=name, **style)
+        axes.plot(*zip(*points, strict=True), label=curve.label(name), **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     room = charts.Axis(curve.at[0], curve.at[-1], 0, 260)

@@ -12,6 +12,7 @@ from benchmarks.saved import Saved, SavedRow
 
 PAGE = Path(__file__).parent / "page"
 DOCS = Path(__file__).parent.parent / "docs"
+README = DOCS.parent / "README.md"
 MOST_RATIO = 3.0  # where a bar of a ratio is full
 
 # What a heading says, and whether the column holds text.
@@ -33,19 +34,20 @@ STAMP = ("family", "date", "commit", "torch, Triton, CUDA", "driver", *ROOFS, "d
 
 
 def write(folder: Path, results: Path = saved.FOLDER) -> list[Path]:
-    """Write ``report.html``, its pictures and the tables of the pages there from what is saved; return the paths.
+    """Write ``report.html`` and its pictures from what is saved, and the tables of the pages there; return the paths.
 
     Args:
-        folder: where to.
+        folder: where to. Beside the documentation README's tables are made as well.
         results: where the saved results are.
     """
-    gpus = {gpu: saved.read(gpu, results) for gpu in saved.gpus(results)}
+    gpus = saved.everything(results)
     if not gpus:
         raise saved.NotThere(f"no results in {results}")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
     path.write_text(page(gpus), encoding="utf-8")
-    written = [path, *tables.fill_pages(folder, gpus)]
+    pages = [*sorted(folder.rglob("*.md")), *([README] if folder.resolve() == DOCS else [])]
+    written = [path, *tables.fill_pages(pages, gpus)]
     try:
         from benchmarks import pictures
     except ImportError:  # matplotlib is an extra
@@ -76,8 +78,9 @@ def page(gpus: Mapping[str, Mapping[str, Saved]]) -> str:
 <p>Operations of models built like DeepSeek-V3, on the model's own shapes. Times are of the device with a cold L2: the
 median, and what 20% and 80% of the runs stayed below. The roof is what the same machine was measured to reach in the
 same run, in copying or in matrix products, whichever binds. Peers run in the same process, in turns with ours and in
-both orders; “× best peer” is the fastest peer's time over ours, so above 1 is faster than it. Compare ratios within a
-family, whose numbers are of one run, and times between machines with care.</p>
+both orders; “× best peer” is the fastest peer's time over ours, so above 1 is faster than it. A pale bar is of a peer
+that is no rival: eager PyTorch where it is a chain of kernels, or dskernels itself without what the row is about.
+Compare ratios within a family, whose numbers are of one run, and times between machines with care.</p>
 {sections}
 </main>
 <footer>Written by <code>python -m benchmarks --report</code> from <code>benchmarks/results</code>.</footer>
@@ -89,7 +92,7 @@ family, whose numbers are of one run, and times between machines with care.</p>
 
 
 def _gpu(gpu: str, families: Mapping[str, Saved]) -> str:
-    rows = [row for family in families.values() for row in family.rows]
+    rows = saved.jobs(families)
     parts = [
         f'<section data-gpu="{escape(gpu)}">',
         f"<h2>{escape(next(iter(families.values())).stamp['gpu'])}</h2>",
@@ -131,26 +134,31 @@ def _overview(rows: Sequence[SavedRow]) -> str:
         operations.setdefault(row.op, []).append(row)
     lines = []
     for op, some in operations.items():
-        ratios = [row.vs_best_peer for row in some if row.vs_best_peer]
+        # Beside rivals where there are any, so that no mean is of both.
+        rivals = [row.rival for row in some if row.rival]
+        counted = [(row, row.rival if rivals else row.best_peer) for row in some]
+        ratios = [row.peers[peer] / row.us for row, peer in counted if peer]
+        names = dict.fromkeys(row.label(peer) for row, peer in counted if peer)
         lines.append(
             f'<tr data-title="{escape(op)}">'
             + _text(op)
             + _text(", ".join(dict.fromkeys(row.impl for row in some)))
             + _value(len(some), f"{len(some)}")
             + _share(geometric_mean(row.roof_pct for row in some))
-            + (_ratio(geometric_mean(ratios)) if ratios else _value(None, "–"))
+            + (_ratio(geometric_mean(ratios), rival=bool(rivals)) if ratios else _value(None, "–"))
             + _value(min(ratios, default=None), f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "–")
+            + _text(", ".join(names) or "–")
             + "</tr>"
         )
     columns = (("operation", True), ("implementation", True), ("workloads", False), ("% of roof", False))
-    return _sortable((*columns, ("× best peer", False), ("range", False)), lines)
+    return _sortable((*columns, ("× best peer", False), ("range", False), ("best peer", True)), lines)
 
 
 def _table(rows: Sequence[SavedRow]) -> str:
     lines = []
     for row in rows:
         ratio = row.vs_best_peer
-        peers = ", ".join(f"{name} {charts.number(us)} µs" for name, us in row.peers.items())
+        peers = ", ".join(f"{row.label(name)} {charts.number(us)} µs" for name, us in row.peers.items())
         lines.append(
             f'<tr data-title="{escape(f"{row.op} {row.workload} {row.impl}")}" title="{escape(peers or "no peer")}">'
             + _text(row.op)
@@ -161,8 +169,8 @@ def _table(rows: Sequence[SavedRow]) -> str:
             + _value(row.tflops, "–" if row.tflops is None else f"{row.tflops:,.0f}")
             + _value(row.gbs, charts.number(row.gbs))
             + _share(row.roof_pct)
-            + (_ratio(ratio) if ratio else _value(None, "–"))
-            + _text(row.best_peer or "–")
+            + (_ratio(ratio, rival=row.rival is not None) if ratio else _value(None, "–"))
+            + _text(row.label(row.best_peer) if row.best_peer else "–")
             + _value(row.host_us, "–" if row.host_us is None else f"{row.host_us:,.0f}")
             + "</tr>"
         )
@@ -198,14 +206,14 @@ def _share(percent: float) -> str:
     return _bar(percent, f"{percent:.0f}" if percent >= 1 else f"{percent:.2g}", min(100.0, percent))
 
 
-def _ratio(ratio: float) -> str:
+def _ratio(ratio: float, *, rival: bool) -> str:
     """A bar with a mark where ours and the peer are as fast."""
     mark = f'<b style="left:{100 / MOST_RATIO:.1f}%"></b>'
-    return _bar(ratio, f"{ratio:.2f}", min(100.0, 100 * ratio / MOST_RATIO), mark, lost=ratio < 1)
+    kind = "bar lost" if ratio < 1 else "bar" if rival else "bar pale"
+    return _bar(ratio, f"{ratio:.2f}", min(100.0, 100 * ratio / MOST_RATIO), mark, kind)
 
 
-def _bar(value: float, shown: str, width: float, mark: str = "", *, lost: bool = False) -> str:
-    kind = "bar lost" if lost else "bar"
+def _bar(value: float, shown: str, width: float, mark: str = "", kind: str = "bar") -> str:
     return (
         f'<td class="{kind}" data-value="{value:.6g}"><i style="width:{width:.1f}%"></i>{mark}<span>{shown}</span></td>'
     )

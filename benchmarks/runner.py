@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +27,23 @@ class WrongResult(Exception):  # noqa: N818 - an outcome, not an error of the pr
 
 @dataclass
 class Outcome:
-    """Of one case: a row or a failure for each implementation asked for, and what there is to say about its peers."""
+    """Of one case: a row or a failure for each implementation asked for, and what there is to say about its peers.
+
+    `spent` is in seconds of the host, which waits for what it compares: where a run's time goes.
+    """
 
     results: list[Row | Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def spending(self, what: str) -> Iterator[None]:
+        """Count the seconds inside as spent on `what`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -59,36 +73,48 @@ class Runner:
             outcome.results = [self._failure(case, impl, error) for impl in self.impls]
         finally:
             if self.device.type == "cuda":
-                gc.collect()  # 0.3 s, which small cases on the CPU have no use for
-                # After an illegal access every call raises; the next case says so.
-                with contextlib.suppress(RuntimeError):
-                    torch.cuda.empty_cache()
+                with outcome.spending("clearing up"):
+                    gc.collect()  # 0.3 s, which small cases on the CPU have no use for
+                    # After an illegal access every call raises; the next case says so.
+                    with contextlib.suppress(RuntimeError):
+                        torch.cuda.empty_cache()
         return outcome
 
     def _run(self, case: Case, outcome: Outcome) -> None:
         torch.manual_seed(0)
-        x = case.inputs(self.device)
-        part = case.part(x)
-        expected = case.ours(part, "reference")()
+        with outcome.spending("inputs"):
+            x = case.inputs(self.device)
+            part = case.part(x)
+        with outcome.spending("the reference"):
+            expected = case.ours(part, "reference")()
+            self._wait()
         ours: dict[str, Call] = {}
         for impl in self.impls:
             try:
-                name = chosen_impl(case, x, impl)
-                call = case.ours(x, impl)
-                check(case, case.part_of_output(call(), x), expected)
+                with outcome.spending("compiling and checking ours"):
+                    name = chosen_impl(case, x, impl)
+                    call = case.ours(x, impl)
+                    check(case, case.part_of_output(call(), x), expected)
             except Exception as error:
                 outcome.results.append(self._failure(case, impl, error))
             else:
                 ours[name] = call
         if not ours:
             return
-        rivals = self._peers(case, x, expected, outcome.notes)
-        times = self.time({**ours, **{f"peer {name}": call for name, call in rivals.items()}})
-        against = {name: times[f"peer {name}"].us for name in rivals}
-        for name, call in ours.items():
-            host = None if self.host_cost is None or case.waits else self.host_cost(call)
-            row = Row.of(case.op, case.workload.name, name, times[name], case.work(), self.roofs, against, host)
-            outcome.results.append(row)
+        with outcome.spending("peers"):
+            rivals = self._peers(case, x, expected, outcome.notes)
+        with outcome.spending("timing"):
+            times = self.time({**ours, **{f"peer {name}": call for name, call in rivals.items()}})
+            against = {name: times[f"peer {name}"].us for name in rivals}
+            for name, call in ours.items():
+                host = None if self.host_cost is None or case.waits else self.host_cost(call)
+                row = Row.of(case.op, case.workload.name, name, times[name], case.work(), self.roofs, against, host)
+                outcome.results.append(row)
+
+    def _wait(self) -> None:
+        """For the device, so that what it still has to do is not counted as what comes next."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _peers(self, case: Case, x: Any, expected: Any, notes: list[str]) -> dict[str, Call]:
         """The calls of the peers that are here, take the job, and agree with the reference."""

@@ -14,6 +14,22 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
 
+# Eager PyTorch is a rival where it calls one tuned product, not where it is a chain of elementwise kernels.
+PRODUCTS = ("fp8_gemm", "fp8_linear", "grouped_gemm")
+SWEEPS = "scaling"  # a family that is there for its curves: some of its jobs are other families' too
+OURS_WITHOUT = ("plain", "uncached", "unshared")  # dskernels too, without what the row is about
+LABELS = {
+    "torch": "eager torch",
+    "torch_compile": "torch.compile",
+    "cublaslt": "cuBLASLt",
+    "cudnn": "cuDNN",
+    "grouped_mm": "grouped_mm bf16",  # torch's
+    "deepgemm": "DeepGEMM",
+    "flashmla": "FlashMLA",
+    "flashinfer": "FlashInfer",
+    "vllm": "vLLM",
+}
+
 
 @dataclass(frozen=True)
 class SavedRow:
@@ -56,6 +72,21 @@ class SavedRow:
     def vs_best_peer(self) -> float | None:
         """How many times as fast as the fastest peer."""
         return None if self.best_peer is None else self.peers[self.best_peer] / self.us
+
+    @property
+    def rival(self) -> str | None:
+        """The fastest peer that is somebody else's tuned kernel."""
+        names = [n for n in self.peers if n not in OURS_WITHOUT and (n != "torch" or self.op.startswith(PRODUCTS))]
+        return min(names, key=self.peers.__getitem__, default=None)
+
+    @property
+    def vs_rival(self) -> float | None:
+        """How many times as fast as that."""
+        return None if self.rival is None else self.peers[self.rival] / self.us
+
+    def label(self, peer: str) -> str:
+        """What a peer is called in words: eager PyTorch's products are cuBLAS in bf16."""
+        return "torch bf16" if peer == "torch" and self.op.startswith(PRODUCTS) else LABELS.get(peer, peer)
 
 
 @dataclass(frozen=True)
@@ -104,6 +135,13 @@ def gpus(folder: Path = FOLDER) -> list[str]:
     return sorted({file.parent.name for file in folder.glob("*/*.json")})
 
 
+def everything(folder: Path = FOLDER) -> dict[str, dict[str, Saved]]:
+    """All families of each GPU, the one that was measured last first."""
+    found = {gpu: read(gpu, folder) for gpu in gpus(folder)}
+    last = {gpu: max(family.stamp["date"] for family in families.values()) for gpu, families in found.items()}
+    return {gpu: found[gpu] for gpu in sorted(found, key=last.__getitem__, reverse=True)}
+
+
 def _place(where: str, folder: Path) -> Path:
     return folder / where if (folder / where).is_dir() else Path(where)
 
@@ -133,6 +171,16 @@ def _parse(family: str, text: str, where: str) -> Saved:
         return Saved.of(family, json.loads(text))
     except (ValueError, KeyError, TypeError) as error:
         raise NotThere(f"{where} is not a file of results: {error}") from error
+
+
+def jobs(families: Mapping[str, Saved]) -> list[SavedRow]:
+    """One row for each job, the fastest where several implementations did it; not those of the sweeps."""
+    found: dict[tuple[str, str], SavedRow] = {}
+    for family in families.values():
+        for row in family.rows if family.family != SWEEPS else ():
+            if row.key not in found or row.us < found[row.key].us:
+                found[row.key] = row
+    return list(found.values())
 
 
 def by_key(saved: Iterable[Saved]) -> dict[tuple[str, str], list[SavedRow]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ class Family:
     outcomes: list[Row | Failure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     clocks: dict[str, float | None] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
@@ -66,6 +68,7 @@ class Session:
         self.console, self.host = console, host
         machine = Machine.current()
         self.machine = dataclasses.replace(machine, commit=commit) if commit else machine
+        gc.freeze()  # what is imported stays: each case ends with a collection, which need not look at it
         with console.status("warming up, and measuring the roofs"):
             self._time = timing.Stopwatch(seconds).time
             self.warm_up = steadiness.warm_up(self._time, roofline.products()["bf16"])
@@ -103,6 +106,8 @@ class Session:
                     family.outcomes += outcome.results
                     family.timed += [(case, row) for row in outcome.results if isinstance(row, Row)]
                     family.notes += outcome.notes
+                    for what, seconds in outcome.spent.items():
+                        family.spent[what] = family.spent.get(what, 0.0) + seconds
                     progress.advance(task)
                 after, mhz = self._look()
                 family.clocks = steadiness.clocks(self.roofs, after, self._mhz, mhz)
@@ -156,3 +161,6 @@ class Session:
         for note in family.notes:
             show(f"[dim]{escape(note)}[/dim]", highlight=False)
         show(f"[dim]{steadiness.describe(family.clocks)}[/dim]", highlight=False)
+        spent = sorted(family.spent.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in spent)
+        show(f"[dim]{sum(family.spent.values()):.0f} s: {parts}[/dim]", highlight=False)

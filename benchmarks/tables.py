@@ -1,28 +1,35 @@
-"""Tables of saved results in the documentation, filled in by ``python -m benchmarks --report``.
+"""Tables of saved results in README and the documentation, filled in by ``python -m benchmarks --report``.
 
-A page says where: what stands between ``<!-- speed: fp8_gemm fp8_gemm_wgrad -->`` and ``<!-- /speed -->`` becomes a
-table of these operations; with ``*`` it is one line for each operation that was measured.
+A page says where: what stands between ``<!-- speed: ... -->`` and ``<!-- /speed -->`` is made anew. Between them comes
+
+``fp8_gemm fp8_gemm_wgrad``  a line for each workload of these operations, beside each other on every GPU;
+``* h200``                   a line for each operation that was measured on that GPU;
+``grid fp8_gemm h200``       an operation's rows M across, its other sizes down;
+``headlines``                what README says, of the GPU that was measured last.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import headlines, saved
 from benchmarks.charts import number
 from benchmarks.compare import geometric_mean
+from benchmarks.curves import sizes_of
 from benchmarks.saved import Saved, SavedRow
 
 REGION = re.compile(r"(<!-- speed: ([\w* ]+) -->\n).*?(<!-- /speed -->)", re.DOTALL)
 NONE = "–"
+NOTHING = "Not measured yet."
 Results = Mapping[str, Mapping[str, Saved]]  # of each GPU, each family
 
 
-def fill_pages(folder: Path, gpus: Results) -> list[Path]:
-    """Fill in all pages of a folder; return those that have changed."""
+def fill_pages(pages: Iterable[Path], gpus: Results) -> list[Path]:
+    """Fill in pages; return those that have changed."""
     changed = []
-    for path in sorted(folder.rglob("*.md")):
+    for path in pages:
         text = path.read_text(encoding="utf-8")
         filled = fill(text, gpus)
         if filled != text:
@@ -35,73 +42,121 @@ def fill(text: str, gpus: Results) -> str:
     """The same page with its tables made anew."""
 
     def table(match: re.Match[str]) -> str:
-        names = match[2].split()
-        made = summary(gpus) if names == ["*"] else of_operations(names, gpus)
-        return f"{match[1]}{made}\n{match[3]}"
+        return f"{match[1]}{_made(match[2].split(), gpus)}\n{match[3]}"
 
     return REGION.sub(table, text)
 
 
+def _made(words: Sequence[str], gpus: Results) -> str:
+    match words:
+        case ["headlines"]:
+            return lay_out(*headlines.table(gpus))
+        case ["*", gpu]:
+            return summary(gpus.get(gpu, {}))
+        case ["grid", op, gpu]:
+            return grid(row for row in saved.jobs(gpus.get(gpu, {})) if row.op == op)
+        case operations:
+            return of_operations(operations, gpus)
+
+
 def of_operations(names: Sequence[str], gpus: Results) -> str:
     """A line for each workload of these operations, and a group of columns for each GPU that has any of them."""
-    found = {gpu: _fastest(families, names) for gpu, families in gpus.items()}
+    found = {gpu: {row.key: row for row in saved.jobs(families) if row.op in names} for gpu, families in gpus.items()}
     found = {gpu: rows for gpu, rows in found.items() if rows}
     if not found:
-        return "Not measured yet."
+        return NOTHING
     keys = dict.fromkeys(key for op in names for rows in found.values() for key in rows if key[0] == op)
     heads = ["operation", "workload"] if len(names) > 1 else ["workload"]
     heads += [head for gpu in found for head in (f"{gpu.upper()}, µs", "rate", "% of roof", "× best peer")]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = []
     for op, workload in keys:
         cells = [f"`{op}`", workload] if len(names) > 1 else [workload]
-        for rows in found.values():
-            cells += _cells(rows.get((op, workload)))
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        rows = [some.get((op, workload)) for some in found.values()]
+        same_impl = len({row.impl for row in rows if row}) == 1
+        for row in rows:
+            cells += _cells(row, say_impl=not same_impl)
+        lines.append(cells)
+    return lay_out(heads, lines)
 
 
-def summary(gpus: Results) -> str:
-    """A line for each operation: geometric means over its workloads."""
-    heads = ["operation"]
-    heads += [head for gpu in gpus for head in (f"{gpu.upper()}, workloads", "% of roof", "× best peer", "from … to")]
-    found = {gpu: _fastest(families, None) for gpu, families in gpus.items()}
-    operations = dict.fromkeys(op for rows in found.values() for op, _ in rows)
-    lines = [_line(heads), _line(["---"] * len(heads))]
-    for op in operations:
-        cells = [f"`{op}`"]
-        for rows in found.values():
-            some = [row for row in rows.values() if row.op == op]
-            ratios = [row.vs_best_peer for row in some if row.vs_best_peer]
-            cells += [
-                str(len(some)) if some else NONE,
-                _percent(geometric_mean(row.roof_pct for row in some)) if some else NONE,
-                f"{geometric_mean(ratios):.2f}" if ratios else NONE,
-                f"{min(ratios):.2f} … {max(ratios):.2f}" if ratios else NONE,
-            ]
-        lines.append(_line(cells))
-    return "\n".join(lines)
-
-
-def _fastest(families: Mapping[str, Saved], names: Sequence[str] | None) -> dict[tuple[str, str], SavedRow]:
-    rows: dict[tuple[str, str], SavedRow] = {}
-    for family in families.values():
-        for row in family.rows:
-            if (names is None or row.op in names) and (row.key not in rows or row.us < rows[row.key].us):
-                rows[row.key] = row
-    return rows
-
-
-def _cells(row: SavedRow | None) -> list[str]:
+def _cells(row: SavedRow | None, *, say_impl: bool) -> list[str]:
     if row is None:
         return [NONE] * 4
     rate = f"{row.tflops:,.0f} TFLOP/s" if row.tflops and row.tflops >= 100 else f"{number(row.gbs)} GB/s"
-    ratio = NONE if row.vs_best_peer is None else f"{row.vs_best_peer:.2f} `{row.best_peer}`"
-    return [number(row.us), rate, _percent(row.roof_pct), ratio]
+    us = f"{number(row.us)} ({row.impl})" if say_impl else number(row.us)
+    return [us, rate, percent(row.roof_pct), _ratio(row, row.best_peer)]
 
 
-def _percent(percent: float) -> str:
-    return f"{percent:.0f}" if percent >= 1 else f"{percent:.2g}"
+def summary(families: Mapping[str, Saved]) -> str:
+    """A line for each operation: geometric means over its workloads, and their range."""
+    rows = saved.jobs(families)
+    if not rows:
+        return NOTHING
+    lines = []
+    for op in dict.fromkeys(row.op for row in rows):
+        some = [row for row in rows if row.op == op]
+        rivals = dict.fromkeys(row.label(row.rival) for row in some if row.rival)
+        eager = [row.peers["torch"] / row.us for row in some if "torch" in row.peers]
+        lines.append(
+            [
+                f"`{op}`",
+                str(len(some)),
+                percent(geometric_mean(row.roof_pct for row in some)),
+                mean_and_range([row.vs_rival for row in some if row.vs_rival]),
+                ", ".join(rivals) or NONE,
+                NONE if "torch bf16" in rivals else mean_and_range(eager),
+            ]
+        )
+    return lay_out(["operation", "workloads", "% of roof", "× tuned peer", "which", "× eager torch"], lines)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def grid(rows: Iterable[SavedRow]) -> str:
+    """Rates of many rows or times of few, with the ratio to the fastest rival, at each M and other sizes.
+
+    The mean leaves out what only bf16 is a rival of, which would flatter it.
+    """
+    at: dict[tuple[str, int], SavedRow] = {}
+    for row in rows:
+        sizes = dict(sizes_of(row.workload))
+        m = sizes.pop("m", None)
+        if m is not None:
+            at[" ".join(f"{name.upper()} {size}" for name, size in sizes.items()), m] = row
+    if not at:
+        return NOTHING
+    columns = sorted({m for _, m in at}, reverse=True)
+    others = dict.fromkeys(other for other, _ in at)
+    lines = [[other, *(_grid_cell(at.get((other, m))) for m in columns)] for other in others]
+    blockwise = {key: row for key, row in at.items() if "cublaslt" in row.peers and row.vs_rival}
+    means = [geometric_mean(row.vs_rival or 1 for (_, at_m), row in blockwise.items() if at_m == m) for m in columns]
+    if blockwise:
+        lines.append(["geometric mean where cuBLASLt has blocks too", *(f"{mean:.2f}" for mean in means)])
+    return lay_out(["", *(f"M {m:,}" for m in columns)], lines)
+
+
+def _grid_cell(row: SavedRow | None) -> str:
+    if row is None:
+        return NONE
+    value = f"{row.tflops:,.0f} TFLOP/s" if row.tflops and row.tflops >= 800 else f"{number(row.us)} µs"
+    return value if row.rival is None else f"{value}, {_ratio(row, row.rival)}"
+
+
+def lay_out(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *lines))
+
+
+def mean_and_range(ratios: Sequence[float]) -> str:
+    """The geometric mean, and from where to where."""
+    if not ratios:
+        return NONE
+    mean = f"{geometric_mean(ratios):.2f}"
+    return mean if len(ratios) == 1 else f"{mean} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def percent(value: float) -> str:
+    """Without decimals, but of less than one."""
+    return f"{value:.0f}" if value >= 1 else f"{value:.2g}"
+
+
+def _ratio(row: SavedRow, peer: str | None) -> str:
+    return NONE if peer is None else f"{row.peers[peer] / row.us:.2f} {row.label(peer)}"

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from benchmarks import bench_scaling, charts, curves, report, saved, tables
+from benchmarks import __main__ as cli
+from benchmarks import bench_scaling, charts, curves, headlines, report, saved, tables
 from benchmarks.curves import OURS, ROOF
 from benchmarks.saved import SavedRow
 
@@ -30,7 +31,7 @@ def test_a_peer_may_be_missing_at_a_point():
     rows = [row(f"t{t}", peers={"torch_compile": 3.0} if t == 2 else {}) for t in (1, 2, 3)]
     (curve,) = curves.curves(rows)
     assert curve.lines["torch_compile"] == [None, 3.0, None]
-    assert "torch_compile: 3.00 µs at tokens T 2" in charts.scaling(curve)
+    assert "torch.compile: 3.00 µs at tokens T 2" in charts.scaling(curve)
 
 
 def test_h_is_heads_in_attention_and_channels_elsewhere():
@@ -116,6 +117,7 @@ def test_the_page_of_what_is_saved_is_whole_and_needs_nothing_else():
     assert not re.search(r"@import|url\(|https?://", text)
     rows = [row for families in gpus.values() for family in families.values() for row in family.rows]
     assert text.count('class="text">fp8_gemm<') == sum(r.op == "fp8_gemm" for r in rows) + len(gpus)
+    assert not re.search(r">\s*(nan|None|inf)\b", text)
     assert reader.count["svg"] == sum(
         len(curves.curves(family.rows)) for families in gpus.values() for family in families.values()
     )
@@ -125,7 +127,7 @@ def test_the_page_of_what_is_saved_is_whole_and_needs_nothing_else():
 
 def test_writing_a_report(tmp_path, monkeypatch):
     pictures = pytest.importorskip("benchmarks.pictures")
-    monkeypatch.setattr(saved, "gpus", lambda folder: ["h200"])
+    monkeypatch.setattr(saved, "gpus", lambda folder=saved.FOLDER: ["h200"])
     monkeypatch.setattr(pictures, "DARK", pictures.LIGHT)
     monkeypatch.setattr(pictures, "PANELS", 1)
     page, *images = report.write(tmp_path)
@@ -140,38 +142,97 @@ def test_a_report_of_nothing_says_so(tmp_path):
 
 
 def test_eager_torch_is_a_rival_of_products_alone():
-    pictures = pytest.importorskip("benchmarks.pictures")
     both = {"torch": 1.0, "torch_compile": 2.0}
-    assert pictures.rival(row("m1", peers=both)) == "torch"
-    assert pictures.rival(row("m1", op="quantize", peers=both)) == "torch_compile"
-    assert pictures.rival(row("m1", op="quantize", peers={"torch": 1.0})) is None
+    assert row("m1", peers=both).rival == "torch"
+    assert row("m1", peers=both).label("torch") == "torch bf16"
+    assert row("m1", op="quantize", peers=both).rival == "torch_compile"
+    assert row("m1", op="quantize", peers=both).vs_rival == 0.2
+    assert row("m1", op="quantize", peers={"torch": 1.0}).rival is None
+    assert row("m1", op="mla_decode", peers={"unshared": 1.0, "flashmla": 2.0}).rival == "flashmla"
 
 
 # ---- tables of the documentation ---------------------------------------------------------------------------------
 
 
-def of_gpu(*rows):
-    return {"gemm": saved.Saved("gemm", {}, {}, rows)}
+def of_gpu(*rows, **others):
+    families = {"gemm": rows, **others}
+    return {name: saved.Saved(name, {}, {}, tuple(some)) for name, some in families.items()}
+
+
+def filled(words, gpus):
+    return tables.fill(f"before\n<!-- speed: {words} -->\nold\n<!-- /speed -->\nafter\n", gpus).splitlines()
 
 
 def test_tables_of_operations_are_filled_in():
     fast = row("m1", us=5.0, tflops=1200.0, peers={"torch": 6.0, "cublaslt": 5.5})
     gpus = {"h100": of_gpu(row("m1"), fast, row("m2")), "h200": of_gpu(row("m1", us=4.0), row("m9", op="route"))}
-    text = "before\n<!-- speed: fp8_gemm -->\nold\n<!-- /speed -->\nafter\n"
-    filled = tables.fill(text, gpus)
-    lines = filled.splitlines()
-    assert lines[0] == "before"
-    assert lines[-1] == "after"
-    assert "old" not in filled
+    lines = filled("fp8_gemm", gpus)
+    assert (lines[0], lines[-1], "old" in lines) == ("before", "after", False)
     assert lines[2].startswith("| workload | H100, µs | rate | % of roof | × best peer | H200, µs |")
-    assert lines[4] == "| m1 | 5.00 | 1,200 TFLOP/s | 50 | 1.10 `cublaslt` | 4.00 | 1.00 GB/s | 50 | – |"
+    assert lines[4] == "| m1 | 5.00 | 1,200 TFLOP/s | 50 | 1.10 cuBLASLt | 4.00 | 1.00 GB/s | 50 | – |"
     assert lines[5] == "| m2 | 10.0 | 1.00 GB/s | 50 | – | – | – | – | – |"
-    assert tables.fill(filled, gpus) == filled
-    assert "Not measured yet." in tables.fill("<!-- speed: x -->\n<!-- /speed -->", gpus)
-    assert "| `fp8_gemm` | m1 | 5.00 |" in tables.fill("<!-- speed: fp8_gemm route -->\n<!-- /speed -->", gpus)
+    again = "\n".join(lines)
+    assert tables.fill(again, gpus) == again
+    assert "Not measured yet." in filled("x", gpus)
+    assert filled("fp8_gemm route", gpus)[4].startswith("| `fp8_gemm` | m1 | 5.00 |")
+
+
+def test_a_table_says_where_the_implementations_differ():
+    gpus = {"h200": of_gpu(row("m1", us=4.0)), "h100": of_gpu(row("m1", us=9.0, impl="triton"))}
+    assert filled("fp8_gemm", gpus)[4].startswith("| m1 | 4.00 (hopper) | 1.00 GB/s | 50 | – | 9.00 (triton) |")
+
+
+def test_a_sweep_is_of_its_curves_alone():
+    gpus = {"h200": of_gpu(row("m1", us=4.0), scaling=[row("m1", us=1.0), row("m2")])}
+    assert len(filled("fp8_gemm", gpus)) == 7
+    assert [job.us for job in saved.jobs(gpus["h200"])] == [4.0]
 
 
 def test_the_summary_has_a_line_for_each_operation():
-    gpus = {"h100": of_gpu(row("m1", peers={"torch": 20.0}), row("m2", peers={"torch": 5.0}), row("t1", op="route"))}
-    lines = tables.fill("<!-- speed: * -->\n<!-- /speed -->", gpus).splitlines()
-    assert lines[3:-1] == ["| `fp8_gemm` | 2 | 50 | 1.00 | 0.50 … 2.00 |", "| `route` | 1 | 50 | – | – |"]
+    rows = [
+        *(row("m1", peers={"torch": 20.0}), row("m2", peers={"torch": 5.0, "cublaslt": 4.0})),
+        *(row("t1", op="route"), row("t2", op="route", peers={"torch_compile": 20.0, "torch": 40.0})),
+    ]
+    lines = filled("* h100", {"h100": of_gpu(*rows)})
+    assert lines[2] == "| operation | workloads | % of roof | × tuned peer | which | × eager torch |"
+    assert lines[4:-2] == [
+        "| `fp8_gemm` | 2 | 50 | 0.89 (0.40 to 2.00) | torch bf16, cuBLASLt | – |",
+        "| `route` | 2 | 50 | 2.00 | torch.compile | 4.00 |",
+    ]
+    assert "Not measured yet." in filled("* h200", {})
+
+
+def test_a_grid_has_rows_across_and_other_sizes_down():
+    fast = row("m4096_n8_k9", tflops=1200.0, peers={"torch": 6.0, "cublaslt": 20.0})
+    rows = [fast, row("m1_n8_k9", peers={"cublaslt": 12.0}), row("m1_n7_k9", us=100.0, peers={"torch": 400.0})]
+    lines = filled("grid fp8_gemm h200", {"h200": of_gpu(*rows)})
+    assert lines[2] == "|  | M 4,096 | M 1 |"
+    assert lines[4:-2] == [
+        "| N 8 K 9 | 1,200 TFLOP/s, 0.60 torch bf16 | 10.0 µs, 1.20 cuBLASLt |",
+        "| N 7 K 9 | – | 100 µs, 4.00 torch bf16 |",
+        "| geometric mean where cuBLASLt has blocks too | 0.60 | 1.20 |",
+    ]
+
+
+def test_headlines_are_of_the_gpu_that_was_measured_last():
+    n = "_n4096_k7168"
+    rows = [row(f"m4096{n}", tflops=1200.0, peers={"cublaslt": 12.0}), row("m4096_n576_k7168", tflops=1.0)]
+    rows += [row("m4096_n7168_k2048", tflops=1300.0, peers={"cublaslt": 15.0}), row("m1_n7168_k2048")]
+    lines = filled("headlines", {"h200": of_gpu(*rows), "h100": of_gpu()})
+    size = "M 4,096, five linears of DeepSeek-V3"
+    assert lines[4:-2] == [f"| `fp8_gemm` | {size} | 1,200 to 1,300 TFLOP/s | 50 | cuBLASLt | 1.20 to 1.50 |"]
+
+
+def test_every_headline_is_of_a_workload_that_there_is():
+    for headline in headlines.HEADLINES:
+        cases = [case for some in cli.select(cli.FAMILIES, []).values() for case in some if case.op == headline.op]
+        assert any(re.fullmatch(headline.workloads, case.workload.name) for case in cases), headline
+
+
+def test_what_is_published_is_what_is_saved():
+    """`make report` after saving results: README, the documentation and the page say what the files say."""
+    gpus = saved.everything()
+    pages = [report.README, *sorted(report.DOCS.rglob("*.md"))]
+    stale = [page for page in pages if tables.fill(text := page.read_text(encoding="utf-8"), gpus) != text]
+    assert stale == []
+    assert (report.DOCS / "report.html").read_text(encoding="utf-8") == report.page(gpus)
