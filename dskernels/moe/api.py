@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +10,16 @@ from torch import Tensor
 from dskernels.dispatch import Operation, differentiating
 from dskernels.later import waiting_for
 from dskernels.moe.config import MAX_EXPERTS
-from dskernels.moe.packed import KEPT, PACKED, is_packed, pack, packed_width
+from dskernels.moe.network import check_network, check_options, flat, flat_options, needs_gradient
+from dskernels.moe.packed import KEPT, PACKED, empty_kept
 from dskernels.moe.split import split
+from dskernels.reference import experts as experts_reference
 from dskernels.reference import moe as reference
-from dskernels.reference.fp8 import quantize
-from dskernels.reference.grouped_gemm import grouped_gemm
+from dskernels.reference.experts import with_shared
 from dskernels.types import Fp8Tensor, Permuted, Routing
-from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_int, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_int, check_tensor
 
 IDS = (torch.int32, torch.int64)
-HOW_KEPT = ("input", "fp8")
 
 
 def permute(x: Tensor, experts: Tensor, n_experts: int, *, impl: str | None = None) -> Permuted:
@@ -152,69 +151,30 @@ def fused_experts(
         raise ValueError(f"n_shared: expected 0 where `shared` is given, got {n_shared}")
     given = (w13, w2, *(shared or ()))
     check_bool("fp8", fp8)
-    if recompute is not None:
-        check_bool("recompute", recompute)
     fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in given)
-    _check_network(("w13", w13), ("w2", w2), x, fp8, stacked=True)
+    check_network(("w13", w13), ("w2", w2), x, fp8, stacked=True)
     check_int("w13: number of experts", w13.shape[0], low=1, high=MAX_EXPERTS)
     if n_shared >= w13.shape[0]:
         raise ValueError(f"n_shared: expected fewer than the {w13.shape[0]} experts of w13, got {n_shared}")
-    if quantized is not None:
-        check_fp8("quantized", quantized, blocks=[(1, 128)], like=x)
-        if quantized.shape != x.shape:
-            raise ValueError(f"quantized: expected the shape {list(x.shape)} of x, got {list(quantized.shape)}")
     if shared is not None:
-        _check_network(("shared[0]", shared[0]), ("shared[1]", shared[1]), x, fp8, stacked=False)
+        check_network(("shared[0]", shared[0]), ("shared[1]", shared[1]), x, fp8, stacked=False)
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a Routing (see dskernels.route), got {type(routing).__name__}")
     weights, experts = routing.weights, routing.experts
     check_tensor("routing.weights", weights, dtype=torch.float32, shape=(x.shape[0], "k"), like=x)
     check_tensor("routing.experts", experts, dtype=IDS, shape=tuple(weights.shape), like=x)
-    flat = [part for weight in given for part in _flat(weight)]
-    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *flat))
-    check_choice("keep", keep, HOW_KEPT)
-    kept = KEPT if needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute) else 0
-    kept |= PACKED if fp8 and keep == "fp8" and needs_gradient else 0
-    shared_flat = flat[4:] or [None] * 4
-    if needs_gradient and n_shared:
-        weights, experts = _with_shared(weights, experts, w13.shape[0], n_shared)
+    check_options(x, quantized, recompute, keep)
+    parts = [part for weight in given for part in flat(weight)]
+    differentiable = needs_gradient((x, weights, *parts))
+    if n_shared and differentiable:
+        weights, experts = with_shared(weights, experts, w13.shape[0], n_shared)
         n_shared = 0
-    operand = (None, None) if quantized is None or not fp8 else (quantized.data, quantized.scale)
-    return _fused_experts(x, *flat[:4], weights, experts, *shared_flat, fp8, kept, *operand, n_shared, impl=impl)[0]
-
-
-def _with_shared(weights: Tensor, experts: Tensor, n_experts: int, n_shared: int) -> tuple[Tensor, Tensor]:
-    """The choices of each token, and behind them the last experts, of weight 1."""
-    first = n_experts - n_shared
-    shared = torch.arange(first, n_experts, dtype=experts.dtype, device=experts.device).expand(experts.shape[0], -1)
-    chosen = torch.where(experts < first, experts, -1)
-    return torch.cat([weights, weights.new_ones(shared.shape)], 1), torch.cat([chosen, shared], 1)
-
-
-def _check_network(w13: tuple[str, Any], w2: tuple[str, Any], x: Tensor, fp8: bool, *, stacked: bool) -> None:
-    """Check the weights [E?, 2I, H] and [E?, H, I], given with their names."""
-    ndim = 3 if stacked else 2
-    for (name, weight), shape in ((w13, ("E", "2 * I", "H")), (w2, ("E", "H", "I"))):
-        if isinstance(weight, Fp8Tensor):
-            check_fp8(name, weight, blocks=[(128, 128)], ndim=ndim, like=x)
-        else:
-            check_tensor(name, weight, dtype=HALF_OR_SINGLE if fp8 else x.dtype, shape=shape[-ndim:], like=x)
-    (name, up), (name_down, down) = w13, w2
-    (*experts, rows, columns), hidden = up.shape, x.shape[1]
-    if rows % 2 or columns != hidden:
-        raise ValueError(f"{name}: expected 2 * I rows and H = {hidden} columns like x, got {list(up.shape)}")
-    expected = [*experts, hidden, rows // 2]
-    if list(down.shape) != expected:
-        raise ValueError(
-            f"{name_down}: expected shape {expected} for {name} of {list(up.shape)}, got {list(down.shape)}"
-        )
+    block = (x, *parts[:4], weights, experts, *(parts[4:] or [None] * 4))
+    options = flat_options(x, quantized, fp8, recompute, keep, differentiable)
+    return _fused_experts(*block, fp8, *options, n_shared, impl=impl)[0]
 
 
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
-
-
-def _flat(weight: Tensor | Fp8Tensor) -> tuple[Tensor, Tensor | None]:
-    return (weight.data, weight.scale) if isinstance(weight, Fp8Tensor) else (weight, None)
 
 
 def _permute_fake(x: Tensor, experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,78 +255,13 @@ def _combine_gradient(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 _combine.register_autograd(_combine_gradient, _save_combine)
 
 
-def _weight(data: Tensor | None, scale: Tensor | None) -> Any:
-    return data if data is None or scale is None else Fp8Tensor(data, scale, (128, 128))
-
-
-def _block(block: Sequence[Any], fp8: bool, packed: bool = False) -> Tensor:
-    """The reference on the flat arguments."""
-    x, w13, w13_scale, w2, w2_scale, weights, experts, *shared = block
-    network = None if shared[0] is None else (_weight(*shared[:2]), _weight(*shared[2:]))
-    routing = Routing(weights, experts, experts, experts)
-    weights_ = _weight(w13, w13_scale), _weight(w2, w2_scale)
-    keep = "fp8" if packed else "input"
-    return reference.fused_experts(x, *weights_, routing, shared=network, fp8=fp8, keep=keep)
-
-
-def _fused_experts_reference(*args):
-    *block, fp8, keep, data, scale, n_shared = args
-    if n_shared:
-        block[5:7] = _with_shared(block[5], block[6], block[1].shape[0], n_shared)
-    x, w13, w13_scale, _, _, _, experts, shared_w13, shared_scale, *_ = block
-    if data is None or scale is None:
-        out = _block(block, fp8)
-    else:  # quantised again it is what it was
-        out = _block([Fp8Tensor(data, scale).dequantize(torch.float32), *block[1:]], fp8).to(x.dtype)
-    packed = fp8 and bool(keep & PACKED)
-    gate_up, shared_gate_up = _kept(x, w13, experts, shared_w13, fp8, keep)
-    if keep & KEPT:
-        permuted = reference.permute(x, experts, w13.shape[0])
-        gate_up = _product(permuted.x, w13, w13_scale, permuted.offsets, fp8, packed)
-        if shared_w13 is not None:
-            every = torch.tensor([0, x.shape[0]])
-            scale = None if shared_scale is None else shared_scale[None]
-            shared_gate_up = _product(x, shared_w13[None], scale, every, fp8, packed)
-    return out, gate_up, shared_gate_up
-
-
-def _product(a: Tensor, b: Tensor, scale: Tensor | None, offsets: Tensor, fp8: bool, packed: bool) -> Tensor:
-    """Gate and up of each row, as they are kept."""
-    out = a.new_empty(a.shape[0], b.shape[1])
-    if not fp8:
-        return grouped_gemm(a, b, offsets, out=out)
-    weight = quantize(b, (128, 128)) if scale is None else _weight(b, scale)
-    grouped_gemm(quantize(a), weight, offsets, out=out)
-    return pack(quantize(out)) if packed else out
-
-
-def empty_kept(x: Tensor, rows: int, width: int, packed: bool) -> Tensor:
-    """An empty tensor for what enters a SwiGLU."""
-    if packed:
-        return x.new_empty((rows, packed_width(width)), dtype=torch.uint8)
-    return x.new_empty(rows, width)
-
-
-def _kept(
-    x: Tensor, w13: Tensor, experts: Tensor, shared_w13: Tensor | None, fp8: bool, keep: int
-) -> tuple[Tensor, Tensor]:
-    """Empty tensors for what enters the SwiGLU of the routed experts and of the shared one; of no rows if not kept."""
+def _fused_experts_fake(x, w13, w13_scale, w2, w2_scale, weights, experts, shared_w13, *args):
+    fp8, keep = args[3:5]
     packed, kept = fp8 and bool(keep & PACKED), bool(keep & KEPT)
     gate_up = empty_kept(x, experts.shape[0] * experts.shape[1] if kept else 0, w13.shape[1], packed)
     if shared_w13 is None:
-        return gate_up, x.new_empty(0, 0)
-    return gate_up, empty_kept(x, x.shape[0] if kept else 0, shared_w13.shape[0], packed)
-
-
-def _fused_experts_backward_reference(dout, *args):
-    *block, gate_up, shared_gate_up, fp8, needs = args
-    places = [i for i, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
-    for i in places:
-        block[i] = block[i].detach().requires_grad_()
-    with differentiating():
-        out = _block(block, fp8, is_packed(gate_up))
-    gradients = iter(torch.autograd.grad(out, [block[i] for i in places], dout))
-    return tuple(next(gradients) if needed else dout.new_empty(0) for needed in needs)
+        return x.new_empty(x.shape), gate_up, x.new_empty(0, 0)
+    return x.new_empty(x.shape), gate_up, empty_kept(x, x.shape[0] if kept else 0, shared_w13.shape[0], packed)
 
 
 def _fused_experts_backward_fake(dout, *args):
@@ -389,15 +284,15 @@ SCALES = {1: 2, 3: 4, 7: 8, 9: 10}
 _fused_experts = Operation(
     f"fused_experts({BLOCK}, bool fp8, int keep, Tensor? quantized, Tensor? quantized_scale, int n_shared)"
     " -> (Tensor, Tensor, Tensor)",
-    reference=_fused_experts_reference,
+    reference=experts_reference.fused_experts,
     triton="dskernels.moe.triton_experts:fused_experts",
     hopper="dskernels.moe.hopper:fused_experts",
-    fake=lambda *args: (args[0].new_empty(args[0].shape), *_kept(args[0], args[1], args[6], args[7], *args[11:13])),
+    fake=_fused_experts_fake,
 )
 _fused_experts_backward = Operation(
     f"fused_experts_backward(Tensor dout, {BLOCK}, Tensor gate_up, Tensor shared_gate_up, bool fp8, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=_fused_experts_backward_reference,
+    reference=experts_reference.fused_experts_backward,
     triton="dskernels.moe.triton_experts:fused_experts_backward",
     hopper="dskernels.moe.hopper:fused_experts_backward",
     fake=_fused_experts_backward_fake,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from dskernels.dispatch import Operation, differentiating
+from dskernels.dispatch import Operation
 from dskernels.later import waiting_for
-from dskernels.moe.api import HOW_KEPT, _check_network, _flat, _product, _weight, empty_kept
-from dskernels.moe.packed import KEPT, PACKED, is_packed
-from dskernels.reference import moe as reference
+from dskernels.moe.network import check_network, check_options, flat, flat_options, needs_gradient
+from dskernels.moe.packed import KEPT, PACKED, empty_kept
+from dskernels.reference import experts as reference
 from dskernels.types import Fp8Tensor
-from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_tensor
+from dskernels.validate import HALF_OR_SINGLE, check_bool, check_tensor
 
 
 def feed_forward(
@@ -54,54 +53,18 @@ def feed_forward(
     """
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
     check_bool("fp8", fp8)
-    if recompute is not None:
-        check_bool("recompute", recompute)
     fp8 = fp8 or isinstance(w13, Fp8Tensor) or isinstance(w2, Fp8Tensor)
-    _check_network(("w13", w13), ("w2", w2), x, fp8, stacked=False)
-    if quantized is not None:
-        check_fp8("quantized", quantized, blocks=[(1, 128)], like=x)
-        if quantized.shape != x.shape:
-            raise ValueError(f"quantized: expected the shape {list(x.shape)} of x, got {list(quantized.shape)}")
-    flat = (*_flat(w13), *_flat(w2))
-    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *flat))
-    check_choice("keep", keep, HOW_KEPT)
-    kept = KEPT if needs_gradient and not (x.device.type == "cpu" if recompute is None else recompute) else 0
-    kept |= PACKED if fp8 and keep == "fp8" and needs_gradient else 0
-    operand = (None, None) if quantized is None or not fp8 else (quantized.data, quantized.scale)
-    return _feed_forward(x, *flat, fp8, kept, *operand, impl=impl)[0]
+    check_network(("w13", w13), ("w2", w2), x, fp8, stacked=False)
+    check_options(x, quantized, recompute, keep)
+    network = (x, *flat(w13), *flat(w2))
+    options = flat_options(x, quantized, fp8, recompute, keep, needs_gradient(network))
+    return _feed_forward(*network, fp8, *options, impl=impl)[0]
 
 
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
 
 DIFFERENTIABLE = (0, 1, 3)  # x and both weights, among the arguments
 SCALES = {1: 2, 3: 4}
-
-
-def _reference(x, w13, w13_scale, w2, w2_scale, fp8, packed=False):
-    keep = "fp8" if packed else "input"
-    return reference.feed_forward(x, _weight(w13, w13_scale), _weight(w2, w2_scale), fp8=fp8, keep=keep)
-
-
-def _feed_forward_reference(x, w13, w13_scale, w2, w2_scale, fp8, keep, data, scale):
-    given = x if data is None or scale is None else Fp8Tensor(data, scale).dequantize(torch.float32)
-    out = _reference(given, w13, w13_scale, w2, w2_scale, fp8).to(x.dtype)
-    packed = fp8 and bool(keep & PACKED)
-    if not keep & KEPT:
-        return out, empty_kept(x, 0, w13.shape[0], packed)
-    every = torch.tensor([0, x.shape[0]])
-    return out, _product(x, w13[None], None if w13_scale is None else w13_scale[None], every, fp8, packed)
-
-
-def _backward_reference(dout, *args):
-    *network, gate_up, fp8, needs = args
-    places = [i for i, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
-    for i in places:
-        network[i] = network[i].detach().requires_grad_()
-    x, w13, w13_scale, w2, w2_scale = network
-    with differentiating():
-        out = _reference(x, w13, w13_scale, w2, w2_scale, fp8, is_packed(gate_up))
-    gradients = iter(torch.autograd.grad(out, [network[i] for i in places], dout))
-    return tuple(next(gradients) if needed else dout.new_empty(0) for needed in needs)
 
 
 def _backward_fake(dout, *args):
@@ -116,7 +79,7 @@ NETWORK = "Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale"
 
 _feed_forward = Operation(
     f"feed_forward({NETWORK}, bool fp8, int keep, Tensor? quantized, Tensor? quantized_scale) -> (Tensor, Tensor)",
-    reference=_feed_forward_reference,
+    reference=reference.feed_forward,
     triton="dskernels.moe.triton_experts:feed_forward",
     hopper="dskernels.moe.hopper:feed_forward",
     fake=lambda x, w13, s13, w2, s2, fp8, keep, data, scale: (
@@ -127,7 +90,7 @@ _feed_forward = Operation(
 _feed_forward_backward = Operation(
     f"feed_forward_backward(Tensor dout, {NETWORK}, Tensor gate_up, bool fp8, bool[] needs)"
     " -> (Tensor, Tensor, Tensor)",
-    reference=_backward_reference,
+    reference=reference.feed_forward_backward,
     triton="dskernels.moe.triton_experts:feed_forward_backward",
     hopper="dskernels.moe.hopper:feed_forward_backward",
     fake=_backward_fake,

@@ -34,6 +34,11 @@ def packed_width(cols: int) -> int:
     return scales_at(cols) + 16 * ceil_div(ceil_div(cols, 128), 4)
 
 
+def empty_kept(x: Tensor, rows: int, cols: int, packed: bool) -> Tensor:
+    """An empty tensor for `rows` rows of what enters a SwiGLU: packed, or in x's dtype."""
+    return x.new_empty((rows, packed_width(cols)), dtype=torch.uint8) if packed else x.new_empty(rows, cols)
+
+
 def pack(x: Fp8Tensor) -> Tensor:
     """uint8 ``[rows, packed_width]`` of a matrix in 1x128 tiles, as plain PyTorch."""
     rows, cols = x.shape

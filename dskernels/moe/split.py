@@ -9,33 +9,15 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation
 from dskernels.later import Waiting
+from dskernels.reference import experts as reference
 
-# Of (x, w13, w2, weights, w13 and w2 of the shared expert), which the first half gives, and which the second.
-FIRST, SECOND = (0, 3), (1, 2, 4, 5)
-
-
-def _needs(places: Sequence[int], among: Sequence[bool]) -> list[bool]:
-    return [i in places and needed for i, needed in enumerate(among)]
+# Of the gradients of (x, w13, w2, weights, w13 and w2 of the shared expert), those that the second half gives.
+SECOND = (1, 2, 4, 5)
 
 
 def _inputs_reference(dout, *args):
-    from dskernels.moe.api import _fused_experts_backward_reference
-
-    *block, fp8 = args
-    gradients = _fused_experts_backward_reference(dout, *block, fp8, _needs(FIRST, [True] * 6))
     kept = _inputs_fake(dout, *args)[2:]  # which the reference's second half does not read
-    return gradients[0], gradients[3], *(tensor.zero_() for tensor in kept)
-
-
-def _weights_reference(dout, *args):
-    from dskernels.moe.api import _fused_experts_backward_reference
-
-    *block, _, _, _, _, fp8, needs = args
-    among = [False] * 6
-    for place, needed in zip(SECOND, needs, strict=True):
-        among[place] = needed
-    gradients = _fused_experts_backward_reference(dout, *block, fp8, among)
-    return tuple(gradients[place] for place in SECOND)
+    return *reference.fused_experts_backward_inputs(dout, *args), *(tensor.zero_() for tensor in kept)
 
 
 def _inputs_fake(dout, x, w13, w13_scale, w2, w2_scale, weights, experts, shared_w13, *args):
@@ -76,7 +58,7 @@ backward_inputs = Operation(
 backward_weights = Operation(
     f"fused_experts_backward_weights({BLOCK}, Tensor dgate_up, Tensor hidden, Tensor shared_dgate_up, "
     "Tensor shared_hidden, bool fp8, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=_weights_reference,
+    reference=reference.fused_experts_backward_weights,
     triton="dskernels.moe.triton_experts:fused_experts_backward_weights",
     hopper="dskernels.moe.hopper:fused_experts_backward_weights",
     fake=_weights_fake,
