@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from benchmarks.saved import Saved, SavedRow, by_key
+from benchmarks.saved import SWEEPS, Saved, SavedRow, by_key
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,21 @@ class Pair:
 
 
 def pairs(a: Iterable[Saved], b: Iterable[Saved]) -> list[Pair]:
-    """The jobs that are in both; of one that several implementations did, those of the same name, else the fastest."""
-    of_b = by_key(b)
+    """The jobs that are in both; of one that several implementations did, those of the same name, else the fastest.
+
+    A family is compared with itself, or, where the other set has none of that name, with whatever did its jobs.
+    """
+    b = list(b)
+    others_of = {one.family: [one] for one in b}
     found = []
-    for key, rows in by_key(a).items():
-        others = {row.impl: row for row in of_b.get(key, ())}
-        if not others:
-            continue
-        same = [Pair(row, others[row.impl]) for row in rows if row.impl in others]
-        found += same or [Pair(*(min(some, key=lambda row: row.us) for some in (rows, others.values())))]
+    for one in a:
+        of_b = by_key(others_of.get(one.family, [] if one.family == SWEEPS else b))
+        for key, rows in by_key([one]).items():
+            others = {row.impl: row for row in of_b.get(key, ())}
+            if not others:
+                continue
+            same = [Pair(row, others[row.impl]) for row in rows if row.impl in others]
+            found += same or [Pair(*(min(some, key=lambda row: row.us) for some in (rows, others.values())))]
     return found
 
 

@@ -68,7 +68,8 @@ class Session:
         self.console, self.host = console, host
         machine = Machine.current()
         self.machine = dataclasses.replace(machine, commit=commit) if commit else machine
-        gc.freeze()  # what is imported stays: each case ends with a collection, which need not look at it
+        if DEVICE == "cuda":
+            gc.freeze()  # what is imported stays: each case ends with a collection, which need not look at it
         with console.status("warming up, and measuring the roofs"):
             self._time = timing.Stopwatch(seconds).time
             self.warm_up = steadiness.warm_up(self._time, roofline.products()["bf16"])

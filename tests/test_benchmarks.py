@@ -209,10 +209,11 @@ def invoke(*args):
     return CliRunner().invoke(cli.app, args)
 
 
-def test_without_a_gpu_it_says_so_and_exits_0(monkeypatch):
+@pytest.mark.parametrize(("words", "code"), [([], 0), (["--check"], 1), (["--save"], 1), (["--base", "HEAD"], 1)])
+def test_without_a_gpu_it_says_so_and_no_gate_passes(words, code, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    result = invoke("fp8", "--save")
-    assert result.exit_code == 0
+    result = invoke("fp8", *words)
+    assert result.exit_code == code
     assert result.output.startswith("No GPU here")
     assert len(result.output.splitlines()) == 1
 
@@ -279,7 +280,7 @@ def gpu_stand_in(monkeypatch, tmp_path):
 def test_a_whole_run_prints_tables_and_saves(gpu_stand_in):
     result = invoke("fp8", "gemm", "--save", "--commit", "def456")
     assert result.exit_code == 0, result.output
-    for text in ("NVIDIA H100 80GB HBM3", "roofs: copy 3,000 GB/s", "peers missing: ", "quantize", "fp8_gemm"):
+    for text in ("NVIDIA H100 80GB HBM3", "roofs: copy 3,000 GB/s", "peers missing: ", "quantize", "fp8_gemm", " s: "):
         assert text in result.output
     for family in ("fp8", "gemm"):
         saved = json.loads((gpu_stand_in / "h100" / f"{family}.json").read_text())

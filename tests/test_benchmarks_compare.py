@@ -90,6 +90,16 @@ def test_pairs_are_of_the_same_implementation_or_of_the_fastest(tmp_path):
     ]
 
 
+def test_a_family_is_compared_with_itself(tmp_path):
+    write(tmp_path / "a", "gemm", row(us=100))
+    write(tmp_path / "a", "scaling", row(us=90))
+    write(tmp_path / "b", "gemm", row(us=50))
+    write(tmp_path / "b", "scaling", row(us=30))
+    a, b = (saved.read(str(tmp_path / name)) for name in "ab")
+    assert [p.speedup for p in compare.pairs(a.values(), b.values())] == [2.0, 3.0]
+    assert [p.speedup for p in compare.pairs(a.values(), [b["gemm"]])] == [2.0]  # a sweep has no other name
+
+
 def test_compare_prints_ratios_and_their_mean(tmp_path):
     write(tmp_path / "a", "gemm", row(us=100), row(workload="m2", us=100, peers={"torch": 200.0}))
     write(tmp_path / "b", "gemm", row(us=50), row(workload="m2", us=200))
