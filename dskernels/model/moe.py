@@ -33,9 +33,13 @@ class Router(nn.Module):
         weight: ``[experts, hidden]``.
         e_score_correction_bias: float32 ``[experts]``, added to the scores for the choice alone and moved by
             `update_bias`, not by a gradient; None with softmax.
+        physical: where experts have copies, the places of each, see `dskernels.route`.
+        asked: where choices are counted, int64 ``[experts]``, to which each pass adds its load.
     """
 
     e_score_correction_bias: Tensor | None
+    physical: Tensor | None
+    asked: Tensor | None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -43,6 +47,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.scoring_func == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
+        self.physical = self.asked = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         """Moves with the module but keeps its fp32: rounded to bf16 the bias would change who is chosen."""
@@ -66,7 +71,10 @@ class Router(nn.Module):
             score=config.scoring_func,
             normalize=config.norm_topk_prob,
             scale=config.routed_scaling_factor,
+            physical=self.physical,
         )
+        if self.asked is not None:
+            self.asked += routing.load
         return RouterOutput(logits, routing)
 
 

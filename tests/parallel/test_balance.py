@@ -1,5 +1,6 @@
 """Redundant experts: every expert has a place, ranks have as much to do, few weights move, and they arrive."""
 
+import copy
 import random
 
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 from world import run
 
 import dskernels as ds
+from dskernels.model import Config, DeepseekV3, keep_in_fp8
 from dskernels.model.parallel.balance import Placement, even, move_experts, place_experts
+from dskernels.model.parallel.redundant import RedundantExperts
 from dskernels.types import Routing
+from model.tiny import randomize
 
 
 @st.composite
@@ -105,3 +109,57 @@ def test_copies_of_experts_mean_the_same_as_one():
     torch.testing.assert_close(got, ds.fused_experts(x, w13, w2, plain))
     counts = torch.bincount(placed.experts.flatten().long(), minlength=8).view(2, 4).sum(1)
     assert int(counts.max()) <= 1.25 * counts.float().mean()
+
+
+def skewed(fp8):
+    """A model that asks for few of its experts."""
+    torch.manual_seed(0)
+    shape = dict(num_hidden_layers=3, n_routed_experts=8, n_group=1, topk_group=1, num_experts_per_tok=2, vocab_size=64)
+    shape |= dict(n_shared_experts=2)
+    if fp8:
+        shape |= dict(hidden_size=128, moe_intermediate_size=128, intermediate_size=128, q_lora_rank=128)
+    model = randomize(DeepseekV3(Config.from_name("tiny", **shape), fp8=fp8))
+    for layer in model.moe_layers:
+        layer.gate.e_score_correction_bias[[5, 7]] += 0.5
+    return keep_in_fp8(model) if fp8 else model
+
+
+def live(rank, fp8):
+    """Expert blocks before and after a change of places give what those with all experts once give."""
+    whole = skewed(fp8)
+    model = copy.deepcopy(whole)
+    redundant = RedundantExperts(model, dist.group.WORLD, places=10)
+    addresses = [layer.experts.w13.data_ptr() for layer in redundant.layers]
+    generator = torch.Generator().manual_seed(rank)
+    texts = [torch.randn(40, whole.config.hidden_size, generator=generator) for _ in range(2)]
+    moves = []
+    with torch.no_grad():
+        for step in range(3):
+            x, loads = texts[min(step, 1)], []
+            for layer, alone in zip(redundant.layers, whole.moe_layers, strict=True):
+                want, router = alone(x)
+                torch.testing.assert_close(layer(x)[0], want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+                loads.append(router.routing.load)
+            mine, load = torch.stack(loads).long(), redundant.load()
+            dist.all_reduce(mine)
+            assert torch.equal(load, mine)
+            before = redundant.imbalance(load)
+            moves.append(redundant.rebalance())
+            after = redundant.imbalance(load)
+            assert max(after) < max(before) if step == 0 else max(after) <= max(before)
+            assert int(redundant.load().sum()) == 0
+        if not fp8:  # in e4m3 a rounding turns the choice of an expert further on
+            tokens = torch.randint(0, 64, (9,), generator=generator)
+            torch.testing.assert_close(model(tokens).logits, whole(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert moves[0] > 0
+    assert moves[2] == 0  # the same load again
+    assert addresses == [layer.experts.w13.data_ptr() for layer in redundant.layers]
+
+
+def both_kinds(rank):
+    for fp8 in (False, True):
+        live(rank, fp8)
+
+
+def test_experts_change_places_between_steps():
+    run(2, both_kinds)

@@ -6,6 +6,7 @@ from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.pipeline import Pipeline
 from dskernels.model.parallel.plan import Plan, Team, parallelize
+from dskernels.model.parallel.redundant import RedundantExperts
 from dskernels.model.parallel.training import train
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Pipeline",
     "Placement",
     "Plan",
+    "RedundantExperts",
     "Team",
     "even",
     "move_experts",

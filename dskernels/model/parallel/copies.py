@@ -26,7 +26,8 @@ from dskernels.model.parallel.mail import ALIGNMENT, Mail, Part, layout
 SLOTS = 4  # messages that may be under way, or read, at once: two micro-batches have one each in both directions
 PIECE = 2**24  # bytes: what has come of a large message is read while the rest travels, in pieces of about so much
 MOST_PIECES = 8
-_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ, by cyclic comparison
+_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
+_INVALID_CONTEXT = 201
 
 
 class Copied(NamedTuple):
@@ -55,21 +56,22 @@ class CopyEngines(Mail):
 
     Args:
         group: the ranks. All make this at once.
-        size: the most bytes of a message from one rank to another.
+        size: the most bytes of a message from one rank to another, see `message_bytes`.
+        piece: bytes of its first part after which the other rank is told.
     """
 
-    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, size: int, *, piece: int = PIECE) -> None:
         super().__init__(group)
         from torch.distributed import _symmetric_memory as symmetric
 
-        self.size = size
+        self.size, self.piece = size, piece
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.flags_at = SLOTS * self.ranks * size
         # For each slot and rank: how far it has sent, and how far it has read what is sent to it.
         memory = symmetric.empty(self.flags_at + SLOTS * self.ranks * 8, dtype=torch.uint8, device=self.device)
         handle = symmetric.rendezvous(memory, group)
-        self.memory = [handle.get_buffer(rank, memory.shape, memory.dtype) for rank in range(self.ranks)]
-        self.kept = memory, handle
+        self.memory, self.handle = memory, handle
+        self.addresses = list(handle.buffer_ptrs)
         memory[self.flags_at :].zero_()
         self.count = 0
         self.stream = torch.cuda.Stream(priority=-1)
@@ -84,71 +86,95 @@ class CopyEngines(Mail):
         parts, size = layout(own)
         if size > self.size:
             raise ValueError(f"outgoing: expected at most {self.size} bytes for a rank, got {size}")
-        rows, nbytes = own[0].shape[0], own[0].numel() * own[0].element_size()
-        sent = Copied(self.count, parts, max(1, min(MOST_PIECES, round(nbytes / PIECE), rows)), own)
+        rows, row_bytes = own[0].shape[0], own[0].stride(0) * own[0].element_size()
+        sent = Copied(self.count, parts, max(1, min(MOST_PIECES, round(rows * row_bytes / self.piece), rows)), own)
         self.count += 1
         slot, turn = sent.number % SLOTS, sent.number // SLOTS
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for rank in self._others():
-                there = self._slot(rank, slot, self.rank)
-                if turn:  # what was there has been read
-                    self._wait(self._flag(self.rank, slot, rank, read=True), turn)
-                for part, tensor in zip(parts[1:], outgoing[rank][1:], strict=True):
-                    self._copy(part.of(there), tensor)
-                first = parts[0].of(there)
-                for i in range(sent.pieces):
-                    self._copy(first[sent.piece(i)], outgoing[rank][0][sent.piece(i)])
-                    self._write(self._flag(rank, slot, self.rank, read=False), self._reached(turn, i))
+        on = _Stream(self.stream)
+        for rank in self._others():
+            there = self._slot(rank, slot, self.rank)
+            if turn:  # what was there has been read
+                on.wait(self._flag(self.rank, slot, rank, read=True), turn)
+            first, *others = outgoing[rank]
+            for part, tensor in zip(parts[1:], others, strict=True):
+                on.copy(there + part.begin, tensor.data_ptr(), tensor.numel() * tensor.element_size())
+            source, arrived = first.data_ptr(), self._flag(rank, slot, self.rank, read=False)
+            for i in range(sent.pieces):
+                piece = sent.piece(i)
+                begin, end = piece.start * row_bytes, piece.stop * row_bytes
+                on.copy(there + begin, source + begin, end - begin)
+                on.write(arrived, self._reached(turn, i))
+            for tensor in outgoing[rank]:
+                tensor.record_stream(self.stream)
         return sent
 
     def arriving(self, sent: Copied) -> Iterator[slice]:
         """See `Mail`."""
         slot, turn = sent.number % SLOTS, sent.number // SLOTS
         for i in range(sent.pieces):
+            on = _Stream(torch.cuda.current_stream())
             for rank in self._others():
-                self._wait(self._flag(self.rank, slot, rank, read=False), self._reached(turn, i))
+                on.wait(self._flag(self.rank, slot, rank, read=False), self._reached(turn, i))
             yield sent.piece(i)
 
     def from_rank(self, sent: Copied, rank: int) -> list[Tensor]:
         """See `Mail`."""
         if rank == self.rank:
             return sent.own
-        here = self._slot(self.rank, sent.number % SLOTS, rank)
-        return [part.of(here) for part in sent.parts]
+        begin = (sent.number % SLOTS * self.ranks + rank) * self.size
+        return [part.of(self.memory[begin : begin + self.size]) for part in sent.parts]
 
     def finished(self, sent: Copied) -> None:
         """See `Mail`."""
+        on = _Stream(torch.cuda.current_stream())
         for rank in self._others():
-            self._write(self._flag(rank, sent.number % SLOTS, self.rank, read=True), sent.number // SLOTS + 1)
+            on.write(self._flag(rank, sent.number % SLOTS, self.rank, read=True), sent.number // SLOTS + 1)
 
     def _others(self) -> list[int]:
         """All ranks but this, so that no two send to one at a time if all go on as fast."""
         return [(self.rank + i) % self.ranks for i in range(1, self.ranks)]
 
-    def _slot(self, at: int, slot: int, source: int) -> Tensor:
+    def _slot(self, at: int, slot: int, source: int) -> int:
         """Where rank `at` has the bytes of rank `source`."""
-        begin = (slot * self.ranks + source) * self.size
-        return self.memory[at][begin : begin + self.size]
+        return self.addresses[at] + (slot * self.ranks + source) * self.size
 
     def _flag(self, at: int, slot: int, about: int, *, read: bool) -> int:
         """Where a number is on rank `at`: how far rank `about` has sent, or has read what rank `at` sends."""
-        return self.memory[at].data_ptr() + self.flags_at + 8 * (slot * self.ranks + about) + 4 * read
+        return self.addresses[at] + self.flags_at + 8 * (slot * self.ranks + about) + 4 * read
 
     @staticmethod
     def _reached(turn: int, piece: int) -> int:
         """The number of a piece, larger than all before it in this slot."""
         return turn * MOST_PIECES + piece + 1
 
-    def _copy(self, target: Tensor, source: Tensor) -> None:
-        source.record_stream(self.stream)
-        target.copy_(source)
 
-    def _write(self, address: int, value: int) -> None:
-        _call("cuStreamWriteValue32_v2", self.device, address, value, 0)
+class _Stream:
+    """What the driver does on a stream, without a kernel; each call takes it a microsecond or two."""
 
-    def _wait(self, address: int, value: int) -> None:
-        _call("cuStreamWaitValue32_v2", self.device, address, value, _AT_LEAST)
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.device, self.handle = stream.device, ctypes.c_void_p(stream.cuda_stream)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Bytes from one address to another, of any GPU that is mapped here."""
+        self._check("cuMemcpyAsync", target, source, size, self.handle)
+
+    def write(self, address: int, value: int) -> None:
+        """A number, when all before it on the stream is done and can be seen."""
+        self._check("cuStreamWriteValue32_v2", self.handle, address, value & 0xFFFFFFFF, 0)
+
+    def wait(self, address: int, value: int) -> None:
+        """Until a number there is as large, by cyclic comparison."""
+        self._check("cuStreamWaitValue32_v2", self.handle, address, value & 0xFFFFFFFF, _AT_LEAST)
+
+    def _check(self, name: str, *arguments: object) -> None:
+        call = getattr(_driver(), name)
+        status = call(*arguments)
+        if status == _INVALID_CONTEXT:  # this thread has not called CUDA before
+            torch.zeros(1, device=self.device)
+            status = call(*arguments)
+        if status:
+            raise RuntimeError(f"{name}: the driver says {status}")
 
 
 def reach_each_other(group: dist.ProcessGroup) -> bool:
@@ -171,17 +197,11 @@ def reach_each_other(group: dist.ProcessGroup) -> bool:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
-    for name in ("cuStreamWriteValue32_v2", "cuStreamWaitValue32_v2"):
-        getattr(library, name).argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
+    address, stream, number = ctypes.c_uint64, ctypes.c_void_p, ctypes.c_uint32
+    library.cuMemcpyAsync.argtypes = (address, address, ctypes.c_size_t, stream)
+    library.cuStreamWriteValue32_v2.argtypes = (stream, address, number, ctypes.c_uint)
+    library.cuStreamWaitValue32_v2.argtypes = (stream, address, number, ctypes.c_uint)
     return library
-
-
-def _call(name: str, device: torch.device, address: int, value: int, flags: int) -> None:
-    """A stream memory operation on torch's current stream."""
-    stream = torch.cuda.current_stream(device).cuda_stream
-    status = getattr(_driver(), name)(stream, address, value & 0xFFFFFFFF, flags)
-    if status:
-        raise RuntimeError(f"{name}: the driver says {status}")
 
 
 def message_bytes(shapes: Sequence[tuple[int, int]]) -> int:
