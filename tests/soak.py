@@ -1,7 +1,8 @@
 """Random operations and generation under random load with faults, for as long as asked: ``make soak``.
 
-Two things take turns. Operations: valid calls as `fuzz` draws them, by each implementation that runs here, against the
-reference. Generation: a small model with a cache that is too small, prompts of random lengths that share beginnings,
+Two things take turns. Operations: valid calls as `fuzz` draws them, on a GPU half of them at the models' sizes, by each
+implementation that runs here, against the reference; a quarter of what only the device knows is hostile. Generation: a
+small model with a cache that is too small, prompts of random lengths that share beginnings,
 texts that are aborted or closed in the middle, allocations that fail; every text that comes whole has to be the one
 that the prompt gives alone, and every page has to come back.
 
@@ -24,10 +25,12 @@ from unittest import mock
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-if "--device" not in sys.argv or "cpu" in sys.argv:  # read when a kernel's module is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch  # noqa: E402
+
+if "cpu" in sys.argv or not torch.cuda.is_available():  # read when a kernel's module is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
@@ -35,9 +38,11 @@ from dskernels.model import LatentCache, generate  # noqa: E402
 from dskernels.model.passes import Passes  # noqa: E402
 from fuzz.drawing import Draw, leaves, replaced  # noqa: E402
 from fuzz.judging import judge  # noqa: E402
+from fuzz.spoiling import revalued  # noqa: E402
 from fuzz.test_operations import CALLS  # noqa: E402
 from model.tiny import SMALL, tiny_model  # noqa: E402
 
+HOSTILE = 0.25  # of the offsets, ids, slots, tables and lengths hold values that lie anywhere
 SLACK = 1 << 20  # bytes that allocators may keep
 SLACK_RSS = 64 << 20  # of a process on the CPU, whose allocator gives little back
 
@@ -75,21 +80,30 @@ def calls(
     )
     @given(st.data())
     def run(data: Any) -> None:
-        call = CALLS[name](Draw(data.draw))
+        draw = Draw(data.draw, models=device.type == "cuda" and bool(random.getrandbits(1)))
+        call = CALLS[name](draw)
         impl = random.choice(impls)
+        for path, x in leaves(call.arguments):
+            if x.dtype in (torch.int32, torch.int64) and random.random() < HOSTILE:
+                call.arguments = replaced(call.arguments, path, revalued(draw, x))
         if device.type == "cuda":
+            moved: dict[int, torch.Tensor] = {}
             for path, x in leaves(call.arguments):
-                call.arguments = replaced(call.arguments, path, there(x, device))
+                call.arguments = replaced(call.arguments, path, there(x, device, moved))
             call.exact = None  # the reference, on the GPU, is compared with
-        outcome = judge(call, impl, valid=True)
+        outcome = f"{impl}: {judge(call, impl, valid=True)}"
         counts[outcome] = counts.get(outcome, 0) + 1
 
     run()
 
 
-def there(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same on the device, strides and all."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+def there(x: torch.Tensor, device: torch.device, moved: dict[int, torch.Tensor]) -> torch.Tensor:
+    """The same on the device: all memory that it stands in, guards and all, which is moved once."""
+    storage = x.untyped_storage()
+    if storage.data_ptr() not in moved:
+        moved[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage).to(device)
+    there = moved[storage.data_ptr()].untyped_storage()
+    return torch.empty(0, dtype=x.dtype, device=device).set_(there, x.storage_offset(), x.shape, x.stride())
 
 
 class Load:

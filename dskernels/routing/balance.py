@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def update_bias(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes or devices do not fit, or `bias` requires a gradient.
+        ValueError: shapes or devices do not fit, `bias` requires a gradient, or `rate` is not finite.
 
     Source: DeepSeek-V3 report, section 2.1.2, "auxiliary-loss-free load balancing"; arXiv 2408.15664.
     """
@@ -46,6 +47,8 @@ def update_bias(
     check_written("bias", bias)
     check_tensor("load", load, dtype=(torch.int32, torch.int64), shape=tuple(bias.shape), like=bias)
     check_float("rate", rate)
+    if isinstance(rate, float) and not math.isfinite(rate):
+        raise ValueError(f"rate: expected a finite number, got {rate}")
     if group is not None:
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")

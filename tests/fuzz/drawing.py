@@ -43,10 +43,10 @@ class Call:
 
 
 class Draw:
-    """Draws of one example."""
+    """Draws of one example; `models` says whether to draw sizes of the models, which kernels for one GPU ask for."""
 
-    def __init__(self, draw: Callable) -> None:
-        self.draw = draw
+    def __init__(self, draw: Callable, models: bool = False) -> None:
+        self.draw, self.models = draw, models
         self.random = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
 
     def one(self, *choices: Any) -> Any:

@@ -227,6 +227,8 @@ def _latents(d: Draw, pages: int, page: int, latent: int, rope: int, dtype: torc
 
 def write_latent_cache(d: Draw) -> Call:
     tokens, latent, rope = d.one(*TOKENS), d.one(16, 128, 132, 4), d.one(4, 2, 64)
+    if d.models:
+        latent, rope = 512, 64
     pages, page, dtype = d.one(4, 1, 20), d.one(2, 1, 16), d.one(*FLOATS)
     slots = torch.randperm(max(pages * page, tokens) + 8, generator=d.random)[:tokens] - 4  # some of them outside
     arguments = {
@@ -252,7 +254,7 @@ def write_latent_cache(d: Draw) -> Call:
 
 
 def _paged(d: Draw, batch: int, latent: int, rope: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    pages, page, entries = d.one(5, 1), d.one(4, 1, 16), d.one(3, 1, 0)
+    pages, page, entries = d.one(5, 1), d.one(*((64, 1, 16) if d.models else (4, 1, 16))), d.one(3, 1, 0)
     low, high = (-3, pages + 3) if d.chance(3) else (0, pages)
     return {
         "cache": _latents(d, pages, page, latent, rope, d.one(dtype, torch.uint8)),
@@ -264,6 +266,8 @@ def _paged(d: Draw, batch: int, latent: int, rope: int, dtype: torch.dtype) -> d
 def mla_decode(d: Draw) -> Call:
     batch, queries, heads = d.one(2, 1, 0), d.one(1, 2, 3), d.one(2, 1, 0, 17)
     latent, rope, dtype = d.one(32, 16, 128, 20), d.one(16, 64, 8), d.one(*FLOATS)
+    if d.models:
+        heads, latent, rope = d.one(16, 2, 64, 128), 512, 64
     arguments = {
         "q": d.floats(batch, queries, heads, latent + rope, dtype=dtype, kind="normal"),
         **_paged(d, batch, latent, rope, dtype),
@@ -276,10 +280,12 @@ def mla_decode(d: Draw) -> Call:
 
 def mla_decode_queries(d: Draw) -> Call:
     tokens, heads, nope, rope = d.one(*TOKENS), d.one(2, 1, 0, 5), d.one(16, 1, 128), d.one(4, 2, 64)
-    dtype = d.one(*FLOATS)
+    dtype, latent = d.one(*FLOATS), d.one(16, 1, 130)
+    if d.models:
+        heads, nope, rope, latent = d.one(2, 16), 128, 64, 512
     arguments = {
         "q": d.floats(tokens, heads, nope + rope, dtype=dtype),
-        "w_uk": d.floats(heads, nope, d.one(16, 1, 130), dtype=dtype, kind="normal"),
+        "w_uk": d.floats(heads, nope, latent, dtype=dtype, kind="normal"),
         **_angles(d, tokens, rope // 2),
     }
     return Call("mla_decode_queries", arguments, lambda **given: [exact.mla_decode_queries(**given)], loose=8.0)
@@ -298,6 +304,8 @@ def mla_prefill(d: Draw) -> Call:
     tokens, keys, heads_k = d.one(*TOKENS), d.one(*TOKENS), d.one(1, 2)
     heads, own, rope, value = heads_k * d.one(1, 2, 0), d.one(16, 1, 20), d.one(0, 4, 16), d.one(16, 1, 20)
     dtype, sequences = d.one(*FLOATS), d.one(1, 2, 0)
+    if d.models:
+        tokens, keys, own, rope, value = d.one(*TOKENS, 300), d.one(*TOKENS, 400), 128, 64, 128
     arguments = {
         "q": d.floats(tokens, heads, own + rope, dtype=dtype, kind="normal"),
         "k": d.floats(keys, heads_k, own, dtype=dtype),
@@ -314,6 +322,8 @@ def mla_prefill(d: Draw) -> Call:
 def mla_prefill_cached(d: Draw) -> Call:
     tokens, heads, batch, dtype = d.one(*TOKENS), d.one(2, 1), d.one(2, 1, 0), d.one(*FLOATS)
     latent, nope, rope, value = d.one(16, 128, 20), d.one(16, 1), d.one(4, 2, 16), d.one(16, 1, 20)
+    if d.models:
+        heads, latent, nope, rope, value = d.one(2, 16), 512, 128, 64, 128
     cu = d.bounds(batch, tokens)
     arguments = {
         "q": d.floats(tokens, heads, nope + rope, dtype=dtype, kind="normal"),

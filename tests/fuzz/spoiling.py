@@ -87,7 +87,7 @@ def spoil(d: Draw, call: Call) -> None:
         case "type":
             spoiled = d.one(*NO_TENSORS)
         case "values" if x.numel():
-            spoiled = _revalued(d, x)
+            spoiled = revalued(d, x)
         case "dimension":
             spoiled = x[None] if d.chance() or not x.dim() or not x.shape[0] else x[0]
         case "gradient" if x.is_floating_point() and x.dtype != torch.float8_e4m3fn:
@@ -136,7 +136,7 @@ def _relaid(d: Draw, x: Tensor) -> Tensor:
     return placed(x, strides, 64 + d.one(0, 1))
 
 
-def _revalued(d: Draw, x: Tensor) -> Tensor:
+def revalued(d: Draw, x: Tensor) -> Tensor:
     """A few hostile values among the others."""
     if x.dtype == torch.float8_e4m3fn or x.dtype == torch.bool:
         return x
@@ -157,7 +157,7 @@ def _special(d: Draw, x: Tensor) -> Tensor:
     way = d.one("sparse", "negative", "parameter", "inference", "quantized")
     if way == "sparse" and x.dim() == 2 and x.dtype == torch.float32:
         return x.to_sparse()
-    if way == "negative" and x.is_floating_point() and x.dtype in (torch.float32, torch.float64):
+    if way == "negative" and x.dtype in (torch.float32, torch.float64) and x.numel():  # torch cannot write to none
         return torch._neg_view(-x)
     if way == "parameter" and x.is_floating_point() and x.dtype != torch.float8_e4m3fn:
         return torch.nn.Parameter(x.clone(), requires_grad=False)

@@ -155,3 +155,10 @@ def test_norm_of_what_has_squares_beyond_fp32(device, cols):
         )
         assert torch.equal(got.nan_to_num(7), want.nan_to_num(7))
         assert want.isnan().sum(1).tolist() == [0, 1, cols]
+
+
+@pytest.mark.parametrize("rate", [float("inf"), float("-inf"), float("nan")])
+def test_a_rate_that_is_not_finite_is_named(rate):
+    """Of an expert of exactly the mean load the reference made NaN of it, and the kernel kept its bias."""
+    with pytest.raises(ValueError, match="rate: expected a finite number"):
+        ds.update_bias(torch.zeros(4), torch.ones(4, dtype=torch.int32), rate)
