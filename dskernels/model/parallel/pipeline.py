@@ -84,7 +84,7 @@ class Stage(DeepseekV3):
                 self._note(Losses(main, ahead, balance), output.routers, balance_share > 0 or share > 0)
                 return (main + self.mtp_lambda * ahead + balance)[None]
             x = self.embed_tokens(x) if self.first else x
-            x, routers = self._blocks(x, Batch.prompt(text.cu_seqlens, text.tokens.shape[0]))
+            x, routers = self._through(x, Batch.prompt(text.cu_seqlens, text.tokens.shape[0]))
             zero = torch.zeros((), device=x.device)
             balance = sum((self._balance(router, text) for router in routers), zero) * balance_share
             self._note(Losses(zero, zero, balance), routers, balance_share > 0 or share > 0)
@@ -92,10 +92,10 @@ class Stage(DeepseekV3):
 
     def trunk(self, tokens: Tensor, batch: Batch, cache: Tensor | None = None) -> tuple[Tensor, list[RouterOutput]]:
         """What is left of it for the last stage."""
-        x, routers = self._blocks(self._incoming, batch)
+        x, routers = self._through(self._incoming, batch)
         return self.norm(x), routers
 
-    def _blocks(self, x: Tensor, batch: Batch) -> tuple[Tensor, list[RouterOutput]]:
+    def _through(self, x: Tensor, batch: Batch) -> tuple[Tensor, list[RouterOutput]]:
         cos, sin = self.rope(batch.positions)
         update, routers = None, []
         for block in self.layers.values():
