@@ -12,7 +12,7 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format test-gpu sanitize bench docs clean fuzz numerics soak portability
+.PHONY: help demo test lint format test-gpu sanitize bench docs report clean fuzz numerics soak portability
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -37,11 +37,8 @@ test-gpu: WORKERS = 4
 test-gpu: ## kernel tests on this machine's GPU; fails where there is none
 	DSKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -rfE -n $(WORKERS) --dist worksteal $(ARGS)
 
-sanitize: ## compute-sanitizer over one config of every CUDA C++ kernel, on this machine's GPU
-	PYTHONPATH=. compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
-	PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) tests/sanitize.py --racecheck
-	PYTHONPATH=. compute-sanitizer --tool synccheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
-	PYTHONPATH=. compute-sanitizer --tool initcheck --error-exitcode 1 $(PYTHON) tests/sanitize.py
+sanitize: ## compute-sanitizer's four tools over every kernel, on this machine's GPU: make sanitize ARGS='--jobs 12'
+	$(PYTHON) tests/sanitizers.py $(ARGS)
 
 fuzz: $(READY) ## every public operation on whatever arguments: make fuzz CASES=20000
 	DSKERNELS_FUZZ_CASES=$(CASES) $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
@@ -57,6 +54,9 @@ portability: $(READY) ## compile every kernel for six GPUs by several releases o
 
 bench: ## time the operations on this machine's GPU, beside their peers
 	$(PYTHON) -m benchmarks $(ARGS)
+
+report: $(READY) ## what is saved in benchmarks/results as a page, pictures and tables of docs/ and README; needs no GPU
+	$(BIN)/python -m benchmarks --report
 
 docs: $(READY) ## build the documentation into site/
 	$(BIN)/python -m pip install -q -c constraints.txt -r docs/requirements.txt

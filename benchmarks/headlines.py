@@ -102,7 +102,7 @@ def _cells(rows: Sequence[SavedRow], value: Callable[[SavedRow], tuple[float, st
     names = dict.fromkeys(row.label(peer) for row, peer in peers if peer)
     ratios = [row.peers[peer] / row.us for row, peer in peers if peer]
     return [
-        f"{_range([value(row)[0] for row in rows], charts.number)} {unit}",
+        f"{_range([value(row)[0] for row in rows], charts.number)} {unit}".replace(" ", "\u00a0"),
         _range([row.roof_pct for row in rows], "{:.0f}".format),
         ", ".join(names) or "–",
         _range(ratios, "{:.2f}".format) if ratios else "–",

@@ -111,7 +111,8 @@ def _stamps(families: Mapping[str, Saved]) -> str:
     lines = []
     for family in families.values():
         s, r, clocks = family.stamp, family.roofs, family.stamp.get("clocks") or {}
-        drift = ", ".join(f"{n} {clocks[n] - 1:+.1%}" for n in ("copy", "bf16", "fp8") if clocks.get(n)) or "–"
+        moved = {name: round(clocks[name] - 1, 3) + 0.0 for name in ("copy", "bf16", "fp8") if clocks.get(name)}
+        drift = ", ".join(f"{name} {share:+.1%}" for name, share in moved.items()) or "–"
         mhz = [f"{clocks[n]:,.0f}" for n in ("mhz_before", "mhz_after") if clocks.get(n)]
         cells = [
             family.family,

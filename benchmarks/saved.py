@@ -28,6 +28,7 @@ LABELS = {
     "flashmla": "FlashMLA",
     "flashinfer": "FlashInfer",
     "vllm": "vLLM",
+    **{name: f"ours, {name}" for name in OURS_WITHOUT},
 }
 
 

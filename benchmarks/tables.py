@@ -60,31 +60,33 @@ def _made(words: Sequence[str], gpus: Results) -> str:
 
 
 def of_operations(names: Sequence[str], gpus: Results) -> str:
-    """A line for each workload of these operations, and a group of columns for each GPU that has any of them."""
+    """A line for each workload of these operations: all that is known of it on the first GPU, less on the others."""
     found = {gpu: {row.key: row for row in saved.jobs(families) if row.op in names} for gpu, families in gpus.items()}
     found = {gpu: rows for gpu, rows in found.items() if rows}
     if not found:
         return NOTHING
     keys = dict.fromkeys(key for op in names for rows in found.values() for key in rows if key[0] == op)
     heads = ["operation", "workload"] if len(names) > 1 else ["workload"]
-    heads += [head for gpu in found for head in (f"{gpu.upper()}, µs", "rate", "% of roof", "× best peer")]
+    for i, gpu in enumerate(found):
+        heads += [f"{gpu.upper()}, µs", *(("rate", "% of roof") if i == 0 else ()), "× best peer"]
     lines = []
     for op, workload in keys:
         cells = [f"`{op}`", workload] if len(names) > 1 else [workload]
         rows = [some.get((op, workload)) for some in found.values()]
-        same_impl = len({row.impl for row in rows if row}) == 1
-        for row in rows:
-            cells += _cells(row, say_impl=not same_impl)
+        say_impl = len({row.impl for row in rows if row}) > 1
+        for i, row in enumerate(rows):
+            cells += _cells(row, say_impl=say_impl, rates=i == 0)
         lines.append(cells)
     return lay_out(heads, lines)
 
 
-def _cells(row: SavedRow | None, *, say_impl: bool) -> list[str]:
+def _cells(row: SavedRow | None, *, say_impl: bool, rates: bool) -> list[str]:
     if row is None:
-        return [NONE] * 4
-    rate = f"{row.tflops:,.0f} TFLOP/s" if row.tflops and row.tflops >= 100 else f"{number(row.gbs)} GB/s"
+        return [NONE] * (4 if rates else 2)
     us = f"{number(row.us)} ({row.impl})" if say_impl else number(row.us)
-    return [us, rate, percent(row.roof_pct), _ratio(row, row.best_peer)]
+    rate = f"{row.tflops:,.0f} TFLOP/s" if row.tflops and row.tflops >= 100 else f"{number(row.gbs)} GB/s"
+    known = [solid(rate), percent(row.roof_pct)] if rates else []
+    return [solid(us), *known, _ratio(row, row.best_peer)]
 
 
 def summary(families: Mapping[str, Saved]) -> str:
@@ -95,49 +97,67 @@ def summary(families: Mapping[str, Saved]) -> str:
     lines = []
     for op in dict.fromkeys(row.op for row in rows):
         some = [row for row in rows if row.op == op]
-        rivals = dict.fromkeys(row.label(row.rival) for row in some if row.rival)
-        eager = [row.peers["torch"] / row.us for row in some if "torch" in row.peers]
+        peers = [(row, row.rival or _own(row)) for row in some]
+        names = dict.fromkeys(row.label(peer) for row, peer in peers if peer)
+        eager = [
+            row.peers["torch"] / row.us for row in some if "torch" in row.peers and row.label("torch") not in names
+        ]
         lines.append(
             [
                 f"`{op}`",
                 str(len(some)),
                 percent(geometric_mean(row.roof_pct for row in some)),
-                mean_and_range([row.vs_rival for row in some if row.vs_rival]),
-                ", ".join(rivals) or NONE,
-                NONE if "torch bf16" in rivals else mean_and_range(eager),
+                mean_and_range([row.peers[peer] / row.us for row, peer in peers if peer]),
+                ", ".join(names) or NONE,
+                mean_and_range([row.peers["torch"] / row.us for row in eager]),
             ]
         )
-    return lay_out(["operation", "workloads", "% of roof", "× tuned peer", "which", "× eager torch"], lines)
+    return lay_out(["operation", "workloads", "% of roof", "× peer", "which", "× eager torch"], lines)
+
+
+def _own(row: SavedRow) -> str | None:
+    """What of ours a row is held beside, where it has no rival."""
+    return next((name for name in row.peers if name in saved.OURS_WITHOUT), None)
 
 
 def grid(rows: Iterable[SavedRow]) -> str:
     """Rates of many rows or times of few, with the ratio to the fastest rival, at each M and other sizes.
 
-    The mean leaves out what only bf16 is a rival of, which would flatter it.
+    A rival is named where it is not cuBLASLt. The mean leaves out what only bf16 is a rival of, which would flatter it.
     """
     at: dict[tuple[str, int], SavedRow] = {}
     for row in rows:
         sizes = dict(sizes_of(row.workload))
         m = sizes.pop("m", None)
         if m is not None:
-            at[" ".join(f"{name.upper()} {size}" for name, size in sizes.items()), m] = row
+            at[" x ".join(f"{size:,}" for size in sizes.values() if size), m] = row
     if not at:
         return NOTHING
     columns = sorted({m for _, m in at}, reverse=True)
-    others = dict.fromkeys(other for other, _ in at)
-    lines = [[other, *(_grid_cell(at.get((other, m))) for m in columns)] for other in others]
-    blockwise = {key: row for key, row in at.items() if "cublaslt" in row.peers and row.vs_rival}
-    means = [geometric_mean(row.vs_rival or 1 for (_, at_m), row in blockwise.items() if at_m == m) for m in columns]
+    lines = [[other, *(_grid_cell(at.get((other, m))) for m in columns)] for other in dict.fromkeys(o for o, _ in at)]
+    blockwise = [(m, row.vs_rival) for (_, m), row in at.items() if "cublaslt" in row.peers and row.vs_rival]
     if blockwise:
-        lines.append(["geometric mean where cuBLASLt has blocks too", *(f"{mean:.2f}" for mean in means)])
-    return lay_out(["", *(f"M {m:,}" for m in columns)], lines)
+        means = (geometric_mean(ratio for at_m, ratio in blockwise if at_m == m) for m in columns)
+        lines.append(["geometric mean", *(f"{mean:.2f}" for mean in means)])
+    return lay_out(["N x K", *(f"M {m:,}" for m in columns)], lines)
 
 
 def _grid_cell(row: SavedRow | None) -> str:
     if row is None:
         return NONE
     value = f"{row.tflops:,.0f} TFLOP/s" if row.tflops and row.tflops >= 800 else f"{number(row.us)} µs"
-    return value if row.rival is None else f"{value}, {_ratio(row, row.rival)}"
+    if row.rival is None:
+        return solid(value)
+    return (
+        solid(f"{value}, {row.vs_rival:.2f}")
+        if row.rival == "cublaslt"
+        else solid(value + ", ") + _ratio(row, row.rival)
+    )
+
+
+def solid(text: str) -> str:
+    """The same, never broken into two lines."""
+    return text.replace(" ", "\u00a0")
 
 
 def lay_out(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -150,7 +170,7 @@ def mean_and_range(ratios: Sequence[float]) -> str:
     if not ratios:
         return NONE
     mean = f"{geometric_mean(ratios):.2f}"
-    return mean if len(ratios) == 1 else f"{mean} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return mean if len(ratios) == 1 else solid(f"{mean} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 def percent(value: float) -> str:
@@ -159,4 +179,4 @@ def percent(value: float) -> str:
 
 
 def _ratio(row: SavedRow, peer: str | None) -> str:
-    return NONE if peer is None else f"{row.peers[peer] / row.us:.2f} {row.label(peer)}"
+    return NONE if peer is None else solid(f"{row.peers[peer] / row.us:.2f} {row.label(peer)}")
