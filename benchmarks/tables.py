@@ -99,9 +99,7 @@ def summary(families: Mapping[str, Saved]) -> str:
         some = [row for row in rows if row.op == op]
         peers = [(row, row.rival or _own(row)) for row in some]
         names = dict.fromkeys(row.label(peer) for row, peer in peers if peer)
-        eager = [
-            row.peers["torch"] / row.us for row in some if "torch" in row.peers and row.label("torch") not in names
-        ]
+        eager = [row for row in some if "torch" in row.peers and row.label("torch") not in names]
         lines.append(
             [
                 f"`{op}`",
