@@ -146,11 +146,8 @@ def _grid_cell(row: SavedRow | None) -> str:
     value = f"{row.tflops:,.0f} TFLOP/s" if row.tflops and row.tflops >= 800 else f"{number(row.us)} µs"
     if row.rival is None:
         return solid(value)
-    return (
-        solid(f"{value}, {row.vs_rival:.2f}")
-        if row.rival == "cublaslt"
-        else solid(value + ", ") + _ratio(row, row.rival)
-    )
+    ratio = f"{row.vs_rival:.2f}" if row.rival == "cublaslt" else _ratio(row, row.rival)
+    return solid(f"{value}, {ratio}")
 
 
 def solid(text: str) -> str:
