@@ -5,22 +5,11 @@
 // the ring's barriers are; and HALVES, how many buffers for C each multiplying warpgroup has.
 #pragma once
 
-#include "ptx.cuh"
+#include "stage.cuh"
 
 constexpr int THREADS = 384;  // three warpgroups: two multiply, the third loads and has C stored
 
 // ---- operands ------------------------------------------------------------------------------------------------------
-
-struct Stage {
-    int index = 0;
-    u32 phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++index == STAGES) {
-            index = 0;
-            phase ^= 1;
-        }
-    }
-};
 
 __device__ __forceinline__ u32 full(u32 base, int stage) { return base + OFFSET_BARRIERS + stage * 8; }
 __device__ __forceinline__ u32 empty(u32 base, int stage) { return base + OFFSET_BARRIERS + (STAGES + stage) * 8; }

@@ -29,6 +29,8 @@ constexpr int OFFSET_K = 0, OFFSET_V = OFFSET_K + K_BYTES, OFFSET_Q = OFFSET_V +
 constexpr int OFFSET_DS = OFFSET_DOUT + STAGES * DOUT_BYTES, OFFSET_DQ = OFFSET_DS + DS_BYTES, OFFSET_STATS = OFFSET_DQ + DQ_BYTES;
 constexpr int OFFSET_JOB = OFFSET_STATS + STAGES * STATS_BYTES, OFFSET_BARRIERS = OFFSET_JOB + 64;
 
+#include "stage.cuh"
+
 // ---- work --------------------------------------------------------------------------------------------------------
 
 // What the warp that loads tells the others of a tile of keys; through shared memory.
@@ -52,14 +54,6 @@ struct Job {
             asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at + 4 * i));
             x = __shfl_sync(0xffffffffu, x, 0);
         });
-    }
-};
-
-struct Stage {
-    int index = 0;
-    u32 phase = 0;
-    __device__ __forceinline__ void advance() {
-        if (++index == STAGES) index = 0, phase ^= 1;
     }
 };
 
