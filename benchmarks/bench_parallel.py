@@ -263,7 +263,7 @@ def training(device: torch.device, quick: bool) -> dict:
         config, sizes = Config.from_name("tiny"), dict(tokens=32, microbatches=2, length=16, steps=1, precision="fp32")
     else:
         config = models.config_of(MODEL_TRAINED_SLICE)
-        sizes = dict(tokens=32768, microbatches=2, length=4096, steps=4, precision="fp8")
+        sizes = dict(tokens=32768, microbatches=2, length=4096, steps=3, precision="fp8")
     return parallel_runs.throughput(config, plans, device=device, **sizes)  # type: ignore[arg-type]
 
 
@@ -290,7 +290,7 @@ def main() -> None:
     arguments = parser.parse_args()
     team = Team.start(Plan(expert=int(os.environ.get("WORLD_SIZE", "1"))))
     group, quick, device = team.group("expert"), arguments.quick, team.device
-    bench = Bench(device, 2 if quick else 10)
+    bench = Bench(device, 2 if quick else 6)
     torch.manual_seed(dist.get_rank())
     hidden, inner, experts, top_k = (128, 64, 8, 2) if quick else (7168, 2048, 32, 8)
     tokens = 64 if quick else 4096
@@ -299,13 +299,13 @@ def main() -> None:
         "large": lambda: [
             large(bench, group, n, hidden, experts, top_k) for n in ((64,) if quick else (1024, 4096, 16384))
         ],
-        "small": lambda: [small(bench, group, n, hidden, experts, top_k) for n in ((8,) if quick else (32, 128))],
-        "decode_layer_us": lambda: decode_layer(bench, group, hidden, inner, experts, top_k),
         "layer": lambda: [
             layers(fp8=fp8, backward=backward) for fp8, backward in ((False, False), (True, False), (True, True))
         ],
         "training": lambda: training(device, quick),
         "pipeline": lambda: pipeline(device, quick),
+        "small": lambda: [small(bench, group, n, hidden, experts, top_k) for n in ((8,) if quick else (32, 128))],
+        "decode_layer_us": lambda: decode_layer(bench, group, hidden, inner, experts, top_k),
     }
     results: dict[str, Any] = dict(
         ranks=group.size(), device=_name(device), torch=torch.__version__, commit=arguments.commit,

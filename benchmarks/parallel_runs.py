@@ -28,7 +28,7 @@ def texts(config: Config, n: int, tokens: int, length: int, seed: int) -> list[P
     return [Packed(torch.randint(0, config.vocab_size, (tokens,), generator=generator), ends) for _ in range(n)]
 
 
-def recipe(batch_tokens: int, microbatches: int, precision: str, **changes: Any) -> TrainConfig:
+def recipe(batch_tokens: int, microbatches: int, precision: Any, **changes: Any) -> TrainConfig:
     return TrainConfig(
         steps=1000, batch_tokens=batch_tokens, microbatches=microbatches, precision=precision, warmup_steps=0, **changes
     )
