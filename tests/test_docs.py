@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import dskernels
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
@@ -54,6 +56,15 @@ def test_links_lead_somewhere(path):
         assert where.exists(), f"{name(path)}: {target}"
         if where.suffix == ".md" and anchor:
             assert anchor in anchors(where), f"{name(path)}: {target}"
+
+
+def test_every_public_name_is_documented():
+    """In the reference that is made of docstrings; and an operation on a page that says what it means."""
+    reference = (DOCS / "operations.md").read_text(encoding="utf-8")
+    pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "operations").glob("*.md"))
+    assert [name for name in dskernels.__all__ if f"::: dskernels.{name}\n" not in reference] == []
+    operations = [name for name in dskernels.__all__ if name[0].islower() and name not in ("use_impl", "explain")]
+    assert [name for name in operations if f"`{name}" not in pages] == []
 
 
 def test_every_page_is_in_the_navigation():
