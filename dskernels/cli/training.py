@@ -89,6 +89,10 @@ def train(
         bool | None,
         typer.Option("--resume/--restart", help="Go on, or begin anew; by default go on if there is a checkpoint."),
     ] = None,
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option("--cuda-graph/--no-cuda-graph", help="Replay steps as a CUDA graph; by default on a GPU."),
+    ] = None,
     plan: Annotated[
         str | None,
         typer.Option(help="Under torchrun: what its ranks do, such as data=2,expert=2 or pipeline=2; else all expert."),
@@ -135,8 +139,9 @@ def train(
         validation_batches=validation_batches,
     )
     if together.ranks() > 1 or plan is not None:
-        if tensorboard:
-            raise ValueError("--tensorboard: is for one process")
+        for name, given in (("tensorboard", tensorboard), ("cuda-graph", cuda_graph)):
+            if given:
+                raise ValueError(f"--{name}: is for one process")
         where_to: dict[str, Any] = dict(checkpoint_every=checkpoint_every, keep=keep, resume=resume)
         together.train(config, data, out, tokenizer, held_out, recipe, plan, device, **where_to)
         return
@@ -176,6 +181,7 @@ def train(
                 keep=keep,
                 resume=resume,
                 tokenizer_from=tokens,
+                cuda_graph=cuda_graph,
             )
         except Interrupted as interrupted:
             stack.close()

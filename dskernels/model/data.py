@@ -45,10 +45,14 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device | str) -> Packed:
         """The batch on another device; a GPU is not waited for."""
-        if torch.device(device).type != "cuda" or self.tokens.is_cuda:
-            return Packed(self.tokens.to(device), self.cu_seqlens.to(device))
-        pinned = self.tokens.pin_memory(), self.cu_seqlens.pin_memory()
-        return Packed(*(tensor.to(device, non_blocking=True) for tensor in pinned))
+        return Packed(*(on_device(tensor, device) for tensor in self))
+
+
+def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on another device; a GPU is not waited for."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def encode(text: str | bytes) -> list[int]:

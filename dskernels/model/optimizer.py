@@ -104,11 +104,11 @@ class MasterAdamW:
         return torch.linalg.vector_norm(self._gradient)
 
     @torch.no_grad()
-    def step(self, learning_rate: float, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
+    def step(self, learning_rate: float | Tensor, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Updates the masters, copies them to the parameters, and forgets the gradients.
 
         Args:
-            learning_rate: of this step.
+            learning_rate: of this step; fp32 ``[]`` where a CUDA graph is to read it from the device.
             scale: fp32 ``[]``, what gradients are divided by first; see `clipping`.
             skip: fp32 ``[]``: where it is 1 nothing changes, whatever the gradient holds.
         """
@@ -128,7 +128,7 @@ class MasterAdamW:
                 yield begin, min(begin + size, last), decay
 
     def _update(
-        self, part: slice, learning_rate: float, decay: float, scale: Tensor | None, skip: Tensor | None
+        self, part: slice, learning_rate: float | Tensor, decay: float, scale: Tensor | None, skip: Tensor | None
     ) -> None:
         kept = self.exp_avg[part], self.exp_avg_sq[part]
         moments = tuple(moment.float() for moment in kept)  # themselves, if they are fp32

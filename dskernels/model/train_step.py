@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.model.data import Packed
+from dskernels.model.data import Packed, on_device
 from dskernels.model.finite import first_nonfinite
 from dskernels.model.loss import Losses, losses
 from dskernels.model.model import DeepseekV3, Output
 from dskernels.model.optimizer import MasterAdamW, clipping
 from dskernels.model.throughput import peak_flops, peak_memory, step_flops
 from dskernels.model.train_config import TrainConfig
+from dskernels.model.train_graph import Inputs, StepGraphs
 
 Mark = float | torch.cuda.Event  # a moment: of the host's clock, or when the GPU gets there
 # Of a line, what another machine or another day changes.
@@ -34,14 +35,21 @@ class Stepper:
         model: to train.
         optimizer: of its parameters.
         config: how.
+        cuda_graph: replay each step as a CUDA graph, see `StepGraphs`. Its numbers have the same bits.
     """
 
-    def __init__(self, model: DeepseekV3, optimizer: MasterAdamW, config: TrainConfig) -> None:
+    def __init__(
+        self, model: DeepseekV3, optimizer: MasterAdamW, config: TrainConfig, *, cuda_graph: bool = False
+    ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.device = model.embed_tokens.weight.device
         self.failed = torch.zeros((), device=self.device)  # 1 from the first step on that is not finite
         self.peak = peak_flops(self.device)
         self.last: Mark | None = None
+        self.graphs = StepGraphs(self._whole, optimizer.parameters) if cuda_graph else None
+
+    def _whole(self, inputs: Inputs, mtp: bool) -> Tensor:
+        return self.update(*self._backward(inputs, mtp), inputs.learning_rate, inputs.moving)
 
     def rest(self) -> None:
         """Something else than steps comes next, whose time is not to count as theirs."""
@@ -49,45 +57,61 @@ class Stepper:
 
     def start(self, text: Sequence[Packed], step: int) -> Pending:
         """Everything of step ``step``, from 0, over these microbatches."""
-        model, config, optimizer = self.model, self.config, self.optimizer
-        with_mtp = config.mtp_lambda_at(step) > 0
         begin = self._mark() if self.last is None else self.last
-        sums, load = self.backward(text, step)
-        norm = optimizer.norm()
-        numbers = torch.stack([*sums, norm])
-        # Not their sum, which may overflow; 0 times what is not finite is NaN.
-        self.failed = torch.maximum(self.failed, (numbers * 0).sum().ne(0).float())
-        optimizer.step(config.learning_rate_at(step), clipping(norm, config.clip), self.failed)
-        moved = load * (1 - self.failed).to(load.dtype)  # where all are even no bias moves
-        for moe, moe_load in zip(model.moe_layers, moved, strict=True):
-            if moe.gate.e_score_correction_bias is not None:
-                ds.update_bias(moe.gate.e_score_correction_bias, moe_load, config.bias_update_rate_at(step))
-        busiest = load.amax(-1) / load.float().mean(-1).clamp(min=1) if len(load) else load.new_zeros(0).float()
-        values = torch.cat([numbers, self.failed[None], busiest])
+        with_mtp = self.config.mtp_lambda_at(step) > 0
+        numbers = self._numbers(text, step)
+        if self.graphs is None:
+            rate, _, moving, *_ = on_device(numbers, self.device).unbind()
+            values = self.update(*self.backward(text, step), rate, moving)
+        else:
+            values = self.graphs.run(text, numbers, with_mtp)
         if values.is_cuda:
             values = values.to("cpu", non_blocking=True)
         self.last = self._mark()
-        flops = sum(step_flops(model.config, batch.cu_seqlens, mtp=with_mtp) for batch in text)
+        flops = sum(step_flops(self.model.config, batch.cu_seqlens, mtp=with_mtp) for batch in text)
         return Pending(step, text, values, begin, self.last, flops)
+
+    def _numbers(self, text: Sequence[Packed], step: int) -> Tensor:
+        """What `Inputs.of` takes."""
+        config = self.config
+        moving = float(config.bias_update_rate_at(step) > 0)
+        numbers = config.learning_rate_at(step), config.mtp_lambda_at(step), moving, *shares(text)
+        return torch.tensor(numbers, dtype=torch.float32)
 
     def backward(self, text: Sequence[Packed], step: int) -> tuple[Tensor, Tensor]:
         """Losses of the step, and the load of each layer's experts; the optimiser has the gradients."""
+        numbers = on_device(self._numbers(text, step), self.device)
+        inputs = Inputs.of([batch.to(self.device) for batch in text], numbers)
+        return self._backward(inputs, self.config.mtp_lambda_at(step) > 0)
+
+    def _backward(self, inputs: Inputs, mtp: bool) -> tuple[Tensor, Tensor]:
         model, config = self.model, self.config
-        mtp_lambda = config.mtp_lambda_at(step)
         sums, load = torch.zeros(3, device=self.device), no_load(model)
-        predictions = max(sum(int(batch.predictions) for batch in text), 1)
-        for batch in text:
-            share = int(batch.predictions) / predictions
-            batch = batch.to(self.device)
-            output = model(*batch, mtp=mtp_lambda > 0)
+        for batch, share in zip(inputs.text, inputs.shares, strict=True):
+            output = model(*batch, mtp=mtp)
             parts = losses(output, batch, model.config, balance_alpha=config.balance_alpha)
             # Microbatches hold different numbers of predictions; the loss is the mean over all of them.
-            parts = Losses(parts.main * share, parts.mtp * share, parts.balance / len(text))
-            (parts.main + mtp_lambda * parts.mtp + parts.balance).backward()
+            parts = Losses(parts.main * share, parts.mtp * share, parts.balance / len(inputs.text))
+            (parts.main + inputs.mtp_lambda * parts.mtp + parts.balance).backward()
             self.optimizer.collect()
             sums += torch.stack(parts).detach()
             count(load, output)
         return sums, load
+
+    def update(self, sums: Tensor, load: Tensor, learning_rate: Tensor, moving: Tensor) -> Tensor:
+        """Updates parameters and biases, and gives the numbers of the step; reads and writes on the device alone."""
+        config, optimizer = self.config, self.optimizer
+        norm = optimizer.norm()
+        numbers = torch.stack([*sums, norm])
+        # Not their sum, which may overflow; 0 times what is not finite is NaN.
+        self.failed.copy_(torch.maximum(self.failed, (numbers * 0).sum().ne(0).float()))
+        optimizer.step(learning_rate, clipping(norm, config.clip), self.failed)
+        moved = load * (moving * (1 - self.failed)).to(load.dtype)  # where all are even no bias moves
+        for moe, moe_load in zip(self.model.moe_layers, moved, strict=True):
+            if moe.gate.e_score_correction_bias is not None:
+                ds.update_bias(moe.gate.e_score_correction_bias, moe_load, config.bias_update_rate)
+        busiest = load.amax(-1) / load.float().mean(-1).clamp(min=1) if len(load) else load.new_zeros(0).float()
+        return torch.cat([numbers, self.failed[None], busiest])
 
     def finish(self, pending: Pending) -> dict[str, Any]:
         """The line of the metrics of a step, once the device has done it.
@@ -161,6 +185,12 @@ class Pending:
         if isinstance(self.begin, float) or isinstance(self.end, float):
             return max(float(self.end) - float(self.begin), 1e-9)  # type: ignore[arg-type]
         return self.begin.elapsed_time(self.end) / 1000
+
+
+def shares(text: Sequence[Packed]) -> list[float]:
+    """The part of each microbatch in the predictions of all."""
+    predictions = [int(batch.predictions) for batch in text]
+    return [here / max(sum(predictions), 1) for here in predictions]
 
 
 @torch.no_grad()

@@ -1,0 +1,139 @@
+"""A training step as a CUDA graph: the device is not kept waiting for the host, which takes longer to launch a small
+model's step than the device to compute it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dskernels.model.capture import capturing, mode
+from dskernels.model.data import Packed
+
+FEWEST = 16  # sequences that a graph is made for
+
+
+class Inputs(NamedTuple):
+    """All of a step that is another at the next one, on its device.
+
+    Attributes:
+        text: the microbatches.
+        shares: of each its part of the predictions, fp32 ``[]``.
+        learning_rate: fp32 ``[]``.
+        mtp_lambda: fp32 ``[]``, weight of the MTP loss.
+        moving: fp32 ``[]``, 1 while router biases move, else 0.
+    """
+
+    text: Sequence[Packed]
+    shares: Sequence[Tensor]
+    learning_rate: Tensor
+    mtp_lambda: Tensor
+    moving: Tensor
+
+    @classmethod
+    def of(cls, text: Sequence[Packed], numbers: Tensor) -> Inputs:
+        """From ``numbers``, fp32 ``[3 + microbatches]``: the last three fields, then the shares."""
+        learning_rate, mtp_lambda, moving, *shares = numbers.unbind()
+        return cls(text, shares, learning_rate, mtp_lambda, moving)
+
+
+class StepGraphs:
+    """Runs steps as CUDA graphs, one for each kind.
+
+    A kind is what the host decides: whether MTP modules run, which implementations, and the number of sequences of each
+    microbatch, rounded up to a power of two by sequences without tokens. The first step of a kind runs as it stands
+    (what is compiled, loaded or kept cannot be within a capture), the second one is captured, and it and all others
+    are replays. The graphs share their memory: one runs at a time, and only its numbers stay.
+
+    Args:
+        step: all of a step: reads and writes only what stays where it is, gives its numbers in a new tensor.
+        parameters: what it writes. Whoever keeps something made of them goes by their version, which a replay moves.
+    """
+
+    def __init__(self, step: Callable[[Inputs, bool], Tensor], parameters: Sequence[Tensor]) -> None:
+        self.step, self.parameters = step, parameters
+        self.device = parameters[0].device
+        self._kinds: dict[Hashable, Kind] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
+    def run(self, text: Sequence[Packed], numbers: Tensor, mtp: bool) -> Tensor:
+        """The numbers of a step.
+
+        Args:
+            text: microbatches, on the CPU.
+            numbers: see `Inputs.of`, on the CPU.
+            mtp: whether MTP modules run.
+
+        Raises:
+            RuntimeError: the step does what cannot be in a graph.
+        """
+        text = [padded(batch) for batch in text]
+        key = (mtp, mode(), *(tuple(x.shape for x in batch) for batch in text))
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = Kind(text, numbers, self.device)
+            return self.step(kind.inputs, mtp)
+        kind.fill(text, numbers)
+        if kind.graph is None:
+            kind.values, kind.graph = self._capture(kind.inputs, mtp)
+        kind.graph.replay()
+        torch.autograd.graph.increment_version(self.parameters)
+        return kind.values.clone()  # the next replay overwrites them
+
+    def _capture(self, inputs: Inputs, mtp: bool) -> tuple[Tensor, torch.cuda.CUDAGraph]:
+        """The graph of a step, which does not run, and where its numbers will be."""
+        current = torch.cuda.current_stream(self.device)
+        if self._stream is None:
+            self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        current.synchronize()
+        gc.collect()  # what is left of a step's backward graph would bring its stream into the capture
+        torch.cuda.empty_cache()  # the graph has memory of its own for what the step before it took
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._stream), capturing(graph, self._pool):
+                values = self.step(inputs, mtp)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"cuda_graph: a step cannot be captured ({reason}); cuda_graph=False runs without"
+            ) from error
+        current.wait_stream(self._stream)
+        return values, graph
+
+
+class Kind:
+    """Steps of one kind: where their inputs lie, and their graph once there is one.
+
+    Attributes:
+        inputs: of the step that runs, on the device.
+        graph: None before the second step.
+        values: the numbers that it gives.
+    """
+
+    graph: torch.cuda.CUDAGraph | None = None
+    values: Tensor
+
+    def __init__(self, text: Sequence[Packed], numbers: Tensor, device: torch.device) -> None:
+        self._numbers = torch.empty_like(numbers, device=device)
+        self.inputs = Inputs.of([Packed(*(torch.empty_like(x, device=device) for x in b)) for b in text], self._numbers)
+        self.fill(text, numbers)
+
+    def fill(self, text: Sequence[Packed], numbers: Tensor) -> None:
+        """Takes the inputs of the next step; the host does not wait for the one that runs."""
+        inputs = [self._numbers, *(tensor for batch in self.inputs.text for tensor in batch)]
+        for here, there in zip(inputs, [numbers, *(tensor for batch in text for tensor in batch)], strict=True):
+            here.copy_(there.pin_memory() if here.is_cuda else there, non_blocking=True)
+
+
+def padded(batch: Packed) -> Packed:
+    """The batch with sequences without tokens behind its own, to a power of two of them: no loss changes by a bit."""
+    sequences = batch.cu_seqlens.shape[0] - 1
+    more = max(FEWEST, 1 << (sequences - 1).bit_length()) - sequences
+    return Packed(batch.tokens, torch.cat((batch.cu_seqlens, batch.cu_seqlens[-1:].expand(more))))
