@@ -1,18 +1,18 @@
 """When each rank of a pipeline does what, from the order that the engine runs, and a picture of it.
 
 ``python -m benchmarks.pipeline_timeline`` writes ``docs/images/pipeline.svg``. Costs are in units of a stage's forward:
-the gradient of its input and those of its weights cost as much each. With ``--measured FILE`` they are those that
-``benchmarks.bench_parallel`` has recorded.
+the gradient of its input and those of its weights cost as much each. ``--measured FILE`` draws instead the step that
+``benchmarks.bench_parallel`` has recorded there on GPUs, into ``docs/images/pipeline_measured.svg``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch.distributed.pipelining.schedules import _ComputationType as Kind
 
 from dskernels.model.parallel.pipeline import SCHEDULES
@@ -102,20 +102,42 @@ def formula(ranks: int, costs: Mapping[str, float] = COSTS) -> float:
 def draw(schedule: str, ranks: int, microbatches: int, costs: Mapping[str, float] = COSTS) -> str:
     """An SVG, a row a rank; legible on light and on dark pages."""
     slots = simulate(order(schedule, ranks, microbatches), costs)
+    end, waits = max(slot.end for slot in slots), bubble(slots)
+    title = (
+        f"{schedule}: {ranks} ranks, {2 * ranks} stages in a V, {microbatches} micro-batches; "
+        f"waiting {waits:.3g} of {end:.4g} ({waits / end:.0%})"
+    )
+    return picture(slots, costs["I"] / (costs["I"] + costs["W"]), title)
+
+
+def draw_measured(found: Mapping[str, Any]) -> str:
+    """The same of a step that was recorded, ``pipeline`` of what ``bench_parallel`` writes."""
+    slots = [Slot(*slot) for slot in found["slots"]]
+    title = (
+        f"dualpipev as it ran: {found['stages'] // 2} GPUs, {found['stages']} stages, {found['microbatches']} "
+        f"micro-batches of {found['tokens']:,} tokens; waiting {found['bubble_ms']:.1f} of {found['total_ms']:.0f} ms "
+        f"({found['bubble_ms'] / found['total_ms']:.0%})"
+    )
+    return picture(slots, found["I_ms"] / (found["I_ms"] + found["W_ms"]), title)
+
+
+def picture(slots: Sequence[Slot], input_share: float, title: str) -> str:
+    """An SVG of slots; of a whole backward, `input_share` is drawn as the gradient of the input."""
+    ranks = 1 + max(slot.rank for slot in slots)
     end, height, left = max(slot.end for slot in slots), 26, 64
     unit = 900 / end
     colors = {"F": ("#3a78c2", "#6f9fd8"), "I": ("#23804d", "#4fa878"), "W": ("#d9a441", "#e6c078")}
     parts = []
     for slot in slots:
-        x, y = left + slot.start * unit, 34 + slot.rank * (height + 6)
+        y = 34 + slot.rank * (height + 6)
         pieces = [(slot.kind, slot.start, slot.end)]
         if slot.kind == "B":
-            middle = slot.start + costs["I"]
+            middle = slot.start + (slot.end - slot.start) * input_share
             pieces = [("I", slot.start, middle), ("W", middle, slot.end)]
         for kind, start, stop in pieces:
             color = colors[kind][slot.stage >= ranks]
             width = (stop - start) * unit
-            box = f'x="{left + start * unit:.1f}" y="{y}" width="{width - 0.6:.1f}" height="{height}"'
+            box = f'x="{left + start * unit:.1f}" y="{y}" width="{max(width - 0.6, 0.2):.1f}" height="{height}"'
             parts.append(f'<rect {box} fill="{color}"/>')
             if kind != "W" and width > 11:
                 parts.append(f'<text x="{left + start * unit + width / 2:.1f}" y="{y + 17}">{slot.microbatch}</text>')
@@ -130,11 +152,6 @@ def draw(schedule: str, ranks: int, microbatches: int, costs: Mapping[str, float
         parts.append(f'<rect x="{x}" y="{bottom - 11}" width="12" height="12" fill="{colors[kind][half]}"/>')
         parts.append(f'<text class="legend" x="{x + 18}" y="{bottom}">{text}</text>')
         x += 36 + 6.6 * len(text)
-    waits = bubble(slots)
-    title = (
-        f"{schedule}: {ranks} ranks, {2 * ranks} stages in a V, {microbatches} micro-batches; "
-        f"waiting {waits:.3g} of {end:.4g} ({waits / end:.0%})"
-    )
     style = (
         "text{font:11px sans-serif;text-anchor:middle;fill:#fff}.name{text-anchor:end}.legend,.title{text-anchor:start}"
         ".name,.legend,.title{fill:#555}@media(prefers-color-scheme:dark){.name,.legend,.title{fill:#bbb}}"
@@ -150,12 +167,16 @@ def main() -> None:
     parser.add_argument("--schedule", default="dualpipev", choices=sorted(SCHEDULES))
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=10)
-    parser.add_argument("--measured", type=Path, help="a torch.save of {'F': s, 'I': s, 'W': s}")
-    parser.add_argument("--out", type=Path, default=Path("docs/images/pipeline.svg"))
+    parser.add_argument("--measured", type=Path, help="what bench_parallel has written")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    costs = torch.load(arguments.measured, weights_only=True) if arguments.measured else COSTS
-    arguments.out.write_text(draw(arguments.schedule, arguments.ranks, arguments.microbatches, costs))
-    print(arguments.out)
+    if arguments.measured:
+        text = draw_measured(json.loads(arguments.measured.read_text(encoding="utf-8"))["pipeline"])
+    else:
+        text = draw(arguments.schedule, arguments.ranks, arguments.microbatches)
+    out = arguments.out or Path(f"docs/images/pipeline{'_measured' if arguments.measured else ''}.svg")
+    out.write_text(text, encoding="utf-8")
+    print(out)
 
 
 if __name__ == "__main__":
