@@ -9,8 +9,8 @@ from html import escape
 from benchmarks.curves import OURS, ROOF, SIZES, Curve
 
 WIDTH, HEIGHT = 460, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 116, 14, 44
-TICK_ROOM, LABEL_ROOM = 40, 15  # pixels that a tick of x needs, and a label at a line's end
+LEFT, RIGHT, TOP, BOTTOM = 56, 130, 14, 44
+TICK_ROOM, LABEL_ROOM = 46, 15  # pixels that a tick of x needs, and a label at a line's end
 
 
 def number(value: float) -> str:

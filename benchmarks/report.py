@@ -30,7 +30,17 @@ COLUMNS = (
     ("host µs", False),
 )
 ROOFS = ("copy GB/s", "bf16 TFLOP/s", "fp8 TFLOP/s")
-STAMP = ("family", "date", "commit", "torch, Triton, CUDA", "driver", *ROOFS, "drift of the roofs", "clock MHz")
+STAMP = (
+    "family",
+    "date",
+    "commit",
+    "torch, Triton, CUDA",
+    "driver",
+    *ROOFS,
+    "warm after",
+    "drift of the roofs",
+    "clock MHz",
+)
 
 
 def write(folder: Path, results: Path = saved.FOLDER) -> list[Path]:
@@ -121,6 +131,7 @@ def _stamps(families: Mapping[str, Saved]) -> str:
             f"{s['torch']}, {s['triton']}, {s['cuda']}",
             s["driver"],
             *("–" if r.get(name) is None else f"{r[name]:,.0f}" for name in ("copy_gbs", "bf16_tflops", "fp8_tflops")),
+            f"{clocks['turns']:.0f} turns" if clocks.get("turns") else "–",
             drift,
             " to ".join(mhz) or "–",
         ]
@@ -160,8 +171,10 @@ def _table(rows: Sequence[SavedRow]) -> str:
     for row in rows:
         ratio = row.vs_best_peer
         peers = ", ".join(f"{row.label(name)} {charts.number(us)} µs" for name, us in row.peers.items())
+        drift = "" if row.drift is None else f"; second half of the runs over the first {row.drift:.3f}"
         lines.append(
-            f'<tr data-title="{escape(f"{row.op} {row.workload} {row.impl}")}" title="{escape(peers or "no peer")}">'
+            f'<tr data-title="{escape(f"{row.op} {row.workload} {row.impl}")}"'
+            f' title="{escape((peers or "no peer") + drift)}">'
             + _text(row.op)
             + _text(row.workload)
             + _text(row.impl)

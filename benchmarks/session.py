@@ -111,7 +111,7 @@ class Session:
                         family.spent[what] = family.spent.get(what, 0.0) + seconds
                     progress.advance(task)
                 after, mhz = self._look()
-                family.clocks = steadiness.clocks(self.roofs, after, self._mhz, mhz)
+                family.clocks = steadiness.clocks(self.roofs, after, self._mhz, mhz) | {"turns": self.warm_up.turns}
                 self._show(family)
                 yield family
 

@@ -286,7 +286,7 @@ def test_a_whole_run_prints_tables_and_saves(gpu_stand_in):
         saved = json.loads((gpu_stand_in / "h100" / f"{family}.json").read_text())
         assert len(saved["rows"]) == 3
         assert saved["commit"] == "def456"
-        assert saved["clocks"] == {"mhz_before": 1980, "mhz_after": 1980, "copy": 1, "bf16": 1, "fp8": 1}
+        assert saved["clocks"] == {"mhz_before": 1980, "mhz_after": 1980, "copy": 1, "bf16": 1, "fp8": 1, "turns": 3}
 
 
 @pytest.fixture
