@@ -162,6 +162,8 @@ def test_what_does_not_fit_says_so():
         Plan(data=0)
     with pytest.raises(ValueError, match='exchange: expected "auto", "counted" or "fixed"'):
         Plan(exchange="some")
+    with pytest.raises(ValueError, match="overlap: wants reshard=False"):
+        Plan(expert=2, overlap=True)
     with pytest.raises(ValueError, match="tensor: is for generation"):
         Plan(tensor=2, data=2)
     with pytest.raises(ValueError, match="are 6 ranks, but there are 4"):

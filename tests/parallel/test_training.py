@@ -68,7 +68,7 @@ def same_curve(history, wanted, rtol=1e-3):
 
 
 def test_every_plan_has_the_curve_of_one_process(tmp_path, alone):
-    plans = [Plan(data=2), Plan(pipeline=2)]
+    plans = [Plan(data=2), Plan(pipeline=2), Plan(expert=2, reshard=False, overlap=True)]
     histories = run(plans[0].ranks, every_plan, plans, str(tmp_path))
     for of_rank in histories:
         for history in of_rank:

@@ -45,6 +45,8 @@ class Plan:
             rank are known beforehand (`train`, `Pipeline`, ``parallelize(tokens=...)``), else "counted".
         reshard: let go of gathered weights after each block's forward, and gather them again for its backward: less
             memory, more messages.
+        overlap: train on two micro-batches at a time, so that the messages of one travel under the computation of the
+            other, see `overlapped`. It wants twice the memory between forward and backward, and ``reshard=False``.
         sms: how many SMs of a GPU a message of NCCL may take from what is computed beside it; None leaves it to NCCL.
 
     Raises:
@@ -58,6 +60,7 @@ class Plan:
     wire: Wire = "same"
     exchange: Exchange = "auto"
     reshard: bool = True
+    overlap: bool = False
     sms: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,6 +69,8 @@ class Plan:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.exchange not in ("auto", "counted", "fixed"):
             raise ValueError(f'exchange: expected "auto", "counted" or "fixed", got {self.exchange!r}')
+        if self.overlap and (self.reshard or self.pipeline > 1):
+            raise ValueError("overlap: wants reshard=False, and no pipeline")
         if self.sms is not None and self.sms < 1:
             raise ValueError(f"sms: expected at least 1, got {self.sms}")
         if self.tensor > 1 and self.ranks != self.tensor:

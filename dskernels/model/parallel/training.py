@@ -7,6 +7,7 @@ else: losses differ from those of one process by rounding alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -24,9 +25,10 @@ from dskernels.model.config import Config
 from dskernels.model.data import Corpus, Packed, batches, document_lengths
 from dskernels.model.disk import writing
 from dskernels.model.loss import Losses, losses
-from dskernels.model.model import DeepseekV3
+from dskernels.model.model import DeepseekV3, Output
 from dskernels.model.moe import MoE
 from dskernels.model.parallel.optimizer import EXPERTS, TeamAdamW
+from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.pipeline import Pipeline
 from dskernels.model.parallel.plan import Team, parallelize
 from dskernels.model.parallel.shards import Piece, bounds, read_pieces, whole_tensors, write_pieces
@@ -134,21 +136,30 @@ class TeamStepper(Stepper):
     def _alone(
         self, text: Sequence[Packed], shares: Sequence[tuple[float, float]], mtp_lambda: float
     ) -> tuple[Tensor, Tensor]:
-        model, config = self.model, self.config
+        model, config, plan = self.model, self.config, self.team.plan
         sums, load = torch.zeros(3, device=self.device), no_load(model)
-        for i, (batch, (share, balance_share)) in enumerate(zip(text, shares, strict=True)):
-            last = i == len(text) - 1
-            waits = isinstance(model, FSDPModule) and not self.team.plan.reshard and not last
-            if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(not waits)  # else they add up where they are, in fp32
+
+        def forward(batch: Packed, share: float, balance_share: float) -> tuple[Tensor, Losses, Output]:
             output = model(*batch, mtp=mtp_lambda > 0)
             parts = losses(output, batch, model.config, balance_alpha=config.balance_alpha)
             parts = Losses(parts.main * share, parts.mtp * share, parts.balance * balance_share)
-            (parts.main + mtp_lambda * parts.mtp + parts.balance).backward()
-            if not waits:
+            return parts.main + mtp_lambda * parts.mtp + parts.balance, parts, output
+
+        at_once = 2 if plan.overlap else 1
+        passes = [functools.partial(forward, batch, *share) for batch, share in zip(text, shares, strict=True)]
+        for first in range(0, len(passes), at_once):
+            last = first + at_once >= len(passes)
+            gathered = isinstance(model, FSDPModule) and not plan.reshard
+            if gathered:  # weights stay, and gradients add up where they are, in fp32, until the last
+                model.set_requires_gradient_sync(last)
+                model.set_reshard_after_backward(last)
+            found = overlapped(model, passes[first : first + at_once])
+            torch.autograd.backward([loss for loss, _, _ in found])
+            if last or not gathered:
                 self.optimizer.collect()
-            sums += torch.stack(parts).detach()
-            count(load, output)
+            for _, parts, output in found:
+                sums += torch.stack(parts).detach()
+                count(load, output)
         return sums, load
 
     @torch.no_grad()
