@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from rich.box import HEAVY_HEAD
 from rich.table import Table
 
 from benchmarks.saved import Saved, SavedRow
@@ -104,7 +105,14 @@ def draw(verdicts: Sequence[Verdict], saved: Saved) -> Table:
     fallen = [v for v in verdicts if v.fell]
     source = f"saved on {saved.stamp['date'][:10]} at {saved.stamp['commit'][:12]}"
     title = f"{saved.family}: {len(fallen)} of {len(verdicts)} figures fell by more than {MARGIN:.0%} ({source})"
-    table = Table(title=title, title_justify="left", title_style="bold red" if fallen else "bold green")
+    style = "bold red" if fallen else "bold green"
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style=style,
+        show_header=bool(fallen),
+        box=HEAVY_HEAD if fallen else None,
+    )
     for heading in ("op", "workload", "impl"):
         table.add_column(heading, no_wrap=True)
     for heading in ("saved µs", "µs", "speed", "in each repetition"):
