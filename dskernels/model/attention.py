@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dskernels as ds
+from dskernels.model import few
 from dskernels.model.batch import Batch
 from dskernels.model.config import Config
 from dskernels.model.layers import FP8_BLOCK, Activation, Linear, RMSNorm
@@ -57,9 +58,14 @@ class Attention(nn.Module):
         """Whether its input may come quantised, see `Linear.takes_fp8`."""
         return self.o_proj.takes_fp8
 
+    def takes_unnormed(self, tokens: int) -> bool:
+        """Whether its input may come before its norm, see `few.Unnormed`."""
+        layers = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa
+        return self.qkv_a_proj is None and few.fit(tokens, *layers)
+
     def forward(
         self,
-        x: Activation,
+        x: Activation | few.Unnormed,
         batch: Batch,
         cos: Tensor,
         sin: Tensor,
@@ -69,7 +75,7 @@ class Attention(nn.Module):
         """Attends within the sequences of ``batch``.
 
         Args:
-            x: ``[T, hidden]``, normed.
+            x: ``[T, hidden]``, normed; or, of a few tokens, what is still to be.
             batch: where the tokens stand.
             cos: float32 ``[T, rope / 2]`` of their positions.
             sin: likewise.
@@ -102,17 +108,21 @@ class Attention(nn.Module):
             return self._decode(q, cos, sin, cache, batch.block_table, batch.lengths, batch.q_lengths)
         return self.o_proj(out.flatten(1))
 
-    def _down(self, x: Activation, quantized: Fp8Tensor | None) -> tuple[Tensor, Tensor]:
+    def _down(self, x: Activation | few.Unnormed, quantized: Fp8Tensor | None) -> tuple[Tensor, Tensor]:
         """Of the hidden state the query, compressed if it is so, and the latent beside the rotated part of the key."""
         dtype = self.kv_a_layernorm.weight.dtype
-        if self.qkv_a_proj is not None:
-            both = self.qkv_a_proj(x, dtype)
-            width = both.shape[1] - self.config.latent_dim
-            return both[:, :width], both[:, width:]
+        if self.qkv_a_proj is not None and not isinstance(x, few.Unnormed):
+            return self._cut(self.qkv_a_proj(x, dtype))
         q_proj = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj
         if q_proj is None or self.kv_a_proj_with_mqa is None:
             raise RuntimeError("qkv_a_proj: expected it, as the matrices that it is made of are not there")
+        if isinstance(x, few.Unnormed):
+            return self._cut(x.products(q_proj, self.kv_a_proj_with_mqa))
         return q_proj(x, dtype, quantized), self.kv_a_proj_with_mqa(x, dtype, quantized)
+
+    def _cut(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        width = both.shape[1] - self.config.latent_dim
+        return both[:, :width], both[:, width:]
 
     def _queries(self, q: Tensor) -> Tensor:
         """``[T, heads, nope + rope]`` of what `_down` gives."""
@@ -124,6 +134,8 @@ class Attention(nn.Module):
         """The projection of a normed latent, which is quantised with the norm where that may be."""
         if projection.takes_fp8:
             return projection(norm.quantized(x), x.dtype)
+        if few.fit(x.shape[0], projection):
+            return few.products(x, (projection,), norm=norm)[0]
         normed, quantized, _ = norm.beside(x, None, self.fp8)
         with recomputed(normed, lambda: norm.again(x, self.fp8)) if self.recompute else nullcontext():
             return projection(normed, quantized=quantized)
@@ -178,4 +190,14 @@ class Attention(nn.Module):
         out = out.flatten(0, 1)
         if self.o_proj.takes_fp8 and config.v_head_dim % FP8_BLOCK[1] == 0:
             return self.o_proj(ds.mla_values_quantize(out, w_uv), out.dtype)
-        return self.o_proj(torch.einsum("thl,hvl->thv", out, w_uv).flatten(1))
+        values = values_of(out, w_uv)
+        return few.products(values, (self.o_proj,))[0] if few.fit(values.shape[0], self.o_proj) else self.o_proj(values)
+
+
+def values_of(latents: Tensor, w_uv: Tensor) -> Tensor:
+    """``[T, H * V]`` of what was attended to, ``[T, H, L]``, and W^UV ``[H, V, L]``."""
+    if latents.dtype != w_uv.dtype:  # under autocast, which leaves alone what is told where to write
+        return torch.einsum("thl,hvl->thv", latents, w_uv).flatten(1)
+    values = latents.new_empty(*latents.shape[:2], w_uv.shape[1])
+    torch.bmm(latents.transpose(0, 1), w_uv.mT, out=values.transpose(0, 1))
+    return values.flatten(1)

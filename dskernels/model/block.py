@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from dskernels.model import few
 from dskernels.model.attention import Attention
 from dskernels.model.batch import Batch
 from dskernels.model.config import Config
@@ -55,11 +56,19 @@ class Block(nn.Module):
         if attention.takes_fp8:
             h, x = self.input_layernorm.after(x, update, True)
             update = attention(h, batch, cos, sin, cache)
+        elif attention.takes_unnormed(x.shape[0]):
+            unnormed = few.Unnormed(x, update, self.input_layernorm)
+            update = attention(unnormed, batch, cos, sin, cache)
+            x = unnormed.stream
         else:
             h, quantized, x = self.input_layernorm.beside(x, update, self.fp8)
             with self._keeping(x, self.input_layernorm, h):
                 update = attention(h, batch, cos, sin, cache, quantized)
         if isinstance(mlp, MoE):
+            if not self.fp8 and not torch.is_grad_enabled():
+                h, x = few.add_norm(x, update, norm)
+                update, router = mlp(h)
+                return x, update, router
             # In training what goes to other ranks has scales that are powers of two. The router multiplies what is not
             # quantised.
             form = "ue8m0" if torch.is_grad_enabled() else "fp32"
@@ -70,6 +79,9 @@ class Block(nn.Module):
         if mlp.w13.takes_fp8:
             h, x = norm.after(x, update, True)
             return x, mlp(h, x.dtype), None
+        if few.fit(x.shape[0], mlp):
+            gate_up, x, _ = few.products(x, (mlp.w13,), update=update, norm=norm)
+            return x, few.products(gate_up, (mlp.w2,), gated=True)[0], None
         h, quantized, x = norm.beside(x, update, self.fp8)
         with self._keeping(x, norm, h):
             return x, mlp(h, quantized=quantized), None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from dskernels.model import few
 from dskernels.model.batch import Batch
 from dskernels.model.block import Block
 from dskernels.model.config import Config
@@ -139,18 +140,39 @@ class DeepseekV3(nn.Module):
         Returns:
             Hidden states ``[T, hidden]`` after the final norm, and the routers' output.
         """
-        cos, sin = self.rope(batch.positions)
-        x, update = self.embed_tokens(tokens), None
+        x, update, routers = self._blocks(tokens, batch, cache)
+        if update is None:
+            return self.norm(x), routers
+        if not torch.is_grad_enabled():
+            return few.add_norm(x, update, self.norm)[0], routers
+        # Where blocks norm so, the last stream is added and normed in one launch too.
+        return self.norm.beside(x, update, self.fp8)[0], routers
+
+    def score(self, tokens: Tensor, batch: Batch, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states after the final norm, and logits, of all tokens; the arguments are those of `trunk`."""
+        if not few.fit(tokens.shape[0], self.lm_head):
+            hidden, _ = self.trunk(tokens, batch, cache)
+            return hidden, self.lm_head(hidden)
+        x, update, _ = self._blocks(tokens, batch, cache)
+        logits, _, hidden = few.products(x, (self.lm_head,), update=update, norm=self.norm, with_normed=True)
+        return hidden, logits
+
+    def _blocks(
+        self, tokens: Tensor, batch: Batch, cache: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, list[RouterOutput]]:
+        """The residual stream behind all blocks, what is still to be added to it, and the routers' output."""
+        update: Tensor | None = None
+        if not torch.is_grad_enabled():
+            x, cos, sin = few.embed(tokens, batch.positions, self.embed_tokens.weight, self.rope)
+        else:
+            cos, sin = self.rope(batch.positions)
+            x = self.embed_tokens(tokens)
         routers = []
         for i, block in enumerate(self.layers):
             x, update, router = block(x, update, batch, cos, sin, None if cache is None else cache[i])
             if router is not None:
                 routers.append(router)
-        if update is None:
-            return self.norm(x), routers
-        # Where blocks norm so, the last stream is added and normed in one launch too.
-        in_one = self.fp8 and torch.is_grad_enabled()
-        return self.norm.beside(x, update, in_one)[0], routers
+        return x, update, routers
 
     def predict(
         self, tokens: Tensor, hidden: Tensor, batch: Batch, cache: Tensor | None = None, *, depth: int = 1
@@ -164,10 +186,26 @@ class DeepseekV3(nn.Module):
             cache: as for `trunk`; the module's own pages come after those of the blocks.
             depth: which module, from 1.
         """
-        cos, sin = self.rope(batch.positions)
         pages = None if cache is None else cache[len(self.layers) + depth - 1]
         module = cast(MTP, self.mtp[depth - 1])
-        return module.predict(self.embed_tokens(tokens), hidden, batch, cos, sin, pages)
+        if few.fit(tokens.shape[0], module.eh_proj):
+            given = tokens, batch.positions, self.embed_tokens.weight, self.rope
+            both, cos, sin = few.embed_beside(*given, hidden, module.enorm, module.hnorm)
+        else:
+            cos, sin = self.rope(batch.positions)
+            both = module.beside(self.embed_tokens(tokens), hidden)
+        return module.predict(both, batch, cos, sin, pages)
+
+    def predict_and_score(
+        self, both: Tensor, batch: Batch, cos: Tensor, sin: Tensor, cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Of a few tokens, embedded beside the hidden states (`few.embed_beside`): the first MTP module's hidden
+        states, and their logits."""
+        module = cast(MTP, self.mtp[0])
+        x, _, _ = few.products(both, (module.eh_proj,))
+        x, update, _ = module(x, None, batch, cos, sin, cache[len(self.layers)])
+        logits, _, hidden = few.products(x, (self.lm_head,), update=update, norm=module.norm, with_normed=True)
+        return hidden, logits
 
 
 def _check_packed(tokens: Tensor, cu_seqlens: Tensor | None) -> None:

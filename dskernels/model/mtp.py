@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dskernels.model import few
 from dskernels.model.batch import Batch, packed_positions
 from dskernels.model.block import Block
 from dskernels.model.config import Config
@@ -29,19 +30,24 @@ class MTP(Block):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, fp8=False)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def beside(self, embedding: Tensor, hidden: Tensor) -> Tensor:
+        """Both normed, ``[T, 2 * hidden]``."""
+        return torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1)
+
     def predict(
         self,
-        embedding: Tensor,
-        hidden: Tensor,
+        both: Tensor,
         batch: Batch,
         cos: Tensor,
         sin: Tensor,
         cache: Tensor | None = None,
     ) -> tuple[Tensor, RouterOutput]:
-        """The next hidden state ``[T, hidden]``, normed, for the head or for the next prediction."""
-        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
+        """The next hidden state ``[T, hidden]`` of what `beside` gives, normed, for the head or the next prediction."""
+        is_few = few.fit(both.shape[0], self.eh_proj)
+        x = few.products(both, (self.eh_proj,))[0] if is_few else self.eh_proj(both)
         x, update, router = self(x, None, batch, cos, sin, cache)
-        return self.norm(x + update), cast(RouterOutput, router)  # its feed-forward is always a mixture of experts
+        hidden = few.add_norm(x, update, self.norm)[0] if is_few else self.norm(x + update)
+        return hidden, cast(RouterOutput, router)  # its feed-forward is always a mixture of experts
 
 
 def shift(tokens: Tensor, cu_seqlens: Tensor, k: int) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from dskernels.model import few
 from dskernels.model.batch import Batch
 from dskernels.model.cache import LatentCache
 from dskernels.model.model import DeepseekV3
+from dskernels.model.mtp import MTP
 from dskernels.model.sampling import Sampling
 from dskernels.model.steps import advance, chances, place
 
@@ -106,8 +109,8 @@ class Passes:
         B = s.last.shape[0]
         drafts, draft_p = self._draft(s)
         placed = place(s.last, drafts, s.lengths, s.active, s.block_table, page_size=page_size)
-        hidden, _ = model.trunk(placed.tokens, placed.batch(s.block_table), self.cache.data)
-        logits = model.lm_head(hidden).unflatten(0, (B, k + 1))
+        hidden, logits = model.score(placed.tokens, placed.batch(s.block_table), self.cache.data)
+        logits = logits.unflatten(0, (B, k + 1))
         accepted: Tensor | None = None
         if self.sampling.greedy:
             chosen = logits.argmax(-1)
@@ -133,6 +136,8 @@ class Passes:
         if s.hidden is None:
             return drafts, draft_p
         hidden, token = s.hidden, s.last
+        if self.sampling.greedy and self.model.config.vocab_size <= few.MOST_VOCABULARY and self._drafts_by_few(rows):
+            return self._draft_by_few(s, hidden, drafts), None
         for j in range(k):
             if j:
                 before = token, drafts[:, :0], s.lengths, s.active, s.block_table
@@ -144,12 +149,43 @@ class Passes:
                 draft_p[:, j] = p
         return drafts, draft_p
 
+    def _drafts_by_few(self, rows: int) -> bool:
+        return few.fit(rows, cast(MTP, self.model.mtp[0]).eh_proj, self.model.lm_head)
+
+    def _draft_by_few(self, s: Sequences, hidden: Tensor, drafts: Tensor) -> Tensor:
+        """The same, the most likely tokens, with one launch for all that stands between two products."""
+        model, state = self.model, (s.lengths, s.active, s.block_table)
+        module = cast(MTP, model.mtp[0])
+        logits = self._scores(hidden)
+        for j in range(drafts.shape[1]):
+            placed, both, cos, sin = few.look_ahead(
+                logits,
+                drafts,
+                j,
+                *state,
+                model.embed_tokens.weight,
+                model.rope,
+                hidden,
+                module.enorm,
+                module.hnorm,
+                page_size=self.cache.page_size,
+            )
+            if j + 1 < drafts.shape[1]:
+                batch = placed.batch(s.block_table)
+                hidden, logits = model.predict_and_score(both, batch, cos, sin, self.cache.data)
+        return drafts
+
     def _choose(
         self, hidden: Tensor, stream: Tensor, places: Tensor, ahead: int, purpose: int
     ) -> tuple[Tensor, Tensor | None]:
         """A token after each hidden state, to stand at ``places + ahead`` in its text, and what it was drawn from."""
         u = None if self.sampling.greedy else chances(stream, places, ahead, 1, 1, purpose).flatten()
-        return self.sampling.choose(self.model.lm_head(hidden), u)
+        return self.sampling.choose(self._scores(hidden), u)
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        """Logits ``[T, vocab]``."""
+        head = self.model.lm_head
+        return few.products(hidden, (head,))[0] if few.fit(hidden.shape[0], head) else head(hidden)
 
 
 @dataclass(frozen=True)

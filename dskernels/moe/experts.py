@@ -89,7 +89,8 @@ class Steps:
         wgrad: the gradient of a weight, given the rows of both operands and the weight.
         wgrad_requantizes: whether that takes tokens as they are, since it quantises along an expert's rows.
         few: the output of the whole block for a few tokens, given them as an operand, their dtype, the routed network,
-            weights, ids, and how many experts at its end are shared; or None if it does not take them.
+            weights, ids, how many experts at its end are shared, and the shared network or None; or None if it does not
+            take them.
     """
 
     operand: Callable[[Tensor], Operand]
@@ -104,7 +105,7 @@ class Steps:
     dispatched: Callable[[Tensor], Operand]
     wgrad: Callable[[Rows, Rows, Batch, Tensor], Tensor]
     wgrad_requantizes: bool
-    few: Callable[[Operand, torch.dtype, Network, Tensor, Tensor, int], Tensor | None] | None = None
+    few: Callable[[Operand, torch.dtype, Network, Tensor, Tensor, int, Network | None], Tensor | None] | None = None
 
 
 def forward(
@@ -127,8 +128,8 @@ def forward(
     of_shared = steps.kept(x.new_empty(0, 0 if shared is None else shared.w13.shape[0]))
     if shared is not None and not keep and (together := _one_stack(steps, routed, shared)) is not None:
         routed, shared, n_shared = together, None, 1
-    if steps.few is not None and shared is None and not keep:
-        out = steps.few(a, x.dtype, routed, weights, experts, n_shared)
+    if steps.few is not None and not keep:
+        out = steps.few(a, x.dtype, routed, weights, experts, n_shared, shared)
         if out is not None:
             return out, steps.kept(x.new_empty(0, routed.w13.shape[1])), of_shared
     if n_shared:

@@ -24,7 +24,7 @@ from dskernels.gemm.api import _fp8_gemm
 from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm import hopper as grouped
 from dskernels.grouped_gemm.hopper_quantize import quantize_grouped
-from dskernels.moe import experts, hopper_few, hopper_swiglu
+from dskernels.moe import experts, hopper_few, hopper_swiglu, triton_few
 from dskernels.moe.experts import Batch, Kinds, Operand, Rows, Steps, parts
 from dskernels.moe.experts_split import split_operations
 from dskernels.moe.packed import packed_width
@@ -96,6 +96,7 @@ PLAIN = Steps(
     dispatched=lambda x: x,
     wgrad=_wgrad,
     wgrad_requantizes=False,
+    few=triton_few.fused_experts,
 )
 
 

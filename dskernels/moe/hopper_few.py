@@ -28,12 +28,25 @@ DOWN = Path(__file__).with_name("hopper_few_down.cu")
 
 
 def fused_experts(
-    a: Operand, dtype: torch.dtype, network: Network, weights: Tensor, experts: Tensor, n_shared: int
+    a: Operand,
+    dtype: torch.dtype,
+    network: Network,
+    weights: Tensor,
+    experts: Tensor,
+    n_shared: int,
+    shared: Network | None,
 ) -> Tensor | None:
     """Output [T, H] for tokens `a`; the last `n_shared` experts are those of every token. None if it is not for these
-    kernels: more tokens, weights that are quantised inside, ids of another type than `route` returns, or fp32."""
+    kernels: more tokens, a shared network apart from the stack, weights that are quantised inside, ids of another type
+    than `route` returns, or fp32."""
     w13_scale, w2_scale = network.w13_scale, network.w2_scale
-    if not isinstance(a, Fp8Tensor) or w13_scale is None or w2_scale is None or not _fits(a, dtype, network, experts):
+    if (
+        shared is not None
+        or not isinstance(a, Fp8Tensor)
+        or w13_scale is None
+        or w2_scale is None
+        or not _fits(a, dtype, network, experts)
+    ):
         return None
     tokens, most = a.shape[0], most_of(experts, network.w13, n_shared)
     gate_up = empty(a.data, (most * tokens, network.w13.shape[1]), dtype)

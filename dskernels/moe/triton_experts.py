@@ -16,7 +16,7 @@ from dskernels.fp8.triton_swiglu import swiglu_quantize
 from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm.triton import product
 from dskernels.grouped_gemm.triton_wgrad import grouped_wgrad, quantize_grouped
-from dskernels.moe import experts
+from dskernels.moe import experts, triton_few
 from dskernels.moe.experts import Batch, Kinds, Operand, Rows, Steps, parts, stack, stacked
 from dskernels.moe.experts_split import split_operations
 from dskernels.moe.triton_packed import packed
@@ -75,6 +75,7 @@ PLAIN = Steps(
     dispatched=lambda x: x,
     wgrad=_wgrad,
     wgrad_requantizes=False,
+    few=triton_few.fused_experts,
 )
 
 
@@ -96,6 +97,7 @@ FP8 = replace(
     dispatched=lambda dout: Fp8Tensor(*quantize(dout, 1, 128, True, False)),
     wgrad=_fp8_wgrad,
     wgrad_requantizes=True,
+    few=None,
 )
 
 
