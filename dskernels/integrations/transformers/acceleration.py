@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,7 @@ from dskernels.integrations.transformers.experts import (
     block_forward,
     router_forward,
 )
+from dskernels.integrations.transformers.graphs import Graphs, model_forward
 from dskernels.integrations.transformers.interfaces import register
 from dskernels.integrations.transformers.latents import AttentionState, Pass
 from dskernels.integrations.transformers.linear import GatedState, gated_forward, linear_forward, norm_forward
@@ -64,7 +66,7 @@ class Acceleration:
         self.undo()
 
 
-def accelerate(model: nn.Module, *, fp8: bool = False, verbose: bool = True) -> Acceleration:
+def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = True, verbose: bool = True) -> Acceleration:
     """Let a model of Hugging Face transformers run on these operations, in place.
 
     Args:
@@ -74,6 +76,8 @@ def accelerate(model: nn.Module, *, fp8: bool = False, verbose: bool = True) -> 
             forward and backward. The weights stay; their quantised copies are kept beside them until they change. To
             keep them in e4m3 alone, load the model with transformers' ``FineGrainedFP8Config``: such layers are
             multiplied as they are, with or without this.
+        graphs: on a GPU, record a decode step as a CUDA graph and replay it, see `graphs`. Its memory is that of the
+            step's results between its kernels.
         verbose: print the report.
 
     Returns:
@@ -100,7 +104,9 @@ def accelerate(model: nn.Module, *, fp8: bool = False, verbose: bool = True) -> 
         patches.attribute(model, OWNER, True)
         _replace_experts(model, patches, report, fp8)
         _replace_blocks(model, patches, report, fp8)
-        _replace_attention(model, patches, report, fp8)
+        shared = _replace_attention(model, patches, report, fp8)
+        if graphs and shared is not None:
+            _record_steps(model, patches, report, shared)
         _replace_layers(model, patches, report, fp8)
     except BaseException:
         patches.undo()
@@ -111,7 +117,9 @@ def accelerate(model: nn.Module, *, fp8: bool = False, verbose: bool = True) -> 
 
 
 @contextlib.contextmanager
-def accelerated(*models: nn.Module, fp8: bool = False, verbose: bool = True) -> Iterator[list[Acceleration]]:
+def accelerated(
+    *models: nn.Module, fp8: bool = False, graphs: bool = True, verbose: bool = True
+) -> Iterator[list[Acceleration]]:
     """Accelerate these models, or without any all that are loaded inside, and undo it at the end.
 
     ``with accelerated(): model = AutoModel.from_pretrained(...)`` accelerates what `from_pretrained` returns.
@@ -119,7 +127,7 @@ def accelerated(*models: nn.Module, fp8: bool = False, verbose: bool = True) -> 
     """
     done: list[Acceleration] = []
     patches = Patches()
-    options: dict[str, Any] = {"fp8": fp8, "verbose": verbose}
+    options: dict[str, Any] = {"fp8": fp8, "graphs": graphs, "verbose": verbose}
     try:
         if models:
             done += [accelerate(model, **options) for model in models]
@@ -206,8 +214,9 @@ def _replace_blocks(model: nn.Module, patches: Patches, report: Report, fp8: boo
                 report.replaced["block with shared experts"] += 1
 
 
-def _replace_attention(model: nn.Module, patches: Patches, report: Report, fp8: bool) -> None:
-    """Latent attention, with the masks and the continuous batching of the model."""
+def _replace_attention(model: nn.Module, patches: Patches, report: Report, fp8: bool) -> Pass | None:
+    """Latent attention, with the masks and the continuous batching of the model; what its layers share, if that is all
+    the attention that there is."""
     shared = Pass()
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -227,6 +236,14 @@ def _replace_attention(model: nn.Module, patches: Patches, report: Report, fp8: 
         patches.attribute(config, "_attn_implementation_internal", NAME)
     if configs:
         _batch_continuously(patches)
+    return None if not configs or any(part == "attention" for part, _ in report.kept) else shared
+
+
+def _record_steps(model: nn.Module, patches: Patches, report: Report, shared: Pass) -> None:
+    """Decode steps of a model with a head, as CUDA graphs."""
+    if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
+        patches.forward(model, model_forward(type(model).forward), Graphs(shared))
+        report.replaced["decode step (a CUDA graph, on a GPU)"] += 1
 
 
 _batching: list[Any] = []  # of each accelerated model one entry: what continuous batching was made of before

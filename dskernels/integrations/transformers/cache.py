@@ -188,6 +188,7 @@ class LatentLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last tokens: so many if negative; if positive all beyond the first so many, as it was once."""
+        tokens_to_remove = int(tokens_to_remove)  # drafts hand over a tensor
         length = min(tokens_to_remove, self.length) if tokens_to_remove > 0 else self.length + tokens_to_remove
         self.length = max(length, 0)
         if self.real is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +23,7 @@ class Pass:
     def __init__(self) -> None:
         self._angles: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # of which tensor they were made, and they
         self._places: tuple[tuple, Places] | None = None  # likewise
+        self._standing: Places | None = None
 
     def __deepcopy__(self, memo: dict) -> Pass:
         """A copy of a model makes its own, one for all of its layers."""
@@ -42,6 +45,8 @@ class Pass:
 
     def places(self, layer: LatentLayer, batch: int, new: int, mask: Tensor | None) -> Places:
         """`LatentLayer.places`, once for all layers that hold as much. The mask is the same in all."""
+        if self._standing is not None:
+            return self._standing
         state = layer.length, layer.capacity, batch, new, layer.real
         if self._places is not None and not torch.compiler.is_compiling():
             (*sizes, real), found = self._places
@@ -50,6 +55,15 @@ class Pass:
         found = layer.places(batch, new, mask)
         self._places = state, found
         return found
+
+    @contextlib.contextmanager
+    def standing(self, places: Places) -> Iterator[None]:
+        """What runs inside puts its tokens there, and leaves nothing here."""
+        self._standing = places
+        try:
+            yield
+        finally:
+            self._standing = self._angles = self._places = None
 
 
 @dataclass

@@ -1,0 +1,232 @@
+"""A decode step of a whole accelerated model as a CUDA graph: Python takes three times as long to launch it as it runs.
+
+The second step over a cache is recorded, and the ones after it are replayed as long as nothing has changed that it
+depends on: the memory of the cache, the batch, the weights, and the modes of torch. Where the new tokens stand is read
+from the device, so that the cache may be cropped, and its requests may be padded. Whatever asks for more than logits,
+comes with several new tokens, or goes through a module that somebody hooked runs as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from dskernels.dispatch import forced_impl
+from dskernels.integrations.transformers.cache import LatentLayer, Places
+from dskernels.integrations.transformers.latents import Pass
+from dskernels.integrations.transformers.patches import STATE
+from dskernels.model.capture import capturing
+
+DEVICES = ("cuda",)
+CACHES = ("past_key_values", "cache")  # what a forward calls it: it has had two names
+CAPTURING = "transformers.utils.output_capturing"
+READ = {"input_ids", "position_ids", "attention_mask", "logits_to_keep", "use_cache", "return_dict", *CACHES}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a call asks for, if it is a decode step.
+
+    Attributes:
+        tokens: ``[B, 1]``.
+        positions: ``[B, 1]`` or ``[1, 1]``, or None.
+        mask: ``[B, length + 1]``, or None.
+        layers: of the cache.
+        options: what else the forward is called with.
+    """
+
+    tokens: Tensor
+    positions: Tensor | None
+    mask: Tensor | None
+    layers: list[LatentLayer]
+    options: dict[str, Any]
+
+    @property
+    def length(self) -> int:
+        """Tokens before the new one, padding included."""
+        return self.layers[0].length
+
+
+class Graphs:
+    """The recorded step of a model, one at a time, and whether another one may be.
+
+    Args:
+        shared: what the model's attention layers share.
+    """
+
+    def __init__(self, shared: Pass) -> None:
+        self._shared = shared
+        self._seen: tuple | None = None
+        self._of: Callable[[], Any] = lambda: None
+        self._recorded: Recorded | None = None
+        self._failed = False
+
+    def __deepcopy__(self, memo: dict) -> Graphs:
+        """A copy of a model records its own."""
+        return Graphs(copy.deepcopy(self._shared, memo))
+
+    def run(self, model: nn.Module, step: Step, cache: Any) -> Any:
+        """The output of a decode step, replayed if it was recorded; None if it is to be run as before."""
+        key = self._key(model, step)
+        if self._of() is not cache or self._seen != key:
+            self._recorded, self._seen, self._of = None, key, ref(cache)  # what is compiled or kept is made by this one
+            return None
+        if self._recorded is None:
+            if self._failed or _hooked(model):
+                return None
+            try:
+                self._recorded = Recorded(model, step, self._shared)
+            except RuntimeError as error:
+                self._failed = True
+                warnings.warn(f"dskernels: decode steps are not recorded ({error})", stacklevel=4)
+                return None
+        return self._recorded.replay(step)
+
+    def _key(self, model: nn.Module, step: Step) -> tuple:
+        weights = (*model.parameters(), *model.buffers())
+        return (
+            *(step.tokens.shape[0], step.mask is None, step.positions is None or step.positions.shape),
+            tuple(step.options.items()),
+            tuple([layer.pages.data_ptr() for layer in step.layers]),
+            tuple([(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]),
+            (torch.is_inference_mode_enabled(), torch.is_autocast_enabled(step.tokens.device.type), forced_impl()),
+        )
+
+
+class Recorded:
+    """A decode step with its inputs where they stay."""
+
+    def __init__(self, model: nn.Module, step: Step, shared: Pass) -> None:
+        batch, device = step.tokens.shape[0], step.tokens.device
+        self._tokens = step.tokens.clone()
+        self._positions = step.tokens.new_empty(batch if step.positions is None else step.positions.shape[0], 1)
+        self._lengths = torch.empty(batch, dtype=torch.int32, device=device)
+        self._is_real = torch.ones(batch, dtype=torch.bool, device=device)
+        first = torch.arange(batch, device=device) * step.layers[0].capacity
+        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device)
+
+        def run() -> Any:
+            slots = torch.where(self._is_real, first + self._lengths - 1, -1)
+            with shared.standing(Places(slots, self._lengths, None, None, cu_seqlens)), _held(step.layers):
+                given = {"input_ids": self._tokens, "position_ids": self._positions, **step.options}
+                return type(model).forward(model, **given)
+
+        self._place(step)
+        self._replay, self._out = record(run)
+        kept = {name: value for name, value in self._out.items() if isinstance(value, Tensor)}
+        if set(kept) != {"logits"}:
+            raise RuntimeError(f"expected logits alone, the model gives {', '.join(kept)}")
+
+    def _place(self, step: Step) -> Tensor | None:
+        """Tells the device where the new tokens stand; which tokens are real, if any are not."""
+        self._tokens.copy_(step.tokens)
+        if step.positions is None:
+            self._positions.fill_(step.length)
+        else:
+            self._positions.copy_(step.positions)
+        if step.mask is None:
+            self._lengths.fill_(step.length + 1)
+            return None
+        real = step.mask[:, -(step.length + 1) :].bool()
+        torch.sum(real, 1, dtype=torch.int32, out=self._lengths)
+        self._is_real.copy_(real[:, -1])
+        return real
+
+    def replay(self, step: Step) -> Any:
+        """Runs it for these tokens."""
+        real = self._place(step)
+        self._replay()
+        for layer in step.layers:
+            layer.length += 1
+            layer.real = real
+        out = copy.copy(self._out)
+        out.logits = self._out.logits.clone()
+        return out
+
+
+def decode_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Step, Any] | None:
+    """What a call of a model's forward asks for and its cache, if that is a decode step over latents, else None."""
+    given = dict(kwargs)
+    if args:
+        if len(args) > 1 or "input_ids" in given:
+            return None
+        given["input_ids"] = args[0]
+    tokens, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] != 1 or cache is None:
+        return None
+    if tokens.device.type not in DEVICES or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    if any(value is not None and value is not False for name, value in given.items() if name not in READ):
+        return None
+    layers = getattr(cache, "layers", [])
+    if not layers or any(type(layer) is not LatentLayer or layer.padded for layer in layers):
+        return None
+    length, batch = layers[0].length, tokens.shape[0]
+    if not length or any(layer.length != length or layer.capacity <= length for layer in layers):
+        return None
+    if layers[0].pages.shape[0] * layers[0].pages.shape[1] != batch * layers[0].capacity:
+        return None
+    if mask is None and layers[0].real is not None:
+        return None
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (batch, length + 1)):
+        return None
+    if positions is not None and positions.shape not in ((batch, 1), (1, 1)):
+        return None
+    if isinstance(given.get("logits_to_keep"), Tensor):
+        return None
+    options = {name: given[name] for name in READ - {"input_ids", "position_ids", "attention_mask"} if name in given}
+    return Step(tokens, positions, mask, layers, options), cache
+
+
+def model_forward(original: Callable) -> Callable:
+    """The forward of a model whose decode steps are recorded, with the signature of its own."""
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        graphs: Graphs = getattr(self, STATE)
+        found = decode_step(self, args, kwargs)
+        out = None if found is None else graphs.run(self, *found)
+        return type(self).forward(self, *args, **kwargs) if out is None else out
+
+    return forward
+
+
+def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """A CUDA graph of what `run` launches, to be replayed, and what it returned, which each replay writes anew."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), capturing(graph, torch.cuda.graph_pool_handle()):
+        out = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph.replay, out
+
+
+@contextlib.contextmanager
+def _held(layers: list[LatentLayer]) -> Iterator[None]:
+    """Leaves the counts of a cache as they were."""
+    before = [(layer.length, layer.real) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, (length, real) in zip(layers, before, strict=True):
+            layer.length, layer.real = length, real
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether somebody waits for a module to be called; transformers itself does not, where no hidden states are asked
+    for, though its hooks stay once they were."""
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    others = any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
+    return others or any(hasattr(module, "_hf_hook") for module in model.modules())
