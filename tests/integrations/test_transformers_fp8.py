@@ -85,6 +85,16 @@ def test_what_is_not_taken_is_said():
     assert "its blocks are (64, 64), not (128, 128)" in text
 
 
+@pytest.fixture
+def one_thread():
+    """What two add up in whatever order they are done is not the same twice, with transformers alone too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_plain_weights_multiplied_in_fp8():
     """Logits as a checkpoint in fp8 gives them, gradients within twice their error; and undone."""
     model = small("V3")
