@@ -310,9 +310,19 @@ def forced_impl() -> str | None:
 def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
     """Say which implementation would run, and why not the others, without running any kernel.
 
-    ``explain(dskernels.fp8_gemm, a, b)`` answers for these arguments (which are validated as usual), one `Choice` for
-    each registered operation that the call makes. ``explain()`` answers for every operation on this machine's default
-    device.
+    ``explain(dskernels.fp8_gemm, a, b)`` answers for these arguments (which are validated as usual), ``explain()`` for
+    every operation on this machine's default device.
+
+    Args:
+        function: a public operation, or whatever calls some; none for all operations.
+        args: what it is called with.
+        kwargs: likewise.
+
+    Returns:
+        One :class:`Choice` for each registered operation that the call makes, in their order.
+
+    Raises:
+        TypeError, ValueError: as the function does, also for an explicit `impl` that cannot run.
     """
     if function is None:
         probe = torch.empty(0, device=default_device())

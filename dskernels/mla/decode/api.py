@@ -57,8 +57,8 @@ def mla_decode(
 
     Lengths are taken between 0 and what the table holds, q_lengths between 0 and Q, page ids between 0 and the last
     page: nothing is read out of bounds, whatever they hold. Rows of the cache at or beyond lengths[b] are never used,
-        NaN or not.
-    Nothing waits for the device, so that a CUDA graph may replay with other lengths and tables. Not differentiable.
+    NaN or not. Nothing waits for the device, so that a CUDA graph may replay with other lengths and tables. Not
+    differentiable.
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2.
     """
     check_tensor("q", q, dtype=(*HALF_OR_SINGLE, torch.float64), shape=("B", "Q", "H", "D"))
