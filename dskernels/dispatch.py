@@ -105,6 +105,8 @@ class Operation:
         dispatcher, which would end there too, and `choose` take 14 us more (of fp8_gemm 29 and 15, on a host where
         ``x.add_(1)`` takes 12).
         """
+        if impl is not None:
+            _check_impl(impl)
         if (
             torch.compiler.is_dynamo_compiling()
             or self._straight is None
@@ -152,6 +154,8 @@ class Operation:
         """The tensors, and what else decides what runs; None for that where it must be decided anew."""
         tensors = given = self._tensors(args)
         absent = None
+        if impl is not None:
+            _check_impl(impl)
         for x in given:
             if x is None:
                 tensors = tuple([x for x in given if x is not None])
@@ -337,6 +341,12 @@ def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list
     finally:
         _recording.reset(token)
     return choices
+
+
+def _check_impl(impl: Any) -> None:
+    """Check that it is a name; `choose` says whether of an implementation."""
+    if not isinstance(impl, str):
+        raise TypeError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {type(impl).__name__}")
 
 
 @contextlib.contextmanager

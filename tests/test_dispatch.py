@@ -75,6 +75,17 @@ def test_unknown_impl_is_named(operands, call):
         call(*operands)
 
 
+@pytest.mark.parametrize("impl", [1, ["triton"]])
+def test_impl_that_is_no_name_is_named(operands, impl):
+    calls = (
+        lambda: ds.fp8_gemm(*operands, impl=impl),
+        lambda: ds.permute(torch.ones(2, 4), torch.zeros(2, 1).int(), 3, impl=impl),
+    )
+    for call in calls:
+        with pytest.raises(TypeError, match=rf"impl: expected one of hopper.* or None, got {type(impl).__name__}"):
+            call()
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_writing_to_an_argument_raises_its_version(operands, device, impl):
     a, b = (operand.to(device) for operand in operands)
