@@ -24,6 +24,13 @@ from test_mla_decode import close, oracle
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
 
+# What warpgroups.h has not, as others that use it have it in their own way.
+INSTRUCTIONS = """
+inline void prefetch_map(const void*) {}
+inline void clear_flag(int* flag) { *flag = 0; }
+inline void raise_flag(int* flag) { *flag = 1; }
+inline bool raised(const int* flag) { return *flag != 0; }
+"""
 FUNCTION = re.compile(r"(?:template <[^>\n]*>\s*)?[^\n;#]*__device__ __forceinline__[^\n;]*?(\w+)\([^;{]*\)[^;{]*\{")
 # Functions of which warpgroups.h cannot know, as they take types of the kernel's.
 REWRITTEN = {
@@ -85,7 +92,7 @@ def library(path, options, kernel, threads, folder):
     entry = f'extern "C" void run(int blocks, {declared}) {{ launch(blocks, {threads}, [=] {{ {kernel}({call}); }}); }}'
     source = folder / f"{len(list(folder.iterdir()))}.cpp"
     header = (hopper.SOURCE.parents[3] / "tests" / "warpgroups.h").read_text()
-    source.write_text("\n".join((defines, header, without_ptx(source_of(path)), entry)))
+    source.write_text("\n".join((defines, header, INSTRUCTIONS, without_ptx(source_of(path)), entry)))
     flags = ("-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC")
     subprocess.run(["g++", *flags, "-o", source.with_suffix(".so"), source], check=True)
     return ctypes.CDLL(str(source.with_suffix(".so")))
@@ -112,9 +119,9 @@ def tensor_map(x, box_rows):
 
 def decode(folder, q, cache, table, lengths, new, scale, parts, wide):
     batch, q_tokens, heads, _ = q.shape
-    row_blocks, rows = ceil_div(q_tokens * heads, BLOCK), batch * q_tokens * heads
+    row_blocks = ceil_div(q_tokens * heads, BLOCK)
     out, lse = q.new_full((batch, q_tokens, heads, 512), math.nan), torch.full((batch, heads, q_tokens), math.nan)
-    work = torch.full((2 * parts * row_blocks * BLOCK * 513 + 4 * batch,), math.nan)
+    work = torch.full((2 * parts * row_blocks * BLOCK * 513 + 4 * batch + parts * row_blocks + 3,), math.nan)
     config = choose_hopper_config(q_tokens * heads, cache.shape[1], cache.dtype == torch.uint8)
     config = replace(config, cluster=1)
     packed = q.view(batch, q_tokens * heads, 576)
@@ -127,7 +134,7 @@ def decode(folder, q, cache, table, lengths, new, scale, parts, wide):
     call(attend, parts * row_blocks, *arguments, config.box_rows, scale * hopper.LOG2_E)
     options = (("OUT", hopper.KINDS[q.dtype]), ("WIDE", wide))
     join = library(hopper.COMBINE, options, "combine", 32 * hopper.COMBINE_WARPS, folder)
-    blocks = ceil_div(rows, hopper.COMBINE_WARPS // wide)
+    blocks = min(batch, parts) * row_blocks * 4 * (2 * wide)
     call(join, blocks, work, out, lse, batch, q_tokens, heads, row_blocks, parts)
     return out, lse
 

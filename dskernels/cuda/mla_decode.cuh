@@ -101,8 +101,9 @@ struct Share {
         const int total = table.tiles();
         even = (total + parts - 1) / parts;
         // Whole requests: the most that a part gets.
-        auto bound = [&](int p) { return (int)((long long)p * batch.requests / parts); };
+        auto bound = [&](int p) { return (u32)(p * batch.requests) / (u32)parts; };
         int most = 0;
+#pragma unroll 1
         for (int p = threadIdx.x % 32; p < parts; p += 32) most = max(most, table.at(bound(p + 1)).y - table.at(bound(p)).y);
         if (__reduce_max_sync(0xffffffffu, most) <= even + WHOLE) {
             even = 0;
@@ -115,6 +116,7 @@ struct Share {
         to = min(even, total - from);
         // The last request that begins at or before `from`.
         int low = 0, high = batch.requests;
+#pragma unroll 1
         while (high - low > 1) {
             const int middle = (low + high) / 2;
             if (table.at(middle).y <= from) low = middle;

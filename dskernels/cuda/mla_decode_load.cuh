@@ -21,6 +21,7 @@ __device__ __forceinline__ uint4 global_load16(const void* p) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
     return x;
 }
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // A line, or half of one, into the L2.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ void smem_store16(u32 addr, u32 a, u32 b, u32 c, u32 d) {
@@ -53,6 +54,15 @@ struct Cache {
         return data + at.x * stride_page + at.y * stride_row;
     }
 };
+
+// Ask for what the first loads would else wait for one after another: maps, and the table where it is small.
+__device__ __forceinline__ void prefetch(const Batch& batch, const int* table, int stride_table, const TensorMap* map_q, const TensorMap* map_k) {
+    constexpr int LINE = 128 / 4, MOST = 1024;
+    const int line = threadIdx.x * gridDim.x + blockIdx.x;
+    if (line < MOST && line * LINE < batch.requests * stride_table) prefetch_line(table + line * LINE);
+    if (threadIdx.x == 64) prefetch_map(map_q);
+    if (LOADER == 0 && threadIdx.x == 96) prefetch_map(map_k);
+}
 
 // Phases of the barriers that say a half of a stage is empty, and the queries are read; at first they all are.
 struct Phases {

@@ -20,17 +20,33 @@ __device__ __forceinline__ float nothing() { return __int_as_float(0xff800000); 
 
 __device__ __forceinline__ float base_of(float largest) { return largest == nothing() ? 0.f : largest; }
 
+// A flag of a CTA of the decode kernel, in memory: 0 from before `let_next_begin`, 1 when it has written all that it has to.
+__device__ __forceinline__ void clear_flag(int* flag) { asm volatile("st.relaxed.gpu.global.s32 [%0], 0; fence.acq_rel.gpu;" ::"l"(flag) : "memory"); }
+__device__ __forceinline__ void raise_flag(int* flag) { asm volatile("fence.acq_rel.gpu; st.relaxed.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
+__device__ __forceinline__ bool raised(const int* flag) {
+    int x;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(flag) : "memory");
+    return x != 0;
+}
+
 // Where results go that are to be combined: two slots for each part, for the request that it goes on with and the one that it begins.
 struct Work {
-    float* sums;   // [2 * parts, padded_rows, VALUE]
+    float4* sums;  // [2 * parts, row_blocks, columns / 8, 4 warps, 32 lanes]: as the products leave them, see wgmma.cuh; rows r and r + 8 of two columns
     float* lse;    // [2 * parts, padded_rows], in powers of 2
     int4* spans;   // [spans(requests, parts)]: a request, the first part that has it, and how many do; what they say of one part or none is not used
-    int padded_rows;
+    int* flags;    // [parts * row_blocks]
+    int padded_rows, row_blocks;
     __device__ __forceinline__ Work(float* work, int row_blocks, int parts) {
         padded_rows = row_blocks * BLOCK;
-        sums = work;
+        this->row_blocks = row_blocks;
+        sums = (float4*)work;
         lse = work + 2ll * parts * padded_rows * VALUE;
-        spans = (int4*)(lse + 2 * parts * padded_rows);
+        flags = (int*)(lse + 2 * parts * padded_rows);
+        spans = (int4*)(flags + (parts * row_blocks + 3) / 4 * 4);
+    }
+    // Of a slot and 64 rows, the sums of a warp's lane in columns 8 * j and on.
+    __device__ __forceinline__ float4* of(int slot, int row_block, int j, int warp, int lane) const {
+        return sums + (((long long)slot * row_blocks + row_block) * (VALUE / 8) + j) * 128 + warp * 32 + lane;
     }
 };
 // Of several parts are as many requests as there are, at most, and one that begins in each part: so a span is a request's, or a part's.

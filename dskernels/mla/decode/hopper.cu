@@ -238,12 +238,12 @@ __device__ __forceinline__ void finish(float (&sums)[128], Rowwise& row, const P
         }
     } else {
         const long long n = (long long)piece.slot * results.work.padded_rows + first;
-        float* part = results.work.sums + n * VALUE + GROUP * (VALUE / 2) + lane % 4 * 2;
+        float4* part = results.work.of(piece.slot, row_block, GROUP * 32, warp, lane);
+        const bool dead[2] = {factor[0] == 0.f, factor[1] == 0.f};
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-                *(float2*)(part + i * 8 * VALUE + j * 8) = factor[i] == 0.f ? make_float2(0.f, 0.f) : make_float2(sums[4 * j + 2 * i] * factor[i], sums[4 * j + 2 * i + 1] * factor[i]);
+            const float* x = sums + 4 * j;
+            part[j * 128] = make_float4(dead[0] ? 0.f : x[0] * factor[0], dead[0] ? 0.f : x[1] * factor[0], dead[1] ? 0.f : x[2] * factor[1], dead[1] ? 0.f : x[3] * factor[1]);
         }
         if (GROUP == 0 && lane % 4 == 0) {
             results.work.lse[n] = lse[0];
@@ -373,7 +373,13 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
     const u32 base = smem_addr(smem);
     const int index = blockIdx.x / row_blocks, parts = gridDim.x / row_blocks, row_block = blockIdx.x % row_blocks;
     const Batch batch{lengths, q_lengths, requests, capacity, q_tokens};
+    int* flag = Work(work, row_blocks, parts).flags + blockIdx.x;
     Share share;
+    prefetch(batch, table, stride_table, &map_q, &map_k);
+    if (threadIdx.x == 32) {
+        clear_flag(flag);
+        let_next_begin();
+    }
     if (threadIdx.x == 0) {
         for (int s = 0; s < 2; ++s) {
             // Copies arrive thread by thread, what has been unpacked warp by warp.
@@ -393,7 +399,6 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
         cluster_arrive();
         cluster_wait();
     }
-    let_next_begin();
 
     const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4, lane = threadIdx.x % 32;
     if (group == 2) {
@@ -412,5 +417,7 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
         if (group == 0) attend<0>(results, base, row_block, warp, lane, scale);
         else attend<1>(results, base, row_block, warp, lane, scale);
     }
+    __syncthreads();
+    if (threadIdx.x == 0) raise_flag(flag);
     if (CLUSTER > 1) cluster_sync();  // a CTA must not end while the other may still arrive at its barriers, or load for it
 }

@@ -159,7 +159,7 @@ def combine(work: Tensor, out: Tensor, lse: Tensor) -> Plan:
     """Fill `out` and `lse` for the requests that several parts had."""
     batch, q_tokens, heads, _ = out.shape
     row_blocks, parts = _grid(out)
-    # Few rows: each has several parts, most likely, and a block of its own.
+    # Few rows: they have many parts each, most likely, which the warps of a block share.
     wide = COMBINE_WARPS if batch * q_tokens * heads <= 4 * multiprocessors(out.device) else 1
     return Plan(
         kernel(COMBINE, "combine", {"OUT": KINDS[out.dtype], "WIDE": wide}, 0, out.device.index),
@@ -167,7 +167,7 @@ def combine(work: Tensor, out: Tensor, lse: Tensor) -> Plan:
             *map(Pointer, ("work", "out", "lse")),
             *map(ctypes.c_int, (batch, q_tokens, heads, row_blocks, parts)),
         ),
-        grid=ceil_div(min(batch, parts) * q_tokens * heads, COMBINE_WARPS // wide),
+        grid=min(batch, parts) * row_blocks * 4 * (2 * wide),
         threads=COMBINE_WARPS * 32,
         shared=0,
         device=out.device,
@@ -196,9 +196,10 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 
 def work_size(q: Tensor) -> int:
-    """Elements of `work`: of each part two partial results and their log-sum-exps, and four integers."""
+    """Elements of `work`: of a part two partial results, their log-sum-exps and four integers; of each CTA a flag."""
     row_blocks, parts = _grid(q)
-    return 2 * parts * row_blocks * BLOCK * (VALUE + 1) + 4 * min(q.shape[0], parts)
+    flags = ceil_div(parts * row_blocks, 4) * 4
+    return 2 * parts * row_blocks * BLOCK * (VALUE + 1) + 4 * min(q.shape[0], parts) + flags
 
 
 def _positive(stride: int) -> int:

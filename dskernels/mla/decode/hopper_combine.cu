@@ -1,87 +1,118 @@
-// The second kernel of decode over the latent cache on sm_90a: of requests that several parts had, their results combined.
+// The second kernel of decode over the latent cache on sm_90a: requests that several parts had, their results combined.
 //
 // Options (-D):
 //   OUT   0 bf16, 1 fp16
-//   WIDE  warps that share a query row, each every WIDE-th of its parts: 8 where there are few rows and many parts, or 1
+//   WIDE  warps that share columns, each every WIDE-th of the parts: 8 where there are few rows and many parts, or 1
 
 #include "mla_parts.cuh"
 
-constexpr int WARPS = 8;  // of a block
-constexpr int DEEP = 4;   // results that a warp loads at once
+constexpr int WARPS = 8;         // of a block
+constexpr int DEEP = 4;          // results that a warp loads at once
+constexpr int STEPS = 4;         // of 8 columns that a warp has
+constexpr int ROWS = 16;         // that a block has: those of one warp of the decode kernel
+constexpr int MOST_PARTS = 256;  // of a request: a part is at least one multiprocessor
+constexpr int SLICES = VALUE / 8 / STEPS / (WARPS / WIDE);  // blocks for 16 rows
 
-// A block has WARPS / WIDE query rows. The results of a row's parts are weighed by e^lse and added in a fixed order.
+// A block has 16 query rows and some columns. The results of their parts are weighed by e^lse and added in a fixed order. It may begin as soon as
+// the first CTA of the decode kernel has ended, and waits for their flags, not for the end of that kernel, which comes a microsecond later.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 combine(float* work, Element* out, float* lse, int requests, int q_tokens, int heads, int row_blocks, int parts) {
-    __shared__ float4 sums[WIDE == 1 ? 1 : WARPS][VALUE / 4];
+    __shared__ float4 sums[WIDE == 1 ? 1 : WARPS][STEPS][32];
+    __shared__ float weights[MOST_PARTS][ROWS], largest[WARPS * 2][ROWS], factors[ROWS];
     const Work results(work, row_blocks, parts);
-    const int rows = heads * q_tokens, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int at = blockIdx.x * (WARPS / WIDE) + warp / WIDE, index = at / rows, r = at - index * rows;
-    wait_for_last();
-    if (index >= spans_of(requests, parts)) return;
+    const int rows = heads * q_tokens, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const int slice = blockIdx.x % SLICES, sixteen = blockIdx.x / SLICES % (row_blocks * 4), index = blockIdx.x / SLICES / (row_blocks * 4);
+    for (int i = thread; i < parts * row_blocks; i += WARPS * 32)
+        while (!raised(results.flags + i)) {}
+    __syncthreads();
     const int4 span = results.spans[index];
     const int request = span.x, count = span.z;
-    if (count <= 1) return;
+    if (count <= 1 || sixteen * ROWS >= rows) {
+        wait_for_last();  // who waits for this kernel waits for that one too
+        return;
+    }
     // The first part's result stands in its second slot.
-    auto row = [&](int i) { return (long long)(2 * (span.y + i) + (i == 0)) * results.padded_rows + r; };
+    auto slot = [&](int i) { return 2 * (span.y + i) + (i == 0); };
+    const int first_step = (slice * (WARPS / WIDE) + warp / WIDE) * STEPS;
     // The first results are on their way while their weights are found.
-    float4 x[DEEP][4];
+    float4 x[DEEP][STEPS];
     auto load = [&](int first) {
 #pragma unroll
         for (int d = 0; d < DEEP; ++d) {
             const int i = first + d * WIDE;
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                x[d][j] = i < count ? *(const float4*)(results.sums + row(i) * VALUE + j * 128 + lane * 4) : make_float4(0.f, 0.f, 0.f, 0.f);
+            for (int j = 0; j < STEPS; ++j)
+                x[d][j] = i < count ? *results.of(slot(i), sixteen / 4, first_step + j, sixteen % 4, lane) : make_float4(0.f, 0.f, 0.f, 0.f);
         }
     };
     load(warp % WIDE);
-    float largest = nothing(), weight = 0.f;
-    for (int i = lane; i < count; i += 32) {
-        const float one = results.lse[row(i)], before = largest;
-        largest = fmaxf(largest, one);
-        weight = weight * exp2_fast(before - base_of(largest)) + exp2_fast(one - base_of(largest));
-    }
-    float base = largest;
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) base = fmaxf(base, __shfl_xor_sync(0xffffffffu, base, d));
-    base = base_of(base);
-    weight *= exp2_fast(largest - base);
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) weight += __shfl_xor_sync(0xffffffffu, weight, d);
-    const float factor = weight == 0.f ? 0.f : 1.f / weight;
 
-    float4 sum[4] = {};  // columns 128 * j + 4 * lane
+    // A thread has a row and every 16th part.
+    const int row = thread % ROWS, own = thread / ROWS;
+    constexpr int EVERY = WARPS * 32 / ROWS;
+    float top = nothing();
+    for (int i = own; i < count; i += EVERY) {
+        const float one = results.lse[(long long)slot(i) * results.padded_rows + sixteen * ROWS + row];
+        weights[i][row] = one;
+        top = fmaxf(top, one);
+    }
+    largest[own][row] = top;
+    __syncthreads();
+    for (int i = 0; i < EVERY; ++i) top = fmaxf(top, largest[i][row]);
+    const float base = base_of(top);
+    __syncthreads();
+    float weight = 0.f;
+    for (int i = own; i < count; i += EVERY) {
+        const float one = exp2_fast(weights[i][row] - base);
+        weights[i][row] = one;
+        weight += one;
+    }
+    largest[own][row] = weight;
+    __syncthreads();
+    weight = 0.f;
+    for (int i = 0; i < EVERY; ++i) weight += largest[i][row];
+    if (own == 0) {
+        factors[row] = weight == 0.f ? 0.f : 1.f / weight;
+        const int r = sixteen * ROWS + row;
+        if (slice == 0 && r < rows) lse[((long long)request * heads + r % heads) * q_tokens + r / heads] = weight == 0.f ? nothing() : (base + log2f(weight)) * LN_2;
+    }
+    __syncthreads();
+
+    float4 sum[STEPS] = {};
     for (int first = warp % WIDE; first < count; first += DEEP * WIDE) {
         if (first >= DEEP * WIDE) load(first);
 #pragma unroll
         for (int d = 0; d < DEEP; ++d) {
             const int i = first + d * WIDE;
-            const float w = i < count ? exp2_fast(results.lse[row(i)] - base) * factor : 0.f;
+            const float a = i < count ? weights[i][lane / 4] : 0.f, b = i < count ? weights[i][lane / 4 + 8] : 0.f;
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-                sum[j] = make_float4(fmaf(w, x[d][j].x, sum[j].x), fmaf(w, x[d][j].y, sum[j].y), fmaf(w, x[d][j].z, sum[j].z), fmaf(w, x[d][j].w, sum[j].w));
+            for (int j = 0; j < STEPS; ++j)
+                sum[j] = make_float4(fmaf(a, x[d][j].x, sum[j].x), fmaf(a, x[d][j].y, sum[j].y), fmaf(b, x[d][j].z, sum[j].z), fmaf(b, x[d][j].w, sum[j].w));
         }
     }
-    auto store = [&](int column, float4 y) {
-        *(uint2*)(out + ((long long)request * rows + r) * VALUE + column) = make_uint2(pack(y.x, y.y), pack(y.z, y.w));
+    auto store = [&](int j, float4 y) {
+        const int r = sixteen * ROWS + lane / 4;
+        const float a = factors[lane / 4], b = factors[lane / 4 + 8];
+        Element* to = out + ((long long)request * rows + r) * VALUE + (first_step + j) * 8 + lane % 4 * 2;
+        if (r < rows) *(u32*)to = pack(y.x * a, y.y * a);
+        if (r + 8 < rows) *(u32*)(to + 8 * VALUE) = pack(y.z * b, y.w * b);
     };
     if (WIDE == 1) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) store(j * 128 + lane * 4, sum[j]);
-    } else {  // the block has but this row
+        for (int j = 0; j < STEPS; ++j) store(j, sum[j]);
+    } else {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[warp][j * 32 + lane] = sum[j];
+        for (int j = 0; j < STEPS; ++j) sums[warp][j][lane] = sum[j];
         __syncthreads();
-        if (threadIdx.x < VALUE / 4) {
+        if (warp < STEPS) {
             float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
             for (int i = 0; i < WIDE; ++i) {
-                const float4 z = sums[i][threadIdx.x];
+                const float4 z = sums[i][warp][lane];
                 y = make_float4(y.x + z.x, y.y + z.y, y.z + z.z, y.w + z.w);
             }
-            store(threadIdx.x * 4, y);
+            store(warp, y);
         }
     }
-    if (warp % WIDE == 0 && lane == 0)
-        lse[((long long)request * heads + r % heads) * q_tokens + r / heads] = weight == 0.f ? nothing() : (base + log2f(weight)) * LN_2;
+    wait_for_last();
 }
