@@ -23,12 +23,14 @@ class MatvecConfig:
     num_warps: int
 
 
-def choose_matvec(columns: int) -> MatvecConfig:
+def choose_matvec(columns: int, interpreted: bool = False) -> MatvecConfig:
     """For a weight with rows of so many columns: four whole rows where they are short, else 512 columns of eight.
 
     Short rows are of small experts, which take no longer for more programs. Eight rows of 512 are 8 KB in flight for
-    each program, of which several share a multiprocessor.
+    each program, of which several share a multiprocessor. Triton's interpreter takes its time by programs.
     """
+    if interpreted:
+        return MatvecConfig(32, max(min(power_of_two(columns), 512), 16), 4)
     if columns <= 256:
         return MatvecConfig(4, max(power_of_two(columns), 16), 4)
     return MatvecConfig(8, 512, 4)

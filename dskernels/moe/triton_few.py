@@ -17,7 +17,7 @@ from torch import Tensor
 from dskernels.device import empty
 from dskernels.moe.config_matvec import MOST_CHOICES, MOST_TOKENS, choose_matvec, power_of_two
 from dskernels.moe.experts import Network, Operand
-from dskernels.portable import begin_dependent, cast, launch, programmatic
+from dskernels.portable import INTERPRETED, begin_dependent, cast, launch, programmatic
 from dskernels.types import Fp8Tensor
 from dskernels.validate import ceil_div
 
@@ -175,7 +175,8 @@ def fused_experts(
     n_experts, columns = total - n_shared, (top_k + n_shared) * inner + inner_shared
     w13, w2 = (network.w13, network.w2) if shared is None else (shared.w13, shared.w2)
     hidden, out = empty(x, (tokens, columns), dtype), empty(x, (tokens, width), dtype)
-    up, down, choices = choose_matvec(width), choose_matvec(inner), power_of_two(top_k + n_shared)
+    up, down = (choose_matvec(size, bool(INTERPRETED)) for size in (width, inner))
+    choices = power_of_two(top_k + n_shared)
     launch(
         few_up_kernel,
         (tokens, (top_k + n_shared) * ceil_div(inner, up.rows) + ceil_div(inner_shared, up.rows)),
