@@ -44,13 +44,16 @@ def compile_cuda(path: Path, options: dict[str, int], shared: int) -> Report:
     cubin = ctypes.create_string_buffer(size.value)
     library.nvrtcGetCUBIN(program, cubin)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    usage = dict(re.findall(r"(\w+):(\d+)", run_tool(cubin.raw, "cuobjdump", "-res-usage")))
+    # A file may have several kernels: what the most demanding of them takes.
+    usage: dict[str, int] = {}
+    for name, value in re.findall(r"(\w+):(\d+)", run_tool(cubin.raw, "cuobjdump", "-res-usage")):
+        usage[name] = max(usage.get(name, 0), int(value))
     return Report(
         source=f"{path.name} {options}",
         target="sm_90",
-        registers=int(usage["REG"]),
-        stack=int(usage["STACK"]) + int(usage["LOCAL"]),
-        shared=shared + int(usage["SHARED"]),
+        registers=usage["REG"],
+        stack=usage["STACK"] + usage["LOCAL"],
+        shared=shared + usage["SHARED"],
         tensor_memory=0,
         seconds=time.perf_counter() - began,
         cubin=cubin.raw,
