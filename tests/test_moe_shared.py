@@ -10,10 +10,11 @@ from dskernels.moe import experts as flow
 @pytest.mark.parametrize("fp8", [False, True])
 def test_a_shared_expert_behind_the_routed_ones_is_one_of_them(device, fp8, monkeypatch):
     """It shares their launches, where nothing is kept; an id that is its number in the stack is still dropped."""
-    experts, n_experts = torch.tensor([[0, 2], [2, -1], [3, 0], [1, 3], [-1, -1]], device=device), 3
+    experts, n_experts = torch.tensor([[0, 2], [2, -1], [3, 0], [1, 3], [-1, -1]], device=device).repeat(2, 1), 3
     all_w13 = torch.randn(n_experts + 1, 2 * 40, 136, device=device) * 136**-0.5
     all_w2 = torch.randn(n_experts + 1, 136, 40, device=device) * 40**-0.5
-    x, weights = torch.randn(5, 136, device=device), torch.rand(5, 4, device=device)[:, 1:3]
+    # Ten tokens: up to eight have kernels of their own.
+    x, weights = torch.randn(10, 136, device=device), torch.rand(10, 4, device=device)[:, 1:3]
     routing = ds.Routing(weights, experts, experts, experts)
     if fp8:
         all_w13, all_w2 = ds.quantize(all_w13, (128, 128)), ds.quantize(all_w2, (128, 128))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dskernels.moe.config import MAX_EXPERTS
-from dskernels.moe.packed import KEPT, PACKED, is_packed
+from dskernels.moe.packed import DIFFERENTIATED, KEPT, PACKED, is_packed
 from dskernels.moe.triton import weighted_sum
 from dskernels.moe.triton_sort import append_choices, sort
 from dskernels.moe.triton_swiglu import swiglu_backward
@@ -116,19 +116,22 @@ def forward(
     experts: Tensor,
     shared: Network | None,
     keep: bool,
+    differentiated: bool,
     quantized: Fp8Tensor | None,
     n_shared: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [T, H], and, if asked to keep them for the backward, gate and up of both networks.
 
     The last `n_shared` experts are taken by every token; where nothing is kept, a shared expert that follows the routed
-    ones in memory is one more of these. `quantized` is `x` as the products take it, where that is there already.
+    ones in memory is one more of these. `Steps.few`, which rounds elsewhere, is for what nobody differentiates, since
+    computing again and keeping are to give the same bits. `quantized` is `x` as the products take it, where that is
+    there already.
     """
     a = steps.operand(x) if quantized is None else quantized
     of_shared = steps.kept(x.new_empty(0, 0 if shared is None else shared.w13.shape[0]))
     if shared is not None and not keep and (together := _one_stack(steps, routed, shared)) is not None:
         routed, shared, n_shared = together, None, 1
-    if steps.few is not None and not keep:
+    if steps.few is not None and not keep and not differentiated:
         out = steps.few(a, x.dtype, routed, weights, experts, n_shared, shared)
         if out is not None:
             return out, steps.kept(x.new_empty(0, routed.w13.shape[1])), of_shared
@@ -138,7 +141,7 @@ def forward(
     shared_gate_up, residual = of_shared, None
     if shared is not None:
         residual, shared_gate_up = network_forward(steps, a, shared, steps.every_token(x), x.dtype, keep)
-    batch, index = _routed(experts, routed)
+    batch, index = routed_batch(experts, routed)
     y, gate_up = network_forward(steps, a, routed, batch, x.dtype, keep)
     return weighted_sum(y, index, weights, residual), gate_up, shared_gate_up
 
@@ -166,7 +169,7 @@ def backward(
             steps, dout, da, x, a, shared, steps.every_token(x), shared_gate_up, None, wanted, None
         )
     if needs_dx or needs_dw13 or needs_dw2 or needs_dweights:
-        batch, _ = _routed(experts, routed)
+        batch, _ = routed_batch(experts, routed)
         wanted = needs_dx, needs_dw13, needs_dw2
         dx, dw13, dw2, dweights = network_backward(
             steps, dout, da, x, a, routed, batch, gate_up, weights.contiguous(), wanted, dx
@@ -205,9 +208,9 @@ def network_backward(
     """
     needs_dx, needs_dw13, needs_dw2 = needs
     if a is not None:
-        gate_up = steps.kept(_up(steps, a, network, batch, x.dtype))
+        gate_up = gate_up_again(steps, a, network, batch, x.dtype)
     dy = steps.rows(da, batch)
-    dhidden = steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, x.dtype)
+    dhidden = gradient_of_hidden(steps, dy, network, batch, x.dtype)
     operand, dgate_up, hidden, dweights = steps.gradient(gate_up, dhidden, batch, weights)
     del gate_up, dhidden
     dx = dw13 = dw2 = None
@@ -216,14 +219,33 @@ def network_backward(
         dw2 = steps.wgrad(dy, hidden, batch, network.w2)
     del dy, hidden
     if needs_dx:
-        w13 = steps.weight(network.w13, network.w13_scale, True)
-        dx = steps.product(Rows(operand), w13, batch, x.dtype)
-        if batch.index is not None:
-            dx = weighted_sum(dx, batch.index, None, residual)
+        dx = gradient_of_tokens(steps, operand, network, batch, x.dtype, residual)
     if needs_dw13:
-        rows = Rows(x, batch.source) if steps.wgrad_requantizes else steps.rows(x, batch)
-        dw13 = steps.wgrad(dgate_up, rows, batch, network.w13)
+        dw13 = steps.wgrad(dgate_up, rows_for_wgrad(steps, x, batch), batch, network.w13)
     return dx, dw13, dw2, dweights
+
+
+def gate_up_again(steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """What enters the SwiGLU, as it would have been kept."""
+    return steps.kept(_up(steps, a, network, batch, dtype))
+
+
+def gradient_of_hidden(steps: Steps, dy: Rows, network: Network, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """dA', of what comes out of the SwiGLU."""
+    return steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, dtype)
+
+
+def gradient_of_tokens(
+    steps: Steps, dgate_up: Operand, network: Network, batch: Batch, dtype: torch.dtype, residual: Tensor | None
+) -> Tensor:
+    """dX: of the rows, or of the tokens that they are, and of `residual` besides."""
+    dx = steps.product(Rows(dgate_up), steps.weight(network.w13, network.w13_scale, True), batch, dtype)
+    return dx if batch.index is None else weighted_sum(dx, batch.index, None, residual)
+
+
+def rows_for_wgrad(steps: Steps, tokens: Tensor, batch: Batch) -> Rows:
+    """Tokens as `Steps.wgrad` takes their rows."""
+    return Rows(tokens, batch.source) if steps.wgrad_requantizes else steps.rows(tokens, batch)
 
 
 def _one_stack(steps: Steps, routed: Network, shared: Network) -> Network | None:
@@ -250,7 +272,7 @@ def _with_next(stack: Tensor | None, matrix: Tensor | None) -> Tensor | None:
     return stack.as_strided((stack.shape[0] + 1, *stack.shape[1:]), stack.stride(), stack.storage_offset())
 
 
-def _routed(experts: Tensor, network: Network) -> tuple[Batch, Tensor]:
+def routed_batch(experts: Tensor, network: Network) -> tuple[Batch, Tensor]:
     """The batch of the routed experts, and its index."""
     offsets, index, source = sort(experts, network.w13.shape[0])
     return Batch(source.shape[0], experts.shape[1], offsets, index, source), index
@@ -283,12 +305,13 @@ def operations(kinds: Kinds) -> tuple[Callable, Callable]:
         *block, fp8, keep, data, scale, n_shared = args
         given = None if data is None or scale is None else Fp8Tensor(data, scale)
         steps = kinds.chosen(fp8, bool(keep & PACKED))
-        return forward(steps, *_block(*block), bool(keep & KEPT), given, n_shared)
+        kept, differentiated = bool(keep & KEPT), bool(keep & DIFFERENTIATED)
+        return forward(steps, *block_of(*block), kept, differentiated, given, n_shared)
 
     def fused_experts_backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *block, gate_up, shared_gate_up, fp8, needs = args
         steps = kinds.chosen(fp8, is_packed(gate_up))
-        return backward(steps, dout, *_block(*block), gate_up, shared_gate_up, needs)
+        return backward(steps, dout, *block_of(*block), gate_up, shared_gate_up, needs)
 
     return fused_experts, fused_experts_backward
 
@@ -311,7 +334,7 @@ def dense_operations(kinds: Kinds) -> tuple[Callable, Callable]:
     return feed_forward, feed_forward_backward
 
 
-def _block(
+def block_of(
     x: Tensor,
     w13: Tensor,
     w13_scale: Tensor | None,

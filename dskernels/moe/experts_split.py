@@ -11,9 +11,20 @@ from typing import Any
 
 from torch import Tensor
 
-from dskernels.moe.experts import Batch, Kinds, Network, Rows, Steps, _block, _routed, _up
+from dskernels.moe.experts import (
+    Batch,
+    Kinds,
+    Network,
+    Rows,
+    Steps,
+    block_of,
+    gate_up_again,
+    gradient_of_hidden,
+    gradient_of_tokens,
+    routed_batch,
+    rows_for_wgrad,
+)
 from dskernels.moe.packed import is_packed
-from dskernels.moe.triton import weighted_sum
 from dskernels.moe.triton_swiglu import swiglu_backward
 
 
@@ -34,22 +45,17 @@ def backward_inputs(
 
     def run(network, batch, gate_up, weights, residual):
         if a is not None:
-            gate_up = steps.kept(_up(steps, a, network, batch, x.dtype))
-        dy = steps.rows(da, batch)
-        dhidden = steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, x.dtype)
-        del dy
+            gate_up = gate_up_again(steps, a, network, batch, x.dtype)
+        dhidden = gradient_of_hidden(steps, steps.rows(da, batch), network, batch, x.dtype)
         dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, weights)
         del gate_up, dhidden
-        w13 = steps.weight(network.w13, network.w13_scale, True)
-        dx = steps.product(Rows(steps.operand(dgate_up)), w13, batch, x.dtype)
-        if batch.index is not None:
-            dx = weighted_sum(dx, batch.index, None, residual)
+        dx = gradient_of_tokens(steps, steps.operand(dgate_up), network, batch, x.dtype, residual)
         return dx, dweights, dgate_up, hidden
 
     dx, of_shared = None, (x.new_empty(0), x.new_empty(0))
     if shared is not None:
         dx, _, *of_shared = run(shared, steps.every_token(x), shared_gate_up, None, None)
-    batch, _ = _routed(experts, routed)
+    batch, _ = routed_batch(experts, routed)
     dx, dweights, *of_routed = run(routed, batch, gate_up, weights.contiguous(), dx)
     return dx, dweights, *of_routed, *of_shared
 
@@ -72,16 +78,14 @@ def backward_weights(
     def run(network: Network, batch: Batch, dgate_up: Tensor, hidden: Tensor, needs: list[bool]) -> list[Tensor]:
         dw13 = dw2 = x.new_empty(0)
         if needs[1]:
-            dy = Rows(dout, batch.source) if steps.wgrad_requantizes else steps.rows(dout, batch)
-            dw2 = steps.wgrad(dy, Rows(hidden), batch, network.w2)
+            dw2 = steps.wgrad(rows_for_wgrad(steps, dout, batch), Rows(hidden), batch, network.w2)
         if needs[0]:
-            rows = Rows(x, batch.source) if steps.wgrad_requantizes else steps.rows(x, batch)
-            dw13 = steps.wgrad(Rows(dgate_up), rows, batch, network.w13)
+            dw13 = steps.wgrad(Rows(dgate_up), rows_for_wgrad(steps, x, batch), batch, network.w13)
         return [dw13, dw2]
 
     gradients = [x.new_empty(0)] * 4
     if any(needs[:2]):
-        gradients[:2] = run(routed, _routed(experts, routed)[0], dgate_up, hidden, needs[:2])
+        gradients[:2] = run(routed, routed_batch(experts, routed)[0], dgate_up, hidden, needs[:2])
     if shared is not None and any(needs[2:]):
         gradients[2:] = run(shared, steps.every_token(x), shared_dgate_up, shared_hidden, needs[2:])
     return tuple(gradients)
@@ -93,11 +97,11 @@ def split_operations(kinds: Kinds) -> tuple[Callable, Callable]:
     def inputs(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *block, gate_up, shared_gate_up, fp8 = args
         steps = kinds.chosen(fp8, is_packed(gate_up))
-        return backward_inputs(steps, dout, *_block(*block), gate_up, shared_gate_up)
+        return backward_inputs(steps, dout, *block_of(*block), gate_up, shared_gate_up)
 
     def of_weights(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *block, _, _, dgate_up, hidden, shared_dgate_up, shared_hidden, fp8, needs = args
-        x, routed, _, experts, shared = _block(*block)
+        x, routed, _, experts, shared = block_of(*block)
         kept = dgate_up, hidden, shared_dgate_up, shared_hidden
         return backward_weights(kinds.chosen(fp8, False), dout, x, routed, experts, shared, *kept, needs)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskernels.moe.packed import KEPT, PACKED
+from dskernels.moe.packed import DIFFERENTIATED, KEPT, PACKED
 from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_tensor
 
@@ -57,6 +57,7 @@ def flat_options(
     if recompute is None:
         recompute = x.device.type == "cpu"  # where the reference runs the forward again in any case
     bits = KEPT if differentiable and not recompute else 0
+    bits |= DIFFERENTIATED if differentiable else 0
     bits |= PACKED if differentiable and fp8 and keep == "fp8" else 0
     return (bits, None, None) if quantized is None or not fp8 else (bits, quantized.data, quantized.scale)
 

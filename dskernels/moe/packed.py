@@ -14,9 +14,9 @@ from dskernels.types import Fp8Tensor
 from dskernels.validate import ceil_div
 
 E4M3 = torch.float8_e4m3fn
-# What an operation is told of what it keeps: whether it is kept, and whether in e4m3 (which counts where it is computed
-# again too).
-KEPT, PACKED = 1, 2
+# What an operation is told of what it keeps: whether it is kept, whether in e4m3 (which counts where it is computed
+# again too), and whether a backward follows: then the output has the bits of one for which it is kept.
+KEPT, PACKED, DIFFERENTIATED = 1, 2, 4
 
 
 def is_packed(kept: Tensor) -> bool:
