@@ -83,7 +83,7 @@ def of_operations(names: Sequence[str], gpus: Results) -> str:
 def _cells(row: SavedRow | None, *, say_impl: bool, rates: bool) -> list[str]:
     if row is None:
         return [NONE] * (4 if rates else 2)
-    us = f"{number(row.us)} ({row.impl})" if say_impl else number(row.us)
+    us = f"{number(row.us)} ({row.impl})" if say_impl and row.impl != "hopper" else number(row.us)
     rate = f"{row.tflops:,.0f} TFLOP/s" if row.tflops and row.tflops >= 100 else f"{number(row.gbs)} GB/s"
     known = [solid(rate), percent(row.roof_pct)] if rates else []
     return [solid(us), *known, _ratio(row, row.best_peer)]
