@@ -7,6 +7,8 @@ ARGS    ?=
 CASES   ?= 20000
 TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 
+# Of torch, sympy and transformers the tests import a part: Python compiles that part when it comes to it.
+PIP   := -c constraints.txt --no-compile
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -59,7 +61,7 @@ report: $(READY) ## what is saved in benchmarks/results as a page, pictures and 
 	$(BIN)/python -m benchmarks --report
 
 docs: $(READY) ## build the documentation into site/
-	$(BIN)/python -m pip install -q -c constraints.txt -r docs/requirements.txt
+	$(BIN)/python -m pip install -q $(PIP) -r docs/requirements.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean: ## remove .venv and everything that was generated
@@ -70,6 +72,6 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	@echo "Setting up $(VENV), once; most of the time goes to downloading torch."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt setuptools
-	$(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[test,lint,plot,transformers,tiktoken]'
+	$(BIN)/python -m pip install $(PIP) setuptools
+	$(BIN)/python -m pip install $(PIP) --no-build-isolation -e '.[test,lint,plot,transformers,tiktoken]'
 	@touch $@
