@@ -147,7 +147,7 @@ def picture(slots: Sequence[Slot], input_share: float, title: str) -> str:
     bottom = 34 + ranks * (height + 6) + 22
     legend = [("F", 0, "forward"), ("F", 1, "forward, second half of the layers"), ("I", 0, "gradient of the input")]
     legend += [("W", 0, "gradients of the weights")]
-    x = left
+    x: float = left
     for kind, half, text in legend:
         parts.append(f'<rect x="{x}" y="{bottom - 11}" width="12" height="12" fill="{colors[kind][half]}"/>')
         parts.append(f'<text class="legend" x="{x + 18}" y="{bottom}">{text}</text>')
