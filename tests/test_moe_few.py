@@ -77,7 +77,8 @@ def run(sm_90, monkeypatch):
     monkeypatch.setattr(hopper_few, "empty", poisoned)
     monkeypatch.setattr(config_few, "most_tokens", lambda *_: config_few.OPERAND)
     blocks = {
-        few: hopper.experts.operations(hopper.PLAIN, hopper.replace(hopper.FP8, few=few))[0] for few in (counted, None)
+        few: hopper.experts.operations(hopper.KINDS._replace(quantized=hopper.replace(hopper.FP8, few=few)))[0]
+        for few in (counted, None)
     }
 
     def run(x, w13, w2, weights, experts, n_shared, quantized=None, few=counted):
