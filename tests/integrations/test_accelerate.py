@@ -109,7 +109,6 @@ def test_report(v3, capsys):
         "block with shared experts": 1,
         "latent attention": 2,
         "norm": 9,
-        "decode step (a CUDA graph, on a GPU)": 1,
     }
     assert not acceleration.report.kept
     with pytest.raises(ValueError, match="not accelerated yet"):

@@ -60,10 +60,10 @@ def test_generation(model, lengths, replays, device):
     """The texts of a model whose steps are not recorded, with and without padding, across a cache that grows."""
     tokens, mask = prompts(device, lengths)
     options = {"attention_mask": mask, "max_new_tokens": 50, "do_sample": False}
-    with accelerate(model, graphs=False, verbose=False):
+    with accelerate(model, verbose=False):
         expected = model.generate(tokens, **options)
     assert not replays
-    with accelerate(model, verbose=False):
+    with accelerate(model, graphs=True, verbose=False):
         assert torch.equal(model.generate(tokens, **options), expected)
         assert sum(replays) > 40
         assert len(replays) == (2 if max(lengths) == 30 else 1)  # 64 rows do not hold 80 tokens
@@ -79,9 +79,9 @@ def test_caches_that_move(options, replays, device):
     tokens, mask = prompts(device, (30,))
     tokens[:, -6:] = tokens[:, -12:-6]
     options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False, **options}
-    with accelerate(model, graphs=False, verbose=False):
-        expected = model.generate(tokens, **options)
     with accelerate(model, verbose=False):
+        expected = model.generate(tokens, **options)
+    with accelerate(model, graphs=True, verbose=False):
         assert torch.equal(model.generate(tokens, **options), expected)
 
 
@@ -106,8 +106,8 @@ def test_steps_by_hand(replays, device):
             model.lm_head.weight.div_(1.5)
         return seen, cache
 
-    expected, before = run(graphs=False)
-    got, after = run()
+    expected, before = run()
+    got, after = run(graphs=True)
     assert replays == [5, 1]
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(after.layers[1].keys, before.layers[1].keys, rtol=0, atol=1e-5)
@@ -118,7 +118,7 @@ def test_what_is_not_recorded(replays, device):
     """Several tokens, hidden states, hooks, gradients; and a model that cannot be recorded says so once."""
     model = tiny_model("V3").to(device)
     tokens, _ = prompts(device)
-    acceleration = accelerate(model, verbose=False)
+    acceleration = accelerate(model, graphs=True, verbose=False)
 
     def steps(count=3, width=1, **options):
         cache = transformers.DynamicCache(config=model.config)
@@ -148,7 +148,7 @@ def test_a_copy_records_its_own(replays, device):
     tokens, _ = prompts(device)
     options = {"max_new_tokens": NEW, "do_sample": False}
     expected = model.generate(tokens, **options)
-    with accelerate(model, verbose=False):
+    with accelerate(model, graphs=True, verbose=False):
         model.generate(tokens, **options)
         copied = copy.deepcopy(model)
     assert torch.equal(copied.generate(tokens, **options), expected)

@@ -66,7 +66,7 @@ class Acceleration:
         self.undo()
 
 
-def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = True, verbose: bool = True) -> Acceleration:
+def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = False, verbose: bool = True) -> Acceleration:
     """Let a model of Hugging Face transformers run on these operations, in place.
 
     Args:
@@ -76,8 +76,8 @@ def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = True, verb
             forward and backward. The weights stay; their quantised copies are kept beside them until they change. To
             keep them in e4m3 alone, load the model with transformers' ``FineGrainedFP8Config``: such layers are
             multiplied as they are, with or without this.
-        graphs: on a GPU, record a decode step as a CUDA graph and replay it, see `graphs`. Its memory is that of the
-            step's results between its kernels.
+        graphs: on a GPU, record a decode step as a CUDA graph and replay it, see the module `graphs`. It takes the
+            memory of the step's results between its kernels.
         verbose: print the report.
 
     Returns:
@@ -118,7 +118,7 @@ def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = True, verb
 
 @contextlib.contextmanager
 def accelerated(
-    *models: nn.Module, fp8: bool = False, graphs: bool = True, verbose: bool = True
+    *models: nn.Module, fp8: bool = False, graphs: bool = False, verbose: bool = True
 ) -> Iterator[list[Acceleration]]:
     """Accelerate these models, or without any all that are loaded inside, and undo it at the end.
 
