@@ -150,7 +150,8 @@ class TeamStepper(Stepper):
         for first in range(0, len(passes), at_once):
             last = first + at_once >= len(passes)
             gathered = isinstance(model, FSDPModule) and not plan.reshard
-            if gathered:  # weights stay, and gradients add up where they are, in fp32, until the last
+            if isinstance(model, FSDPModule) and gathered:
+                # Weights stay, and gradients add up where they are, in fp32, until the last.
                 model.set_requires_gradient_sync(last)
                 model.set_reshard_after_backward(last)
             found = overlapped(model, passes[first : first + at_once])
