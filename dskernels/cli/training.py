@@ -24,9 +24,10 @@ EXAMPLES = """[bold]Examples[/bold]
 
 dskernels train demo --out run
 
-dskernels train small --data 'texts/**/*.txt' --tokenizer train:8192 --precision fp8 --steps 1500 --out run
+dskernels train small --data 'texts/**/*.txt' --tokenizer train:8192 --precision fp8 --steps 1500 \\
+    --batch-tokens 8192 --sequence-length 1024 --learning-rate 1e-3 --out run
 
-dskernels train small --data run/tokens --precision bf16 --steps 1500 --out other
+dskernels train small --data run/tokens --precision bf16 --steps 1500 --learning-rate 1e-3 --out other
 
 dskernels plot run other --out both.png
 
