@@ -1,6 +1,6 @@
 """Several GPUs of one host: exchanges, an expert-parallel layer with and without overlap, training, a pipeline.
 
-    torchrun --nproc-per-node 2 -m benchmarks.bench_parallel [--out parallel.json] [--only layer] [--quick]
+    torchrun --nproc-per-node 2 -m benchmarks.bench_parallel [--out parallel.json] [--save] [--only layer] [--quick]
 
 Each number is the median over the repetitions of the slowest rank, by the events of its GPU, where all launches wait in
 its queue before it begins: what the host takes is in none. Rates are the bytes that a rank has for all ranks, its own
@@ -11,10 +11,11 @@ many bytes. On gloo ranks without GPUs it runs too, to be tried; its times mean 
 from __future__ import annotations
 
 import argparse
-import datetime
+import dataclasses
 import functools
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from benchmarks import models, parallel_runs
+from benchmarks import models, parallel_runs, roofline
+from benchmarks.results import FOLDER, Machine, Row, document
+from benchmarks.timing import Stopwatch
 from benchmarks.workloads import MODEL_TRAINED_SLICE
 from dskernels.model import Config
 from dskernels.model.moe import MoE
@@ -40,6 +43,7 @@ from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.plan import Plan, Team
 from dskernels.types import Routing
 
+LINK = 450.0  # GB/s each way, of NVLink on an H100 and an H200
 WAIT = int(2e7)  # cycles, about 10 ms, in which the host fills the queue
 
 
@@ -257,6 +261,7 @@ def training(device: torch.device, quick: bool) -> dict:
         "data": Plan(data=ranks),
         "data_gathered": Plan(data=ranks, reshard=False),
         "expert": Plan(expert=ranks),
+        "expert_overlap": Plan(expert=ranks, reshard=False, overlap=True),
         "expert_counted": Plan(expert=ranks, exchange="counted"),
     }
     if quick:
@@ -285,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the JSON goes, after each part")
     parser.add_argument("--only", nargs="*", help="large, small, layer, training, pipeline; else all")
+    parser.add_argument("--save", action="store_true", help="write results/<gpu>/parallel.json for the report")
     parser.add_argument("--commit", default=None, help="that is measured, to be noted")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     arguments = parser.parse_args()
@@ -307,10 +313,7 @@ def main() -> None:
         "small": lambda: [small(bench, group, n, hidden, experts, top_k) for n in ((8,) if quick else (32, 128))],
         "decode_layer_us": lambda: decode_layer(bench, group, hidden, inner, experts, top_k),
     }
-    results: dict[str, Any] = dict(
-        ranks=group.size(), device=_name(device), torch=torch.__version__, commit=arguments.commit,
-        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-    )  # fmt: skip
+    results: dict[str, Any] = dict(ranks=group.size(), device=_name(device))
     for name, part in parts.items():
         if arguments.only and name not in arguments.only:
             continue
@@ -323,7 +326,46 @@ def main() -> None:
             print(json.dumps(_short(results[name]), indent=2), flush=True)
             if arguments.out:
                 arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    if dist.get_rank() == 0 and arguments.save:
+        print(save(results, arguments.commit))
     team.close()
+
+
+def save(found: dict[str, Any], commit: str | None = None) -> Path:
+    """Writes the results as the report reads them, with all that was found beside its rows."""
+    machine = Machine.current()
+    if commit:
+        machine = dataclasses.replace(machine, commit=commit)
+    document_ = document(machine, roofline.measure(Stopwatch(seconds=0.05).time), rows(found))
+    path = FOLDER / machine.folder / "parallel.json"
+    text = json.dumps(document_ | {"found": found}, indent=1)
+    path.write_text(re.sub(r"\[\s+([^\[\]{}]+?)\s+\]", _in_one_line, text) + "\n", encoding="utf-8")
+    return path
+
+
+def rows(found: dict[str, Any]) -> list[Row]:
+    """The exchanges beside NCCL's all-to-all of as many bytes; the roof is the link's 450 GB/s each way."""
+    ranks, made = found["ranks"], []
+
+    def row(op: str, x: dict[str, Any], us: float, impl: str, nbytes: float) -> Row:
+        crossing = nbytes * (ranks - 1) / ranks
+        return Row(
+            op, f"t{x['tokens']}_h{x['hidden']}_r{ranks}", impl, us, us, us, None, nbytes / us / 1e3,
+            100 * crossing / LINK / 1e3 / us, peers={"nccl": x["nccl_us"]},
+        )  # fmt: skip
+
+    for x in found.get("large", []):
+        for name in ("dispatch", "combine"):
+            made.append(row(f"experts_{name}", x, x[f"{name}_us"], "copy engines", x["bytes"]))
+    for x in found.get("small", []):
+        for name in ("dispatch", "combine"):
+            nbytes = ranks * x["tokens"] * x["hidden"] * 2
+            made.append(row(f"decode_{name}", x, x[f"symmetric_{name}_same_us"], "triton", nbytes))
+    return made
+
+
+def _in_one_line(found: re.Match[str]) -> str:
+    return "[" + " ".join(found[1].split()) + "]"
 
 
 def _short(found: Any) -> Any:

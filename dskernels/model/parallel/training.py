@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,7 +257,7 @@ class _Run:
         if self.step == 0:
             yield dict(step=0, **stepper.evaluate(self.held_out))
         pending: Pending | None = None
-        stepper.last = time.perf_counter()
+        stepper.rest()
         while self.step < config.steps:
             text = list(itertools.islice(self.text, config.microbatches))
             started = stepper.start(text, self.step)
@@ -277,7 +276,7 @@ class _Run:
                 yield dict(step=self.step, **stepper.evaluate(self.held_out))
             if checkpoint:
                 self.checkpoint(keep)
-            stepper.last = time.perf_counter()
+            stepper.rest()
 
     def checkpoint(self, keep: int) -> None:
         """Writes what `restore` reads."""
