@@ -1,7 +1,4 @@
-"""A training step of a slice of a model: forward, losses and backward, beside the same model compiled by torch.
-
-As it is launched, and as a CUDA graph, as `dskernels.model.train` runs it: then the peer's is one too.
-"""
+"""A training step of a slice of a model: forward, losses and backward, beside the same model compiled by torch."""
 
 from __future__ import annotations
 
@@ -92,18 +89,12 @@ class TrainingStep(Case):
     workload: workloads.Training
     fp8: bool = True
     recompute: bool = False
-    graph: bool = False
     tolerance = 1e-3  # of nats
     peer_tolerance = 1e-3
 
     @property
     def op(self) -> str:
-        return (
-            "training_step_"
-            + ("fp8" if self.fp8 else "bf16")
-            + "_recompute" * self.recompute
-            + "_in_graph" * self.graph
-        )
+        return "training_step_" + ("fp8" if self.fp8 else "bf16") + "_recompute" * self.recompute
 
     def work(self):
         config = models.config_of(self.workload.model)
@@ -126,19 +117,14 @@ class TrainingStep(Case):
         return out[: min(CHECKED_TOKENS, self.workload.s) - 1]
 
     def ours(self, x, impl) -> Call:
-        call = _under(impl, x.step)
-        return models.graph_of(call) if self.graph and x.tokens.is_cuda and impl != "reference" else call
+        return _under(impl, x.step)
 
     def forward(self, x, impl) -> Call:
         return _under(impl, lambda: x.model(x.tokens, x.cu_seqlens))
 
     def peers(self, x) -> dict[str, Callable[[], Peer]]:
         # The weights themselves, which the models share, are a model in bf16.
-        weights = _weights(self.workload.model, x.tokens.device)
-        found = {"torch_compile": lambda: training_peers.torch_step(weights, x)}
-        if self.graph and x.tokens.is_cuda:
-            found["torch_compile_in_graph"] = lambda: training_peers.torch_step(weights, x, graph=True)
-        return found
+        return {"torch_compile": lambda: training_peers.torch_step(_weights(self.workload.model, x.tokens.device), x)}
 
 
 def step_flops(config: Config, w: workloads.Training) -> int:
@@ -160,6 +146,5 @@ def _under(impl: str | None, call: Call) -> Call:
     return call if impl is None else run
 
 
-# e4m3, recomputation, as a CUDA graph
-HOW = ((True, True, False), (True, False, False), (False, False, False), (True, True, True))
-CASES: list[Case] = [TrainingStep(w, *how) for w in workloads.TRAININGS for how in HOW]
+HOW = ((True, True), (True, False), (False, False))  # e4m3, recomputation
+CASES: list[Case] = [TrainingStep(w, fp8, recompute) for w in workloads.TRAININGS for fp8, recompute in HOW]

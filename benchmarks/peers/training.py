@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.models import graph_of
 from benchmarks.peers import Peer, torch_grouped_mm
 from dskernels.model import DeepseekV3
 
@@ -162,12 +161,12 @@ def _prepared(model: DeepseekV3, batch: int, alpha: float) -> CompiledStep:
     return CompiledStep(model, batch, alpha, compiled=model.embed_tokens.weight.is_cuda)
 
 
-def torch_step(model: DeepseekV3, x: Any, *, graph: bool = False) -> Peer:
-    """The compiled step of a model in bf16 on the inputs of `bench_training`, as a CUDA graph where that is asked."""
+def torch_step(model: DeepseekV3, x: Any) -> Peer:
+    """The compiled step of a model in bf16 on the inputs of `bench_training`."""
     step = _prepared(model, x.batch, x.alpha)
 
     def run() -> Tensor:
         model.zero_grad(set_to_none=True)
         return step(x.tokens, x.targets, x.counted)[0]
 
-    return Peer(graph_of(run) if graph else run)
+    return Peer(run)
