@@ -6,6 +6,7 @@ import torch
 import dskernels as ds
 from dskernels import parity
 from dskernels.moe import hopper, triton, triton_sort
+from dskernels.moe.packed import DIFFERENTIATED, KEPT
 from dskernels.parity import moe as cases
 from dskernels.reference import fused_experts as reference
 from dskernels.reference import grouped_gemm, grouped_wgrad, quantize_grouped
@@ -42,7 +43,8 @@ def run(sm_90, monkeypatch):
             [part for w in shared or (None, None) for part in _flat(w)],
         )
         block = (x, *flat[0], weights, experts, *flat[1])
-        out, *kept = hopper.fused_experts(*block, fp8, not recompute, None, None, 0)
+        keep = (0 if recompute else KEPT) | (0 if dout is None else DIFFERENTIATED)
+        out, *kept = hopper.fused_experts(*block, fp8, keep, None, None, 0)
         if dout is None:
             return [out]
         needs = [True, *(not isinstance(w, Fp8Tensor) for w in (w13, w2)), True, bool(shared), bool(shared)]
