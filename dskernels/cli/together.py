@@ -27,6 +27,8 @@ def ranks() -> int:
 def parse_plan(text: str | None, count: int) -> Plan:
     """``data=2,expert=4`` as a `Plan` for so many ranks; by default each has its own text and all share the experts.
 
+    Two words may follow: ``gathered`` is ``reshard=False``, ``overlap`` is that and ``overlap=True``.
+
     Raises:
         ValueError: it cannot be read, or is for another number of ranks.
     """
@@ -35,7 +37,11 @@ def parse_plan(text: str | None, count: int) -> Plan:
     if text is None:
         return Plan(expert=count)
     numbers: dict[str, Any] = {}
+    words = {"gathered": {"reshard": False}, "overlap": {"reshard": False, "overlap": True}}
     for part in text.split(","):
+        if part.strip() in words:
+            numbers |= words[part.strip()]
+            continue
         name, _, value = part.strip().partition("=")
         if name not in ("data", "expert", "pipeline") or not value.isdecimal():
             raise ValueError(f"--plan: expected data=N, expert=N or pipeline=N with commas between, got {part!r}")

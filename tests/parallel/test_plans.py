@@ -6,6 +6,7 @@ import pytest
 import torch
 from world import run
 
+from dskernels.cli.together import parse_plan
 from dskernels.model import Config, DeepseekV3
 from dskernels.model.data import Packed
 from dskernels.model.loss import losses
@@ -172,3 +173,14 @@ def test_what_does_not_fit_says_so():
         Plan(expert=3).check(config, 3)
     with pytest.raises(ValueError, match="pipeline: 4 ranks have 8 stages, more than the 4 layers"):
         Plan(pipeline=4).check(config, 4)
+
+
+def test_plans_of_the_command_line():
+    assert parse_plan(None, 4) == Plan(expert=4)
+    assert parse_plan("data=2,expert=2", 4) == Plan(data=2, expert=2)
+    assert parse_plan("data=2, gathered", 2) == Plan(data=2, reshard=False)
+    assert parse_plan("expert=2,overlap", 2) == Plan(expert=2, reshard=False, overlap=True)
+    with pytest.raises(ValueError, match="got 'some'"):
+        parse_plan("data=2,some", 2)
+    with pytest.raises(ValueError, match="is for 2 ranks, torchrun has started 4"):
+        parse_plan("expert=2", 4)
