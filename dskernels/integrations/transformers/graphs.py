@@ -113,6 +113,8 @@ class Recorded:
         self._is_real = torch.ones(batch, dtype=torch.bool, device=device)
         first = torch.arange(batch, device=device) * step.layers[0].capacity
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        # A replay reads these where they lie: whatever is made before the recording is to live as long as it.
+        self._kept = first, cu_seqlens
 
         def run() -> Any:
             slots = torch.where(self._is_real, first + self._lengths - 1, -1)
