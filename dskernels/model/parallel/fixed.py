@@ -1,8 +1,8 @@
 """Tokens to the ranks of their experts in messages of a fixed size: every token goes to every rank.
 
 Nobody counts, so nothing waits for the device. The rows of rank s stand at ``s * capacity`` on every rank, and a choice
-that is another rank's is dropped there. With 2 ranks and 8 of 32 experts a token, 999 of 1,000 tokens are wanted by
-both anyway; with R ranks a part ``1 - (1 - 1 / R) ** 8`` is: 90% of 4, 66% of 8.
+that is another rank's is dropped there. Of 2 ranks with 32 experts and 8 a token each wants 999 of 1,000 tokens
+anyway, of R about ``1 - (1 - 1 / R) ** 8`` of them: 90% where there are 4, 66% where there are 8.
 """
 
 from __future__ import annotations
