@@ -10,7 +10,7 @@ from world import CONTEXT
 
 from compiling import Compile, assert_clean, compile_all
 from dskernels.model.parallel.decode import DecodeExperts
-from dskernels.model.parallel.symmetric_triton import BLOCK, put
+from dskernels.model.parallel.symmetric_triton import BLOCK, SUM_BLOCK, put, sum_ranks
 from dskernels.types import Routing
 
 
@@ -37,12 +37,31 @@ def test_rows_land_in_their_slots(device, width):
             assert torch.equal(slots[r][t], wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_ranks_are_summed_in_fp32_in_their_order(device, ranks, dtype):
+    parts = [torch.randn(3, SUM_BLOCK - 5, device=device).to(dtype) for _ in range(ranks)]
+    out = torch.full_like(parts[0], float("nan"))
+    sum_ranks(parts, out=out)
+    want = torch.zeros(out.shape, device=device)
+    for part in parts:
+        want += part
+    assert torch.equal(out, want.to(dtype))
+
+
 def test_compiles_without_spills_and_writes_16_bytes_at_a_time():
     signature = {"p_rows": "*i32", "p_needed": "*u8", "p_peers": "*i64"}
     numbers = ("slot", "width", "head", "rows_of_rank", "stride_row", "stride_needed_token", "stride_needed_rank")
     signature |= dict.fromkeys(numbers, "i32")
     kernel = "dskernels.model.parallel.symmetric_triton:put_kernel"
-    reports = compile_all([Compile(kernel, signature, {"BLOCK": BLOCK}, num_warps=8, targets=["sm_90"])])
+    sums = {"p_out": "*bf16", **{f"p_{i}": "*bf16" for i in range(8)}, "size": "i32"}
+    of_sums = {"RANKS": 8, "BLOCK": SUM_BLOCK}
+    reports = compile_all(
+        [
+            Compile(kernel, signature, {"BLOCK": BLOCK}, num_warps=8, targets=["sm_90"]),
+            Compile(kernel.replace("put", "sum"), sums, of_sums, num_warps=8, targets=["sm_90"]),
+        ]
+    )
     assert_clean(reports)
     assert re.search(r"\bST[^ ]*\.128", reports[0].code)
 
