@@ -20,7 +20,6 @@ from dskernels.model.parallel.mail import Collective
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.plan import Plan, Team
 from dskernels.model.parallel.training import train as train_together
-from dskernels.model.train import train
 from dskernels.model.train_config import TrainConfig
 from dskernels.types import Routing
 from model.tiny import tiny_model
@@ -174,9 +173,9 @@ def trainings(rank, folder):
     return found
 
 
-def going_on(rank, folder):
+def one_gpu(rank, folder, resume):
     team = Team.start(Plan(), torch.device("cuda", rank))
-    return train_together(Config.from_name("tiny", **SMALL), corpus(), recipe(), team, out=folder, resume=True)
+    return train_together(Config.from_name("tiny", **SMALL), corpus(), recipe(), team, out=folder, resume=resume)
 
 
 def same_curve(history, wanted):
@@ -189,12 +188,12 @@ def same_curve(history, wanted):
 
 def test_training_has_the_curve_of_one_gpu_and_goes_on_with_one(tmp_path):
     histories = run(2, trainings, str(tmp_path), gpus=True)[0]
-    alone = train(Config.from_name("tiny", **SMALL), corpus(), recipe(), out=tmp_path / "alone", device="cuda:0")
+    alone = run(1, one_gpu, str(tmp_path / "alone"), None, gpus=True)[0]  # `train` draws its weights on the GPU
     for history in histories:
         same_curve(history, alone)
     assert json.loads((tmp_path / "0" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == RECIPE["steps"]
     (tmp_path / "1" / "checkpoints" / "step-00000002" / "state.json").unlink()
-    rest = run(1, going_on, str(tmp_path / "1"), gpus=True)[0]
+    rest = run(1, one_gpu, str(tmp_path / "1"), True, gpus=True)[0]
     same_curve(rest, [line for line in alone if line["step"] > 1])
     tokens = torch.arange(12, device="cuda:0")
     logits = [load(tmp_path / name, device="cuda:0")(tokens).logits for name in ("0", "1", "2", "alone")]
