@@ -51,11 +51,14 @@ def _training(found: Mapping[str, Any]) -> list[str]:
     """Tokens a second of all GPUs, by their number."""
     training, ranks = found["training"], found["ranks"]
     counts = [1, ranks]
-    most = -(-ranks * max(training["one"], training["expert"]) // 100_000) * 100_000
+    most = -(-ranks * max(training["one"], training["data_gathered"]) // 100_000) * 100_000
     labels = [f"{n} GPU{'s' * (n > 1)}" for n in counts]
     parts = _frame("training, tokens a second of all GPUs", "", labels, most, most / 5)
     lines = {"in proportion": ranks * training["one"]}
-    lines |= {f"{name}={ranks}": ranks * training[name] for name in ("data", "expert")}
+    lines |= {
+        f"data={ranks},gathered": ranks * training["data_gathered"],
+        f"expert={ranks},overlap": ranks * training["expert_overlap"],
+    }
     for i, (label, rate) in enumerate(lines.items()):
         points = [(_x(0, 2), _y(training["one"], most)), (_x(1, 2), _y(rate, most))]
         color = COLORS.get(label.partition("=")[0], "#999")

@@ -171,7 +171,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.measured:
-        text = draw_measured(json.loads(arguments.measured.read_text(encoding="utf-8"))["pipeline"])
+        results = json.loads(arguments.measured.read_text(encoding="utf-8"))
+        text = draw_measured(results.get("found", results)["pipeline"])  # as saved, or as --out writes it
     else:
         text = draw(arguments.schedule, arguments.ranks, arguments.microbatches)
     out = arguments.out or Path(f"docs/images/pipeline{'_measured' if arguments.measured else ''}.svg")
