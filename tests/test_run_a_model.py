@@ -22,7 +22,7 @@ def blocks(path, language):
 
 def commands():
     """Those that generate, each once; training has tests of its own, and so has torchrun (tests/parallel)."""
-    texts = [block for path in (PAGE, ROOT / "README.md") for block in blocks(path, "bash")]
+    texts = [block.replace("\\\n", "") for path in (PAGE, ROOT / "README.md") for block in blocks(path, "bash")]
     lines = {tuple(shlex.split(line, comments=True)): line for block in texts for line in block.splitlines()}
     return [line for words, line in lines.items() if words[:1] in (("dskernels",), ("echo",)) and "generate" in words]
 
