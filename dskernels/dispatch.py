@@ -192,10 +192,18 @@ class Operation:
         on.
         """
 
+        names = [argument.name for argument in self.overload._schema.arguments]
+
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
             args, impl = self._split(inputs)
             ctx.impl = impl or _forced.get()
             save(ctx, args, output)
+            saved = getattr(ctx, "to_save", ())
+            for name, x in zip(names, args, strict=False):
+                if isinstance(x, Tensor) and x.is_inference() and any(x is y for y in saved):
+                    raise ValueError(
+                        f"{name}: expected a tensor that was not made in inference mode, as a gradient needs it"
+                    )
 
         def run_backward(ctx: Any, *grads: Tensor) -> tuple:
             return (*backward(ctx, *grads), None)
@@ -367,11 +375,13 @@ def _meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
     """Whether torch's dispatcher would do no more with these than to call the implementation.
 
     The tensors are plain, on the current GPU, and no autograd, transform or tracer has a part in it. `ByMetadata` sees
-    whether that is still so. (Modes and the profiler are looked for at each call.)
+    whether that is still so. (Modes and the profiler are looked for at each call.) What stands for other numbers than
+    its memory holds, as a negative view does, the dispatcher writes out first.
     """
     below_autograd = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
     return (
         all(type(x) in PLAIN and x.device.type in _STRAIGHT_DEVICES for x in tensors)
+        and not any(x.is_neg() or x.is_conj() or x._is_zerotensor() for x in tensors)
         and tensors[0].device.index in (None, torch._C._cuda_getDevice())
         and (below_autograd or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors))
         and torch._C._functorch.peek_interpreter_stack() is None

@@ -54,7 +54,7 @@ def check_tensor(
 
 
 def check_written(name: str, x: Tensor) -> None:
-    """Check that a kernel may write to `x`, a tensor: autograd lets it, and no two of its elements are one."""
+    """Check that a kernel may write to `x`, a tensor: autograd lets it, and its elements lie there, each once."""
     leaf = x if x._base is None else x._base
     if leaf.requires_grad and leaf.is_leaf and torch.is_grad_enabled():
         raise ValueError(f"{name}: expected a tensor that requires no gradient, as it is written to in place")
@@ -64,6 +64,8 @@ def check_written(name: str, x: Tensor) -> None:
         raise ValueError(
             f"{name}: expected a tensor that was not made in inference mode, to be written to outside of it"
         )
+    if x.is_neg():
+        raise ValueError(f"{name}: expected a tensor that is no negative view, as it is written to (torch.resolve_neg)")
     if not x.is_contiguous() and _overlaps(x):
         raise ValueError(
             f"{name}: expected elements that do not share memory, as it is written to, got strides {list(x.stride())} "

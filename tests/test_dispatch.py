@@ -242,6 +242,17 @@ def test_one_tensor_for_two_arguments(straight, device):
     assert torch.equal(square, ds.fp8_gemm(a, ds.Fp8Tensor(a.data.clone(), a.scale)))
 
 
+@pytest.mark.parametrize("seen_first", [True, False])
+def test_a_negative_view_never_goes_straight(straight, device, seen_first):
+    """A kernel reads what lies in memory, which is the other sign."""
+    x = torch.randn(40, 256, device=device)
+    want = ds.quantize(-x, impl="reference").data.float()
+    if not seen_first:
+        ds.quantize(x, impl="triton")
+    for _ in range(3):
+        assert torch.equal(ds.quantize(torch._neg_view(x), impl="triton").data.float(), want)
+
+
 @pytest.mark.parametrize("shape", [(5, 7), (0, 7), (5, 0), (2, 3, 4), (6,), ()])
 def test_empty_is_new_empty(device, shape):
     like = torch.empty(3, device=device)

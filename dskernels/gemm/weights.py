@@ -70,7 +70,7 @@ def _owner_of(weight: Tensor) -> Tensor:
     """The tensor whose copies are those of `weight`: itself, or one that is the same memory."""
     if weight in _kept:
         return weight
-    place = (weight.data_ptr(), weight.device, weight.dtype, weight.shape, weight.stride())
+    place = (weight.data_ptr(), weight.is_neg(), weight.device, weight.dtype, weight.shape, weight.stride())
     found = _owners.get(place)
     owner = None if found is None else found()
     if owner is not None and owner in _kept and owner.data_ptr() == place[0]:

@@ -162,3 +162,38 @@ def test_a_rate_that_is_not_finite_is_named(rate):
     """Of an expert of exactly the mean load the reference made NaN of it, and the kernel kept its bias."""
     with pytest.raises(ValueError, match="rate: expected a finite number"):
         ds.update_bias(torch.zeros(4), torch.ones(4, dtype=torch.int32), rate)
+
+
+def test_a_negative_view_is_not_written_to():
+    """Torch's own error was that it expected a tensor and got None."""
+    with pytest.raises(ValueError, match="out: expected a tensor that is no negative view"):
+        ds.fp8_gemm(*operands(), out=torch._neg_view(torch.empty(4, 8)))
+    with pytest.raises(ValueError, match="bias: expected a tensor that is no negative view"):
+        ds.update_bias(torch._neg_view(torch.zeros(4)), torch.ones(4, dtype=torch.int32), 0.1)
+    kv, angle, cache = torch.randn(2, 20), torch.randn(2, 2), torch._neg_view(torch.zeros(1, 4, 20))
+    with pytest.raises(ValueError, match="cache: expected a tensor that is no negative view"):
+        ds.write_latent_cache(
+            kv[:, :16], kv[:, 16:], torch.ones(16), angle, angle, cache, torch.tensor([0, 1]), eps=1e-6
+        )
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_a_negative_view_is_read_as_what_it_stands_for(device, impl):
+    """A weight kept in e4m3 was taken for its negative's, which is the same memory."""
+    x, weight = torch.randn(4, 128, device=device), torch.randn(24, 128, device=device)
+    for _ in range(2):
+        got = ds.fp8_linear(torch._neg_view(x), torch._neg_view(weight), impl=impl)
+        assert torch.equal(got, ds.fp8_linear(-x, -weight, impl=impl))
+        assert torch.equal(got, ds.fp8_linear(x, weight, impl=impl))
+        assert torch.equal(got, -ds.fp8_linear(x, torch._neg_view(weight), impl=impl))
+
+
+def test_what_a_gradient_needs_was_not_made_in_inference_mode():
+    logits, a, b = (torch.randn(*shape, requires_grad=True) for shape in ((4, 8), (4, 16), (1, 8, 16)))
+    with torch.inference_mode():
+        targets, offsets = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="targets: expected a tensor that was not made in inference mode"):
+        ds.cross_entropy(logits, targets)
+    with pytest.raises(ValueError, match="offsets: expected a tensor that was not made in inference mode"):
+        ds.grouped_gemm(a, b, offsets)
+    assert torch.equal(ds.cross_entropy(logits.detach(), targets), ds.cross_entropy(logits, targets.clone()))
