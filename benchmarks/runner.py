@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,10 +68,13 @@ class Runner:
     def run(self, case: Case) -> Outcome:
         """Check and time one case; whatever it raises becomes a failure, so that the others can go on."""
         outcome = Outcome()
+
+        def failed(reason: str) -> None:
+            outcome.results = [failure(case, impl, reason) for impl in self.impls]
+
         try:
-            self._run(case, outcome)
-        except Exception as error:
-            outcome.results = [self._failure(case, impl, error) for impl in self.impls]
+            with surviving(failed):
+                self._run(case, outcome)
         finally:
             if self.device.type == "cuda":
                 with outcome.spending("clearing up"):
@@ -89,15 +93,15 @@ class Runner:
             expected = case.ours(part, "reference")()
             self._wait()
         ours: dict[str, Call] = {}
+
+        def failed(impl: str | None, reason: str) -> None:
+            outcome.results.append(failure(case, impl, reason))
+
         for impl in self.impls:
-            try:
-                with outcome.spending("compiling and checking ours"):
-                    name = chosen_impl(case, x, impl)
-                    call = case.ours(x, impl)
-                    check(case, case.part_of_output(call(), x), expected)
-            except Exception as error:
-                outcome.results.append(self._failure(case, impl, error))
-            else:
+            with surviving(partial(failed, impl)), outcome.spending("compiling and checking ours"):
+                name = chosen_impl(case, x, impl)
+                call = case.ours(x, impl)
+                check(case, case.part_of_output(call(), x), expected)
                 ours[name] = call
         if not ours:
             return
@@ -119,22 +123,32 @@ class Runner:
     def _peers(self, case: Case, x: Any, expected: Any, notes: list[str]) -> dict[str, Call]:
         """The calls of the peers that are here, take the job, and agree with the reference."""
         rivals: dict[str, Call] = {}
+
+        def left_out(name: str, reason: str) -> None:
+            notes.append(f"{case.title}: {name} left out, {reason}")
+
         for name, prepare in case.peers(x).items():
             if name in peers.missing():
                 continue
-            try:
+            with surviving(partial(left_out, name)):
                 peer = prepare()
                 check(case, case.part_of_output(peer.result(peer.run()), x), expected, peer=True)
-            except peers.NotApplicable as reason:
-                notes.append(f"{case.title}: {name} left out, {reason}")
-            except Exception as error:
-                notes.append(f"{case.title}: {name} left out, {one_line(error)}")
-            else:
                 rivals[name] = peer.run
         return rivals
 
-    def _failure(self, case: Case, impl: str | None, error: Exception) -> Failure:
-        return Failure(case.op, case.workload.name, impl or "auto", one_line(error))
+
+@contextlib.contextmanager
+def surviving(report: Callable[[str], None]) -> Iterator[None]:
+    """What fails inside is reported in one line and does not end the run."""
+    try:
+        yield
+    except Exception as error:
+        report(one_line(error))
+
+
+def failure(case: Case, impl: str | None, reason: str) -> Failure:
+    """Of one implementation asked for, which makes the run fail; a peer that is left out is only noted."""
+    return Failure(case.op, case.workload.name, impl or "auto", reason)
 
 
 def chosen_impl(case: Case, x: Any, impl: str | None) -> str:
@@ -156,5 +170,5 @@ def check(case: Case, got: Any, expected: Any, *, peer: bool = False) -> float:
 def one_line(error: Exception) -> str:
     """The kind of an error and the first line of what it says."""
     text = str(error).strip().splitlines()
-    kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, (WrongResult, peers.NotApplicable)) else f"{type(error).__name__}: "
     return (kind + (text[0] if text else "")).rstrip(": ")[:300]
