@@ -18,7 +18,7 @@ from dskernels.model.attention import Attention
 from dskernels.model.layers import FeedForward, Linear
 from dskernels.model.model import DeepseekV3
 from dskernels.model.moe import MoE
-from dskernels.model.parallel.exchange import Wire, loaded, pack, unloaded, unpack, widths
+from dskernels.model.parallel.exchange import Wire, choices_here, loaded, pack, unloaded, unpack, widths
 from dskernels.model.parallel.plan import Team
 from dskernels.types import Fp8Tensor, Routing
 
@@ -69,7 +69,8 @@ class TensorExperts:
         self, x: Tensor, w13: Tensor | Fp8Tensor, w2: Tensor | Fp8Tensor, routing: Routing, **options: Any
     ) -> Tensor:
         """As `dskernels.fused_experts`, with the weights of this rank and ids of all experts."""
-        y = ds.fused_experts(x, w13, w2, choices_here(routing, self.first, w13.shape[0]), **options)
+        here = choices_here(routing.weights, routing.experts, self.first, w13.shape[0])
+        y = ds.fused_experts(x, w13, w2, here, **options)
         dist.all_reduce(y, group=self.group)
         return y
 
@@ -118,19 +119,12 @@ class DecodeExperts:
         residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8)  # under the message
         work.wait()
         *parts, weights, experts = unpack(every, widths(hidden, x.dtype, self.wire) + tail)
-        none = experts.new_empty(0)
-        here = choices_here(Routing(weights.contiguous(), experts.contiguous(), none, none), self.first, w13.shape[0])
+        here = choices_here(weights, experts, self.first, w13.shape[0])
         y = ds.fused_experts(unloaded(parts, x.dtype), w13, w2, here, fp8=fp8)
         back = torch.empty_like(y)
         dist.all_to_all_single(back, y, group=self.group)
         out = back.view(ranks, tokens, hidden).float().sum(0).to(x.dtype)
         return out if residual is None else out + residual
-
-
-def choices_here(routing: Routing, first: int, n: int) -> Routing:
-    """The choices of n experts from ``first`` on, numbered from 0; others are dropped."""
-    ids = routing.experts - first
-    return routing._replace(experts=torch.where((ids >= 0) & (ids < n), ids, -1))
 
 
 def _heads(attention: Attention, place: int, ranks: int) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.types import Fp8Tensor, Permuted
+from dskernels.types import Fp8Tensor, Permuted, Routing
 
 Wire = Literal["same", "fp8"]
 
@@ -64,6 +64,14 @@ def destinations(experts: Tensor, n_ranks: int, per_rank: int, most: int | None 
         ranks = ranks.gather(1, order)
     most_choices = torch.cat((choices.new_zeros(1, n_ranks), choices)).amax(0)
     return Destinations(ranks, (choices > 0).sum(0), most_choices)
+
+
+def choices_here(weights: Tensor, experts: Tensor, first: int, n: int) -> Routing:
+    """The choices of n experts from ``first`` on, numbered from 0; others are dropped."""
+    ids = experts - first
+    ids = torch.where((ids >= 0) & (ids < n), ids, -1)
+    none = ids.new_empty(0)
+    return Routing(weights.contiguous(), ids.contiguous(), none, none)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.model.parallel.exchange import Trip, Wire, loaded, unloaded, widths
+from dskernels.model.parallel.exchange import Trip, Wire, choices_here, loaded, unloaded, widths
 from dskernels.model.parallel.fixed import FixedTrip
 from dskernels.model.parallel.mail import Mail
 from dskernels.types import Fp8Tensor, Routing
@@ -116,13 +116,11 @@ class ExpertParallel:
 
     def _local(self, weights: Tensor, experts: Tensor, trip: Trip | FixedTrip) -> Routing:
         """The choices of the received rows that are this rank's, in their order; first in each row, where few are."""
-        ids = experts - self.group.rank() * self.per_rank
-        ids = torch.where((ids >= 0) & (ids < self.per_rank), ids, -1)
-        if trip.choices is not None and trip.choices < ids.shape[1]:
-            order = (ids < 0).int().argsort(dim=1, stable=True)[:, : trip.choices]
-            ids, weights = ids.gather(1, order), weights.gather(1, order)
-        none = ids.new_empty(0)
-        return Routing(weights.contiguous(), ids.contiguous(), none, none)
+        here = choices_here(weights, experts, self.group.rank() * self.per_rank, self.per_rank)
+        if trip.choices is None or trip.choices >= experts.shape[1]:
+            return here
+        order = (here.experts < 0).int().argsort(dim=1, stable=True)[:, : trip.choices]
+        return here._replace(weights=here.weights.gather(1, order), experts=here.experts.gather(1, order))
 
 
 # ---- the four ends of two messages, each other's gradients ----------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dskernels.model.parallel.exchange import pack, unpack
-from dskernels.model.parallel.mail import Mail
+from dskernels.model.parallel.mail import Mail, message_bytes
 from dskernels.model.parallel.symmetric_triton import sum_ranks
 
 
@@ -56,17 +56,17 @@ class FixedTrip:
     def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
         """The rows of all ranks, part by part, ``[rows, width]``."""
         sent, mail = self.pending.pop(), self.mail
-        first, *_ = own = mail.from_rank(sent, mail.rank)
+        by_rank = [mail.from_rank(sent, rank) for rank in range(mail.ranks)]
+        first = by_rank[mail.rank][0]
         rows = first.new_empty(mail.ranks, *first.shape)
         rows[mail.rank].copy_(first)  # before anything has come
         others = [rank for rank in range(mail.ranks) if rank != mail.rank]
         for piece in mail.arriving(sent):
             for rank in others:
-                rows[rank, piece].copy_(mail.from_rank(sent, rank)[0][piece])
+                rows[rank, piece].copy_(by_rank[rank][0][piece])
         parts = [rows.flatten(0, 1).view(columns[0][1])]
-        if len(own) > 1:
-            tails = torch.cat([mail.from_rank(sent, rank)[1] for rank in range(mail.ranks)])
-            parts += unpack(tails, columns[1:])
+        if len(columns) > 1:
+            parts += unpack(torch.cat([parts_[1] for parts_ in by_rank]), columns[1:])
         mail.finished(sent)
         return parts
 
@@ -95,6 +95,12 @@ class FixedTrip:
         if self.pending:
             raise RuntimeError("a message of this trip is still under way")
         self.pending.append(self.mail.send(outgoing))
+
+
+def largest_message(tokens: int, hidden: int, top_k: int, dtype: torch.dtype) -> int:
+    """Bytes of the largest message of so many tokens, out and back, forward and backward, whatever they travel as."""
+    beside = 8 * top_k + hidden // 128 + 64  # weights, ids, exponents, gaps
+    return message_bytes([(tokens, hidden * dtype.itemsize), (tokens, beside)])
 
 
 def _message(parts: Sequence[Tensor]) -> list[Tensor]:

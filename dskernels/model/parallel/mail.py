@@ -8,6 +8,7 @@ of the GPUs of one host, which takes no SM from what is computed meanwhile.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -42,11 +43,20 @@ def layout(parts: Sequence[Tensor]) -> tuple[list[Part], int]:
     found, end = [], 0
     for part in parts:
         found.append(Part(end, part.shape, part.dtype))
-        end += -(-part.numel() * part.element_size() // ALIGNMENT) * ALIGNMENT
+        end += _aligned(part.numel() * part.element_size())
     return found, end
 
 
-class Mail:
+def message_bytes(shapes: Sequence[tuple[int, int]]) -> int:
+    """Bytes of a message with parts of so many rows of so many bytes, as `layout` makes it."""
+    return sum(_aligned(rows * width) for rows, width in shapes)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Mail(ABC):
     """Messages among the ranks of a group. Every rank sends and takes the same ones in the same order.
 
     Args:
@@ -56,6 +66,7 @@ class Mail:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.ranks, self.rank = group, group.size(), group.rank()
 
+    @abstractmethod
     def send(self, outgoing: Sequence[Sequence[Tensor]]) -> Any:
         """Begins a message to every rank.
 
@@ -66,22 +77,21 @@ class Mail:
         Returns:
             What the others take.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def arriving(self, sent: Any) -> Iterator[slice]:
         """The rows of the first part, piece by piece as they come from every rank; other parts come with the first.
 
         It is the stream of the device that waits for them.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def from_rank(self, sent: Any, rank: int) -> list[Tensor]:
-        """The parts that a rank has sent here, valid from `arriving` to `finished`."""
-        raise NotImplementedError
+        """The parts that a rank has sent here, whose content is valid from `arriving` to `finished`."""
 
+    @abstractmethod
     def finished(self, sent: Any) -> None:
         """They have been read, by what is on the stream so far: others may come in their place."""
-        raise NotImplementedError
 
 
 class Sent(NamedTuple):

@@ -16,9 +16,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dskernels.model.config import Config
 from dskernels.model.model import DeepseekV3
-from dskernels.model.parallel.copies import CopyEngines, message_bytes, reach_each_other
+from dskernels.model.parallel.copies import CopyEngines, reach_each_other
 from dskernels.model.parallel.exchange import Wire
 from dskernels.model.parallel.expert import ExpertParallel
+from dskernels.model.parallel.fixed import largest_message
 from dskernels.model.parallel.mail import Collective, Mail
 from dskernels.model.parallel.shards import local
 
@@ -233,9 +234,7 @@ def mail_for(config: Config, team: Team, tokens: int | None, dtype: torch.dtype)
         raise ValueError('exchange: "fixed" wants to know how many tokens a rank brings, `tokens`')
     if not reach_each_other(group):
         return Collective(group) if exchange == "fixed" else None
-    widest = config.hidden_size * dtype.itemsize
-    beside = 8 * config.num_experts_per_tok + config.hidden_size // 128 + 64  # weights, ids, exponents, gaps
-    return CopyEngines(group, message_bytes([(tokens, widest), (tokens, beside)]))
+    return CopyEngines(group, largest_message(tokens, config.hidden_size, config.num_experts_per_tok, dtype))
 
 
 def expert_modules(model: nn.Module) -> list:

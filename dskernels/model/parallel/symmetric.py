@@ -14,8 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.model.parallel.decode import DecodeExperts, choices_here
-from dskernels.model.parallel.exchange import Wire, destinations, loaded, pack, unloaded, unpack, widths
+from dskernels.model.parallel.decode import DecodeExperts
+from dskernels.model.parallel.exchange import (
+    Wire,
+    choices_here,
+    destinations,
+    loaded,
+    pack,
+    unloaded,
+    unpack,
+    widths,
+)
 from dskernels.model.parallel.symmetric_triton import put
 from dskernels.types import Fp8Tensor, Permuted, Routing
 
@@ -103,8 +112,7 @@ class SymmetricDecodeExperts(DecodeExperts):
         residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8)
         arrived = self.arriving.slots[: ranks * tokens].view(torch.float32)
         weights, experts, *parts = unpack(arrived, self.tail + self.payload)
-        none = experts.new_empty(0)
-        here = choices_here(Routing(weights.contiguous(), experts.contiguous(), none, none), self.first, self.per_rank)
+        here = choices_here(weights, experts, self.first, self.per_rank)
         y = ds.fused_experts(unloaded(parts, x.dtype), w13, w2, here, fp8=fp8)
         self.send_back(y, (here.experts >= 0).any(1).view(ranks, tokens).T)
         index = torch.arange(tokens, device=x.device)[:, None] + tokens * torch.arange(ranks, device=x.device)

@@ -83,25 +83,31 @@ SUM_BLOCK = 2048  # elements of a program
 
 
 @triton.jit
+def _plus(total, p_part, o, m):
+    """One more of them."""
+    return total + tl.load(p_part + o, mask=m, other=0).to(tl.float32)
+
+
+@triton.jit
 def sum_kernel(p_out, p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, size, RANKS: tl.constexpr, BLOCK: tl.constexpr):
     """Elementwise sum of up to 8 tensors in fp32, in their order, rounded once."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     total = tl.load(p_0 + o, mask=m, other=0).to(tl.float32)
     if RANKS > 1:
-        total += tl.load(p_1 + o, mask=m, other=0).to(tl.float32)
+        total = _plus(total, p_1, o, m)
     if RANKS > 2:
-        total += tl.load(p_2 + o, mask=m, other=0).to(tl.float32)
+        total = _plus(total, p_2, o, m)
     if RANKS > 3:
-        total += tl.load(p_3 + o, mask=m, other=0).to(tl.float32)
+        total = _plus(total, p_3, o, m)
     if RANKS > 4:
-        total += tl.load(p_4 + o, mask=m, other=0).to(tl.float32)
+        total = _plus(total, p_4, o, m)
     if RANKS > 5:
-        total += tl.load(p_5 + o, mask=m, other=0).to(tl.float32)
+        total = _plus(total, p_5, o, m)
     if RANKS > 6:
-        total += tl.load(p_6 + o, mask=m, other=0).to(tl.float32)
+        total = _plus(total, p_6, o, m)
     if RANKS > 7:
-        total += tl.load(p_7 + o, mask=m, other=0).to(tl.float32)
+        total = _plus(total, p_7, o, m)
     tl.store(p_out + o, cast(total, p_out.dtype.element_ty), mask=m)
 
 
