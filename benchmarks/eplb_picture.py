@@ -37,7 +37,7 @@ def main() -> None:
 
 def draw(rows: list[tuple[str, Placement, list[int]]]) -> str:
     """Bars of every rank's load over the mean, a row a placement."""
-    height, width, left, parts = 54, 12, 8, []
+    height, width, left, parts = 54, 14, 8, []  # so wide that the longest heading fits
     for i, (name, placement, load) in enumerate(rows):
         loads = placement.loads(load)
         mean, top = sum(loads) / len(loads), 24 + i * (height + 26)

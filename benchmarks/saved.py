@@ -28,6 +28,7 @@ LABELS = {
     "flashmla": "FlashMLA",
     "flashinfer": "FlashInfer",
     "vllm": "vLLM",
+    "nccl": "NCCL",
     **{name: f"ours, {name}" for name in OURS_WITHOUT},
 }
 
