@@ -3,7 +3,7 @@ the norm of the residual stream, the embedding with the angles.
 
 One sequence of a small model is bound by launches, not by what they compute. So where there are few rows and weights
 are plain and small, a product norms its rows itself, each of its programs all of them again, which costs it less than
-a launch (`triton_few`). The PyTorch here says what that means, and is what runs on a CPU.
+a launch (`triton_few`, `triton_few_embed`). The PyTorch here says what that means, and is what runs on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from dskernels.dispatch import Operation
 from dskernels.model.layers import FeedForward, Linear, RMSNorm
 from dskernels.model.rope import Rope
-from dskernels.model.steps import PLACED, Placed, place
+from dskernels.model.steps import PLACED, Placed, place, place_fake
 
 MOST_ROWS = 8
 MOST_VOCABULARY = 1 << 14  # of which one program finds the most likely token
@@ -226,9 +226,9 @@ def _embed_fake(tokens, positions, embedding, frequencies, scale, hidden, enorm,
 
 
 def _look_ahead_fake(logits, drafts, j, lengths, active, block_table, page_size, embedding, frequencies, *given):
-    tokens = [drafts.new_empty(drafts.shape[0]) for _ in range(3)]
-    places = *tokens, torch.empty_like(lengths), lengths.new_empty(lengths.shape[0] + 1)
-    return *places, *_embed_fake(tokens[0], tokens[1], embedding, frequencies, *given)
+    tokens, positions, *places = place_fake(drafts, drafts[:, :0], lengths)
+    embedded = _embed_fake(tokens, positions, embedding, frequencies, *given)
+    return tokens, positions, *places, *embedded
 
 
 _products = Operation(
@@ -248,7 +248,7 @@ _embed = Operation(
     "embed_tokens(Tensor tokens, Tensor positions, Tensor embedding, Tensor frequencies, float scale, Tensor? hidden, "
     "Tensor? enorm, Tensor? hnorm, float eps) -> (Tensor, Tensor, Tensor)",
     reference=_embed_reference,
-    triton="dskernels.model.triton_few:embed",
+    triton="dskernels.model.triton_few_embed:embed",
     fake=_embed_fake,
 )
 _look_ahead = Operation(
@@ -256,6 +256,6 @@ _look_ahead = Operation(
     "int page_size, Tensor embedding, Tensor frequencies, float scale, Tensor hidden, Tensor enorm, Tensor hnorm, "
     f"float eps) -> ({PLACED}, Tensor, Tensor, Tensor)",
     reference=_look_ahead_reference,
-    triton="dskernels.model.triton_few:look_ahead",
+    triton="dskernels.model.triton_few_embed:look_ahead",
     fake=_look_ahead_fake,
 )

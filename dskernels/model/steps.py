@@ -185,14 +185,15 @@ def _chances_reference(stream: Tensor, places: Tensor, ahead: int, count: int, p
 # ---- registration --------------------------------------------------------------------------------------------------
 
 
-def _place_fake(last: Tensor, drafts: Tensor, lengths: Tensor, *_) -> tuple[Tensor, ...]:
+def place_fake(last: Tensor, drafts: Tensor, lengths: Tensor, *_) -> tuple[Tensor, ...]:
+    """Empty tensors like those of a pass."""
     rows, queries = last.shape[0], drafts.shape[1] + 1
     tokens = [last.new_empty(rows * queries) for _ in range(3)]
     return (*tokens, torch.empty_like(lengths), lengths.new_empty(rows + 1))
 
 
 def _advance_fake(chosen, accepted, drafts, eos, block_table, last, lengths, *_) -> tuple[Tensor, ...]:
-    return (*_place_fake(last, drafts, lengths), torch.empty_like(lengths), torch.empty_like(last))
+    return (*place_fake(last, drafts, lengths), torch.empty_like(lengths), torch.empty_like(last))
 
 
 PLACED = "Tensor, Tensor, Tensor, Tensor, Tensor"
@@ -201,7 +202,7 @@ _place = Operation(
     f"int ahead) -> ({PLACED})",
     reference=_place_reference,
     triton="dskernels.model.triton_steps:place",
-    fake=_place_fake,
+    fake=place_fake,
 )
 _advance = Operation(
     "advance_sequences(Tensor chosen, Tensor? accepted, Tensor drafts, Tensor eos, Tensor block_table, "

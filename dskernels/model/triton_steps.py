@@ -192,7 +192,7 @@ def place(
 ) -> tuple[Tensor, ...]:
     """See `steps.place`."""
     rows, queries = last.shape[0], drafts.shape[1] + 1
-    out = _empty_places(last, lengths, queries)
+    out = empty_places(last, lengths, queries)
     if rows:
         block = triton.next_power_of_2(queries)
         arguments = (last, drafts, lengths, active, block_table, *out, queries, ahead, block_table.shape[1], page_size)
@@ -215,7 +215,7 @@ def advance(
 ) -> tuple[Tensor, ...]:
     """See `steps.advance`."""
     rows, queries = last.shape[0], drafts.shape[1] + 1
-    out = (*_empty_places(last, lengths, queries), torch.empty_like(lengths), torch.empty_like(last))
+    out = (*empty_places(last, lengths, queries), torch.empty_like(lengths), torch.empty_like(last))
     if rows:
         launch(
             advance_kernel,
@@ -238,14 +238,16 @@ def chances(stream: Tensor, places: Tensor, ahead: int, count: int, purposes: in
     return out
 
 
-def _empty_places(last: Tensor, lengths: Tensor, queries: int) -> tuple[Tensor, ...]:
+def empty_places(last: Tensor, lengths: Tensor, queries: int) -> tuple[Tensor, ...]:
+    """What `store_places` fills."""
     rows = last.shape[0]
     tokens = [last.new_empty(rows * queries) for _ in range(3)]
     cu_seqlens = lengths.new_empty(rows + 1) if rows else lengths.new_zeros(1)
     return (*tokens, torch.empty_like(lengths), cu_seqlens)
 
 
-def _contiguous(*tensors: Tensor | None) -> str | None:
+def contiguous(*tensors: Tensor | None) -> str | None:
+    """Why a kernel that takes contiguous tensors does not take these, or None."""
     if all(tensor is None or tensor.is_contiguous() for tensor in tensors):
         return None
     return "it takes contiguous tensors"
@@ -253,14 +255,14 @@ def _contiguous(*tensors: Tensor | None) -> str | None:
 
 def place_supports(last, drafts, lengths, active, block_table, page_size, ahead) -> str | None:
     """Why the kernel does not take these arguments, or None."""
-    return _contiguous(last, drafts, lengths, active, block_table)
+    return contiguous(last, drafts, lengths, active, block_table)
 
 
 def advance_supports(chosen, accepted, drafts, eos, block_table, last, lengths, active, left, new, page_size):
     """Why the kernel does not take these arguments, or None."""
-    return _contiguous(chosen, accepted, drafts, eos, block_table, last, lengths, active, left, new)
+    return contiguous(chosen, accepted, drafts, eos, block_table, last, lengths, active, left, new)
 
 
 def chances_supports(stream, places, ahead, count, purposes, first) -> str | None:
     """Why the kernel does not take these arguments, or None."""
-    return _contiguous(stream, places)
+    return contiguous(stream, places)
