@@ -47,7 +47,7 @@ def _call_helper(helper, *args, **kwargs):
         _replaced.update(packages)
     try:
         return helper.rewrite()(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # as there: whatever a kernel's body raises
         raise interpreter.InterpreterError(repr(error)) from error
 
 

@@ -3,8 +3,8 @@
 `make sanitize` runs all of it under each of the four tools (tests/sanitizers.py). `python tests/sanitize.py "few rows"`
 runs, under whatever tool, only what has the text in its name, to find the kernel that a report is of.
 
-Under a tool each kernel is patched when it is loaded, and each of its memory accesses takes some hundred times as long.
-So inputs and expected results are made on the CPU, whose library of kernels on the GPU would be patched too; grids are
+Under a tool each kernel is patched when it is loaded, and each of its memory accesses takes many times as long. So
+inputs and expected results are made on the CPU, whose library of kernels on the GPU would be patched too; grids are
 as for a GPU of a few multiprocessors; and each tensor is an allocation of its own, as in the caching allocator's blocks
 no access is out of bounds. With `--racecheck` products of many rows run as that tool can follow them: without clusters,
 as it knows nothing of arrivals from another CTA, and with one reader of what is written by ordinary stores (ONE_READER

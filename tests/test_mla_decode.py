@@ -14,6 +14,7 @@ from dskernels.mla.decode.config import MAX_SPLITS, MEDIUM, MEDIUM_FP8, NARROW_F
 from dskernels.parity import mla_decode as cases
 from dskernels.parity.paging import paged_cache
 from dskernels.reference import mla as reference
+from refusing import check_refused
 from registering import check_registration
 
 DECODE_CASES = [case for case in cases.CASES if case.op == "mla_decode"]
@@ -241,9 +242,7 @@ CACHE, TABLE, LENGTHS = paged_cache(0, [20, 3], 16, 32, 16, torch.float32, "cpu"
 BYTES, *_ = paged_cache(0, [20, 3], 16, 32, 16, torch.uint8, "cpu")
 
 
-def call(**changes):
-    arguments = {"q": Q, "cache": CACHE, "block_table": TABLE, "lengths": LENGTHS, "scale": 0.1, "value_dim": 32}
-    return ds.mla_decode(**{**arguments, **changes})
+ARGUMENTS = {"q": Q, "cache": CACHE, "block_table": TABLE, "lengths": LENGTHS, "scale": 0.1, "value_dim": 32}
 
 
 @pytest.mark.parametrize(
@@ -297,7 +296,7 @@ def call(**changes):
 )
 def test_bad_input(changes, error, message):
     with pytest.raises(error, match=message):
-        call(**changes)
+        ds.mla_decode(**{**ARGUMENTS, **changes})
 
 
 @pytest.mark.parametrize(
@@ -310,12 +309,7 @@ def test_bad_input(changes, error, message):
     ],
 )
 def test_what_the_kernel_does_not_take_is_refused_by_name(device, changes, reason):
-    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in changes.items()}
-    arguments = {"q": Q, "cache": CACHE, "block_table": TABLE, "lengths": LENGTHS}
-    arguments = {k: v.to(device) for k, v in arguments.items()}
-    with pytest.raises(ValueError, match=f"mla_decode: impl='triton' cannot run this: .*{reason}"):
-        call(**{**arguments, **moved}, impl="triton")
-    call(**{**arguments, **moved})
+    check_refused(ds.mla_decode, {**ARGUMENTS, **changes}, device, reason)
 
 
 def test_registration():

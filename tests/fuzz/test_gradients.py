@@ -83,11 +83,9 @@ def check(call):
         assert worst <= 16 * rounding(call) * size + 2e-5, f"{path}: off by {worst:.3g} of {size:.3g}"
 
 
+@pytest.mark.usefixtures("on_the_cpu")
 @pytest.mark.parametrize("operation", DIFFERENTIABLE)
-def test_gradients(operation, device):
-    if device != "cpu":
-        pytest.skip("the arguments are made on the CPU")
-
+def test_gradients(operation):
     @settings(
         max_examples=EACH,
         derandomize=CASES == 0,
