@@ -33,11 +33,11 @@ from benchmarks.timing import Stopwatch
 from benchmarks.workloads import MODEL_TRAINED_SLICE
 from dskernels.model import Config
 from dskernels.model.moe import MoE
-from dskernels.model.parallel.copies import CopyEngines, message_bytes, reach_each_other
+from dskernels.model.parallel.copies import CopyEngines, reach_each_other
 from dskernels.model.parallel.decode import DecodeExperts
 from dskernels.model.parallel.exchange import Trip, Wire, loaded, unloaded, widths
 from dskernels.model.parallel.expert import ExpertParallel
-from dskernels.model.parallel.fixed import FixedTrip
+from dskernels.model.parallel.fixed import FixedTrip, largest_message
 from dskernels.model.parallel.mail import Collective, Mail
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.plan import Plan, Team
@@ -102,13 +102,11 @@ def routing_of(tokens: int, experts: int, top_k: int, device: torch.device) -> R
     return ds.route(torch.randn(tokens, experts, device=device), top_k=top_k)
 
 
-def mail_of(group: dist.ProcessGroup, tokens: int, hidden: int, top_k: int, **options: Any) -> Mail:
+def mail_of(group: dist.ProcessGroup, tokens: int, hidden: int, top_k: int) -> Mail:
     """What a training run would use for as many tokens."""
     if not reach_each_other(group):
         return Collective(group)
-    return CopyEngines(
-        group, message_bytes([(tokens, 2 * hidden), (tokens, 8 * top_k + hidden // 128 + 64)]), **options
-    )
+    return CopyEngines(group, largest_message(tokens, hidden, top_k, torch.bfloat16))
 
 
 def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, experts: int, top_k: int) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,9 +29,9 @@ def texts(config: Config, n: int, tokens: int, length: int, seed: int) -> list[P
     return [Packed(torch.randint(0, config.vocab_size, (tokens,), generator=generator), ends) for _ in range(n)]
 
 
-def recipe(batch_tokens: int, microbatches: int, precision: Any, **changes: Any) -> TrainConfig:
+def recipe(batch_tokens: int, microbatches: int, precision: Any) -> TrainConfig:
     return TrainConfig(
-        steps=1000, batch_tokens=batch_tokens, microbatches=microbatches, precision=precision, warmup_steps=0, **changes
+        steps=1000, batch_tokens=batch_tokens, microbatches=microbatches, precision=precision, warmup_steps=0
     )
 
 
@@ -148,8 +149,6 @@ class Recorder:
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
-            import time
-
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()

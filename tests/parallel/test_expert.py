@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from world import run
+from world import case, run
 
 import dskernels as ds
 from dskernels.model.parallel.exchange import destinations, exponents, from_exponents, pack, unpack
@@ -83,11 +83,9 @@ def one_rank(rank, tokens, ids, options, groups):
 
 
 def every_case(rank, cases):
-    for name, *case in cases:
-        try:
-            one_rank(rank, *case)
-        except Exception as error:
-            raise AssertionError(f"case: {name}") from error
+    for name, *arguments in cases:
+        with case(name):
+            one_rank(rank, *arguments)
 
 
 TWO = [

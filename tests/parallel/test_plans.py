@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from world import run
+from world import case, run
 
 from dskernels.cli.together import parse_plan
 from dskernels.model import Config, DeepseekV3
@@ -50,9 +50,8 @@ def in_parallel(model, team, schedule, microbatches):
     if team.plan.pipeline > 1:
         pipeline = Pipeline(model, team, tokens=TOKENS, microbatches=microbatches, schedule=schedule)
         text = [batch(place + i, team.device) for i in range(microbatches)]
-        for _ in range(
-            2 if schedule == "dualpipev" else 1
-        ):  # the second step has to begin where nothing was left by the first
+        # A second step has to begin where nothing was left by the first.
+        for _ in range(2 if schedule == "dualpipev" else 1):
             for parameter in pipeline.named_parameters().values():
                 parameter.grad = None
             sums = pipeline.step(text, [(1 / n, 1 / n)] * microbatches, mtp_lambda=MTP, balance_alpha=BALANCE)
@@ -97,10 +96,8 @@ def check_plan(plan, schedule=None, device="cpu"):
 def check_plans(rank, cases):
     found = []
     for plan, *schedule in cases:
-        try:
+        with case(f"{plan} {schedule}"):
             found.append(check_plan(plan, *schedule))
-        except Exception as error:
-            raise AssertionError(f"{plan} {schedule}") from error
     return found
 
 
@@ -132,11 +129,11 @@ def test_two_ranks():
     fixed = Plan(expert=2, exchange="fixed")
     first, second = run(2, check_plans, [(Plan(data=2),), (fixed,), *pipelines])
     names = set(first[0])
-    for case in (2, 3):
-        assert set(first[case]) | set(second[case]) == names
-        assert set(first[case]).isdisjoint(second[case])
-        assert "embed_tokens.weight" in first[case]
-        assert "lm_head.weight" in first[case]
+    for place in (2, 3):
+        assert set(first[place]) | set(second[place]) == names
+        assert set(first[place]).isdisjoint(second[place])
+        assert "embed_tokens.weight" in first[place]
+        assert "lm_head.weight" in first[place]
 
 
 def test_four_ranks():

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from world import run
+from world import case, run
 
 from dskernels.model import Config, load
 from dskernels.model.data import BOUNDARY, Corpus
@@ -43,10 +43,8 @@ def every_plan(rank, plans, folder):
     """Several runs in one world, each in its folder."""
     found = []
     for i, plan in enumerate(plans):
-        try:
+        with case(plan):
             found.append(one_rank(rank, plan, f"{folder}/{i}", {}))
-        except Exception as error:
-            raise AssertionError(str(plan)) from error
     return found
 
 

@@ -8,19 +8,19 @@ import torch
 import torch.distributed as dist
 from test_decode import PROMPTS
 from test_plans import check_plan
-from test_training import NUMBERS, RECIPE, SMALL, corpus
-from world import run
+from test_training import NUMBERS, RECIPE, SMALL, corpus, recipe
+from world import case, run
 
 from dskernels.model import Config, generate, load
-from dskernels.model.parallel.copies import MOST_PIECES, SLOTS, CopyEngines, message_bytes, reach_each_other
+from dskernels.model.parallel.copies import MOST_PIECES, SLOTS, CopyEngines, reach_each_other
 from dskernels.model.parallel.decode import parallelize_decode
 from dskernels.model.parallel.exchange import pack
 from dskernels.model.parallel.expert import ExpertParallel
-from dskernels.model.parallel.mail import Collective
+from dskernels.model.parallel.fixed import largest_message
+from dskernels.model.parallel.mail import Collective, message_bytes
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.plan import Plan, Team
 from dskernels.model.parallel.training import train as train_together
-from dskernels.model.train_config import TrainConfig
 from dskernels.types import Routing
 from model.tiny import tiny_model
 
@@ -79,7 +79,7 @@ def layers(rank):
     """An expert-parallel layer by copy engines has the bits of the one that counts, forward and backward."""
     device, group = torch.device("cuda", rank), dist.group.WORLD
     experts, hidden, inner, k, capacity = 16, 1024, 256, 4, 4096
-    mail = CopyEngines(group, message_bytes([(capacity, 2 * hidden), (capacity, 8 * k + hidden // 128 + 64)]))
+    mail = CopyEngines(group, largest_message(capacity, hidden, k, torch.bfloat16))
     torch.manual_seed(3)
     w13, w2 = (
         (torch.randn(experts, *shape, device=device) / 32).bfloat16()
@@ -150,18 +150,12 @@ def every_plan(rank):
     cases = [(Plan(data=2),), (Plan(expert=2),), (Plan(expert=2, exchange="counted", reshard=False),)]
     cases += [(Plan(pipeline=2), "dualpipev"), (Plan(pipeline=2), "zbv")]
     for plan, *schedule in cases:
-        try:
+        with case(f"{plan} {schedule}"):
             check_plan(plan, *schedule, device=device)
-        except Exception as error:
-            raise AssertionError(f"{plan} {schedule}") from error
 
 
 def test_losses_and_gradients_are_those_of_one_process():
     run(2, every_plan, gpus=True)
-
-
-def recipe(**changes):
-    return TrainConfig(**{**RECIPE, **changes}, precision="fp32", recompute=False)
 
 
 def trainings(rank, folder):

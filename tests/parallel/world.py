@@ -5,6 +5,7 @@ Processes are forked from a server that has imported torch and dskernels and don
 in half a second.
 """
 
+import contextlib
 import datetime
 import os
 import tempfile
@@ -49,6 +50,15 @@ def run(ranks, function, *args, gpus=False):
     if failed:
         raise AssertionError("\n".join(failed))
     return results
+
+
+@contextlib.contextmanager
+def case(name):
+    """What fails in it fails with this name, and with what it was: one world has many cases."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"case: {name}") from error
 
 
 def _main(rank, ranks, gpus, folder, pipe, function, args):
