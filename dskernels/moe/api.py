@@ -10,7 +10,7 @@ from torch import Tensor
 from dskernels.dispatch import Operation, differentiating
 from dskernels.later import waiting_for
 from dskernels.moe.config import MAX_EXPERTS
-from dskernels.moe.network import check_network, check_options, flat, flat_options, needs_gradient
+from dskernels.moe.network import BLOCK, check_network, check_options, flat, flat_options, needs_gradient
 from dskernels.moe.packed import KEPT, PACKED, empty_kept
 from dskernels.moe.split import split
 from dskernels.reference import experts as experts_reference
@@ -273,10 +273,6 @@ def _fused_experts_backward_fake(dout, *args):
     )
 
 
-BLOCK = (
-    "Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale, Tensor weights, Tensor experts, "
-    "Tensor? shared_w13, Tensor? shared_w13_scale, Tensor? shared_w2, Tensor? shared_w2_scale"
-)
 # Places of x, w13, w2, weights and the shared weights among the arguments.
 DIFFERENTIABLE = (0, 1, 3, 5, 7, 9)
 # The scale of a weight follows it: a quantised weight has no gradient.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation
 from dskernels.later import waiting_for
-from dskernels.moe.network import check_network, check_options, flat, flat_options, needs_gradient
+from dskernels.moe.network import NETWORK, check_network, check_options, flat, flat_options, needs_gradient
 from dskernels.moe.packed import KEPT, PACKED, empty_kept
 from dskernels.reference import experts as reference
 from dskernels.types import Fp8Tensor
@@ -74,8 +74,6 @@ def _backward_fake(dout, *args):
         for i, needed in zip(DIFFERENTIABLE, needs, strict=True)
     )
 
-
-NETWORK = "Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale"
 
 _feed_forward = Operation(
     f"feed_forward({NETWORK}, bool fp8, int keep, Tensor? quantized, Tensor? quantized_scale) -> (Tensor, Tensor)",

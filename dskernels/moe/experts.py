@@ -69,6 +69,28 @@ class Network(NamedTuple):
     w2_scale: Tensor | None
 
 
+class Block(NamedTuple):
+    """A whole block without a gradient, of which an implementation may run one of a few tokens at once.
+
+    Attributes:
+        x: ``[T, H]`` as the products take it.
+        dtype: of the output.
+        network: the routed experts; the last `n_shared` of them are of every token.
+        weights: ``[T, k]``.
+        experts: ids ``[T, k]``.
+        n_shared: how many shared experts are in the stack.
+        shared: the shared network where it is apart from the stack.
+    """
+
+    x: Operand
+    dtype: torch.dtype
+    network: Network
+    weights: Tensor
+    experts: Tensor
+    n_shared: int
+    shared: Network | None
+
+
 @dataclass(frozen=True)
 class Steps:
     """What an implementation of the block does, for operands of one kind.
@@ -88,9 +110,7 @@ class Steps:
         dispatched: the gradient of the output as an operand, which goes to the experts.
         wgrad: the gradient of a weight, given the rows of both operands and the weight.
         wgrad_requantizes: whether that takes tokens as they are, since it quantises along an expert's rows.
-        few: the output of the whole block for a few tokens, given them as an operand, their dtype, the routed network,
-            weights, ids, how many experts at its end are shared, and the shared network or None; or None if it does not
-            take them.
+        few: the output ``[T, H]`` of a block of a few tokens, or None if it does not take it.
     """
 
     operand: Callable[[Tensor], Operand]
@@ -105,7 +125,7 @@ class Steps:
     dispatched: Callable[[Tensor], Operand]
     wgrad: Callable[[Rows, Rows, Batch, Tensor], Tensor]
     wgrad_requantizes: bool
-    few: Callable[[Operand, torch.dtype, Network, Tensor, Tensor, int, Network | None], Tensor | None] | None = None
+    few: Callable[[Block], Tensor | None] | None = None
 
 
 def forward(
@@ -132,7 +152,7 @@ def forward(
     if shared is not None and not keep and (together := _one_stack(steps, routed, shared)) is not None:
         routed, shared, n_shared = together, None, 1
     if steps.few is not None and not keep and not differentiated:
-        out = steps.few(a, x.dtype, routed, weights, experts, n_shared, shared)
+        out = steps.few(Block(a, x.dtype, routed, weights, experts, n_shared, shared))
         if out is not None:
             return out, steps.kept(x.new_empty(0, routed.w13.shape[1])), of_shared
     if n_shared:

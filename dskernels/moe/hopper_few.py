@@ -19,7 +19,7 @@ from dskernels.device import empty, multiprocessors
 from dskernels.gemm.config import SHARED_LIMIT, SmallConfig
 from dskernels.gemm.hopper_small import OUT
 from dskernels.moe import config_few as config
-from dskernels.moe.experts import Network, Operand
+from dskernels.moe.experts import Block, Network
 from dskernels.types import Fp8Tensor
 from dskernels.validate import ceil_div
 
@@ -27,26 +27,14 @@ UP = Path(__file__).with_name("hopper_few_up.cu")
 DOWN = Path(__file__).with_name("hopper_few_down.cu")
 
 
-def fused_experts(
-    a: Operand,
-    dtype: torch.dtype,
-    network: Network,
-    weights: Tensor,
-    experts: Tensor,
-    n_shared: int,
-    shared: Network | None,
-) -> Tensor | None:
-    """Output [T, H] for tokens `a`; the last `n_shared` experts are those of every token. None if it is not for these
-    kernels: more tokens, a shared network apart from the stack, weights that are quantised inside, ids of another type
-    than `route` returns, or fp32."""
+def fused_experts(block: Block) -> Tensor | None:
+    """Output [T, H]. None if it is not for these kernels: more tokens, a shared network apart from the stack, weights
+    that are quantised inside, ids of another type than `route` returns, or fp32."""
+    a, dtype, network, weights, experts, n_shared, shared = block
     w13_scale, w2_scale = network.w13_scale, network.w2_scale
-    if (
-        shared is not None
-        or not isinstance(a, Fp8Tensor)
-        or w13_scale is None
-        or w2_scale is None
-        or not _fits(a, dtype, network, experts)
-    ):
+    if shared is not None or not isinstance(a, Fp8Tensor) or w13_scale is None or w2_scale is None:
+        return None
+    if not _fits(a, dtype, network, experts):
         return None
     tokens, most = a.shape[0], most_of(experts, network.w13, n_shared)
     gate_up = empty(a.data, (most * tokens, network.w13.shape[1]), dtype)

@@ -13,6 +13,12 @@ from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_tensor
 
 HOW_KEPT = ("input", "fp8")
+# Arguments of the registered operations, a weight as data and scale.
+NETWORK = "Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale"
+BLOCK = (
+    f"{NETWORK}, Tensor weights, Tensor experts, "
+    "Tensor? shared_w13, Tensor? shared_w13_scale, Tensor? shared_w2, Tensor? shared_w2_scale"
+)
 
 
 def check_network(w13: tuple[str, Any], w2: tuple[str, Any], x: Tensor, fp8: bool, *, stacked: bool) -> None:

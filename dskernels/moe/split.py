@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation
 from dskernels.later import Waiting
+from dskernels.moe.network import BLOCK
 from dskernels.reference import experts as reference
 
 # Of the gradients of (x, w13, w2, weights, w13 and w2 of the shared expert), those that the second half gives.
@@ -42,21 +43,17 @@ def _weights_fake(dout, *args):
     )
 
 
-BLOCK = (
-    "Tensor dout, Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale, Tensor weights, "
-    "Tensor experts, Tensor? shared_w13, Tensor? shared_w13_scale, Tensor? shared_w2, Tensor? shared_w2_scale, "
-    "Tensor gate_up, Tensor shared_gate_up"
-)
+ARGUMENTS = f"Tensor dout, {BLOCK}, Tensor gate_up, Tensor shared_gate_up"
 
 backward_inputs = Operation(
-    f"fused_experts_backward_inputs({BLOCK}, bool fp8) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"fused_experts_backward_inputs({ARGUMENTS}, bool fp8) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_inputs_reference,
     triton="dskernels.moe.triton_experts:fused_experts_backward_inputs",
     hopper="dskernels.moe.hopper:fused_experts_backward_inputs",
     fake=_inputs_fake,
 )
 backward_weights = Operation(
-    f"fused_experts_backward_weights({BLOCK}, Tensor dgate_up, Tensor hidden, Tensor shared_dgate_up, "
+    f"fused_experts_backward_weights({ARGUMENTS}, Tensor dgate_up, Tensor hidden, Tensor shared_dgate_up, "
     "Tensor shared_hidden, bool fp8, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.fused_experts_backward_weights,
     triton="dskernels.moe.triton_experts:fused_experts_backward_weights",

@@ -9,14 +9,13 @@ Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dskernels.device import empty
 from dskernels.moe.config_matvec import MOST_CHOICES, MOST_TOKENS, choose_matvec, power_of_two
-from dskernels.moe.experts import Network, Operand
+from dskernels.moe.experts import Block, Network
 from dskernels.portable import INTERPRETED, begin_dependent, cast, launch, programmatic
 from dskernels.types import Fp8Tensor
 from dskernels.validate import ceil_div
@@ -157,17 +156,9 @@ def few_down_kernel(
 # ---- launcher -------------------------------------------------------------------------------------------------------
 
 
-def fused_experts(
-    x: Operand,
-    dtype: torch.dtype,
-    network: Network,
-    weights: Tensor,
-    experts: Tensor,
-    n_shared: int,
-    shared: Network | None,
-) -> Tensor | None:
-    """Output [T, H]; the last `n_shared` experts of the stack, and those of `shared`, are of every token. None if it
-    is not for these kernels: more tokens, or weights whose rows are not contiguous."""
+def fused_experts(block: Block) -> Tensor | None:
+    """Output [T, H]. None if it is not for these kernels: more tokens, or weights whose rows are not contiguous."""
+    x, dtype, network, weights, experts, n_shared, shared = block
     if isinstance(x, Fp8Tensor) or not _fits(x, network, experts, n_shared, shared):
         return None
     (tokens, width), (total, _, inner), top_k = x.shape, network.w2.shape, experts.shape[1]
