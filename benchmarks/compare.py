@@ -54,11 +54,10 @@ def introduce(name: str, saved: Mapping[str, Saved]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for family in saved.values():
         s, r = family.stamp, family.roofs
-        fp8 = "no fp8" if r.get("fp8_tflops") is None else f"fp8 {r['fp8_tflops']:,.0f}"
-        line = (
-            f"{s['gpu']}, torch {s['torch']}, commit {s['commit'][:12]}, {s['date'][:10]}, "
-            f"copy {r['copy_gbs']:,.0f} GB/s, bf16 {r['bf16_tflops']:,.0f}, {fp8} TFLOP/s"
-        )
+        line = f"{s['gpu']}, torch {s['torch']}, commit {s['commit'][:12]}, {s['date'][:10]}"
+        if r:
+            fp8 = "no fp8" if r.get("fp8_tflops") is None else f"fp8 {r['fp8_tflops']:,.0f}"
+            line += f", copy {r['copy_gbs']:,.0f} GB/s, bf16 {r['bf16_tflops']:,.0f}, {fp8} TFLOP/s"
         lines.setdefault(line, []).append(family.family)
     return [f"{name}  {line} ({', '.join(families)})" for line, families in lines.items()]
 

@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import charts
+
 RESULTS = Path(__file__).parent / "results" / "h200" / "parallel.json"
 COLORS = {"nccl": "#999", "dispatch": "#3a78c2", "combine": "#23804d", "data": "#d08a2e", "expert": "#3a78c2"}
-WIDTH, HEIGHT, LEFT, TOP = 330, 190, 56, 40
+WIDTH, HEIGHT, LEFT, TOP = 270, 190, 56, 40
+LABELS = 190  # pixels beside a panel for what its lines are
 
 
 def main() -> None:
@@ -24,8 +27,8 @@ def main() -> None:
 
 def draw(found: Mapping[str, Any]) -> str:
     """Two panels side by side; legible on light and on dark pages."""
-    second = LEFT + WIDTH + 90
-    size = f"0 0 {second + WIDTH + 60} {TOP + HEIGHT + 44}"
+    second = LEFT + WIDTH + LABELS
+    size = f"0 0 {second + WIDTH + LABELS} {TOP + HEIGHT + 44}"
     style = (
         "text{font:12px sans-serif;fill:#555}.end{text-anchor:end}.mid{text-anchor:middle}"
         "@media(prefers-color-scheme:dark){text{fill:#bbb}}"
@@ -39,12 +42,12 @@ def _exchanges(large: Sequence[Mapping[str, Any]]) -> list[str]:
     top = max(row[f"{name}_gb_per_s"] for row in large for name in ("nccl", "dispatch", "combine"))
     most = -(-top // 100) * 100
     labels = [f"{row['tokens']:,}" for row in large]
-    parts = _frame("exchange of 7,168 bf16 a token, GB/s", "tokens of a rank", labels, most, 100)
-    for name in ("nccl", "dispatch", "combine"):
-        points = [(_x(i, len(large)), _y(row[f"{name}_gb_per_s"], most)) for i, row in enumerate(large)]
-        label = "all-to-all of NCCL" if name == "nccl" else name
-        parts += _line(points, COLORS[name], label, dashed=name == "nccl", up=name != "combine")
-    return parts
+    parts = _frame("7,168 bf16 a token, its own rank's included, GB/s", "tokens of a rank", labels, most, 100)
+    lines = {
+        label: ([row[f"{name}_gb_per_s"] for row in large], COLORS[name])
+        for name, label in (("nccl", "all-to-all of NCCL"), ("dispatch", "dispatch"), ("combine", "combine"))
+    }
+    return parts + _lines(lines, most)
 
 
 def _training(found: Mapping[str, Any]) -> list[str]:
@@ -54,17 +57,12 @@ def _training(found: Mapping[str, Any]) -> list[str]:
     most = -(-ranks * max(training["one"], training["data_gathered"]) // 100_000) * 100_000
     labels = [f"{n} GPU{'s' * (n > 1)}" for n in counts]
     parts = _frame("training, tokens a second of all GPUs", "", labels, most, most / 5)
-    lines = {"in proportion": ranks * training["one"]}
-    lines |= {
-        f"data={ranks},gathered": ranks * training["data_gathered"],
-        f"expert={ranks},overlap": ranks * training["expert_overlap"],
-    }
-    for i, (label, rate) in enumerate(lines.items()):
-        points = [(_x(0, 2), _y(training["one"], most)), (_x(1, 2), _y(rate, most))]
-        color = COLORS.get(label.partition("=")[0], "#999")
-        share = "" if i == 0 else f" ({rate / ranks / training['one']:.0%} a GPU)"
-        parts += _line(points, color, label + share, dashed=i == 0, up=i != 1, shift=-14 + 15 * i)
-    return parts
+    one = training["one"]
+    lines = {"in proportion": ([one, ranks * one], COLORS["nccl"])}
+    for kind, name in (("data", "gathered"), ("expert", "overlap")):
+        rate = training[f"{kind}_{name}"]
+        lines[f"{kind}={ranks},{name} ({rate / one:.0%} a GPU)"] = ([one, ranks * rate], COLORS[kind])
+    return parts + _lines(lines, most)
 
 
 def _frame(title: str, below: str, labels: Sequence[str], most: float, step: float) -> list[str]:
@@ -81,16 +79,18 @@ def _frame(title: str, below: str, labels: Sequence[str], most: float, step: flo
     return parts
 
 
-def _line(
-    points: Sequence[tuple[float, float]], color: str, label: str, *, dashed: bool, up: bool, shift: float = 0.0
-) -> list[str]:
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    dashes = ' stroke-dasharray="4 3"' * dashed
-    parts = [f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>']
-    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
-    x, y = points[-1]
-    place = y + (shift or (-8 if up else 16))
-    parts.append(f'<text class="end" x="{x - 4:.1f}" y="{place:.1f}" style="fill:{color}">{label}</text>')
+def _lines(lines: Mapping[str, tuple[Sequence[float], str]], most: float) -> list[str]:
+    """Lines by what they are, each the values and the colour; the first, what others are held against, is dashed."""
+    labels = charts.spread({label: _y(values[-1], most) for label, (values, _) in lines.items()}, TOP, TOP + HEIGHT)
+    parts = []
+    for i, (label, (values, color)) in enumerate(lines.items()):
+        points = [(_x(at, len(values)), _y(value, most)) for at, value in enumerate(values)]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        dashes = "" if i else ' stroke-dasharray="4 3"'
+        parts.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="2"{dashes}/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in points]
+        place = f'x="{LEFT + WIDTH + 6}" y="{labels[label] + 4:.1f}"'
+        parts.append(f'<text {place} style="fill:{color}">{label}</text>')
     return parts
 
 

@@ -87,9 +87,10 @@ def page(gpus: Mapping[str, Mapping[str, Saved]]) -> str:
 <main>
 <p>Operations of models built like DeepSeek-V3, on the model's own shapes. Times are of the device with a cold L2: the
 median, and what 20% and 80% of the runs stayed below. The roof is what the same machine was measured to reach in the
-same run, in copying or in matrix products, whichever binds. Peers run in the same process, in turns with ours and in
-both orders; “× best peer” is the fastest peer's time over ours, so above 1 is faster than it. A pale bar is of a peer
-that is no rival: eager PyTorch where it is a chain of kernels, or dskernels itself without what the row is about.
+same run, in copying or in matrix products, whichever binds, where a family does not say otherwise. Peers run in the
+same process, in turns with ours and in both orders; “× best peer” is the fastest peer's time over ours, so above 1 is
+faster than it. A pale bar is of a peer that is no rival: eager PyTorch where it is a chain of kernels, or dskernels
+itself without what the row is about.
 Compare ratios within a family, whose numbers are of one run, and times between machines with care.</p>
 {sections}
 </main>
@@ -112,6 +113,8 @@ def _gpu(gpu: str, families: Mapping[str, Saved]) -> str:
     ]
     for family in families.values():
         parts.append(f'<div class="family"><h3>{escape(family.family)}</h3>')
+        if note := family.stamp.get("note"):
+            parts.append(f"<p>{escape(note)}.</p>")
         parts += [_table(family.rows), _charts(family.rows), "</div>"]
     return "\n".join([*parts, "</section>"])
 

@@ -140,18 +140,26 @@ def gpu_folder(gpu: str) -> str:
 
 def document(
     machine: Machine,
-    roofs: Roofs,
+    roofs: Roofs | None,
     rows: list[Row],
     date: str | None = None,
     *,
     clocks: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
-    """What the JSON file of one family holds; `clocks` is how steady the machine was, where that was looked at."""
+    """What the JSON file of one family holds.
+
+    Args:
+        machine: that it was measured on.
+        roofs: of that machine in that run, None where the rows have another.
+        rows: what was measured.
+        date: when, now by default.
+        clocks: how steady the machine was, where that was looked at.
+    """
     steadiness = {} if clocks is None else {"clocks": {name: rounded(value) for name, value in clocks.items()}}
     return {
         **asdict(machine),
         "date": date or datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "roofs": {name: rounded(value) for name, value in asdict(roofs).items()},
+        "roofs": {} if roofs is None else {name: rounded(value) for name, value in asdict(roofs).items()},
         **steadiness,
         "rows": [row.to_json() for row in rows],
     }
