@@ -51,7 +51,8 @@ class Plan:
         sms: how many SMs of a GPU a message of NCCL may take from what is computed beside it; None leaves it to NCCL.
 
     Raises:
-        ValueError: a number is below 1, or ``tensor`` stands beside others.
+        ValueError: a number is below 1, an unknown exchange, ``overlap`` with ``reshard`` or a pipeline, or ``tensor``
+            beside others.
     """
 
     data: int = 1
