@@ -220,7 +220,7 @@ def _value(value: float | None, shown: str) -> str:
 
 
 def _share(percent: float) -> str:
-    return _bar(percent, f"{percent:.0f}" if percent >= 1 else f"{percent:.2g}", min(100.0, percent))
+    return _bar(percent, tables.percent(percent), min(100.0, percent))
 
 
 def _ratio(ratio: float, *, rival: bool) -> str:
