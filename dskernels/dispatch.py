@@ -134,6 +134,8 @@ class Operation:
         False, with nothing done, says that they are new, and are to be looked at. It spares a public function the
         validation of what it has validated.
         """
+        if impl is not None:
+            _check_impl(impl)
         if (
             torch.compiler.is_dynamo_compiling()
             or self._straight is None
@@ -154,8 +156,6 @@ class Operation:
         """The tensors, and what else decides what runs; None for that where it must be decided anew."""
         tensors = given = self._tensors(args)
         absent = None
-        if impl is not None:
-            _check_impl(impl)
         for x in given:
             if x is None:
                 tensors = tuple([x for x in given if x is not None])

@@ -190,8 +190,7 @@ class Attention(nn.Module):
         out = out.flatten(0, 1)
         if self.o_proj.takes_fp8 and config.v_head_dim % FP8_BLOCK[1] == 0:
             return self.o_proj(ds.mla_values_quantize(out, w_uv), out.dtype)
-        values = values_of(out, w_uv)
-        return few.products(values, (self.o_proj,))[0] if few.fit(values.shape[0], self.o_proj) else self.o_proj(values)
+        return few.linear(values_of(out, w_uv), self.o_proj)
 
 
 def values_of(latents: Tensor, w_uv: Tensor) -> Tensor:

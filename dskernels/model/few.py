@@ -22,7 +22,7 @@ from dskernels.model.steps import PLACED, Placed, place, place_fake
 
 MOST_ROWS = 8
 MOST_VOCABULARY = 1 << 14  # of which one program finds the most likely token
-MOST_WEIGHTS = 1 << 22  # of a matrix: larger ones are bound by their bytes, and what norms is hidden behind them
+MOST_WEIGHTS = 1 << 22  # of a matrix, an estimate: larger ones are bound by their bytes, which hide what norms
 
 
 class Unnormed:
@@ -43,8 +43,8 @@ class Unnormed:
 
 
 def fit(rows: int, *layers: Linear | FeedForward | None) -> bool:
-    """Whether few rows go through these, whose weights are plain and small, with nothing to differentiate and nobody
-    to be called for it."""
+    """Whether few rows go through these, whose weights are plain and small, with nothing to differentiate and no hook
+    of theirs to be called."""
     few_rows = rows <= MOST_ROWS and not torch.is_grad_enabled()
     return few_rows and all(layer is None or _plain(layer) for layer in layers)
 
@@ -84,6 +84,11 @@ def products(
     scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     out, stream, normed = _products(x, update, scale, *weights, eps, gated, with_normed)
     return out, x if update is None else stream, normed
+
+
+def linear(x: Tensor, layer: Linear) -> Tensor:
+    """``layer(x)`` of ``[T, K]``, by `products` where these are few."""
+    return products(x, (layer,))[0] if fit(x.shape[0], layer) else layer(x)
 
 
 def add_norm(x: Tensor, update: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:

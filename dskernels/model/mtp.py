@@ -44,8 +44,7 @@ class MTP(Block):
     ) -> tuple[Tensor, RouterOutput]:
         """The next hidden state ``[T, hidden]`` of what `beside` gives, normed, for the head or the next prediction."""
         is_few = few.fit(both.shape[0], self.eh_proj)
-        x = few.products(both, (self.eh_proj,))[0] if is_few else self.eh_proj(both)
-        x, update, router = self(x, None, batch, cos, sin, cache)
+        x, update, router = self(few.linear(both, self.eh_proj), None, batch, cos, sin, cache)
         hidden = few.add_norm(x, update, self.norm)[0] if is_few else self.norm(x + update)
         return hidden, cast(RouterOutput, router)  # its feed-forward is always a mixture of experts
 

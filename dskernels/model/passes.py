@@ -136,7 +136,7 @@ class Passes:
         if s.hidden is None:
             return drafts, draft_p
         hidden, token = s.hidden, s.last
-        if self.sampling.greedy and self.model.config.vocab_size <= few.MOST_VOCABULARY and self._drafts_by_few(rows):
+        if self._drafts_by_few(rows):
             return self._draft_by_few(s, hidden, drafts), None
         for j in range(k):
             if j:
@@ -150,13 +150,16 @@ class Passes:
         return drafts, draft_p
 
     def _drafts_by_few(self, rows: int) -> bool:
-        return few.fit(rows, cast(MTP, self.model.mtp[0]).eh_proj, self.model.lm_head)
+        """Whether `_draft_by_few` can."""
+        model = self.model
+        likely = self.sampling.greedy and model.config.vocab_size <= few.MOST_VOCABULARY
+        return likely and few.fit(rows, cast(MTP, model.mtp[0]).eh_proj, model.lm_head)
 
     def _draft_by_few(self, s: Sequences, hidden: Tensor, drafts: Tensor) -> Tensor:
         """The same, the most likely tokens, with one launch for all that stands between two products."""
         model, state = self.model, (s.lengths, s.active, s.block_table)
         module = cast(MTP, model.mtp[0])
-        logits = self._scores(hidden)
+        logits = few.linear(hidden, model.lm_head)
         for j in range(drafts.shape[1]):
             placed, both, cos, sin = few.look_ahead(
                 logits,
@@ -180,12 +183,7 @@ class Passes:
     ) -> tuple[Tensor, Tensor | None]:
         """A token after each hidden state, to stand at ``places + ahead`` in its text, and what it was drawn from."""
         u = None if self.sampling.greedy else chances(stream, places, ahead, 1, 1, purpose).flatten()
-        return self.sampling.choose(self._scores(hidden), u)
-
-    def _scores(self, hidden: Tensor) -> Tensor:
-        """Logits ``[T, vocab]``."""
-        head = self.model.lm_head
-        return few.products(hidden, (head,))[0] if few.fit(hidden.shape[0], head) else head(hidden)
+        return self.sampling.choose(few.linear(hidden, self.model.lm_head), u)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dskernels.validate import ceil_div
 
 SINGLE_OR_HALF = (torch.bfloat16, torch.float16, torch.float32)
 MOST_ROWS, MOST_WIDTH = 8, 8192
-ROWS_BY_COLUMNS, MOST_BLOCK_K = 8, 512  # of a tile that is multiplied at a time: a chip has more programs than work
+ROWS_BY_COLUMNS, MOST_BLOCK_K = 8, 512  # of a tile; estimates, as a chip has room for more programs than there are
 
 # ---- products -------------------------------------------------------------------------------------------------------
 

@@ -26,8 +26,8 @@ class MatvecConfig:
 def choose_matvec(columns: int, interpreted: bool = False) -> MatvecConfig:
     """For a weight with rows of so many columns: four whole rows where they are short, else 512 columns of eight.
 
-    Short rows are of small experts, which take no longer for more programs. Eight rows of 512 are 8 KB in flight for
-    each program, of which several share a multiprocessor. Triton's interpreter takes its time by programs.
+    Estimates: short rows are of small experts, for which there is room for more programs; eight rows of 512 are 8 KB in
+    flight for each program, of which several share a multiprocessor. Triton's interpreter takes its time by programs.
     """
     if interpreted:
         return MatvecConfig(32, max(min(power_of_two(columns), 512), 16), 4)
