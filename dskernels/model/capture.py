@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -46,6 +47,26 @@ class capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph
             nothing.capture_begin(capture_error_mode="thread_local")
             torch.cuda._sleep(1)
             nothing.capture_end()
+
+
+@contextmanager
+def aside(stream: torch.cuda.Stream, what: str, instead: str) -> Iterator[None]:
+    """Within it the current stream is ``stream``, which a step is captured on, behind what the current one was given.
+
+    Raises:
+        RuntimeError: the step does what cannot be in a graph: ``what`` it is, why, and what to do ``instead``.
+    """
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(f"{what} cannot be captured ({reason}); {instead}") from error
+    current.wait_stream(stream)
 
 
 def mode() -> tuple[str | None, bool]:

@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from dskernels.model.capture import capturing, mode
+from dskernels.model.capture import aside, capturing, mode
 from dskernels.model.model import DeepseekV3
 from dskernels.model.passes import Passes, Sequences
 
@@ -155,22 +155,12 @@ class StepGraphs:
         if not self.graphs:
             self._pool = torch.cuda.graph_pool_handle()  # torch gives a pool up with the last graph in it
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        try:
-            with torch.cuda.stream(self._stream):
-                # A step of rows without sequences, which changes nothing: what is compiled, loaded or kept cannot be
-                # within a capture.
-                passes.step(Sequences.empty(passes, rows, self.sequences.block_table.shape[1]))
-                with capturing(graph, self._pool):
-                    passes.step(self.sequences.rows(0, rows))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RuntimeError(
-                f"graphs: a step of {rows} rows cannot be captured ({reason}); graphs=False runs without them"
-            ) from error
-        torch.cuda.current_stream(device).wait_stream(self._stream)
+        with aside(self._stream, f"graphs: a step of {rows} rows", "graphs=False runs without them"):
+            # A step of rows without sequences, which changes nothing: what is compiled, loaded or kept cannot be within
+            # a capture.
+            passes.step(Sequences.empty(passes, rows, self.sequences.block_table.shape[1]))
+            with capturing(graph, self._pool):
+                passes.step(self.sequences.rows(0, rows))
         weights = tensors_of(passes.model)
         self._model, self._weights = ref(passes.model), [ref(t) for t in weights]
         self._state = [place_and_version(t) for t in weights]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dskernels.model.capture import capturing, mode
+from dskernels.model.capture import aside, capturing, mode
 from dskernels.model.data import Packed
 
 FEWEST = 16  # sequences that a graph is made for
@@ -86,25 +86,14 @@ class StepGraphs:
 
     def _capture(self, inputs: Inputs, mtp: bool) -> tuple[Tensor, torch.cuda.CUDAGraph]:
         """The graph of a step, which does not run, and where its numbers will be."""
-        current = torch.cuda.current_stream(self.device)
         if self._stream is None:
             self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-        current.synchronize()
+        torch.cuda.current_stream(self.device).synchronize()
         gc.collect()  # what is left of a step's backward graph would bring its stream into the capture
         torch.cuda.empty_cache()  # the graph has memory of its own for what the step before it took
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self._stream), capturing(graph, self._pool):
-                values = self.step(inputs, mtp)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise RuntimeError(
-                f"cuda_graph: a step cannot be captured ({reason}); cuda_graph=False runs without"
-            ) from error
-        current.wait_stream(self._stream)
+        with aside(self._stream, "cuda_graph: a step", "cuda_graph=False runs without"), capturing(graph, self._pool):
+            values = self.step(inputs, mtp)
         return values, graph
 
 
