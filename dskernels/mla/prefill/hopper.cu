@@ -34,7 +34,7 @@ typedef u16 Element;
 
 // ---- barriers ----------------------------------------------------------------------------------------------------
 
-// As in stage.cuh, for two buffers: what is timed here is code without a comparison.
+// As in stage.cuh, for two buffers, without a comparison.
 struct Stage {
     int index = 0;
     u32 phase = 0;
