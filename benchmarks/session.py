@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import check, peers, results, roofline, saved, steadiness, timing
 from benchmarks.cases import Case
 from benchmarks.results import Failure, Machine, Row
-from benchmarks.runner import Runner
+from benchmarks.runner import Runner, one_line
 
 DEVICE = "cuda"
 COLUMNS = TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
@@ -110,8 +110,12 @@ class Session:
                     for what, seconds in outcome.spent.items():
                         family.spent[what] = family.spent.get(what, 0.0) + seconds
                     progress.advance(task)
-                after, mhz = self._look()
-                family.clocks = steadiness.clocks(self.roofs, after, self._mhz, mhz) | {"turns": self.warm_up.turns}
+                try:
+                    after, mhz = self._look()
+                except RuntimeError as error:  # a case has left the device unusable: what came before it is kept
+                    family.notes.append(f"the roofs could not be measured again, {one_line(error)}")
+                else:
+                    family.clocks = steadiness.clocks(self.roofs, after, self._mhz, mhz) | {"turns": self.warm_up.turns}
                 self._show(family)
                 yield family
 
@@ -144,7 +148,8 @@ class Session:
     def save(self, family: Family, folder: Path | None = None) -> None:
         """Write the file of a family, if anything of it was timed."""
         if family.rows:
-            path = results.save(family.name, self.machine, self.roofs, family.rows, folder=folder, clocks=family.clocks)
+            clocks = family.clocks or None
+            path = results.save(family.name, self.machine, self.roofs, family.rows, folder=folder, clocks=clocks)
             self.console.print(f"saved {path}", highlight=False)
 
     def _look(self) -> tuple[roofline.Roofs, float | None]:
@@ -161,7 +166,8 @@ class Session:
             show(f"[red]failed[/red] {title}: {escape(failure.reason)}", highlight=False)
         for note in family.notes:
             show(f"[dim]{escape(note)}[/dim]", highlight=False)
-        show(f"[dim]{steadiness.describe(family.clocks)}[/dim]", highlight=False)
+        if family.clocks:
+            show(f"[dim]{steadiness.describe(family.clocks)}[/dim]", highlight=False)
         spent = sorted(family.spent.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in spent)
         show(f"[dim]{sum(family.spent.values()):.0f} s: {parts}[/dim]", highlight=False)

@@ -435,7 +435,7 @@ MODEL_PREFILLS = (ModelPrefill(MODEL_V3_SLICE, 4096),)
 TRANSFORMERS_PREFILL = ModelPrefill(MODEL_V3_HALF, 4096)
 TRANSFORMERS_DECODE = ModelDecode(MODEL_V3_HALF, 32, 2048)
 DRAFTED = (
-    Generation(MODEL_DEMO, "fp32", 1, 3, 64, 3),
-    *(Generation(MODEL_DEMO, "bf16", 1, 3, 64, drafts) for drafts in (1, 2, 3, 4)),
+    Generation(MODEL_DEMO, "fp32", 1, 3, 256, 3),
+    *(Generation(MODEL_DEMO, "bf16", 1, 3, 256, drafts) for drafts in (1, 2, 3, 4)),
 )
 IN_ANY_COMPANY = (Generation(MODEL_DEMO, "bf16", 16, 32, 64),)

@@ -289,6 +289,23 @@ def test_a_whole_run_prints_tables_and_saves(gpu_stand_in):
         assert saved["clocks"] == {"mhz_before": 1980, "mhz_after": 1980, "copy": 1, "bf16": 1, "fp8": 1, "turns": 3}
 
 
+def test_what_was_timed_is_kept_where_the_device_is_unusable_afterwards(gpu_stand_in, monkeypatch):
+    measured = iter([ROOFS])
+
+    def measure(time):
+        for roofs in measured:
+            return roofs
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.\nand more")
+
+    monkeypatch.setattr(roofline, "measure", measure)
+    result = invoke("gemm", "--save")
+    assert result.exit_code == 0, result.output
+    assert "the roofs could not be measured again, RuntimeError: Offset increment outside graph" in result.output
+    saved = json.loads((gpu_stand_in / "h100" / "gemm.json").read_text())
+    assert len(saved["rows"]) == 3
+    assert "clocks" not in saved
+
+
 @pytest.fixture
 def two_cases(gpu_stand_in, monkeypatch):
     two = [MergeStates(workloads.Tokens(4, 2)), MergeStates(workloads.Tokens(5, 2))]

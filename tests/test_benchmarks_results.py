@@ -111,6 +111,20 @@ def test_stopwatch_flushes_and_spins_before_every_run_and_times_the_call_alone(m
     assert "fast slow" in text
 
 
+def test_what_is_made_ready_before_a_run_is_not_timed_and_runs_are_as_many_as_asked(monkeypatch):
+    device = FakeDevice()
+    monkeypatch.setattr(timing, "torch", device)
+    ready, call = device.kernel("ready", 5e5), device.kernel("slow", 30_000.0)
+    prepared = timing.Prepared(ready, call, runs=7)
+    times = timing.Stopwatch(seconds=0.01).time({"ours": prepared, "peer": device.kernel("peer", 30_000.0)})
+    assert times["ours"] == Times(3e4, 3e4, 3e4)
+    timed = device.log[max(i for i, what in enumerate(device.log[:-1]) if what == "synchronize") + 1 : -1]
+    assert timed.count("peer") == 3
+    assert [timed[i - 4 : i] for i, what in enumerate(timed) if what == "slow"] == [
+        ["ready", "flush", "spin", "record"]
+    ] * 7
+
+
 @pytest.mark.gpu
 def test_stopwatch_tells_a_long_spin_from_a_short_one():
     """A spin of n cycles takes at least n / 2 GHz, and twice the cycles twice the time."""
