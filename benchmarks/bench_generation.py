@@ -63,8 +63,8 @@ class Inputs:
         return run
 
     def going_on(self, n: int, *, impl: str | None = None, **options: Any) -> Prepared:
-        """``n`` tokens of each prompt's text behind the first, one text at a time. Every run does the same ones: prompts
-        go through the model again before it, which is not timed."""
+        """``n`` tokens of each text behind its first, one text at a time. Every run does the same ones: the prompts go
+        through the model again before it, which is not timed."""
         caches = [self.cache(1, len(prompt) + n + PAGE) for prompt in self.prompts]
         texts: list[Generation] = []
 
