@@ -292,10 +292,10 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     top = torch.maximum(*lses)
     base = torch.where(top == -math.inf, 0.0, top)
     weights = [torch.exp(lse - base) for lse in lses]
-    total = weights[0] + weights[1]
+    total = weights[0] + weights[1]  # NaN where one is
+    shares = [torch.where(total == 0, 0.0, w / total).mT[..., None] for w in weights]
     parts = [
-        torch.where((w / total).nan_to_num(0.0).mT[..., None] == 0, 0.0, exact(out) * (w / total).mT[..., None])
-        for w, out in zip(weights, (out_a, out_b), strict=True)
+        torch.where(share == 0, 0.0, exact(out) * share) for share, out in zip(shares, (out_a, out_b), strict=True)
     ]
     return parts[0] + parts[1], base + total.log()
 

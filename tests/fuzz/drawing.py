@@ -28,6 +28,8 @@ class Call:
                  each tensor of the result (of an Fp8Tensor, one).
     loose        how many roundings of a result's dtype may be lost, over its largest magnitude.
     size         from the arguments, a magnitude that is as good: of terms that cancel out.
+    apart        from the arguments and what sums may lose, how far implementations may be apart besides, element by
+                 element, see allowing.py.
     bits         whether kernels return the reference's bytes.
     writes       arguments that are written to.
     """
@@ -39,6 +41,7 @@ class Call:
     bits: bool = False
     writes: tuple[str, ...] = ()
     size: Callable[..., float] = lambda **_: 0.0
+    apart: Callable[..., Tensor] | None = None
     notes: list[str] = field(default_factory=list)
 
 

@@ -9,6 +9,7 @@ import torch
 from benchmarks import exact
 from dskernels.reference.grouped_gemm import quantize_grouped
 from dskernels.types import Fp8Tensor
+from fuzz import allowing
 from fuzz.drawing import FLOATS, GUARD, Call, Draw, placed
 
 ROWS, COLUMNS = (3, 1, 0, 17, 130), (128, 1, 0, 16, 130, 300)
@@ -134,12 +135,27 @@ def fp8_gemm(d: Draw) -> Call:
     def want(a, b, bias, **rest):
         return _added(exact.fp8_gemm(a, b, bias), **rest)
 
-    return Call("fp8_gemm", arguments, want, writes=writes, loose=8.0, size=_product_size)
+    def apart(loss, a, b, **_):
+        return allowing.sums(exact.exact(a), exact.exact(b), loss)
+
+    return Call("fp8_gemm", arguments, want, writes=writes, loose=8.0, size=_product_size, apart=apart)
 
 
 def _product_size(a, b, **_) -> float:
     """Of the terms of a sum."""
-    return float(exact.exact(a).abs().max() * exact.exact(b).abs().max()) if a.data.numel() and b.data.numel() else 0.0
+    largest = [exact.exact(x).nan_to_num(0.0, 0.0, 0.0).abs().flatten() for x in (a, b)]
+    return math.prod(float(x.max()) if len(x) else 0.0 for x in largest)
+
+
+def _grouped_apart(product, *operands: str):
+    """Of a product of groups: the sums of its terms' magnitudes, where they are in e4m3."""
+
+    def apart(loss, **given):
+        if not isinstance(given[operands[0]], Fp8Tensor):
+            return torch.zeros(())
+        return loss * product(**{key: exact.exact(x).abs() if key in operands else x for key, x in given.items()})
+
+    return apart
 
 
 def fp8_linear(d: Draw) -> Call:
@@ -155,7 +171,13 @@ def fp8_linear(d: Draw) -> Call:
     }
     if d.chance(3):
         arguments["quantized"] = d.fp8(arguments["x"].reshape(math.prod(lead), k), (1, 128))
-    return Call("fp8_linear", arguments, loose=8.0)
+
+    def apart(loss, x, weight, scale_format, quantized=None, **_):
+        rows = allowing.numbers(x.flatten(0, -2) if quantized is None else quantized, (1, 128), scale_format)
+        off = allowing.sums(rows, allowing.numbers(weight, (128, 128)), loss)
+        return off.unflatten(0, x.shape[:-1]) if x.dim() > 1 else off[0]
+
+    return Call("fp8_linear", arguments, loose=8.0, apart=apart)
 
 
 def grouped_gemm(d: Draw) -> Call:
@@ -169,7 +191,8 @@ def grouped_gemm(d: Draw) -> Call:
     def want(a, b, offsets, **_):
         return [exact.grouped_gemm(a, b, offsets)]
 
-    return Call("grouped_gemm", arguments, want, writes=writes, loose=8.0)
+    apart = _grouped_apart(lambda a, b, offsets, **_: exact.grouped_gemm(a, b, offsets), "a", "b")
+    return Call("grouped_gemm", arguments, want, writes=writes, loose=8.0, size=_product_size, apart=apart)
 
 
 def _stack(d: Draw, b: torch.Tensor) -> Fp8Tensor:
@@ -192,7 +215,8 @@ def grouped_gemm_masked(d: Draw) -> Call:
     def want(a, b, counts, **_):
         return [exact.grouped_gemm_masked(a, b, counts)]
 
-    return Call("grouped_gemm_masked", arguments, want, writes=writes, loose=8.0)
+    apart = _grouped_apart(lambda a, b, counts, **_: exact.grouped_gemm_masked(a, b, counts), "a", "b")
+    return Call("grouped_gemm_masked", arguments, want, writes=writes, loose=8.0, size=_product_size, apart=apart)
 
 
 def quantize_grouped_(d: Draw) -> Call:
@@ -220,14 +244,22 @@ def grouped_wgrad(d: Draw) -> Call:
     if writes:
         arguments["out"] = d.laid_out(arguments["out"].float())
 
-    def want(dy, x, offsets, **rest):
-        if isinstance(dy, Fp8Tensor):  # whole tiles of 128 columns for each group
+    def product(dy, x, offsets, **_):
+        if quantized:  # whole tiles of 128 columns for each group
             dy, x = (exact.exact(t).T for t in (dy, x))
             ends = torch.tensor([0, *(128 * -(-(b - a) // 128) for a, b in exact.groups(offsets, dy.shape[0]))])
             offsets = ends.cumsum(0)
-        return _added(exact.grouped_wgrad(dy, x, offsets), **rest)
+        return exact.grouped_wgrad(dy, x, offsets)
 
-    return Call("grouped_wgrad", arguments, want, writes=writes, loose=8.0)
+    return Call(
+        "grouped_wgrad",
+        arguments,
+        lambda **given: _added(product(**given), **given),
+        writes=writes,
+        loose=8.0,
+        size=lambda dy, x, **_: _product_size(dy, x),
+        apart=_grouped_apart(product, "dy", "x"),
+    )
 
 
 CALLS = {

@@ -118,7 +118,10 @@ def _resized(x: Tensor, sizes: list[int]) -> Tensor:
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype is x.dtype:
         return x
-    return (x.float() if x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else x).to(dtype)
+    wide = x.float() if x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else x
+    if dtype == torch.bfloat16 and x.is_floating_point():  # none that is subnormal: drawing.py says why
+        wide = torch.where(wide.abs() < torch.finfo(dtype).tiny, 0.0, wide)
+    return wide.to(dtype)
 
 
 def _relaid(d: Draw, x: Tensor) -> Tensor:
@@ -138,7 +141,7 @@ def _relaid(d: Draw, x: Tensor) -> Tensor:
 
 def revalued(d: Draw, x: Tensor) -> Tensor:
     """A few hostile values among the others."""
-    if x.dtype == torch.float8_e4m3fn or x.dtype == torch.bool:
+    if x.dtype in (torch.float8_e4m3fn, torch.bool) or x.is_complex():
         return x
     limits = torch.iinfo(x.dtype) if not x.is_floating_point() else None
     values = (limits.max, limits.min, -1, limits.max // 2 + 1, 0) if limits else (0.0, -0.0, 1e-30, math.nan, math.inf)

@@ -56,12 +56,12 @@ def rounding(call):
 
 
 def consistent(call):
-    """Whether the index of a `combine` is one that `permute` returns: each row once, and none after the last group."""
+    """Whether the index of a `combine` is one that `permute` returns: each row of the groups, once."""
     permuted = call.arguments.get("permuted")
     if permuted is None:
         return True
     rows = permuted.index[permuted.index >= 0]
-    return len(rows.unique()) == len(rows) and bool((rows < permuted.offsets[-1]).all())
+    return sorted(rows.tolist()) == list(range(int(permuted.offsets[-1])))
 
 
 def check(call):

@@ -1,0 +1,116 @@
+"""How far apart two right implementations may be where products run in e4m3, element by element, in fp64.
+
+Sums. Tensor cores keep 13 to 14 bits while they add up 128 products of e4m3 (`E4M3_SUMS` in dskernels/parity): 32
+products and what there is so far are cut off at 2^-13 of the largest of them, so that of each about 0.3 * 2^-13 of that
+is lost, in one direction or the other; of 128 products about sqrt(130) times as much, 2^-11.5. The largest is no more
+than the root of the sum of the terms' squares, or the sum. Allowed is six times that: 2^-9 of both. Sums in fp32 lose
+less than 2^-20 of them.
+
+Steps. A network quantises what is between its two products. Where that lies as near to the middle of two neighbours in
+e4m3 as the first product may be off, one implementation may take the one and another the other: a whole step, an eighth
+of the number at most, times a weight of the second product. Elsewhere both take the same. Each of these may go either
+way, so together they come to the root of the sum of squares; four times that is allowed, which is all of up to 16 steps
+at once. A number in the wrong tile, with another's scale, or lost, is outside of it (tests/fuzz/test_judging.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import exact
+from dskernels.reference.fp8 import quantize
+from dskernels.types import Fp8Tensor
+
+SUMS = {"cuda": 2.0**-9, "cpu": 2.0**-20}
+BETWEEN = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}  # as sums are handed on
+STEEPEST = 1.1  # of silu
+
+
+def numbers(x: Tensor | Fp8Tensor, block: tuple[int, int], scale_format: str = "fp32") -> Tensor:
+    """What an operand stands for once it is quantised."""
+    return exact.exact(
+        x if isinstance(x, Fp8Tensor) else quantize(x.detach().float(), block, scale_format=scale_format)
+    )
+
+
+def sums(a: Tensor, b: Tensor, loss: float) -> Tensor:
+    """Of a @ b.T, how far its elements may be off."""
+    return loss * (_root(a, b) + (a @ b.T).abs())
+
+
+def _root(a: Tensor, b: Tensor) -> Tensor:
+    """Of the sum of the squares of the terms of a @ b.T."""
+    return (a.square() @ b.square().T).sqrt()
+
+
+def tokens(x: Tensor, quantized: Fp8Tensor | None) -> Tensor:
+    """What the first product takes."""
+    return numbers(x if quantized is None else quantized, (1, 128))
+
+
+def network(x: Tensor, w13: Any, w2: Any, loss: float, between: float) -> tuple[Tensor, Tensor]:
+    """The result for the quantised tokens `x`, and how far it may be off."""
+    up, down = (numbers(w, (128, 128)) for w in (w13, w2))
+    gate_up = x @ up.T
+    off = sums(x, up, loss) + between * gate_up.abs()
+    (gate, value), (off_gate, off_value) = gate_up.tensor_split(2, -1), off.tensor_split(2, -1)
+    silu = gate * gate.sigmoid()
+    hidden = silu * value
+    off = STEEPEST * off_gate * value.abs() + (silu.abs() + STEEPEST * off_gate) * off_value + 2.0**-20 * hidden.abs()
+    hidden, off = _rounded(hidden, off)
+    result = hidden @ down.T
+    return result, 4 * _root(off, down) + sums(hidden, down, loss) + between * result.abs()
+
+
+def _rounded(x: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` in e4m3 in tiles of 128 columns, and how far that may be from what becomes of a number `off` away."""
+    columns = x.shape[1]
+    x, off = (F.pad(t, (0, -columns % 128)).unflatten(1, (-1, 128)) for t in (x, off))
+    largest = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest / 448, 1.0)
+    stretched = off.amax(-1, keepdim=True) / largest.clamp(min=1e-300)  # by how much the scale may differ
+    q = x.abs() / scale
+    off = off / scale + q * stretched
+    step = 2.0 ** ((q + off).clamp(min=2.0**-6).log2().floor() - 3)
+    near = ((q / step).frac() - 0.5).abs() * step <= off
+    rounded = q.clamp(max=448.0).float().to(torch.float8_e4m3fn).double() * x.sign() * scale
+    apart = (torch.where(near, step + off, 0.0) + q * stretched) * scale
+    return rounded.flatten(1)[:, :columns], apart.flatten(1)[:, :columns]
+
+
+def feed_forward(loss: float, x: Tensor, w13: Any, w2: Any, quantized: Fp8Tensor | None, fp8: bool, **_: Any) -> Tensor:
+    """Of the network alone."""
+    if not (fp8 or isinstance(w13, Fp8Tensor) or isinstance(w2, Fp8Tensor)):
+        return torch.zeros(())
+    return network(tokens(x, quantized), w13, w2, loss, BETWEEN[x.dtype])[1]
+
+
+def fused_experts(
+    loss: float,
+    x: Tensor,
+    w13: Any,
+    w2: Any,
+    routing: Any,
+    shared: Any,
+    n_shared: int,
+    quantized: Fp8Tensor | None,
+    fp8: bool,
+    **_: Any,
+) -> Tensor:
+    """Of the block, whose networks' errors are weighted as they are."""
+    if not (fp8 or any(isinstance(w, Fp8Tensor) for w in (w13, w2, *(shared or ())))):
+        return torch.zeros(())
+    rows, between = tokens(x, quantized), BETWEEN[x.dtype]
+    matrices = [Fp8Tensor(*parts, w.block) if isinstance(w, Fp8Tensor) else parts
+                for w in (w13, w2) for parts in (zip(w.data, w.scale, strict=True) if isinstance(w, Fp8Tensor) else w)]  # fmt: skip
+    n = len(matrices) // 2
+    weights, ids = exact.exact(routing.weights).abs(), routing.experts.cpu()
+    off = torch.zeros_like(rows)
+    for e in range(n):
+        shares = torch.ones(len(rows)).double() if e >= n - n_shared else (weights * (ids == e)).sum(1)
+        off += shares[:, None] * network(rows, matrices[e], matrices[n + e], loss, between)[1]
+    return off if shared is None else off + network(rows, *shared, loss, between)[1]

@@ -1,0 +1,108 @@
+"""The judge of networks in e4m3: what is as right as the reference passes, what is wrong in one number does not."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from dskernels.reference.fp8 import quantize, swiglu
+from dskernels.types import Fp8Tensor
+from fuzz.allowing import SUMS, feed_forward
+from fuzz.drawing import Call
+from fuzz.judging import WrongError, _compare
+
+TOKENS, HIDDEN, INNER = 9, 256, 384
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def call(request):
+    x = torch.randn(TOKENS, HIDDEN).to(request.param)
+    w13, w2 = (quantize(torch.randn(*shape) / 5, (128, 128)) for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER)))
+    arguments = {"x": x, "w13": w13, "w2": w2, "quantized": None, "fp8": True, "recompute": None}
+    return Call("feed_forward", arguments, loose=2.0, apart=feed_forward)
+
+
+def tensor_cores(a, b):
+    """a @ b.T as tensor cores add it up: 32 products at a time, cut off at 2^-13 of the largest."""
+    out = torch.zeros(a.data.shape[0], b.data.shape[0])
+    for tile in range(0, a.data.shape[1], 128):
+        total = torch.zeros_like(out)
+        for start in range(tile, tile + 128, 32):
+            x, w = (t.data[:, start : start + 32].float() for t in (a, b))
+            addends = torch.cat([total[..., None], x[:, None] * w[None]], -1)
+            unit = 2.0 ** (addends.abs().amax(-1, keepdim=True).clamp(min=1e-30).log2().floor() - 13)
+            total = ((addends / unit).trunc() * unit).sum(-1)
+        scale_b = b.scale[:, tile // 128].repeat_interleave(128)[: len(b.data)]
+        out += total * a.scale[:, tile // 128, None] * scale_b
+    return out
+
+
+def network(call, product, spoil=lambda hidden: hidden):
+    """The network by a product, and what becomes of it."""
+    dtype = call.arguments["x"].dtype
+    gate_up = product(quantize(call.arguments["x"]), call.arguments["w13"]).to(dtype)
+    return product(spoil(quantize(swiglu(gate_up))), call.arguments["w2"]).to(dtype)
+
+
+def plain(a, b):
+    """a @ b.T in fp32."""
+    return a.dequantize(torch.float32) @ b.dequantize(torch.float32).T
+
+
+def judged(call, got, sums=SUMS["cuda"]):
+    """Compare with the reference as on a GPU, or as on another device by how much its sums may lose."""
+    with mock.patch.dict(SUMS, cpu=sums):
+        _compare(call, [got], [network(call, plain)], "hopper")
+
+
+def test_what_tensor_cores_lose_is_allowed(call):
+    for _ in range(8):
+        call.arguments["x"] = torch.randn(TOKENS, HIDDEN).to(call.arguments["x"].dtype)
+        judged(call, network(call, tensor_cores))
+
+
+def of_another_tile(hidden):
+    return hidden._replace(scale=hidden.scale.roll(1, 1))
+
+
+def of_another_row(hidden):
+    return hidden._replace(scale=hidden.scale.roll(1, 0))
+
+
+def one_number_lost(hidden):
+    data = hidden.data.clone().view(torch.uint8)
+    data[2, int(hidden.data[2].float().abs().argmax())] = 0
+    return hidden._replace(data=data.view(hidden.data.dtype))
+
+
+def one_number_a_neighbour_off(hidden):
+    data = hidden.data.clone().view(torch.uint8)
+    data[2, int(hidden.data[2].float().abs().argmax())] -= 1
+    return hidden._replace(data=data.view(hidden.data.dtype))
+
+
+def last_tile_lost(hidden):
+    scale = hidden.scale.clone()
+    scale[:, -1] = 0
+    return hidden._replace(scale=scale)
+
+
+@pytest.mark.parametrize("spoil", [of_another_tile, of_another_row, one_number_lost, last_tile_lost])
+def test_what_is_wrong_is_found(call, spoil):
+    with pytest.raises(WrongError, match="off by"):
+        judged(call, network(call, tensor_cores, spoil))
+
+
+def test_a_step_that_nothing_explains_is_found_in_fp32(call):
+    if call.arguments["x"].dtype == torch.float32:  # in bf16 it is less than roundings
+        with pytest.raises(WrongError, match="off by"):
+            judged(call, network(call, plain, one_number_a_neighbour_off), SUMS["cpu"])
+
+
+def test_a_block_of_a_weight_with_another_scale_is_found(call):
+    w2 = call.arguments["w2"]
+    wrong = Fp8Tensor(w2.data, w2.scale.clone(), w2.block)
+    wrong.scale[0, 0] *= 1.5
+    got = network(Call("feed_forward", {**call.arguments, "w2": wrong}), tensor_cores)
+    with pytest.raises(WrongError, match="off by"):
+        judged(call, got)
