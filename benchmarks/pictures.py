@@ -45,18 +45,18 @@ DARK = Theme("dark", "#12161d", "#e6e9ef", "#9aa4b2", "#2a313c", "#6fa8ff", "#ff
 
 
 def write(gpus: Mapping[str, Mapping[str, Saved]], folder: Path) -> list[Path]:
-    """Write, for each GPU and theme, ``<gpu>_peers_<theme>.png`` and ``<gpu>_scaling_<theme>.png``."""
+    """Write, of the first GPU, for each theme ``peers_<theme>.png`` and ``scaling_<theme>.png``; their titles name it."""
     folder.mkdir(parents=True, exist_ok=True)
+    families = next(iter(gpus.values()))
+    rows = saved.jobs(families)
+    swept = families[saved.SWEEPS].rows if saved.SWEEPS in families else rows
+    name = next(iter(families.values())).stamp["gpu"]
     paths = []
-    for gpu, families in gpus.items():
-        rows = saved.jobs(families)
-        swept = families[saved.SWEEPS].rows if saved.SWEEPS in families else rows
-        name = next(iter(families.values())).stamp["gpu"]
-        for theme in (LIGHT, DARK):
-            for kind, figure in (("peers", peers(rows, name, theme)), ("scaling", scaling(swept, name, theme))):
-                path = folder / f"{gpu}_{kind}_{theme.name}.png"
-                _save(figure, path, theme)
-                paths.append(path)
+    for theme in (LIGHT, DARK):
+        for kind, figure in (("peers", peers(rows, name, theme)), ("scaling", scaling(swept, name, theme))):
+            path = folder / f"{kind}_{theme.name}.png"
+            _save(figure, path, theme)
+            paths.append(path)
     return paths
 
 
