@@ -105,12 +105,18 @@ def fused_experts(
     if not (fp8 or any(isinstance(w, Fp8Tensor) for w in (w13, w2, *(shared or ())))):
         return torch.zeros(())
     rows, between = tokens(x, quantized), BETWEEN[x.dtype]
-    matrices = [Fp8Tensor(*parts, w.block) if isinstance(w, Fp8Tensor) else parts
-                for w in (w13, w2) for parts in (zip(w.data, w.scale, strict=True) if isinstance(w, Fp8Tensor) else w)]  # fmt: skip
-    n = len(matrices) // 2
+    networks = list(zip(_matrices(w13), _matrices(w2), strict=True))
     weights, ids = exact.exact(routing.weights).abs(), routing.experts.cpu()
     off = torch.zeros_like(rows)
-    for e in range(n):
-        shares = torch.ones(len(rows)).double() if e >= n - n_shared else (weights * (ids == e)).sum(1)
-        off += shares[:, None] * network(rows, matrices[e], matrices[n + e], loss, between)[1]
-    return off if shared is None else off + network(rows, *shared, loss, between)[1]
+    for e, (up, down) in enumerate(networks):
+        everyones = e >= len(networks) - n_shared
+        shares = torch.ones(len(rows), 1).double() if everyones else (weights * (ids == e)).sum(1, keepdim=True)
+        off += shares * network(rows, up, down, loss, between)[1]
+    return off if shared is None else off + network(rows, shared[0], shared[1], loss, between)[1]
+
+
+def _matrices(stack: Tensor | Fp8Tensor) -> list[Tensor | Fp8Tensor]:
+    """The matrix of each expert."""
+    if isinstance(stack, Tensor):
+        return [*stack]
+    return [Fp8Tensor(data, scale, stack.block) for data, scale in zip(stack.data, stack.scale, strict=True)]
