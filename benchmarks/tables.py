@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import headlines, saved
+from benchmarks import figures, headlines, saved
 from benchmarks.charts import number
 from benchmarks.compare import geometric_mean
 from benchmarks.curves import sizes_of
@@ -39,12 +39,12 @@ def fill_pages(pages: Iterable[Path], gpus: Results) -> list[Path]:
 
 
 def fill(text: str, gpus: Results) -> str:
-    """The same page with its tables made anew."""
+    """The same page with its tables, and the figures in its text (`figures`), made anew."""
 
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}{_made(match[2].split(), gpus)}\n{match[3]}"
 
-    return REGION.sub(table, text)
+    return figures.fill(REGION.sub(table, text), gpus)
 
 
 def _made(words: Sequence[str], gpus: Results) -> str:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import bench_scaling, charts, curves, headlines, report, saved, tables
+from benchmarks import bench_scaling, charts, curves, figures, headlines, report, saved, tables
 from benchmarks.curves import OURS, ROOF
 from benchmarks.saved import SavedRow
 
@@ -222,6 +222,49 @@ def test_headlines_are_of_the_gpu_that_was_measured_last():
     lines = filled("headlines", {"h200": of_gpu(*rows), "h100": of_gpu()})
     size = "M 4,096, five linears of DeepSeek-V3"
     assert lines[4:-2] == [f"| `fp8_gemm` | {size} | 1,200 to 1,300 TFLOP/s | 50 | cuBLASLt | 1.20 to 1.50 |"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("h200 fp8_gemm m1 us", "10.0"),
+        ("h200 fp8_gemm m* ms", "0.0100 to 1.50"),
+        ("h200 fp8_gemm m* us each", "10.0 and 1,500"),
+        ("h200 fp8_* m2 tflops", "1,200"),
+        ("h200 fp8_gemm m1 times", "1.20"),
+        ("h200 fp8_gemm m1 peer_us", "12.0"),
+        ("h200 fp8_gemm m2 roof each", "50"),
+    ],
+)
+def test_figures_in_a_sentence_are_filled_in(asked, said):
+    gpus = {"h200": of_gpu(row("m1", peers={"cublaslt": 12.0}), row("m2", us=1500.0, tflops=1200.0))}
+    text = f"It takes <!-- saved: {asked} -->old<!-- /saved --> here, | <!-- saved: {asked} --><!-- /saved --> | there"
+    made = tables.fill(text, gpus)
+    assert re.sub(r"<!-- .*? -->", "", made) == f"It takes {said} here, | {said} | there"
+    assert tables.fill(made, gpus) == made
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("h200 fp8_gemm m9 us", "m9 us: nothing of it is saved"),
+        ("h100 fp8_gemm m1 us", "nothing of it is saved"),
+        ("h200 fp8_gemm m1 furlongs", "expected a GPU, an operation, a workload and one of us, ms"),
+        ("h200 fp8_gemm us", "expected a GPU"),
+        ("h200 fp8_gemm m1 times", "no peer is saved"),
+        ("h200 fp8_gemm m1 host", "what a call costs the host is not saved"),
+    ],
+)
+def test_a_figure_that_is_not_saved_is_an_error_that_names_it(asked, message):
+    with pytest.raises(saved.NotThere, match=message):
+        tables.fill(f"x <!-- saved: {asked} -->1<!-- /saved -->", {"h200": of_gpu(row("m1"))})
+
+
+def test_no_line_of_the_documentation_begins_with_a_figure():
+    for page in [report.README, *report.DOCS.rglob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*<!-- /?saved", text, re.MULTILINE), page
+        assert text.count("<!-- saved:") == text.count("<!-- /saved -->") == len(figures.INLINE.findall(text)), page
 
 
 def test_every_headline_is_of_a_workload_that_there_is():
