@@ -31,6 +31,11 @@ def _host_us(row: SavedRow) -> float:
     return row.host_us
 
 
+def _call_us(row: SavedRow) -> float:
+    """Of one call where the workload is a graph of several: ``20x_...``."""
+    return row.us / int(row.workload.partition("x_")[0])
+
+
 # What can be said of a row, and how it is written.
 KINDS: Mapping[str, tuple[Callable[[SavedRow], float], Callable[[float], str]]] = {
     "us": (lambda row: row.us, charts.number),
@@ -41,7 +46,8 @@ KINDS: Mapping[str, tuple[Callable[[SavedRow], float], Callable[[float], str]]] 
     "times": (lambda row: _peer_us(row) / row.us, "{:.2f}".format),
     "peer_us": (_peer_us, charts.number),
     "peer_ms": (lambda row: _peer_us(row) / 1e3, charts.number),
-    "host": (_host_us, charts.number),
+    "call_us": (_call_us, "{:.1f}".format),
+    "host": (_host_us, "{:,.0f}".format),
 }
 
 
