@@ -32,8 +32,9 @@ from benchmarks.results import FOLDER, Machine, Row, document
 from benchmarks.workloads import MODEL_TRAINED_SLICE
 from dskernels.model import Config
 from dskernels.model.moe import MoE
-from dskernels.model.parallel.copies import CopyEngines, reach_each_other
+from dskernels.model.parallel.copies import CopyEngines
 from dskernels.model.parallel.decode import DecodeExperts
+from dskernels.model.parallel.engines import reach_each_other
 from dskernels.model.parallel.exchange import Trip, Wire, loaded, unloaded, widths
 from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.fixed import FixedTrip, largest_message

@@ -29,7 +29,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,9 @@ _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 _INVALID_CONTEXT = 201
 
 RAGGED_ROWS = 2**30  # a `ragged_map` is of fewer rows
+
+# Where launches are noted while a call is recorded, see dskernels.recording.
+recorder: ContextVar[Any] = ContextVar("recorder of the call that is running", default=None)
 
 _Replace = Callable[[int], int]
 _Launch = Callable[[Sequence[int], tuple], None]
@@ -191,6 +195,7 @@ class Plan:
             n_attributes=len(attributes),
         )
         self._config = config
+        self._stream: int | None = None
         self._device: int = device.index
         self._call = functools.partial(
             _driver().cuLaunchKernelEx,
@@ -214,7 +219,19 @@ class Plan:
             for i, replace in self._maps:
                 check(replace(addresses[i]), "cuTensorMapReplaceAddress")
             self._addresses = addresses
-        self._config.stream = torch._C._cuda_getCurrentRawStream(self._device)
+        self.enqueue(torch._C._cuda_getCurrentRawStream(self._device))
+
+    def writers(self) -> Iterator[tuple[str, Callable[[int], None]]]:
+        """Of each argument that is an address its name, and what writes one."""
+        for name, cell in self._cells_of:
+            yield name, functools.partial(cell.__setitem__, 0)
+        for name, replace in self._maps_of:
+            yield name, functools.partial(_replaced, replace)
+
+    def enqueue(self, stream: int) -> None:
+        """Launch on this stream of the device, with the addresses that stand in it."""
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
         if status := self._call():
             if status == _INVALID_CONTEXT:  # this thread has not called CUDA before
                 check(_driver().cuCtxSetCurrent(_primary_context(self._device)), "cuCtxSetCurrent")
@@ -256,6 +273,10 @@ class Planned:
 
     def __call__(self, *args: Any) -> None:
         """Launch."""
+        if (recording := recorder.get()) is not None:
+            named = zip(self._parameters, args, strict=True)
+            recording.add(self.prepare(*args), {name: x.data_ptr() for name, x in named if isinstance(x, Tensor)})
+            return
         launch, addresses = self._found(args)
         launch(addresses, args)
 
@@ -277,6 +298,8 @@ class Planned:
         idle: list[Plan] = []
 
         def launch(addresses: Sequence[int], args: tuple) -> None:
+            if (recording := recorder.get()) is not None:
+                recording.refuse("a plan is launched by its addresses")
             try:
                 plan = idle.pop()
             except IndexError:
@@ -294,6 +317,23 @@ def check(status: int, call: str) -> None:
         text = ctypes.c_char_p()
         _driver().cuGetErrorString(status, ctypes.byref(text))
         raise RuntimeError(f"{call}: {(text.value or b'unknown error').decode()} ({status})")
+
+
+def call(name: str, device: int, *arguments: Any) -> None:
+    """A function of the driver, in the context of torch's on a device, which a thread new to CUDA is given first.
+
+    Arguments are ctypes values: the driver is not told what it takes. RuntimeError if it does not succeed.
+    """
+    function = getattr(_driver(), name)
+    status = function(*arguments)
+    if status == _INVALID_CONTEXT:
+        check(_driver().cuCtxSetCurrent(_primary_context(device)), "cuCtxSetCurrent")
+        status = function(*arguments)
+    check(status, name)
+
+
+def _replaced(replace: _Replace, address: int) -> None:
+    check(replace(address), "cuTensorMapReplaceAddress")
 
 
 @functools.cache

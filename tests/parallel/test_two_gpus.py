@@ -12,8 +12,9 @@ from test_training import NUMBERS, RECIPE, SMALL, corpus, recipe
 from world import case, run
 
 from dskernels.model import Config, generate, load
-from dskernels.model.parallel.copies import MOST_PIECES, SLOTS, CopyEngines, reach_each_other
+from dskernels.model.parallel.copies import MOST_PIECES, SLOTS, CopyEngines
 from dskernels.model.parallel.decode import parallelize_decode
+from dskernels.model.parallel.engines import reach_each_other
 from dskernels.model.parallel.exchange import pack
 from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.fixed import largest_message

@@ -124,14 +124,17 @@ class Trip:
         """This rank's."""
         return self.to.index.device
 
-    def send(self, parts: Sequence[Tensor]) -> None:
-        """Begins to send a row of each part, ``[tokens, .]``, to each rank that it goes to."""
+    def send(self, parts: Sequence[Tensor], *, lend: bool = False) -> None:
+        """Begins to send a row of each part, ``[tokens, .]``, to each rank that it goes to; nothing is lent."""
         rows = pack(*parts).index_select(0, self._source())
         self._begin(rows, rows.new_empty(self.rows, rows.shape[1]), self.sent, self.received)
 
     def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
         """The rows that came, part by part, ``[rows, width]``, given the width and dtype of each."""
         return unpack(self._take(), columns)
+
+    def release(self) -> None:
+        """As nothing is lent, nothing is given back."""
 
     def send_back(self, parts: Sequence[Tensor]) -> None:
         """Begins the way back of rows, ``[rows, .]``."""

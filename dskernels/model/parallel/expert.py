@@ -98,7 +98,9 @@ class ExpertParallel:
             raise ValueError(f"w13: expected the {self.per_rank} experts of this rank, got {w13.shape[0]}")
         trip = self._trip(x, routing)
         chain = self.chain or Chain()
-        chain.token = ticket = _Leave.apply(chain.token, x, routing.weights, routing.experts, trip, self.wire)
+        # A gradient keeps the tokens that came, unless they are made of what came.
+        lend = self.wire != "same" or not torch.is_grad_enabled()
+        chain.token = ticket = _Leave.apply(chain.token, x, routing.weights, routing.experts, trip, self.wire, lend)
         chain.switch()
         residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8, keep=keep)
         shape = (x.shape[1], x.dtype, routing.weights.shape[1])
@@ -141,18 +143,19 @@ class _Leave(torch.autograd.Function):
         experts: Tensor,
         trip: Trip | FixedTrip,
         wire: Wire,
+        lend: bool,
     ) -> Tensor:
         ctx.trip, ctx.widths = trip, ((x.shape[1], x.dtype), (weights.shape[1], torch.float32))
         ctx.set_materialize_grads(False)
-        trip.send([*loaded(x, wire), weights, experts.int()])
+        trip.send([*loaded(x, wire), weights, experts.int()], lend=lend)
         return x.new_zeros(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.trip.pending:  # nothing downstream had a gradient
-            return (None,) * 6
+            return (None,) * 7
         dx, dweights = ctx.trip.returned(ctx.widths)
-        return None, dx, dweights, None, None, None
+        return None, dx, dweights, None, None, None, None
 
 
 class _Arrive(torch.autograd.Function):
@@ -167,8 +170,11 @@ class _Arrive(torch.autograd.Function):
         hidden, dtype, k = shape
         tail = [(k, torch.float32), (k, torch.int32)]
         *parts, weights, experts = trip.arrived(widths(hidden, dtype, wire) + tail)
+        x, weights, experts = unloaded(parts, dtype), weights.clone(), experts.clone()
+        if wire != "same":  # the tokens are no longer where they came
+            trip.release()
         ctx.mark_non_differentiable(experts)
-        return ticket.new_zeros(0), unloaded(parts, dtype), weights, experts
+        return ticket.new_zeros(0), x, weights, experts
 
     @staticmethod
     def backward(

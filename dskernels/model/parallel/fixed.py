@@ -39,45 +39,67 @@ class FixedTrip:
             raise ValueError(f"x: expected at most {capacity} tokens, got {tokens}")
         self.mail, self.tokens, self.capacity, self.device = mail, tokens, capacity, device
         self.pending: list[Any] = []
+        self.lent: Any = None  # the message whose rows `arrived` has given where they came
 
     @property
     def rows(self) -> int:
         """How many arrive."""
         return self.mail.ranks * self.capacity
 
-    def send(self, parts: Sequence[Tensor]) -> None:
-        """Begins to send a row of each part for every token; integers of rows that there are no tokens for are -1."""
+    def send(self, parts: Sequence[Tensor], *, lend: bool = False) -> None:
+        """Begins to send a row of each part for every token; integers of rows that there are no tokens for are -1.
+
+        Args:
+            parts: of as many rows as there are tokens.
+            lend: let `arrived` give the rows where they came, until the next `send_back` or `release`, not copies.
+        """
         missing = self.capacity - self.tokens
         if missing:
             parts = [pad(part, (0, 0, 0, missing), value=-1 if part.dtype == torch.int32 else 0) for part in parts]
-        message = _message(parts)
-        self._begin([message] * self.mail.ranks)
+        self._begin([_message(parts)] * self.mail.ranks, lend=lend)
 
     def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
         """The rows of all ranks, part by part, ``[rows, width]``."""
-        sent, mail = self.pending.pop(), self.mail
+        (sent, lent), mail = self.pending.pop(), self.mail
+        if lent:
+            for _ in mail.arriving(sent):
+                pass
+            first, *tails = mail.whole(sent)
+            self.lent = sent
+        else:
+            first, *tails = self._copied(sent)
+            mail.finished(sent)
+        return [first.view(columns[0][1]), *(part for tail in tails for part in unpack(tail, columns[1:]))]
+
+    def _copied(self, sent: Any) -> list[Tensor]:
+        """What came, in memory of its own; the first part while the rest travels."""
+        mail = self.mail
         by_rank = [mail.from_rank(sent, rank) for rank in range(mail.ranks)]
-        first = by_rank[mail.rank][0]
+        first = by_rank[0][0]
         rows = first.new_empty(mail.ranks, *first.shape)
-        rows[mail.rank].copy_(first)  # before anything has come
-        others = [rank for rank in range(mail.ranks) if rank != mail.rank]
+        rows[mail.rank].copy_(by_rank[mail.rank][0])  # before anything has come
         for piece in mail.arriving(sent):
-            for rank in others:
-                rows[rank, piece].copy_(by_rank[rank][0][piece])
-        parts = [rows.flatten(0, 1).view(columns[0][1])]
-        if len(columns) > 1:
-            parts += unpack(torch.cat([parts_[1] for parts_ in by_rank]), columns[1:])
-        mail.finished(sent)
-        return parts
+            for rank in range(mail.ranks):
+                if rank != mail.rank:
+                    rows[rank, piece].copy_(by_rank[rank][0][piece])
+        tails = [torch.cat(tails) for tails in zip(*(parts[1:] for parts in by_rank), strict=True)]
+        return [rows.flatten(0, 1), *tails]
+
+    def release(self) -> None:
+        """What was lent has been read, by what is on the stream so far."""
+        if self.lent is not None:
+            self.mail.finished(self.lent)
+            self.lent = None
 
     def send_back(self, parts: Sequence[Tensor]) -> None:
         """Begins to send rows, ``[rows, width]``, to the ranks that they came from."""
+        self.release()
         split = [part.contiguous().chunk(self.mail.ranks) for part in parts]
         self._begin([_message([part[rank] for part in split]) for rank in range(self.mail.ranks)])
 
     def returned(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
         """The sum over the ranks of each token's rows, ``[tokens, width]``, in fp32 in their order, part by part."""
-        sent, mail = self.pending.pop(), self.mail
+        (sent, _), mail = self.pending.pop(), self.mail
         by_rank = [mail.from_rank(sent, rank) for rank in range(mail.ranks)]
         first = by_rank[0][0]
         sums = [first.new_empty(self.tokens, first.shape[1])]
@@ -91,10 +113,10 @@ class FixedTrip:
         mail.finished(sent)
         return sums
 
-    def _begin(self, outgoing: Sequence[Sequence[Tensor]]) -> None:
+    def _begin(self, outgoing: Sequence[Sequence[Tensor]], *, lend: bool = False) -> None:
         if self.pending:
             raise RuntimeError("a message of this trip is still under way")
-        self.pending.append(self.mail.send(outgoing))
+        self.pending.append((self.mail.send(outgoing, together=lend), lend))
 
 
 def largest_message(tokens: int, hidden: int, top_k: int, dtype: torch.dtype) -> int:

@@ -43,16 +43,17 @@ def layout(parts: Sequence[Tensor]) -> tuple[list[Part], int]:
     found, end = [], 0
     for part in parts:
         found.append(Part(end, part.shape, part.dtype))
-        end += _aligned(part.numel() * part.element_size())
+        end += aligned(part.numel() * part.element_size())
     return found, end
 
 
 def message_bytes(shapes: Sequence[tuple[int, int]]) -> int:
     """Bytes of a message with parts of so many rows of so many bytes, as `layout` makes it."""
-    return sum(_aligned(rows * width) for rows, width in shapes)
+    return sum(aligned(rows * width) for rows, width in shapes)
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """So many bytes, or some more, of which whole parts are made."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -67,12 +68,13 @@ class Mail(ABC):
         self.group, self.ranks, self.rank = group, group.size(), group.rank()
 
     @abstractmethod
-    def send(self, outgoing: Sequence[Sequence[Tensor]]) -> Any:
+    def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False) -> Any:
         """Begins a message to every rank.
 
         Args:
             outgoing: for each rank the parts of its message, contiguous, of shapes and dtypes that are the same for
-                all ranks of the group. The one for this rank stays where it is.
+                all ranks of the group.
+            together: let `whole` have them, the one for this rank too, which else stays where it is.
 
         Returns:
             What the others take.
@@ -88,6 +90,11 @@ class Mail(ABC):
     @abstractmethod
     def from_rank(self, sent: Any, rank: int) -> list[Tensor]:
         """The parts that a rank has sent here, whose content is valid from `arriving` to `finished`."""
+
+    def whole(self, sent: Any) -> list[Tensor]:
+        """The parts with the rows of all ranks behind each other, of a message sent `together`, valid likewise."""
+        by_rank = [self.from_rank(sent, rank) for rank in range(self.ranks)]
+        return [torch.cat(parts) for parts in zip(*by_rank, strict=True)]
 
     @abstractmethod
     def finished(self, sent: Any) -> None:
@@ -106,8 +113,8 @@ class Sent(NamedTuple):
 class Collective(Mail):
     """`Mail` by one `all_to_all_single` a message, on any backend."""
 
-    def send(self, outgoing: Sequence[Sequence[Tensor]]) -> Sent:
-        """See `Mail`."""
+    def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False) -> Sent:
+        """See `Mail`; what is to lie together is put together when it is asked for."""
         own = list(outgoing[self.rank])
         parts, size = layout(own)
         device = own[0].device

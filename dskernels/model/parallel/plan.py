@@ -16,7 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dskernels.model.config import Config
 from dskernels.model.model import DeepseekV3
-from dskernels.model.parallel.copies import CopyEngines, reach_each_other
+from dskernels.model.parallel.copies import CopyEngines
+from dskernels.model.parallel.engines import reach_each_other
 from dskernels.model.parallel.exchange import Wire
 from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.fixed import largest_message

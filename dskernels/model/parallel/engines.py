@@ -1,0 +1,87 @@
+"""What GPUs of one host do with each other's memory without a kernel: copies, and numbers that streams wait for.
+
+A copy over NVLink runs on a copy engine; behind it the driver writes a number (a stream memory operation), and a stream
+of the other GPU waits until it reads that there. No kernel takes part, and none polls, so that no SM is held while a
+message travels or is waited for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dskernels.cuda.driver import call
+
+_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
+
+
+class PeerMemory(NamedTuple):
+    """Memory of this GPU that the others of a group write to, and theirs.
+
+    Attributes:
+        own: uint8, this rank's, all zeros at first.
+        addresses: where each rank's is mapped here.
+        keeps: what has to live as long.
+    """
+
+    own: Tensor
+    addresses: list[int]
+    keeps: Any
+
+    @classmethod
+    def shared(cls, group: dist.ProcessGroup, size: int) -> PeerMemory:
+        """As many bytes on each rank; all ranks of the group make it at once, see `reach_each_other`."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        own = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
+        handle = symmetric.rendezvous(own, group)
+        own.zero_()
+        torch.cuda.synchronize()
+        dist.barrier(group=group)
+        return cls(own, list(handle.buffer_ptrs), handle)
+
+
+class Engine:
+    """What the driver does on a stream; each call takes the host a microsecond or two."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.device, self.handle = stream.device.index, ctypes.c_void_p(stream.cuda_stream)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Bytes from one address to another, of any GPU that is mapped here."""
+        self._call(
+            "cuMemcpyAsync", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size), self.handle
+        )
+
+    def write(self, address: int, value: int) -> None:
+        """A number, when all before it on the stream is done and can be seen."""
+        self._call("cuStreamWriteValue32_v2", self.handle, ctypes.c_uint64(address), ctypes.c_uint32(value), 0)
+
+    def wait(self, address: int, value: int) -> None:
+        """Until a number there is as large, by cyclic comparison."""
+        self._call("cuStreamWaitValue32_v2", self.handle, ctypes.c_uint64(address), ctypes.c_uint32(value), _AT_LEAST)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        call(name, self.device, *arguments)
+
+
+def reach_each_other(group: dist.ProcessGroup) -> bool:
+    """Whether all ranks have GPUs of one host that reach each other's memory, and the driver what this needs.
+
+    Every rank of the group has to call it; all get the same answer.
+    """
+    here: tuple[str, str, bool] = (socket.gethostname(), "", False)
+    if torch.cuda.is_available() and dist.get_backend(group) == "nccl":
+        device = torch.cuda.current_device()
+        others = (i for i in range(torch.cuda.device_count()) if i != device)
+        reaches = all(torch.cuda.can_device_access_peer(device, i) for i in others)
+        here = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid), reaches)
+    every: list[tuple[str, str, bool]] = [here] * group.size()
+    dist.all_gather_object(every, here, group=group)
+    hosts, gpus, reaches_ = zip(*every, strict=True)
+    return len(set(hosts)) == 1 and len(set(gpus)) == group.size() and all(reaches_)
