@@ -1,13 +1,15 @@
 """Random operations and generation under random load with faults, for as long as asked: ``make soak``.
 
 Two things take turns. Operations: valid calls as `fuzz` draws them, on a GPU half of them at the models' sizes, by each
-implementation that runs here, against the reference; a quarter of what only the device knows is hostile. Generation: a
-small model with a cache that is too small, prompts of random lengths that share beginnings,
-texts that are aborted or closed in the middle, allocations that fail; every text that comes whole has to be the one
-that the prompt gives alone, and every page has to come back.
+implementation that runs here, against the reference; a quarter of what only the device knows is hostile. Generation:
+soak_load.py.
 
-Memory is read after each round, once garbage is collected: the last quarter of the rounds may not stand above the first
-after warming up. Figures go to a JSON file. A run ends after `--minutes`, 9 at most, so that any job can hold it.
+Memory is read after each round, once garbage is collected: the last quarter of the rounds may not stand above the
+second. A call or a text that is wrong is kept, with what it takes to draw it again, and the run goes on; it fails in
+the end. A run ends after `--minutes`, 9 at most, so that any job can hold it; several may run beside each other:
+
+    python tests/soak.py --minutes 9 --seed 1 --out soak_1.json
+    python tests/soak.py --merge soak_*.json                    into docs/soak.json, its table and its picture
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import os
 import random
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -34,44 +36,79 @@ if "cpu" in sys.argv or not torch.cuda.is_available():  # read when a kernel's m
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from dskernels.model import LatentCache, generate  # noqa: E402
-from dskernels.model.passes import Passes  # noqa: E402
-from fuzz.drawing import Draw, leaves, replaced  # noqa: E402
+import soak_results  # noqa: E402
+from fuzz.drawing import Call, Draw, leaves, replaced  # noqa: E402
 from fuzz.judging import judge  # noqa: E402
 from fuzz.spoiling import revalued  # noqa: E402
 from fuzz.test_operations import CALLS  # noqa: E402
-from model.tiny import SMALL, tiny_model  # noqa: E402
+from soak_load import Load  # noqa: E402
 
 HOSTILE = 0.25  # of the offsets, ids, slots, tables and lengths hold values that lie anywhere
 CHANCE = random.Random()  # of its own: inside of an example hypothesis seeds `random` to the same each time
-SLACK = 1 << 20  # bytes that allocators may keep
-SLACK_RSS = 64 << 20  # of a process on the CPU, whose allocator gives little back
 
 
-def used(device: torch.device) -> int:
-    """Bytes in use: allocated on a GPU, resident on the CPU."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+class Run:
+    """What has been run, and what was found."""
+
+    def __init__(self, device: torch.device, number: int) -> None:
+        self.device, self.number = device, number
+        self.operations: dict[str, dict[str, int]] = {}  # of an implementation, how many ended how
+        self.generation: dict[str, int] = {}
+        self.failures: list[dict[str, str]] = []
+        self.rounds: list[dict[str, float]] = []
+        self.began = time.monotonic()
+
+    def guarded(self, what: str, run: Callable[[], str]) -> str:
+        """How a call or a load came out; what it raises is kept."""
+        try:
+            return run()
+        except Exception as error:
+            where = f"seed {self.number}, round {len(self.rounds)}"
+            self.failures.append({"what": what, "where": where, "error": f"{type(error).__name__}: {error}"[:1500]})
+            print(f"WRONG {what}: {self.failures[-1]}", flush=True)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # raises where no kernel runs any more
+            return "wrong"
+
+    def measure(self) -> None:
+        """Memory after a round."""
+        gc.collect()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        row = {"seconds": round(time.monotonic() - self.began, 1), "host": resident}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            row |= {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
+        self.rounds.append(row)
+
+    def figures(self) -> dict[str, Any]:
+        """For the JSON file."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        return {
+            "device": name,
+            "torch": torch.__version__,
+            "commit": os.environ.get("COMMIT", ""),
+            "seed": self.number,
+            "minutes": round((time.monotonic() - self.began) / 60, 2),
+            "operations": self.operations,
+            "generation": self.generation,
+            "failures": self.failures,
+            "rounds": self.rounds,
+        }
 
 
-def operations(number: int, device: torch.device, examples: int, counts: dict[str, int]) -> None:
-    """Some calls of each operation, spread over the implementations."""
+def operations(run: Run, examples: int, names: list[str]) -> None:
+    """Some calls of some operations, spread over the implementations."""
     impls = ["reference"] * 9 + ["triton"]
-    if device.type == "cuda":
+    if run.device.type == "cuda":
         impls = ["triton", "hopper"] if torch.cuda.get_device_capability() == (9, 0) else ["triton"]
-    for name in random.sample(list(CALLS), 6):
-        calls(name, number, device, examples, impls, counts)
+    for name in names:
+        calls(name, run, examples, impls)
 
 
-def calls(
-    name: str, number: int, device: torch.device, examples: int, impls: list[str], counts: dict[str, int]
-) -> None:
+def calls(name: str, run: Run, examples: int, impls: list[str]) -> None:
     """Some calls of one operation."""
 
-    @seed(number)
+    @seed(run.number + len(run.rounds))
     @settings(
         max_examples=examples,
         database=None,
@@ -80,22 +117,36 @@ def calls(
         suppress_health_check=list(HealthCheck),
     )
     @given(st.data())
-    def run(data: Any) -> None:
-        draw = Draw(data.draw, models=device.type == "cuda" and bool(CHANCE.getrandbits(1)))
-        call = CALLS[name](draw)
+    def drawn(data: Any) -> None:
+        draw = Draw(data.draw, models=run.device.type == "cuda" and bool(CHANCE.getrandbits(1)))
         impl = CHANCE.choice(impls)
-        for path, x in leaves(call.arguments):
-            if x.dtype in (torch.int32, torch.int64) and CHANCE.random() < HOSTILE:
-                call.arguments = replaced(call.arguments, path, revalued(draw, x))
-        if device.type == "cuda":
-            moved: dict[int, torch.Tensor] = {}
-            for path, x in leaves(call.arguments):
-                call.arguments = replaced(call.arguments, path, there(x, device, moved))
-            call.exact = None  # the reference, on the GPU, is compared with
-        outcome = f"{impl}: {judge(call, impl, valid=True)}"
+        call = prepared(CALLS[name](draw), draw, run.device)
+        outcome = run.guarded(f"{name}, impl={impl}: {described(call)}", lambda: judge(call, impl, valid=True))
+        counts = run.operations.setdefault(impl, {})
         counts[outcome] = counts.get(outcome, 0) + 1
 
-    run()
+    drawn()
+
+
+def prepared(call: Call, draw: Draw, device: torch.device) -> Call:
+    """The call with some hostile integers, on the device."""
+    for path, x in leaves(call.arguments):
+        if x.dtype in (torch.int32, torch.int64) and x.numel() and CHANCE.random() < HOSTILE:
+            call.arguments = replaced(call.arguments, path, revalued(draw, x))
+    if device.type == "cuda":
+        moved: dict[int, torch.Tensor] = {}
+        for path, x in leaves(call.arguments):
+            call.arguments = replaced(call.arguments, path, there(x, device, moved))
+        call.exact = None  # the reference, on the GPU, is compared with
+    return call
+
+
+def described(call: Call) -> str:
+    """Shapes, types and values that are few."""
+    tensors = ((path, list(x.shape), str(x.dtype).removeprefix("torch.")) for path, x in leaves(call.arguments))
+    values = {key: value for key, value in call.arguments.items() if isinstance(value, (int, float, str, bool, tuple))}
+    plain = {key: value for key, value in values.items() if not isinstance(value, tuple) or not leaves(value)}
+    return f"{'; '.join(f'{path} {shape} {dtype}' for path, shape, dtype in tensors)}; {plain}"
 
 
 def there(x: torch.Tensor, device: torch.device, moved: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -107,95 +158,40 @@ def there(x: torch.Tensor, device: torch.device, moved: dict[int, torch.Tensor])
     return torch.empty(0, dtype=x.dtype, device=device).set_(there, x.storage_offset(), x.shape, x.stride())
 
 
-class Load:
-    """One model, one cache that lives on, and what each prompt gives alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        torch.manual_seed(0)
-        self.model = tiny_model(**SMALL).to(device)
-        self.cache = LatentCache(self.model.config, pages=12, page_size=4, dtype=torch.float32, device=device)
-        self.alone: dict[tuple[tuple[int, ...], int], list[int]] = {}
-
-    def text(self, prompt: list[int], tokens: int) -> list[int]:
-        """What the prompt gives alone, by a cache of its own."""
-        key = tuple(prompt), tokens
-        if key not in self.alone:
-            alone = generate(self.model, [prompt], max_new_tokens=tokens, page_size=4, eos=(), graphs=False)
-            self.alone[key] = alone.finish()[0]
-        return self.alone[key]
-
-    def round(self, chance: random.Random, counts: dict[str, int]) -> None:
-        """One load: some prompts at once, with one fault or none."""
-        stems = [[chance.randrange(60) for _ in range(8)] for _ in range(2)]
-        prompts = [
-            [*chance.choice(stems)[: chance.randint(1, 8)], chance.randrange(60)] for _ in range(chance.randint(1, 9))
-        ]
-        tokens = chance.randint(1, 10)
-        fault = chance.choice(["none", "none", "abort", "close", "memory"])
-        counts[fault] = counts.get(fault, 0) + 1
-        generation = generate(self.model, prompts, max_new_tokens=tokens, cache=self.cache, max_batch=4, eos=())
-        texts: list[list[int]] = [[] for _ in prompts]
-        aborted: set[int] = set()
-        try:
-            for step, new in enumerate(generation):
-                for text, more in zip(texts, new, strict=True):
-                    text += more
-                if fault == "abort" and chance.random() < 0.4:
-                    index = chance.randrange(len(prompts))
-                    aborted.add(index)
-                    generation.abort(index)
-                elif fault == "close" and step == 1:
-                    generation.close()
-                    break
-                elif fault == "memory" and step == 1:
-                    full = {"side_effect": torch.OutOfMemoryError("injected")}
-                    with mock.patch.object(Passes, "step", **full), mock.patch.object(Passes, "prefill", **full):
-                        next(generation)  # a graph that is there already runs all the same
-                    break
-        except (torch.OutOfMemoryError, StopIteration):
-            pass
-        generation.close()
-        whole = fault in ("none", "abort")
-        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            alone = self.text(prompt, tokens)
-            if text != alone[: len(text)] or (whole and i not in aborted and text != alone):
-                raise SystemExit(f"{fault}: prompt {prompt} gave {text}, alone {alone}")
-        if self.cache.free_pages != self.cache.pages:
-            raise SystemExit(f"{fault}: {self.cache.pages - self.cache.free_pages} pages did not come back")
-        counts["tokens"] = counts.get("tokens", 0) + sum(map(len, texts))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=1.0, help="9 at most")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--only", default="", help="operations whose name contains it, and no generation")
+    parser.add_argument("--merge", type=Path, nargs="+", help="what runs have written: into docs/, with what is there")
     asked = parser.parse_args()
-    device, end = torch.device(asked.device), time.monotonic() + 60 * min(asked.minutes, 9.0)
+    if asked.merge:
+        return soak_results.merge(asked.merge)
+    run, end = Run(torch.device(asked.device), asked.seed), time.monotonic() + 60 * min(asked.minutes, 9.0)
     random.seed(asked.seed)
     CHANCE.seed(asked.seed)
-    chance, load = random.Random(asked.seed), Load(device)
-    counts: dict[str, dict[str, int]] = {"operations": {}, "generation": {}}
-    memory: list[int] = []
+    names = [name for name in CALLS if asked.only in name]
+    load = None if asked.only else Load(run.device, random.Random(asked.seed), run.generation)
     print(f"seed {asked.seed}", flush=True)
-    while time.monotonic() < end:
-        operations(asked.seed + len(memory), device, 4 if device.type == "cpu" else 20, counts["operations"])
-        for _ in range(5):
-            load.round(chance, counts["generation"])
-        load.alone.clear()
-        load.cache.forget()
-        memory.append(used(device))
-        print(f"round {len(memory)}: {memory[-1] / 2**20:.1f} MiB, {counts}", flush=True)
-    figures = {"seed": asked.seed, "device": str(device), "rounds": len(memory), **counts, "memory": memory}
-    if asked.out:
-        asked.out.write_text(json.dumps(figures) + "\n")
-    quarter = max(len(memory) // 4, 1)
-    first, last = memory[quarter : 2 * quarter] or memory[:1], memory[-quarter:]
-    grown, slack = min(last) - max(first), SLACK if device.type == "cuda" else SLACK_RSS
-    print(f"{len(memory)} rounds; memory grew by {grown / 2**20:.1f} MiB from the second quarter to the last")
-    if len(memory) >= 8 and grown > slack:
-        raise SystemExit("memory leaks")
+    try:
+        while time.monotonic() < end:
+            operations(run, 4 if run.device.type == "cpu" else 20, random.sample(names, min(6, len(names))))
+            for _ in range(6 if load else 0):
+                run.guarded("generation", load.round)  # type: ignore[union-attr]
+            if load:
+                load.forget()
+            run.measure()
+            print(f"round {len(run.rounds)}: {run.rounds[-1]}, {run.operations}, {run.generation}", flush=True)
+    finally:
+        if asked.out:
+            asked.out.write_text(json.dumps(run.figures()) + "\n")
+    grown = soak_results.grown(run.figures())
+    print(f"{len(run.rounds)} rounds, {len(run.failures)} failures; memory grew by {grown / 2**20:.1f} MiB from the "
+          "second quarter to the last")  # fmt: skip
+    if run.failures or soak_results.leaks(run.figures()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ class Draw:
         """One of these; the first is the simplest."""
         return self.draw(st.sampled_from(choices))
 
+    def models_or(self, size: Any, else_: Any) -> Any:
+        """A size of the models where they are drawn, three times in four."""
+        return size if self.models and not self.chance(4) else else_
+
     def chance(self, one_in: int = 2) -> bool:
         """Whether something happens that does once in so many times."""
         return self.draw(st.integers(0, one_in - 1)) == one_in - 1

@@ -19,7 +19,7 @@ FORMATS = ("fp32", "ue8m0")
 
 def quantize(d: Draw) -> Call:
     block = d.one((1, 128), (128, 128), (128, 1))
-    shape = (d.one(*ROWS), d.one(*COLUMNS))
+    shape = d.models_or((300, 1424), (d.one(*ROWS), d.one(*COLUMNS)))
     if block == (128, 128) and d.chance(3):
         shape = (d.one(2, 1, 0), *shape)
     transpose = d.chance()
@@ -33,7 +33,7 @@ def quantize(d: Draw) -> Call:
 
 
 def quantize_both(d: Draw) -> Call:
-    block, shape = d.one((1, 128), (128, 128)), (d.one(*FEW_ROWS), d.one(*COLUMNS))
+    block, shape = d.one((1, 128), (128, 128)), d.models_or((144, 272), (d.one(*FEW_ROWS), d.one(*COLUMNS)))
     if block == (128, 128) and d.chance(3):
         shape = (d.one(2, 1, 0), *shape)
     arguments = {"x": d.floats(*shape, dtype=d.one(*FLOATS)), "block": block, "scale_format": d.one(*FORMATS)}
@@ -41,7 +41,8 @@ def quantize_both(d: Draw) -> Call:
 
 
 def swiglu_quantize(d: Draw) -> Call:
-    x = d.floats(d.one(*ROWS), 2 * d.one(*COLUMNS), dtype=d.one(*FLOATS))
+    rows, columns = d.models_or((300, 1408), (d.one(*ROWS), d.one(*COLUMNS)))
+    x = d.floats(rows, 2 * columns, dtype=d.one(*FLOATS))
     arguments = {"gate_up": x, "scale_format": d.one(*FORMATS), "transpose": d.chance()}
 
     def want(gate_up, transpose, **_):
@@ -52,7 +53,7 @@ def swiglu_quantize(d: Draw) -> Call:
 
 
 def swiglu_quantize_backward(d: Draw) -> Call:
-    rows, columns = d.one(*FEW_ROWS), d.one(*FEW_COLUMNS)
+    rows, columns = d.models_or((300, 256), (d.one(*FEW_ROWS), d.one(*FEW_COLUMNS)))
     arguments = {
         "dy": d.floats(rows, columns, dtype=d.one(*FLOATS)),
         "gate_up": d.floats(rows, 2 * columns, dtype=d.one(*FLOATS)),
@@ -67,7 +68,7 @@ def swiglu_quantize_backward(d: Draw) -> Call:
 
 
 def rmsnorm_quantize(d: Draw) -> Call:
-    shape = d.one(*FEW_ROWS), d.one(*FEW_COLUMNS)
+    shape = d.models_or((33, 7168), (d.one(*FEW_ROWS), d.one(*FEW_COLUMNS)))
     dtype = d.one(*FLOATS)
     arguments = {
         "x": d.floats(*shape, dtype=dtype),
@@ -87,7 +88,7 @@ def rmsnorm_quantize(d: Draw) -> Call:
 
 
 def rmsnorm_backward(d: Draw) -> Call:
-    shape = d.one(*ROWS), d.one(*COLUMNS)
+    shape = d.models_or((300, 1536), (d.one(*ROWS), d.one(*COLUMNS)))
     arguments = {
         "dy": d.floats(*shape, dtype=d.one(*FLOATS)),
         "x": d.floats(*shape, dtype=d.one(*FLOATS)),
@@ -124,7 +125,7 @@ def _added(want: torch.Tensor, out=None, accumulate=False, **_) -> list[torch.Te
 
 
 def fp8_gemm(d: Draw) -> Call:
-    m, n, k = d.one(*ROWS), d.one(16, 1, 0, 130), d.one(*COLUMNS)
+    m, n, k = d.models_or((d.one(300, 5), 392, 1424), (d.one(*ROWS), d.one(16, 1, 0, 130), d.one(*COLUMNS)))
     arguments = {
         "a": d.fp8(d.floats(m, k), (1, 128)),
         "b": d.fp8(d.floats(n, k), d.one((128, 128), (1, 128))),
@@ -160,7 +161,7 @@ def _grouped_apart(product, *operands: str):
 
 def fp8_linear(d: Draw) -> Call:
     lead = d.one((3,), (2, 3), (), (0,), (17,))
-    n, k = d.one(16, 1, 0, 130), d.one(*COLUMNS)
+    n, k = d.models_or((392, 1424), (d.one(16, 1, 0, 130), d.one(*COLUMNS)))
     weight = d.floats(n, k, dtype=d.one(*FLOATS), kind="normal")
     arguments = {
         "x": d.floats(*lead, k, dtype=d.one(*FLOATS), kind="normal"),
@@ -181,7 +182,8 @@ def fp8_linear(d: Draw) -> Call:
 
 
 def grouped_gemm(d: Draw) -> Call:
-    rows, experts, n, k = d.one(*ROWS), d.one(2, 1, 5), d.one(16, 1, 0, 130), d.one(*COLUMNS)
+    experts, (n, k) = d.one(2, 1, 5), d.models_or((392, 1424), (d.one(16, 1, 0, 130), d.one(*COLUMNS)))
+    rows = d.models_or(d.one(300, 40), d.one(*ROWS))
     a, b = d.floats(rows, k, dtype=(dtype := d.one(*FLOATS))), d.floats(experts, n, k, dtype=dtype)
     if d.chance():
         a, b = d.fp8(a, (1, 128)), _stack(d, b)
@@ -203,7 +205,8 @@ def _stack(d: Draw, b: torch.Tensor) -> Fp8Tensor:
 
 
 def grouped_gemm_masked(d: Draw) -> Call:
-    experts, rows, n, k = d.one(2, 1, 5), d.one(3, 1, 0, 17), d.one(16, 1, 0, 130), d.one(*COLUMNS)
+    experts, (n, k) = d.one(2, 1, 5), d.models_or((392, 1424), (d.one(16, 1, 0, 130), d.one(*COLUMNS)))
+    rows = d.models_or(150, d.one(3, 1, 0, 17))
     a, b = d.floats(experts, rows, k, dtype=(dtype := d.one(*FLOATS))), d.floats(experts, n, k, dtype=dtype)
     if d.chance():
         flat = d.fp8(a.reshape(experts * rows, k), (1, 128))
@@ -230,7 +233,8 @@ def quantize_grouped_(d: Draw) -> Call:
 
 
 def grouped_wgrad(d: Draw) -> Call:
-    rows, experts, n, k = d.one(*ROWS), d.one(2, 1, 5), d.one(16, 1, 0, 130), d.one(16, 1, 0, 130)
+    experts, (n, k) = d.one(2, 1, 5), d.models_or((392, 400), (d.one(16, 1, 0, 130), d.one(16, 1, 0, 130)))
+    rows = d.models_or(900, d.one(*ROWS))
     dtype = d.one(*FLOATS)
     dy, x = d.floats(rows, n, dtype=dtype), d.floats(rows, k, dtype=dtype)
     offsets = d.vector(d.bounds(experts, rows))

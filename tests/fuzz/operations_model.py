@@ -43,7 +43,7 @@ def _choice(d: Draw, arguments: dict, width: int) -> None:
 
 
 def route(d: Draw) -> Call:
-    width = d.one(8, 1, 2, 16, 12)
+    width = d.models_or(d.one(256, 64), d.one(8, 1, 2, 16, 12))
     arguments = {"logits": grid(d, d.one(*TOKENS), width, dtype=d.one(*FLOATS))}
     _choice(d, arguments, width)
 
@@ -57,11 +57,13 @@ def route(d: Draw) -> Call:
 
 
 def route_hidden(d: Draw) -> Call:
-    width, hidden = d.one(8, 1, 16), d.one(16, 1, 40)
-    arguments = {
-        "x": d.floats(d.one(*TOKENS), hidden, dtype=d.one(*FLOATS), kind="normal"),
-        "weight": d.floats(width, hidden, dtype=d.one(*FLOATS), kind="normal", scale=0.3),
-    }
+    width, hidden = d.models_or((256, 1024), (d.one(8, 1, 16), d.one(16, 1, 40)))
+    shapes = {"x": (d.one(*TOKENS), hidden), "weight": (width, hidden)}
+    if width == 256:  # so many are seldom apart by more than rounding: logits that are exact in any order
+        values = {k: torch.randint(-2, 3, shape, generator=d.random) / 8 for k, shape in shapes.items()}
+        arguments = {k: d.laid_out(x.to(d.one(*FLOATS))) for k, x in values.items()}
+    else:
+        arguments = {k: d.floats(*shape, dtype=d.one(*FLOATS), kind="normal", scale=0.5) for k, shape in shapes.items()}
     _choice(d, arguments, width)
 
     def want(x, weight, **_):
@@ -142,7 +144,8 @@ def combine(d: Draw) -> Call:
 
 
 def fused_experts(d: Draw) -> Call:
-    tokens, n, hidden, inner = d.one(3, 1, 0, 9), d.one(4, 1), d.one(16, 1, 130), d.one(16, 1, 130)
+    n, (hidden, inner) = d.one(4, 1), d.models_or((656, 400), (d.one(16, 1, 130), d.one(16, 1, 130)))
+    tokens = d.models_or(d.one(3, 150), d.one(3, 1, 0, 9))
     dtype, fp8 = d.one(*FLOATS), d.chance()
     of_weights = d.one(*FLOATS) if fp8 else dtype
     n_shared = d.one(0, 1) if n > 1 else 0
@@ -183,8 +186,8 @@ def fused_experts(d: Draw) -> Call:
 
 
 def feed_forward(d: Draw) -> Call:
-    tokens, hidden, inner, dtype = d.one(3, 1, 0, 9), d.one(16, 1, 130), d.one(16, 1, 130), d.one(*FLOATS)
-    fp8 = d.chance()
+    hidden, inner = d.models_or((656, 400), (d.one(16, 1, 130), d.one(16, 1, 130)))
+    tokens, dtype, fp8 = d.models_or(150, d.one(3, 1, 0, 9)), d.one(*FLOATS), d.chance()
     up, down = (
         d.floats(*shape, dtype=d.one(*FLOATS) if fp8 else dtype, kind="normal", scale=0.2)
         for shape in ((2 * inner, hidden), (hidden, inner))
