@@ -124,7 +124,7 @@ class Stopwatch:
         return {name: Times.of([elapsed_us(*pair) for pair in pairs]) for name, pairs in events.items()}
 
     def _runs(self, us: float) -> int:
-        fewest = 3 if us > SLOW_US else 10
+        fewest = 5 if us > SLOW_US else 10
         return max(fewest, min(self.most, int(self.seconds * 1e6 / us)))
 
     def once(self, call: Call, spin_us: float) -> float:

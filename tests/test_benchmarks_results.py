@@ -106,7 +106,7 @@ def test_stopwatch_flushes_and_spins_before_every_run_and_times_the_call_alone(m
     runs = [timed[i : i + 5] for i in range(0, len(timed), 5)]
     assert all(run[:3] == ["flush", "spin", "record"] and run[4] == "record" for run in runs)
     order = [run[3] for run in runs]
-    assert (order.count("fast"), order.count("slow"), order.count("slower")) == (20, 10, 3)
+    assert (order.count("fast"), order.count("slow"), order.count("slower")) == (20, 10, 5)
     assert "slow fast" in (text := " ".join(order))  # a backward round
     assert "fast slow" in text
 
@@ -119,7 +119,7 @@ def test_what_is_made_ready_before_a_run_is_not_timed_and_runs_are_as_many_as_as
     times = timing.Stopwatch(seconds=0.01).time({"ours": prepared, "peer": device.kernel("peer", 30_000.0)})
     assert times["ours"] == Times(3e4, 3e4, 3e4)
     timed = device.log[max(i for i, what in enumerate(device.log[:-1]) if what == "synchronize") + 1 : -1]
-    assert timed.count("peer") == 3
+    assert timed.count("peer") == 5
     assert [timed[i - 4 : i] for i, what in enumerate(timed) if what == "slow"] == [
         ["ready", "flush", "spin", "record"]
     ] * 7
