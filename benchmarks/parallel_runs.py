@@ -113,9 +113,12 @@ class Recorder:
         self.device, self.rank = device, dist.get_rank()
         self.parts: list[tuple[str, int, int, Any, Any]] = []
         self.begin: Any = None
+        self.part_begins: Any = None
         for stage in pipeline.schedule._stages:
             for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
                 setattr(stage, name, self._noted(getattr(stage, name), name, stage.stage_index))
+            for name in ("forward_maybe_with_nosync", "backward_maybe_with_nosync"):
+                setattr(stage, name, self._begun(getattr(stage, name)))
 
     def start(self) -> None:
         """A step begins, on all ranks at once."""
@@ -140,10 +143,19 @@ class Recorder:
         def call(chunk: int, *args: Any, **kwargs: Any) -> Any:
             full = kwargs.get("full_backward", True)
             kind = {"forward_one_chunk": "F", "backward_weight_one_chunk": "W"}.get(name, "B" if full else "I")
-            begin = self._mark()
+            self.part_begins = self._mark()
             result = function(chunk, *args, **kwargs)
-            self.parts.append((kind, stage, chunk, begin, self._mark()))
+            self.parts.append((kind, stage, chunk, self.part_begins, self._mark()))
             return result
+
+        return call
+
+    def _begun(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What a part waits for has come when it computes."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.part_begins = self._mark()
+            return function(*args, **kwargs)
 
         return call
 

@@ -23,6 +23,8 @@ from dskernels.model.data import Packed
 from dskernels.model.loss import Losses, losses
 from dskernels.model.model import DeepseekV3
 from dskernels.model.moe import MoE, RouterOutput
+from dskernels.model.parallel.engines import reach_each_other
+from dskernels.model.parallel.handover import HandedStage, Handover, rank_of
 from dskernels.model.parallel.plan import Team, spread_experts
 
 SCHEDULES = {"dualpipev": ScheduleDualPipeV, "zbv": ScheduleZBVZeroBubble}
@@ -151,6 +153,7 @@ class Pipeline:
     Attributes:
         stages: this rank's two.
         schedule: the engine's.
+        handover: what messages between GPUs of one host go by; None where `torch.distributed` carries them.
 
     Raises:
         ValueError: the plan does not fit the model, too few micro-batches, or an unknown schedule.
@@ -183,8 +186,12 @@ class Pipeline:
         wide = torch.empty(tokens, hidden, dtype=dtype, device="meta", requires_grad=True)
         ids = torch.empty(tokens, dtype=torch.int64, device="meta")
         loss = torch.empty(1, device="meta", requires_grad=True)
+        self.handover: Handover | None = None
+        if reach_each_other(team.group("pipeline")):
+            self.handover = Handover(team.group("pipeline"), microbatches, self.shape, dtype)
+        kind = PipelineStage if self.handover is None else HandedStage
         pipeline_stages: list[Any] = [
-            PipelineStage(
+            kind(
                 stage,
                 i,
                 2 * ranks,
@@ -196,6 +203,8 @@ class Pipeline:
             )
             for i, stage in zip(places, self.stages, strict=True)
         ]
+        for pipeline_stage in pipeline_stages:
+            pipeline_stage.handover = self.handover
         self.schedule = SCHEDULES[schedule](
             pipeline_stages, microbatches, loss_fn=lambda output, _: output.sum(), scale_grads=False
         )
@@ -228,6 +237,8 @@ class Pipeline:
         """
         for stage in self.stages:
             stage.begin(text, shares, mtp_lambda, balance_alpha)
+        if self.handover is not None:
+            self.handover.begin()
         index = torch.arange(self.microbatches)
         tokens = (torch.cat([batch.tokens for batch in text]),) if self.stages[0].first else ()
         self.schedule.step(*tokens, target=index, losses=[], return_outputs=False, index=index)
@@ -256,6 +267,7 @@ class Pipeline:
         return self._sums()
 
     def _sums(self) -> Tensor:
+        """Over all stages; no rank is further than the others when it is there, which `Handover` relies on."""
         sums = torch.stack([cast(Tensor, stage.sums) for stage in self.stages]).sum(0)
         dist.all_reduce(sums, group=self.team.group("pipeline"))
         return sums
@@ -290,11 +302,6 @@ class Pipeline:
         for name, parameter in self.named_parameters().items():
             if parameter.grad is not None:
                 self.team.total(parameter.grad, "data" if name.endswith(expert_names) else "batch")
-
-
-def rank_of(place: int, ranks: int) -> int:
-    """Which rank of the pipeline has a stage."""
-    return min(place, 2 * ranks - 1 - place)
 
 
 def split(layers: int, stages: int) -> list[tuple[int, int]]:
