@@ -74,6 +74,7 @@ def train(
     plan: str | None,
     device: str | None,
     *,
+    init: Path | None,
     checkpoint_every: int,
     keep: int,
     resume: bool | None,
@@ -107,7 +108,7 @@ def train(
     console.print(f"{ranks()} ranks: {numbers}; {recipe.microbatches} micro-batches a step.", highlight=False)
     with ExitStack() as stack:
         progress = stack.enter_context(TrainingProgress(recipe.steps, console)) if chief else None
-        options: dict[str, Any] = dict(checkpoint_every=checkpoint_every, keep=keep, resume=resume)
+        options: dict[str, Any] = dict(init=init, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
         history = run(model_config, corpus, recipe, team, out=out, progress=progress, tokenizer_from=tokens, **options)
     looks = [line["validation_loss"] for line in history if "validation_loss" in line]
     if chief and looks:

@@ -29,6 +29,8 @@ dskernels train small --data 'texts/**/*.txt' --tokenizer train:8192 --precision
 
 dskernels train small --data run/tokens --precision bf16 --steps 1500 --learning-rate 1e-3 --out other
 
+dskernels train --init run --data run/tokens --precision bf16 --steps 500 --learning-rate 3e-4 --out further
+
 dskernels plot run other --out both.png
 
 torchrun --nproc-per-node 4 -m dskernels train demo --plan data=2,expert=2 --out run
@@ -39,8 +41,12 @@ console = Console()
 
 def train(
     config: Annotated[
-        str, typer.Argument(help="A preset (demo, small, deepseek-v3, ...), a config.json, or a folder that holds one.")
-    ] = "demo",
+        str | None,
+        typer.Argument(
+            help="A preset (demo, small, deepseek-v3, ...), a config.json, or a folder that holds one; by default that "
+            "of --init, or demo."
+        ),
+    ] = None,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -51,10 +57,17 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for tokens, metrics, checkpoints, model and pictures.")] = Path(
         "run"
     ),
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a model (another run, or its ema) whose weights are the first ones, in any type."),
+    ] = None,
     tokenizer: Annotated[
-        str,
-        typer.Option(help="bytes, a tokenizer.json, or train:N: a byte-level BPE of N tokens, trained on the data."),
-    ] = "bytes",
+        str | None,
+        typer.Option(
+            help="bytes, a tokenizer.json, or train:N: a byte-level BPE of N tokens, trained on the data; by default "
+            "that of --init, or bytes."
+        ),
+    ] = None,
     held_out: Annotated[float, typer.Option(help="Part of the documents that is not learnt from.")] = 0.05,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or fp8 (linear layers and experts in e4m3).")] = "fp32",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
@@ -116,6 +129,7 @@ def train(
 
     require_matplotlib()  # before the training, not after it
     where = _device(device)
+    config, tokenizer = _of_init(init, config, tokenizer, out if resume is not False else None)
     recipe = TrainConfig(
         steps=steps,
         batch_tokens=batch_tokens,
@@ -143,7 +157,7 @@ def train(
         for name, given in (("tensorboard", tensorboard), ("cuda-graph", cuda_graph)):
             if given:
                 raise ValueError(f"--{name}: is for one process")
-        where_to: dict[str, Any] = dict(checkpoint_every=checkpoint_every, keep=keep, resume=resume)
+        where_to: dict[str, Any] = dict(init=init, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
         together.train(config, data, out, tokenizer, held_out, recipe, plan, device, **where_to)
         return
     shape = _shape(config)
@@ -152,8 +166,11 @@ def train(
         raise ValueError(f"--resume: {out} has no checkpoint to go on from")
     corpus, tokens, about = _text(data, out, tokenizer, held_out, seed, again=found is not None)
     model_config = _with_vocabulary(shape, config, about)
+    if init is not None:
+        _same_tokenizer(init, tokens)
     if found is None:
-        _write_json(out / "train.json", {"config": config, **asdict(recipe)})
+        begun = {} if init is None else {"init": str(init)}
+        _write_json(out / "train.json", {"config": config, **begun, **asdict(recipe)})
     else:
         console.print(f"Going on from {found}.", highlight=False, soft_wrap=True)
     # What imports have made stays: to look through it again and again would cost time in every step.
@@ -178,6 +195,7 @@ def train(
                 out=out,
                 device=where,
                 progress=progress,
+                init=init,
                 checkpoint_every=checkpoint_every,
                 keep=keep,
                 resume=resume,
@@ -220,6 +238,28 @@ def plot(
     out = files[0].with_name(PICTURE_FILE) if out is None else out
     plot_runs(dict(zip(names, map(read_history, files), strict=True)), out, title=title)
     console.print(f"{out}", highlight=False, soft_wrap=True)
+
+
+def _of_init(init: Path | None, config: str | None, tokenizer: str | None, again: Path | None) -> tuple[str, str]:
+    """Which model and which tokenizer, where those of the first weights are meant; a run that goes on in ``again`` with
+    a model that is named needs them no more."""
+    from dskernels.model.train_state import checkpoints
+
+    if init is None:
+        return config or "demo", tokenizer or "bytes"
+    if not init.is_dir() and (config is None or again is None or not checkpoints(again)):
+        raise FileNotFoundError(f"--init: {init}: no such folder")
+    theirs = init / "tokenizer.json"
+    return config or str(init), tokenizer or (str(theirs) if theirs.is_file() else "bytes")
+
+
+def _same_tokenizer(init: Path, tokens: Path) -> None:
+    """Raises a ValueError where weights were learnt with other tokens than these, as many as there may be."""
+    from dskernels.model.config import read_json
+
+    theirs, ours = init / "tokenizer.json", tokens / "tokenizer.json"
+    if theirs.is_file() and (not ours.is_file() or read_json(theirs).get("model") != read_json(ours).get("model")):
+        raise ValueError(f"--init: {theirs} is not the tokenizer of {tokens}")
 
 
 def _shape(config: str) -> Config:

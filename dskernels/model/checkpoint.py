@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections import Counter
@@ -32,6 +33,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 E4M3 = torch.float8_e4m3fn
 SMALL = 1 << 21  # elements; routers of DeepSeek-V3 have 1.8 M
 ROWS = 4096  # of a copy of the embedding that are compared at a time
+# Of a config, what a model may have another way than the one whose weights it takes: a longer context, another text.
+# The number of MTP modules is that of the tensors.
+NOT_LEARNT = {"max_position_embeddings", "rope_scaling", "initializer_range", "bos_token_id", "eos_token_id"}
+NOT_LEARNT |= {"num_nextn_predict_layers"}
 
 Progress = Callable[[int, int], None]
 
@@ -123,6 +128,37 @@ def load(
     }
     shards.close()
     return model
+
+
+@torch.no_grad()
+def load_weights(model: DeepseekV3, folder: str | Path) -> None:
+    """Reads a checkpoint's weights and router biases into a model that is there, in the model's type, whatever theirs.
+
+    Args:
+        model: any that `load` would make of the folder; context, tokens at the ends of a text and the deviation of
+            initial weights may be others.
+        folder: see `load`.
+
+    Raises:
+        FileNotFoundError: as `load`.
+        ValueError: likewise; or the model is another one. The message is one line and names the tensor that has another
+            shape, is missing or is not of the model, or else the field of the config that differs.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    theirs, raw = Config.from_hf(folder), read_json(folder / "config.json")
+    block, shards = _fp8_block(raw, folder, False), Shards(folder)
+    parameters, table = dict(_tensors_of(model)), list(entries(model.config))
+    _check(shards, table, parameters, block, range(0))
+    for name in (each.name for each in dataclasses.fields(Config) if each.name not in NOT_LEARNT):
+        there, here = getattr(theirs, name), getattr(model.config, name)
+        if there != here:
+            raise ValueError(f"{folder / 'config.json'}: {name} is {there!r}, that of the model is {here!r}")
+    model.source = Source(raw)
+    _read_all(_Reader(shards, parameters, block, model), table, False, None)
+    model.source = None  # written, it is a model of its own
+    shards.close()
 
 
 def scale_format_of(raw: Mapping[str, Any]) -> str:

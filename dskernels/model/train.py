@@ -20,12 +20,12 @@ from dskernels.device import default_device
 from dskernels.dispatch import forced_impl
 from dskernels.model import train_state
 from dskernels.model.config import Config
-from dskernels.model.data import Corpus, batches, document_lengths
+from dskernels.model.data import Corpus
 from dskernels.model.disk import writing
 from dskernels.model.ema import Ema
-from dskernels.model.model import DeepseekV3
 from dskernels.model.optimizer import MasterAdamW
-from dskernels.model.token_file import fingerprint, largest_token
+from dskernels.model.token_file import fingerprint
+from dskernels.model.train_begin import check, first_model, texts
 from dskernels.model.train_config import DEMO, TrainConfig
 from dskernels.model.train_step import MEASURED, Pending, Stepper, evaluate
 from dskernels.model.writing import save
@@ -51,6 +51,7 @@ def train(
     out: str | Path,
     device: torch.device | str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    init: str | Path | None = None,
     checkpoint_every: int = 0,
     keep: int = 2,
     resume: bool | None = None,
@@ -81,6 +82,10 @@ def train(
         out: folder, made if it does not exist.
         device: by default the GPU if there is one, else the CPU.
         progress: called with each line, see `TrainingProgress`.
+        init: the folder of a model in the Hugging Face layout, such as another run's or its ``ema``, whose weights and
+            router biases the first step has instead of drawn ones, rounded to the type of the parameters; the model may
+            have been trained in any precision. Optimiser, schedule and order of the text begin anew. A run that goes on
+            does not read it again.
         checkpoint_every: steps between two checkpoints; there is one after the last step too, and one at Ctrl-C or
             SIGTERM. 0 writes none.
         keep: how many of them.
@@ -97,14 +102,16 @@ def train(
 
     Raises:
         ValueError: ``out`` is a file, a token of the text is not in the vocabulary, sequences are longer than the
-            model's context, or the checkpoint is of another recipe, model or text; there is none to resume. A CUDA
-            graph is asked for without a GPU.
+            model's context, or the checkpoint is of another recipe, model or text; there is none to resume. ``init``
+            has other tensors than the model, or is damaged (see `load_weights`). A CUDA graph is asked for without a
+            GPU.
+        FileNotFoundError: ``init`` is not there.
         FloatingPointError: a loss or a gradient is not finite. The message names the first tensor that is not, and the
             last good checkpoint. The parameters are those before this step.
         OSError: as from a full disk; the message names the file, and the last good checkpoint.
         Interrupted: see ``checkpoint_every``. Without checkpoints it is Python's KeyboardInterrupt.
     """
-    _check(model_config, data, train_config)
+    check(model_config, data, train_config)
     for name, value, least in (("checkpoint_every", checkpoint_every, 0), ("keep", keep, 1)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -122,7 +129,7 @@ def train(
         cuda_graph = device.type == "cuda" and forced_impl() != "reference"
     elif cuda_graph and device.type not in GRAPHED:
         raise ValueError(f"cuda_graph: expected a GPU, the device is {device}")
-    run = _Run(model_config, data, train_config, out, device, keep, cuda_graph)
+    run = _Run(model_config, data, train_config, out, device, keep, cuda_graph, init, read_init=last is None)
     if last is None:
         train_state.remove_checkpoints(out)
     else:
@@ -154,21 +161,12 @@ class _Run:
         device: torch.device,
         keep: int,
         cuda_graph: bool,
+        init: str | Path | None,
+        read_init: bool,
     ) -> None:
         self.config, self.out, self.keep = config, out, keep
-        fp8 = config.precision == "fp8"
-        self.model = DeepseekV3(model_config, fp8=fp8, recompute=config.recompute, device="meta", dtype=config.dtype)
-        self.model.to_empty(device=device)
-        self.model.init_weights(torch.Generator(device).manual_seed(config.seed))
-        sizes = dict(
-            batch_tokens=config.batch_tokens // config.microbatches,
-            sequence_length=config.sequence_length,
-            seed=config.seed,
-        )
-        self.text = batches(data.train, **sizes)
-        one_pass = -(-int(document_lengths(data.validation).sum()) // sizes["batch_tokens"])
-        looks = min(config.validation_batches, one_pass)
-        self.held_out = list(itertools.islice(batches(data.validation, **sizes), looks))
+        self.model = first_model(model_config, config, device, config.dtype, init if read_init else None)
+        self.text, self.held_out = texts(data, config)
         self.optimizer = MasterAdamW(
             self.model, betas=config.betas, weight_decay=config.weight_decay, moments=config.moments
         )
@@ -176,8 +174,9 @@ class _Run:
         self.ema = Ema(self.optimizer, config.ema) if config.ema else None
         self.step, self.history_bytes = 0, 0
         # What a checkpoint must have been made with.
+        begun = {} if init is None else {"init": str(Path(init).resolve())}
         self.identity = dict(
-            recipe=json.loads(json.dumps(dataclasses.asdict(config))),
+            recipe=json.loads(json.dumps(dataclasses.asdict(config))) | begun,
             model=json.loads(json.dumps(model_config.to_hf())),
             text=dict(train=fingerprint(data.train), validation=fingerprint(data.validation)),
         )
@@ -352,20 +351,3 @@ def _with_checkpoint(error: Exception, out: Path) -> Exception:
     if isinstance(error, OSError) and isinstance(again, OSError):
         again.errno = error.errno
     return again
-
-
-def _check(model_config: Config, data: Corpus, config: TrainConfig) -> None:
-    for name, documents, why in (
-        ("train", data.train, "nothing to learn from"),
-        ("validation", data.validation, "nothing held out"),
-    ):
-        if not document_lengths(documents).any():
-            raise ValueError(f"data: {why}, {name} is empty")
-    largest = max(largest_token(documents) for documents in data)
-    if largest >= model_config.vocab_size:
-        raise ValueError(f"data: token {largest} is not in the vocabulary of vocab_size = {model_config.vocab_size}")
-    if config.sequence_length > model_config.max_position_embeddings:
-        raise ValueError(
-            f"sequence_length: {config.sequence_length} is more than the model's context, "
-            f"max_position_embeddings = {model_config.max_position_embeddings}"
-        )

@@ -61,8 +61,9 @@ class Stepper:
         with_mtp = self.config.mtp_lambda_at(step) > 0
         numbers = self._numbers(text, step)
         if self.graphs is None:
-            rate, _, moving, *_ = on_device(numbers, self.device).unbind()
-            values = self.update(*self.backward(text, step), rate, moving)
+            numbers = on_device(numbers, self.device)
+            rate, _, moving, *_ = numbers.unbind()
+            values = self.update(*self.backward(text, step, numbers), rate, moving)
         else:
             values = self.graphs.run(text, numbers, with_mtp)
         if values.is_cuda:
@@ -78,9 +79,8 @@ class Stepper:
         numbers = config.learning_rate_at(step), config.mtp_lambda_at(step), moving, *shares(text)
         return torch.tensor(numbers, dtype=torch.float32)
 
-    def backward(self, text: Sequence[Packed], step: int) -> tuple[Tensor, Tensor]:
+    def backward(self, text: Sequence[Packed], step: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of the step, and the load of each layer's experts; the optimiser has the gradients."""
-        numbers = on_device(self._numbers(text, step), self.device)
         inputs = Inputs.of([batch.to(self.device) for batch in text], numbers)
         return self._backward(inputs, self.config.mtp_lambda_at(step) > 0)
 
@@ -153,7 +153,8 @@ class Stepper:
         """The parameters are those before the step, so that it fails again in the same way, and can be looked at."""
 
         def gradients() -> dict[str, Tensor]:
-            self.backward(pending.text, pending.step)
+            numbers = on_device(self._numbers(pending.text, pending.step), self.device)
+            self.backward(pending.text, pending.step, numbers)
             return self.optimizer.gradients()
 
         return first_nonfinite(self.model, pending.text, gradients)

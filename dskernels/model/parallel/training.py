@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from dskernels.model.config import Config
-from dskernels.model.data import Corpus, Packed, batches, document_lengths
+from dskernels.model.data import Corpus, Packed
 from dskernels.model.disk import writing
 from dskernels.model.loss import Losses, losses
 from dskernels.model.model import DeepseekV3, Output
@@ -31,7 +31,8 @@ from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.pipeline import Pipeline
 from dskernels.model.parallel.plan import Team, parallelize
 from dskernels.model.parallel.shards import Piece, bounds, read_pieces, whole_tensors, write_pieces
-from dskernels.model.train import METRICS_FILE, History, _check
+from dskernels.model.train import METRICS_FILE, History
+from dskernels.model.train_begin import check, first_model, texts
 from dskernels.model.train_config import TrainConfig
 from dskernels.model.train_state import checkpoints, read_about
 from dskernels.model.train_step import Pending, Stepper, count, no_load
@@ -46,6 +47,7 @@ def train(
     *,
     out: str | Path,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    init: str | Path | None = None,
     checkpoint_every: int = 0,
     keep: int = 2,
     resume: bool | None = None,
@@ -62,6 +64,7 @@ def train(
         team: the ranks, see `Team.start`.
         out: folder, which all ranks see; rank 0 writes metrics and model, each its pieces of a checkpoint.
         progress: called with each line, on rank 0.
+        init: a folder whose weights are the first ones, which all ranks see.
         checkpoint_every: steps between two checkpoints, 0 for none. One made by some ranks goes on with any others.
         keep: how many of them stay.
         resume: True goes on from the last checkpoint, False begins anew, None goes on if there is one.
@@ -75,16 +78,17 @@ def train(
         ValueError: as with one process; the plan does not fit the model or the micro-batches.
         FloatingPointError: a loss or a gradient is not finite, on every rank.
     """
-    _check(model_config, data, train_config)
+    check(model_config, data, train_config)
     if train_config.ema:
         raise ValueError("ema: an average of the weights is for one process")
-    run = _Run(model_config, data, train_config, team, Path(out), schedule)
-    found = next(iter(checkpoints(run.out)), None)
+    found = next(iter(checkpoints(out)), None)
     if resume and found is None:
-        raise ValueError(f"resume: {run.out} has no checkpoint to go on from")
+        raise ValueError(f"resume: {out} has no checkpoint to go on from")
+    last = None if resume is False else found
+    run = _Run(model_config, data, train_config, team, Path(out), schedule, init if last is None else None)
     dist.barrier()
-    if found is not None and resume is not False:
-        run.restore(found)
+    if last is not None:
+        run.restore(last)
     history: History = []
     with (run.out / METRICS_FILE).open("a" if run.step else "w") if run.chief else _Nowhere() as file:
         for line in run.lines(checkpoint_every, keep):
@@ -116,7 +120,7 @@ class TeamStepper(Stepper):
         super().__init__(model, optimizer, config)
         self.team, self.pipeline = team, pipeline
 
-    def backward(self, text: Sequence[Packed], step: int) -> tuple[Tensor, Tensor]:
+    def backward(self, text: Sequence[Packed], step: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """As with one process, from all micro-batches of the step, of which this rank runs its own."""
         config, team = self.config, self.team
         mtp_lambda, each = config.mtp_lambda_at(step), len(text) // team.plan.batches
@@ -201,7 +205,14 @@ class _Run:
     """A model on its way through the steps, as this rank sees it."""
 
     def __init__(
-        self, model_config: Config, data: Corpus, config: TrainConfig, team: Team, out: Path, schedule: str
+        self,
+        model_config: Config,
+        data: Corpus,
+        config: TrainConfig,
+        team: Team,
+        out: Path,
+        schedule: str,
+        init: str | Path | None,
     ) -> None:
         self.config, self.team, self.out = config, team, out
         self.rank, self.step = dist.get_rank(), 0
@@ -216,11 +227,8 @@ class _Run:
                 f"got {config.microbatches}"
             )
         tokens = config.batch_tokens // config.microbatches
-        fp8, low = config.precision == "fp8", config.dtype != torch.float32
         # The same weights on every rank, from which each keeps its own: on the CPU, so that none holds all on a GPU.
-        self.model = DeepseekV3(model_config, fp8=fp8, recompute=config.recompute, device="meta", dtype=torch.float32)
-        self.model.to_empty(device="cpu")
-        self.model.init_weights(torch.Generator().manual_seed(config.seed))
+        self.model = first_model(model_config, config, torch.device("cpu"), torch.float32, init)
         self.pipeline: Pipeline | None = None
         if plan.pipeline > 1:
             self.pipeline = Pipeline(
@@ -233,7 +241,8 @@ class _Run:
             )
             parameters = self.pipeline.named_parameters()
         else:
-            parallelize(self.model, team, dtype=config.dtype if low else None, tokens=tokens)
+            low = config.dtype if config.dtype != torch.float32 else None
+            parallelize(self.model, team, dtype=low, tokens=tokens)
             parameters = dict(self.model.named_parameters())
         self.optimizer = TeamAdamW(
             parameters,
@@ -245,11 +254,7 @@ class _Run:
         )
         model = self.model if self.pipeline is None else _parts(self.pipeline, model_config, team.device)
         self.stepper = TeamStepper(model, self.optimizer, config, team, self.pipeline)
-        sizes = dict(batch_tokens=tokens, sequence_length=config.sequence_length, seed=config.seed)
-        self.text = batches(data.train, **sizes)
-        one_pass = -(-int(document_lengths(data.validation).sum()) // tokens)
-        looks = min(config.validation_batches, one_pass)
-        self.held_out = list(itertools.islice(batches(data.validation, **sizes), looks))
+        self.text, self.held_out = texts(data, config)
 
     def lines(self, checkpoint_every: int, keep: int) -> Iterator[dict[str, Any]]:
         """Trains; gives the lines of the metrics as they come."""
