@@ -8,10 +8,12 @@ inputs and expected results are made on the CPU, whose library of kernels on the
 as for a GPU of a few multiprocessors; and each tensor is an allocation of its own, as in the caching allocator's blocks
 no access is out of bounds. With `--racecheck` products of many rows run as that tool can follow them: without clusters,
 as it knows nothing of arrivals from another CTA, and with one reader of what is written by ordinary stores (ONE_READER
-in cuda/fp8_gemm.cuh).
+in cuda/fp8_gemm.cuh). initcheck does not see what the copy engine writes: with `--filled` all that is allocated is full
+of NaN between guards, so that what nothing wrote shows in the results.
 """
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -39,6 +41,7 @@ from dskernels.moe.triton_sort import sort
 from dskernels.moe.triton_swiglu import swiglu_backward
 from dskernels.parity.inputs import quantized, spread
 from dskernels.parity.paging import paged_cache
+from guarding import guarded
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 IMPLS = "hopper", "reference"  # on these two
@@ -72,15 +75,14 @@ def same(got: ds.Fp8Tensor, want: ds.Fp8Tensor) -> bool:
     return torch.equal(got.data.cpu().view(torch.uint8), want.data.view(torch.uint8))
 
 
-def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool]]]:
-    """Name each kernel, with what runs it and says whether the result was right."""
+def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool | None]]]:
+    """Name each kernel, with what runs it and says whether the result was right; None if it takes no such call."""
 
     def each(configs: tuple[HopperConfig, ...]) -> Iterator[tuple[str, HopperConfig]]:
         for config in configs:
-            if racecheck:
-                config = replace(config, cluster=1, one_reader=True)
             ahead = f", {config.ahead} ahead" if config.ahead else ""
-            yield f"{config.tile}, clusters of {config.cluster}{ahead}", config
+            name = f"{config.tile}, clusters of {config.cluster}{ahead}, tiles in groups of {config.group}"
+            yield name, replace(config, cluster=1, one_reader=True) if racecheck else config
 
     for b_rows, configs in HOPPER_CONFIGS.items():
         for name, config in each(configs):
@@ -366,12 +368,12 @@ def route() -> bool:
     )
 
 
-def parity_case(case: parity.Case, impl: str) -> bool:
+def parity_case(case: parity.Case, impl: str) -> bool | None:
     try:
         return parity.check(case, GPU, impl, reference_on=CPU).passed
     except ValueError as error:
         if "cannot run this" in str(error):
-            return True
+            return None
         raise
 
 
@@ -380,6 +382,7 @@ def main() -> None:
     parser.add_argument("text", nargs="*", default=[""], help="run kernels whose name contains one of these")
     parser.add_argument("--racecheck", action="store_true", help="as compute-sanitizer's racecheck can follow them")
     parser.add_argument("--exact", action="store_true", help="the texts are whole names")
+    parser.add_argument("--filled", action="store_true", help="allocate memory full of NaN, between guards")
     parser.add_argument("--list", action="store_true", help="print the names; needs no GPU")
     asked = parser.parse_args()
     named = list(kernels(asked.racecheck))
@@ -399,11 +402,14 @@ def main() -> None:
     for name, run in chosen:
         print(f"begin {name}", flush=True)
         start = time.monotonic()
-        right = run()
+        with guarded() if asked.filled else contextlib.nullcontext() as memory:
+            right = run()
         torch.cuda.synchronize()
-        if not right:
+        if memory is not None:
+            memory.check()
+        if right is False:
             raise SystemExit(f"{name}: wrong")
-        print(f"{name}: right, {time.monotonic() - start:.1f} s", flush=True)
+        print(f"{name}: {'right' if right else 'not taken'}, {time.monotonic() - start:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

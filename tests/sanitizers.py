@@ -1,12 +1,15 @@
 """compute-sanitizer's four tools over every kernel of tests/sanitize.py: ``make sanitize``.
 
 Kernels are first run without a tool, so that they are compiled once and what is wrong by itself shows. Then each tool
-gets them in batches, several processes at a time. One that reports anything is split, so that each report is of one
-kernel; one that has not ended a kernel in time is killed, and goes on behind that kernel. Outcomes go to
-docs/sanitize.json, from which ``--table`` makes the table of docs/trust.md; whole outputs to ``--logs``.
+gets them in batches, several processes at a time: those in CUDA C++ first, then the portable ones. A report counts for
+the kernel that ran when it came (each ends with a synchronisation), which runs once more in a process of its own. What
+initcheck reports there runs in memory that is full of NaN, as the tool does not see what the copy engine writes. A
+process that has not ended a kernel in time is killed, and another one goes on behind it. Outcomes go to
+docs/sanitize.json, over those of the same kernels that are there; ``--table`` makes the table of docs/trust.md of them.
+Whole outputs go to ``--logs``.
 
     python tests/sanitizers.py --jobs 12 --seconds 180          all of it, ending by then
-    python tests/sanitizers.py mla_decode --tools memcheck      what has the text in its name; nothing is saved
+    python tests/sanitizers.py mla_decode --tools memcheck      what has the text in its name
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -34,8 +38,19 @@ TOOLS = {
     "synccheck": (),
     "initcheck": (),
 }
-REPORT = re.compile(r"=+ +(Error|Invalid|Uninitialized|Barrier|Misaligned|Program hit|Warning|Race)\b.*")
+REPORT = re.compile(r"=+ +(Error|Invalid|Uninitialized|Barrier|Misaligned|Program hit|Warning|Race|Host API)\b.*")
 RIGHT, WRONG, REPORTED, LATE, NOT_RUN = "right", "wrong", "reported", "not in time", "not run"
+NOT_TAKEN, FILLED, ONCE = "not taken", "right in filled memory", "reported beside others, not alone"
+CELLS = {RIGHT: "clean", FILLED: "clean, filled"}
+
+
+class Batch(NamedTuple):
+    """Kernels for one process; of a single one, what was reported of it beside others."""
+
+    tool: str
+    names: list[str]
+    filled: bool = False
+    reported: dict[str, int] | None = None
 
 
 class Run:
@@ -45,15 +60,14 @@ class Run:
         self.asked = asked
         self.end = time.monotonic() + asked.seconds
         self.outcomes: dict[tuple[str, str], dict] = {}  # of (tool, kernel)
-        self.waiting: list[tuple[str, list[str]]] = []
+        self.waiting: list[Batch] = []
         self.lock, self.running = threading.Condition(), 0
         asked.logs.mkdir(parents=True, exist_ok=True)
         self.logs = 0
 
-    def work(self, tools: list[str], names: dict[str, list[str]], batch: int) -> None:
-        """Run these tools over these kernels, the first batches of all tools before the second."""
-        batches = {tool: [names[tool][i::batch] for i in range(batch)] for tool in tools}
-        self.waiting = [(tool, batches[tool][i]) for i in range(batch) for tool in tools if batches[tool][i]]
+    def work(self, batches: list[Batch]) -> None:
+        """Run these."""
+        self.waiting = batches
         workers = [threading.Thread(target=self._worker) for _ in range(self.asked.jobs)]
         for worker in workers:
             worker.start()
@@ -67,41 +81,94 @@ class Run:
                     self.lock.wait(1)
                 if not self.waiting or time.monotonic() >= self.end:
                     return
-                tool, names = self.waiting.pop(0)
+                batch = self.waiting.pop(0)
                 self.running += 1
+            again: list[Batch] = []
             try:
-                again = self._batch(tool, names)
+                again = self._judged(batch)
             finally:
                 with self.lock:
                     self.running -= 1
+                    self.waiting = again + self.waiting
                     self.lock.notify_all()
-            with self.lock:
-                self.waiting = again + self.waiting
-                self.lock.notify_all()
 
-    def _batch(self, tool: str, names: list[str]) -> list[tuple[str, list[str]]]:
-        """Run one process; what is to be run again, and how."""
-        seen, reports, status = self._process(tool, names)
-        if status == "clean" or not reports:  # those that came to their end are clean
-            self._keep(tool, seen)
-        if status in ("clean", NOT_RUN):
-            return []
-        stopped = next((name for name in names if name not in seen), None)
-        if len(names) == 1 or (stopped is not None and (status == LATE or not reports)):
-            outcome = LATE if status == LATE else REPORTED if reports else WRONG
-            self._keep(tool, {stopped or names[0]: {"outcome": outcome, "reports": dict(reports), "status": status}})
-            names = [name for name in names if name != stopped]
-        if len(names) == 1 and stopped is None:
-            return []
-        if reports or stopped is None:  # of one of them: each half again
-            middle = (len(names) + 1) // 2
-            return [(tool, half) for half in (names[:middle], names[middle:]) if half]
-        rest = [name for name in names if name not in seen]
-        return [(tool, rest)] if rest else []
+    def _judged(self, batch: Batch) -> list[Batch]:
+        """Run one process; what is to be run after it."""
+        tool, names, filled, _ = batch
+        process = Process(self, batch)
+        process.run()
+        reported = [name for name in names if process.reports[name]]
+        for name, outcome in process.ended.items():
+            if name not in reported:
+                if outcome["outcome"] == RIGHT and batch.reported:
+                    outcome = {**outcome, "outcome": FILLED if filled else ONCE, "reports": batch.reported}
+                self._keep(tool, name, outcome)
+        stopped = process.running
+        rest = [name for name in names if name not in process.ended and name != stopped]
+        again = [Batch(tool, rest, filled)] if rest and process.status != NOT_RUN else []
+        if len(names) > 1:
+            alone = [*reported, *([stopped] if stopped and stopped not in reported else [])]
+            if process.status == LATE and stopped:
+                self._keep(tool, stopped, {"outcome": LATE})
+                alone.remove(stopped)
+            return [*(Batch(tool, [name], filled, dict(process.reports[name])) for name in alone), *again]
+        if tool == "initcheck" and reported and not filled:
+            self._keep(tool, names[0], {"outcome": REPORTED, "reports": dict(process.reports[names[0]])})
+            return [Batch(tool, names, filled=True, reported=dict(process.reports[names[0]]))]
+        if reported:
+            self._keep(tool, names[0], {"outcome": REPORTED, "reports": dict(process.reports[names[0]])})
+        elif (stopped or rest) and process.status != NOT_RUN:
+            late = process.status == LATE
+            self._keep(tool, names[0], {"outcome": LATE if late else WRONG, "status": process.status})
+        return []
 
-    def _process(self, tool: str, names: list[str]) -> tuple[dict[str, dict], Counter[str], str]:
+    def _keep(self, tool: str, name: str, outcome: dict) -> None:
+        with self.lock:
+            self.outcomes[tool, name] = outcome
+
+    def log(self, tool: str) -> Path:
+        """A file for the next process."""
+        with self.lock:
+            self.logs += 1
+            return self.asked.logs / f"{tool}_{self.logs:03d}.txt"
+
+
+class Process:
+    """One process under a tool: which kernels came to their end, which one it stopped in, what was reported of each."""
+
+    def __init__(self, run: Run, batch: Batch) -> None:
+        self.owner, self.batch = run, batch
+        self.ended: dict[str, dict] = {}
+        self.reports: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.running: str | None = None
+        self.status = ""
+
+    def run(self) -> None:
+        """Until it ends, or time is up."""
+        asked = self.owner.asked
+        lines, process = self._started()
+        limit = time.monotonic() + asked.start
+        with self.owner.log(self.batch.tool).open("w") as log:
+            while True:
+                try:
+                    line = lines.get(timeout=max(min(limit, self.owner.end) - time.monotonic(), 0.01))
+                except queue.Empty:
+                    self.status = LATE if time.monotonic() < self.owner.end else NOT_RUN
+                    os.killpg(process.pid, 9)
+                    break
+                if line is None:
+                    break
+                log.write(line)
+                self._read(line)
+                if line.startswith("begin "):
+                    limit = time.monotonic() + asked.each
+        code = process.wait()
+        self.status = self.status or ("clean" if code == 0 else f"exit code {code}")
+
+    def _started(self) -> tuple[queue.Queue[str | None], subprocess.Popen]:
+        tool, names, filled, _ = self.batch
         command = [sys.executable, str(HERE / "sanitize.py"), "--exact", *names]
-        command += ["--racecheck"] if tool == "racecheck" else []
+        command += ["--racecheck"] * (tool == "racecheck") + ["--filled"] * filled
         if tool != "none":
             options = ["--tool", tool, *TOOLS[tool], "--print-limit", "30", "--error-exitcode", "9"]
             command = ["compute-sanitizer", *options, *command]
@@ -112,53 +179,59 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
             start_new_session=True,
         )
         lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=lambda: [*map(lines.put, process.stdout or ()), lines.put(None)], daemon=True).start()
-        seen: dict[str, dict] = {}
-        reports: Counter[str] = Counter()
-        status, limit = "", time.monotonic() + self.asked.start
-        with self.lock:
-            self.logs += 1
-            log = (self.asked.logs / f"{tool}_{self.logs:03d}.txt").open("w")
-        with log:
-            while True:
-                try:
-                    line = lines.get(timeout=max(min(limit, self.end) - time.monotonic(), 0.01))
-                except queue.Empty:
-                    status = LATE if time.monotonic() < self.end else NOT_RUN
-                    os.killpg(process.pid, 9)
-                    break
-                if line is None:
-                    break
-                log.write(line)
-                if line.startswith("begin "):
-                    limit = time.monotonic() + self.asked.each
-                elif found := re.match(r"(.*): right, ([\d.]+) s$", line):
-                    seen[found[1]] = {"outcome": RIGHT, "seconds": float(found[2])}
-                    limit = time.monotonic() + self.asked.start
-                elif found := REPORT.match(line):
-                    reports[re.sub(r"0x[0-9a-f]+|\d+", "#", found[0].lstrip("= ").strip())[:120]] += 1
-        code = process.wait()
-        status = status or ("clean" if code == 0 and not reports else f"exit code {code}")
-        return seen, reports, status
 
-    def _keep(self, tool: str, outcomes: dict[str, dict]) -> None:
-        with self.lock:
-            self.outcomes.update({(tool, name): outcome for name, outcome in outcomes.items()})
+        def read() -> None:
+            for line in process.stdout or ():
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        return lines, process
+
+    def _read(self, line: str) -> None:
+        if line.startswith("begin "):
+            self.running = line[6:].rstrip("\n")
+        elif found := re.match(rf"(.*): ({RIGHT}|{NOT_TAKEN}), ([\d.]+) s$", line):
+            self.ended[found[1]] = {"outcome": found[2], "seconds": float(found[3])}
+            self.running = None
+        elif found := REPORT.match(line):
+            name = self.running or [self.batch.names[0], *self.ended][-1]
+            self.reports[name][re.sub(r"0x[0-9a-f]+|\d+", "#", found[0].lstrip("= ").strip())[:120]] += 1
 
 
-def listed(racecheck: bool) -> list[str]:
+def batches(tools: list[str], names: list[str], size: int) -> list[Batch]:
+    """Kernels of a kind go to processes in turn, all tools beside each other; those in CUDA C++ first."""
+    made: list[list[Batch]] = []
+    for kind in ("", "hopper: ", "triton: "):
+        of_kind = [name for name in names if (name.partition(": ")[0] + ": " if ": " in name else "") == kind]
+        n = -(-len(of_kind) // size)
+        made += [[Batch(tool, of_kind[i::n]) for tool in tools] for i in range(n)]
+    return [batch for beside in made for batch in beside]
+
+
+def listed() -> list[str]:
     """The kernels' names."""
-    command = [sys.executable, str(HERE / "sanitize.py"), "--list", *(["--racecheck"] if racecheck else [])]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"}
+    command = [sys.executable, str(HERE / "sanitize.py"), "--list"]
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
 def said(*command: str) -> str:
     """What a command writes."""
     return subprocess.run(command, capture_output=True, text=True).stdout
+
+
+def saved(rows: list[dict], device: str, version: str) -> dict:
+    """Outcomes, over those of the same kernels and tools that were saved."""
+    before = json.loads(RESULTS.read_text())["outcomes"] if RESULTS.exists() else []
+    known = {row["kernel"] for row in rows}
+    kept = {(row["tool"], row["kernel"]): row for row in before if row["kernel"] in known}
+    kept |= {(row["tool"], row["kernel"]): row for row in rows if row["outcome"] != NOT_RUN}
+    return {"device": device, "tool": f"compute-sanitizer {version}", "outcomes": list(kept.values())}
 
 
 def table(results: dict) -> str:
@@ -169,21 +242,22 @@ def table(results: dict) -> str:
         parts = name.split(": ", 1)
         if len(parts) == 2:
             name = f"{parts[1].split(', ')[0]}, cases of parity, {parts[0]}"
-        rows.setdefault(name, {}).setdefault(row["tool"], []).append(_cell(row))
+        cells = rows.setdefault(name, {})
+        if row["outcome"] != NOT_TAKEN:
+            cells.setdefault(row["tool"], []).append(CELLS.get(row["outcome"], row["outcome"]))
     tools = [tool for tool in TOOLS if tool != "none"]
-    lines = [f"{results['device']}, {results['tool']}; {results['commit']}.", ""]
+    commits = Counter(row.get("commit", "") for row in results["outcomes"])
+    lines = [f"{results['device']}, {results['tool']}; of {', '.join(c for c in commits if c)}.", ""]
     lines += ["| kernel | " + " | ".join(tools) + " |", "|---|" + "---|" * len(tools)]
-    for name, cells in rows.items():
+    for name, cells in sorted(rows.items(), key=lambda row: (", cases of parity, " in row[0], row[0])):
+        if not cells:
+            continue  # of an operation that has no such kernel
         texts = []
         for tool in tools:
             counts = Counter(cells.get(tool, [NOT_RUN]))
             texts.append(", ".join(f"{n} {text}" if sum(counts.values()) > 1 else text for text, n in counts.items()))
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
-
-
-def _cell(row: dict) -> str:
-    return "clean" if row["outcome"] == RIGHT else row["outcome"]
 
 
 def write(results: dict) -> None:
@@ -195,53 +269,46 @@ def write(results: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", nargs="?", default="", help="run kernels whose name contains it; nothing is saved then")
-    parser.add_argument("--without", help="leave out kernels whose name contains it")
+    parser.add_argument("text", nargs="*", default=[""], help="run kernels whose name contains one of these")
+    parser.add_argument("--without", nargs="*", default=[], help="leave out kernels whose name contains one of these")
     parser.add_argument("--tools", nargs="+", default=[t for t in TOOLS if t != "none"], choices=TOOLS)
     parser.add_argument("--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes at a time")
-    parser.add_argument("--batches", type=int, default=8, help="processes that a tool's kernels are divided among")
+    parser.add_argument("--size", type=int, default=6, help="kernels of a process")
     parser.add_argument("--seconds", type=float, default=3600, help="for everything")
-    parser.add_argument("--each", type=float, default=120, help="seconds for a kernel")
-    parser.add_argument("--start", type=float, default=120, help="seconds until the first kernel begins")
+    parser.add_argument("--each", type=float, default=60, help="seconds for a kernel")
+    parser.add_argument("--start", type=float, default=90, help="seconds until the first kernel begins")
     parser.add_argument("--logs", type=Path, default=ROOT / "build" / "sanitize")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="put what was saved into the page")
     asked = parser.parse_args()
     if asked.table:
         return write(json.loads(RESULTS.read_text()))
-    names = {tool: [n for n in listed(tool == "racecheck") if asked.text in n] for tool in ("none", *asked.tools)}
-    if asked.without:
-        names = {tool: [n for n in of_tool if asked.without not in n] for tool, of_tool in names.items()}
+    names = [n for n in listed() if any(t in n for t in asked.text) and not any(t in n for t in asked.without)]
     run, start = Run(asked), time.monotonic()
-    run.work(["none"], names, asked.batches)
-    print(
-        f"without a tool: {len(run.outcomes)} of {len(names['none'])} in {time.monotonic() - start:.0f} s", flush=True
-    )
-    run.work(asked.tools, names, asked.batches)
+    run.work(batches(["none"], names, max(len(names) // (2 * asked.jobs), 1)))
+    print(f"without a tool: {len(run.outcomes)} of {len(names)} in {time.monotonic() - start:.0f} s", flush=True)
+    taken = [name for name in names if run.outcomes.get(("none", name), {}).get("outcome") != NOT_TAKEN]
+    run.work(batches(asked.tools, taken, asked.size))
     print(f"all: {time.monotonic() - start:.0f} s")
     rows = [
-        {"tool": tool, "kernel": name, **run.outcomes.get((tool, name), {"outcome": NOT_RUN})}
+        {
+            "tool": tool,
+            "kernel": name,
+            "commit": os.environ.get("COMMIT", ""),
+            **run.outcomes.get((tool, name), {"outcome": NOT_RUN}),
+        }
         for tool in ("none", *asked.tools)
-        for name in names[tool]
+        for name in (names if tool == "none" else taken)
     ]
-    for row in rows:
-        if row["outcome"] != RIGHT:
-            print(
-                f"{row['tool']:10} {row['outcome']:12} {row['kernel']}  {row.get('reports') or row.get('status', '')}"
-            )
+    bad = [row for row in rows if row["outcome"] not in (RIGHT, FILLED, NOT_TAKEN)]
+    for row in bad:
+        print(f"{row['tool']:10} {row['outcome']:12} {row['kernel']}  {row.get('reports') or row.get('status', '')}")
     for tool in ("none", *asked.tools):
         print(tool, dict(Counter(row["outcome"] for row in rows if row["tool"] == tool)))
-    if not asked.text:
-        gpus = said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-        versions = re.findall(r"\d{4}\.[\d.]+", said("compute-sanitizer", "--version"))
-        results = {
-            "device": (gpus or ["?"])[0],
-            "tool": "compute-sanitizer " + (versions or ["?"])[0],
-            "commit": os.environ.get("COMMIT", ""),
-            "outcomes": rows,
-        }
-        asked.out.write_text(json.dumps(results, indent=1) + "\n")
-    if any(row["outcome"] != RIGHT for row in rows):
+    gpus = said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    versions = re.findall(r"\d{4}\.[\d.]+", said("compute-sanitizer", "--version"))
+    asked.out.write_text(json.dumps(saved(rows, (gpus or ["?"])[0], (versions or ["?"])[0]), indent=1) + "\n")
+    if bad:
         raise SystemExit(1)
 
 
