@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 from PIL import Image
 
-from benchmarks import charts, curves, saved
+from benchmarks import charts, curves, headlines, saved
 from benchmarks.compare import geometric_mean
 from benchmarks.curves import OURS, ROOF, SIZES, Curve
 from benchmarks.saved import Saved, SavedRow
@@ -45,7 +45,10 @@ DARK = Theme("dark", "#12161d", "#e6e9ef", "#9aa4b2", "#2a313c", "#6fa8ff", "#ff
 
 
 def write(gpus: Mapping[str, Mapping[str, Saved]], folder: Path) -> list[Path]:
-    """Write, of the first GPU, for each theme ``peers_<theme>.png`` and ``scaling_<theme>.png``; their titles name it."""
+    """Write the pictures of the first GPU for each theme, such as ``peers_dark.png``; their titles name it.
+
+    ``headlines`` has the workloads of README's table, ``peers`` every operation, ``scaling`` times against one size.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     families = next(iter(gpus.values()))
     rows = saved.jobs(families)
@@ -53,7 +56,11 @@ def write(gpus: Mapping[str, Mapping[str, Saved]], folder: Path) -> list[Path]:
     name = next(iter(families.values())).stamp["gpu"]
     paths = []
     for theme in (LIGHT, DARK):
-        for kind, figure in (("peers", peers(rows, name, theme)), ("scaling", scaling(swept, name, theme))):
+        for kind, figure in (
+            ("headlines", _ratios(_of_headlines(rows), f"{name}: times as fast as the fastest tuned peer", theme)),
+            ("peers", peers(rows, name, theme)),
+            ("scaling", scaling(swept, name, theme)),
+        ):
             path = folder / f"{kind}_{theme.name}.png"
             _save(figure, path, theme)
             paths.append(path)
@@ -68,25 +75,55 @@ def _save(figure, path: Path, theme: Theme) -> None:
     Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)
 
 
+@dataclass
+class Ratios:
+    """What a line of a picture shows: for each of its workloads how many times as fast it is as which peer."""
+
+    values: list[float] = field(default_factory=list)
+    peers: list[str] = field(default_factory=list)
+
+    def add(self, row: SavedRow) -> None:
+        """Count a workload, if a rival did it too."""
+        if row.rival and row.vs_rival:
+            self.values.append(row.vs_rival)
+            self.peers.append(row.label(row.rival))
+
+    @property
+    def mean(self) -> float:
+        """The geometric mean."""
+        return geometric_mean(self.values)
+
+
+def _of_headlines(rows: Sequence[SavedRow]) -> dict[str, Ratios]:
+    lines: dict[str, Ratios] = {}
+    for headline in headlines.HEADLINES:
+        for row in headline.of(rows):
+            lines.setdefault(headline.name, Ratios()).add(row)
+    return lines
+
+
 def peers(rows: Sequence[SavedRow], gpu: str, theme: Theme):
     """A dot for each workload, at how many times as fast as its best peer; the mean of each operation beside it."""
-    operations: dict[str, dict[str, float]] = {}
-    of_op: dict[str, list[str]] = {}
+    lines: dict[str, Ratios] = {}
     for row in rows:
-        if row.rival and row.vs_rival:
-            operations.setdefault(row.op, {})[row.workload] = row.vs_rival
-            of_op.setdefault(row.op, []).append(row.label(row.rival))
-    means = {op: geometric_mean(ratios.values()) for op, ratios in operations.items()}
-    order = sorted(operations, key=means.__getitem__)
+        lines.setdefault(row.op, Ratios()).add(row)
+    title = f"{gpu}: times as fast as the fastest peer, each workload and their geometric mean"
+    return _ratios(lines, title, theme)
+
+
+def _ratios(lines: Mapping[str, Ratios], title: str, theme: Theme):
+    """Lines in the order of their means, those without a rival left out."""
+    order = sorted((name for name, line in lines.items() if line.values), key=lambda name: lines[name].mean)
     figure, axes = plt.subplots(figsize=(9, 1.1 + 0.25 * len(order)), layout="constrained")
     _dress(axes, theme)
-    for i, op in enumerate(order):
-        ratios = list(operations[op].values())
-        axes.plot(ratios, [i] * len(ratios), "o", color=theme.ours, alpha=0.55, markersize=6, markeredgewidth=0)
-        axes.plot([means[op]] * 2, [i - 0.32, i + 0.32], color=theme.ink, linewidth=2)
-        best = ", ".join(dict.fromkeys(of_op[op]))
+    for i, name in enumerate(order):
+        line = lines[name]
+        axes.plot(
+            line.values, [i] * len(line.values), "o", color=theme.ours, alpha=0.55, markersize=6, markeredgewidth=0
+        )
+        axes.plot([line.mean] * 2, [i - 0.32, i + 0.32], color=theme.ink, linewidth=2)
         axes.annotate(
-            f"{means[op]:.2f}  {best}",
+            f"{line.mean:.2f}  {', '.join(dict.fromkeys(line.peers))}",
             (1.01, i),
             xycoords=("axes fraction", "data"),
             color=theme.dim,
@@ -103,11 +140,7 @@ def peers(rows: Sequence[SavedRow], gpu: str, theme: Theme):
     axes.set_yticks(range(len(order)), order)
     axes.set_ylim(-0.7, len(order) - 0.3)
     axes.grid(axis="x", color=theme.rule)
-    axes.set_title(
-        f"{gpu}: times as fast as the fastest peer, each workload and their geometric mean",
-        color=theme.ink,
-        fontsize=10,
-    )
+    axes.set_title(title, color=theme.ink, fontsize=10)
     return figure
 
 

@@ -132,7 +132,7 @@ def test_writing_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "PANELS", 1)
     page, *images = report.write(tmp_path)
     assert page == tmp_path / "report.html"
-    assert {image.name for image in images} == {"peers_light.png", "scaling_light.png"}
+    assert {image.name for image in images} == {"headlines_light.png", "peers_light.png", "scaling_light.png"}
     assert all(image.read_bytes().startswith(b"\x89PNG") for image in images)
 
 
