@@ -11,6 +11,7 @@ import dskernels as ds
 from dskernels.model.parallel.exchange import destinations, exponents, from_exponents, pack, unpack
 from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.mail import Collective
+from dskernels.model.parallel.triton_wire import choices, unload
 from dskernels.types import Routing
 
 E, H, I, K = 8, 64, 32, 3
@@ -139,6 +140,26 @@ def test_scales_travel_as_exponents_without_loss():
     again = from_exponents(quantized.data, exponents(quantized), torch.float32)
     assert torch.equal(again, quantized.dequantize(torch.float32))
     assert torch.equal(again.bfloat16().float(), again)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 4500), (5, 300), (1, 128), (0, 256)])
+def test_what_came_in_e4m3_is_what_was_sent(device, rows, columns):
+    x = (torch.randn(rows, columns) * torch.logspace(-30, 30, rows)[:, None]).to(device)
+    quantized = ds.quantize(x, scale_format="ue8m0", impl="reference")
+    rows_apart = pack(exponents(quantized), torch.rand(rows, 3, device=device))
+    scales, _ = unpack(rows_apart, [(-(-columns // 128), torch.uint8), (3, torch.float32)])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(unload(quantized.data, scales, dtype), quantized.dequantize(dtype))
+
+
+@pytest.mark.parametrize(("rows", "k"), [(700, 3), (1, 8), (0, 2)])
+def test_choices_of_a_rank_are_numbered_from_its_first(device, rows, k):
+    weights, experts = torch.rand(rows, k, device=device), torch.randint(-1, 20, (rows, k), device=device).int()
+    apart = unpack(pack(weights, experts), [(k, torch.float32), (k, torch.int32)])
+    found = choices(*apart, 5, 6)
+    assert torch.equal(found[0], weights)
+    assert torch.equal(found[1], torch.where((experts >= 5) & (experts < 11), experts - 5, -1))
+    assert all(part.is_contiguous() for part in found)
 
 
 def test_bad_arguments_name_themselves():

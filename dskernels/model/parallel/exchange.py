@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
+from dskernels.model.parallel.triton_wire import choices, unload, unload_supports
 from dskernels.types import Fp8Tensor, Permuted, Routing
 
 Wire = Literal["same", "fp8"]
@@ -67,11 +68,14 @@ def destinations(experts: Tensor, n_ranks: int, per_rank: int, most: int | None 
 
 
 def choices_here(weights: Tensor, experts: Tensor, first: int, n: int) -> Routing:
-    """The choices of n experts from ``first`` on, numbered from 0; others are dropped."""
-    ids = experts - first
-    ids = torch.where((ids >= 0) & (ids < n), ids, -1)
-    none = ids.new_empty(0)
-    return Routing(weights.contiguous(), ids.contiguous(), none, none)
+    """The choices of n experts from ``first`` on, numbered from 0; others are dropped. No gradient goes through it."""
+    return routing_of(*choices(weights.detach(), experts.int(), first, n))
+
+
+def routing_of(weights: Tensor, experts: Tensor) -> Routing:
+    """Choices alone, whose loads nobody asks for."""
+    none = experts.new_empty(0)
+    return Routing(weights, experts, none, none)
 
 
 @dataclass
@@ -203,6 +207,8 @@ def exponents(quantized: Fp8Tensor) -> Tensor:
 
 def from_exponents(data: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """The values again, from e4m3 ``[T, K]`` and the exponents of its scales. Exact in bf16."""
+    if unload_supports(data) is None:
+        return unload(data, exponents, dtype)
     scale = (exponents.int() << 23).view(torch.float32)
     return Fp8Tensor(data, scale).dequantize(dtype)
 

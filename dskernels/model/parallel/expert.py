@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.model.parallel.exchange import Trip, Wire, choices_here, loaded, unloaded, widths
+from dskernels.model.parallel.exchange import Trip, Wire, loaded, routing_of, unloaded, widths
 from dskernels.model.parallel.fixed import FixedTrip
 from dskernels.model.parallel.mail import Mail
+from dskernels.model.parallel.triton_wire import choices
 from dskernels.types import Fp8Tensor, Routing
 
 
@@ -104,8 +105,9 @@ class ExpertParallel:
         chain.switch()
         residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8, keep=keep)
         shape = (x.shape[1], x.dtype, routing.weights.shape[1])
-        chain.token, arrived, weights, experts = _Arrive.apply(ticket, chain.token, trip, shape, self.wire)
-        y = ds.fused_experts(arrived, w13, w2, self._local(weights, experts, trip), fp8=fp8, keep=keep)
+        here = self.group.rank() * self.per_rank, self.per_rank
+        chain.token, arrived, *chosen = _Arrive.apply(ticket, chain.token, trip, shape, self.wire, *here)
+        y = ds.fused_experts(arrived, w13, w2, _fewest(routing_of(*chosen), trip.choices), fp8=fp8, keep=keep)
         chain.token = ticket = _LeaveBack.apply(chain.token, y, trip)
         chain.switch()
         chain.token, out = _ArriveBack.apply(ticket, chain.token, trip, y.shape[1], y.dtype)
@@ -116,13 +118,13 @@ class ExpertParallel:
             return Trip.plan(routing.experts, self.group, self.per_rank, self.most_ranks)
         return FixedTrip(self.mail, x.shape[0], self.tokens, x.device)
 
-    def _local(self, weights: Tensor, experts: Tensor, trip: Trip | FixedTrip) -> Routing:
-        """The choices of the received rows that are this rank's, in their order; first in each row, where few are."""
-        here = choices_here(weights, experts, self.group.rank() * self.per_rank, self.per_rank)
-        if trip.choices is None or trip.choices >= experts.shape[1]:
-            return here
-        order = (here.experts < 0).int().argsort(dim=1, stable=True)[:, : trip.choices]
-        return here._replace(weights=here.weights.gather(1, order), experts=here.experts.gather(1, order))
+
+def _fewest(routing: Routing, most: int | None) -> Routing:
+    """At most so many choices of each row, those that are not dropped in their order; None leaves all."""
+    if most is None or most >= routing.experts.shape[1]:
+        return routing
+    order = (routing.experts < 0).int().argsort(dim=1, stable=True)[:, :most]
+    return routing._replace(weights=routing.weights.gather(1, order), experts=routing.experts.gather(1, order))
 
 
 # ---- the four ends of two messages, each other's gradients ----------------------------------------------------------
@@ -159,18 +161,25 @@ class _Leave(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """Dispatched tokens are there; backward, their gradients leave."""
+    """Dispatched tokens and their choices of n experts from `first` on are there; backward, their gradients leave."""
 
     @staticmethod
     def forward(
-        ctx: Any, ticket: Tensor, token: Tensor, trip: Trip | FixedTrip, shape: tuple[int, torch.dtype, int], wire: Wire
+        ctx: Any,
+        ticket: Tensor,
+        token: Tensor,
+        trip: Trip | FixedTrip,
+        shape: tuple[int, torch.dtype, int],
+        wire: Wire,
+        first: int,
+        n: int,
     ) -> tuple[Tensor, ...]:
         ctx.trip, ctx.shape = trip, shape
         ctx.set_materialize_grads(False)
         hidden, dtype, k = shape
         tail = [(k, torch.float32), (k, torch.int32)]
         *parts, weights, experts = trip.arrived(widths(hidden, dtype, wire) + tail)
-        x, weights, experts = unloaded(parts, dtype), weights.clone(), experts.clone()
+        x, (weights, experts) = unloaded(parts, dtype), choices(weights, experts, first, n)
         if wire != "same":  # the tokens are no longer where they came
             trip.release()
         ctx.mark_non_differentiable(experts)
@@ -184,7 +193,7 @@ class _Arrive(torch.autograd.Function):
         dx = torch.zeros(rows, hidden, dtype=dtype, device=device) if dx is None else dx
         dweights = torch.zeros(rows, k, device=device) if dweights is None else dweights
         ctx.trip.send_back([dx, dweights])
-        return (dx.new_zeros(0),) * 2 + (None,) * 3
+        return (dx.new_zeros(0),) * 2 + (None,) * 5
 
 
 class _LeaveBack(torch.autograd.Function):
