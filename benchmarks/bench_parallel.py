@@ -111,17 +111,21 @@ def mail_of(group: dist.ProcessGroup, tokens: int, hidden: int, top_k: int) -> M
 
 
 def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, experts: int, top_k: int) -> dict:
-    """Dispatch and combine of a training step, fixed and counted, beside an all-to-all of as many bytes."""
+    """Dispatch and combine, fixed and counted, beside an all-to-all of as many bytes.
+
+    A dispatch ends when the rows may be read where they came; "kept", when they are copied from there for a gradient.
+    """
     device = bench.device
     routing = routing_of(tokens, experts, top_k, device)
     x = torch.randn(tokens, hidden, device=device).bfloat16()
     mail = mail_of(group, tokens, hidden, top_k)
     columns = [(top_k, torch.float32), (top_k, torch.int32)]
 
-    def dispatch(trip: Trip | FixedTrip, wire: Wire = "same") -> None:
-        trip.send([*loaded(x, wire), routing.weights, routing.experts])
+    def dispatch(trip: Trip | FixedTrip, wire: Wire = "same", lend: bool = True) -> None:
+        trip.send([*loaded(x, wire), routing.weights, routing.experts], lend=lend)
         *parts, _, _ = trip.arrived(widths(hidden, x.dtype, wire) + columns)
         unloaded(parts, x.dtype)
+        trip.release()
 
     def combine(trip: Trip | FixedTrip, y: Tensor) -> None:
         trip.send_back([y])
@@ -138,6 +142,7 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
     timed: dict[str, Callable[[], Any]] = {
         "nccl": lambda: dist.all_to_all_single(target, source, group=group),
         "dispatch": lambda: dispatch(fixed()),
+        "dispatch_kept": lambda: dispatch(fixed(), lend=False),
         "combine": lambda: combine(fixed(), every),
         "dispatch_fp8": lambda: dispatch(fixed(), "fp8"),
         "counted_dispatch": lambda: dispatch(counted),
@@ -307,8 +312,8 @@ def main() -> None:
         "layer": lambda: [
             layers(fp8=fp8, backward=backward) for fp8, backward in ((False, False), (True, False), (True, True))
         ],
-        "training": lambda: training(device, quick),
         "pipeline": lambda: pipeline(device, quick),
+        "training": lambda: training(device, quick),
         "small": lambda: [small(bench, group, n, hidden, experts, top_k) for n in ((8,) if quick else (32, 128))],
         "decode_layer_us": lambda: decode_layer(bench, group, hidden, inner, experts, top_k),
     }

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from world import case, run
 
 import dskernels as ds
+from compiling import Compile, assert_clean, compile_all
 from dskernels.model.parallel.exchange import destinations, exponents, from_exponents, pack, unpack
 from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.mail import Collective
-from dskernels.model.parallel.triton_wire import choices, unload
+from dskernels.model.parallel.triton_wire import CHOICES, COLUMNS, choices, unload
 from dskernels.types import Routing
 
 E, H, I, K = 8, 64, 32, 3
@@ -160,6 +161,28 @@ def test_choices_of_a_rank_are_numbered_from_its_first(device, rows, k):
     assert torch.equal(found[0], weights)
     assert torch.equal(found[1], torch.where((experts >= 5) & (experts < 11), experts - 5, -1))
     assert all(part.is_contiguous() for part in found)
+
+
+def test_kernels_of_what_came_compile_without_spills():
+    kernel = "dskernels.model.parallel.triton_wire:{}_kernel"
+    tokens = {"p_data": "*fp8e4nv", "p_exponents": "*u8", "p_out": "*bf16", "columns": "i32", "stride_data": "i32"}
+    tokens |= {"stride_exponents": "i32"}
+    pointers = {"p_weights": "*fp32", "p_experts": "*i32", "p_weights_out": "*fp32", "p_experts_out": "*i32"}
+    numbers = ("size", "k", "stride_weights", "stride_experts", "first", "n")
+    divisible = ("columns", "stride_data")
+    options = dict(targets=["sm_89", "sm_90"])
+    reports = compile_all(
+        [
+            Compile(
+                kernel.format("unload"), tokens, {"COLUMNS": COLUMNS}, num_warps=8, divisible=divisible, **options
+            ),
+            Compile(
+                kernel.format("choices"), pointers | dict.fromkeys(numbers, "i32"), {"CHOICES": CHOICES}, num_warps=4,
+                **options,
+            ),
+        ]
+    )  # fmt: skip
+    assert_clean(reports)
 
 
 def test_bad_arguments_name_themselves():
