@@ -110,25 +110,165 @@ def test_a_cache_of_kernels_that_cannot_be_written(monkeypatch, error):
 
 
 COMPILE = """
-import sys, triton
+import os, sys, json, resource, signal, triton
+from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from dskernels.routing.triton_balance import update_bias_kernel as kernel
 types = {"p_bias": "*fp32", "p_load": "*i32", "rate": "fp32", "E": "constexpr", "COLUMNS": "constexpr"}
-source = ASTSource(kernel, types, {(3,): 200, (4,): 256})
-print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["cubin"]))
+
+def compile(experts=200):
+    source = ASTSource(kernel, types, {(3,): experts, (4,): 256})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["cubin"]
 """
 
 
-def start(folder):
+def start(code, folder, **variables):
+    """A process that compiles, with a cache of its own."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", COMPILE]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment |= {"TRITON_CACHE_DIR": str(folder), "CUPY_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment | variables, text=True, **pipes)
+
+
+def ended(process, timeout=300):
+    """What it said; it ended by itself, not by a signal."""
+    out, error = process.communicate(timeout=timeout)
+    assert process.returncode in (0, 1), (process.returncode, error)
+    return process.returncode, out, error
 
 
 def test_two_processes_compile_the_same_kernel_at_once(tmp_path):
-    both = [start(tmp_path / "cache") for _ in range(2)]
-    results = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], results
-    assert results[0][0] == results[1][0] != ""
+    both = [start(COMPILE + "print(len(compile()))", tmp_path / "cache") for _ in range(2)]
+    results = [ended(process) for process in both]
+    assert [code for code, *_ in results] == [0, 0], results
+    assert results[0][1] == results[1][1] != ""
+
+
+FULL_AND_DAMAGED = """
+before = compile()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # as a disk that is full after so many bytes
+try:
+    compile(201)
+    print("no error")
+except OSError as error:
+    print("full:", error.errno)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("afterwards:", len(compile(201)) > 1000)  # nothing that was cut off is taken for the whole
+files = [path for path in Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.json")]
+for path in files:
+    path.write_text(path.read_text()[:40])
+try:
+    print("damaged:", compile() == before)
+except ValueError as error:
+    print("damaged:", type(error).__name__)
+"""
+
+
+def test_a_cache_of_tritons_on_a_full_disk_and_damaged(tmp_path):
+    """Triton's own: an error that Python can catch, and nothing cut off that is taken for the whole."""
+    code, out, error = ended(start(COMPILE + FULL_AND_DAMAGED, tmp_path / "cache"))
+    assert code == 0, error
+    *lines, damaged = out.splitlines()
+    assert lines == ["full: 27", "afterwards: True"]
+    assert damaged in ("damaged: True", "damaged: JSONDecodeError")  # 3.7.1 compiles anew
+
+
+HOPPER = """
+import torch, dskernels as ds
+x = torch.randn(144, 264, generator=torch.Generator().manual_seed(0)).bfloat16()
+got, want = ds.quantize(x.cuda(), impl="hopper"), ds.quantize(x, impl="reference")
+assert torch.equal(got.data.cpu().view(torch.uint8), want.data.view(torch.uint8))
+print("right")
+"""
+
+
+@pytest.fixture
+def hopper(sm_90):
+    if not sm_90:
+        pytest.skip("needs an sm_90 GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("how", ["cut", "empty", "flipped", "text"])
+def test_a_damaged_cache_of_hoppers_kernels_is_made_anew(tmp_path, how):
+    assert ended(start(HOPPER, tmp_path))[1] == "right\n"
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and "cubin" in path.name]
+    assert files, list(tmp_path.rglob("*"))
+    for path in files:
+        kept = path.read_bytes()
+        middle = len(kept) // 2
+        flipped = kept[:middle] + bytes([kept[middle] ^ 0xFF]) + kept[middle + 1 :]
+        path.write_bytes({"cut": kept[:middle], "empty": b"", "flipped": flipped, "text": b"no cubin"}[how])
+    assert ended(start(HOPPER, tmp_path))[1] == "right\n"
+
+
+FULL = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+FULL += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+
+
+@pytest.mark.gpu
+def test_a_damaged_cache_of_tritons_kernels_is_an_error_at_most(tmp_path):
+    code = HOPPER.replace("hopper", "triton")
+    assert ended(start(code, tmp_path))[1] == "right\n"
+    files = list(tmp_path.rglob("*.cubin"))
+    assert files
+    for path in files:
+        path.write_bytes(path.read_bytes()[:1000])
+    status, out, error = ended(start(code, tmp_path))
+    assert (status == 0 and out == "right\n") or "Error" in error.splitlines()[-1], error
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("how", ["full", "nowhere"])
+def test_a_cache_of_hoppers_kernels_that_cannot_be_written_is_named(tmp_path, how):
+    folder = tmp_path if how == "full" else Path("/proc/dskernels")  # where nobody may make a folder
+    before = FULL if how == "full" else ""
+    code, out, error = ended(start(before + HOPPER, folder))
+    assert (code, out) == (1, "")
+    assert "cache of compiled kernels cannot be used" in error
+    assert "CUPY_CACHE_IN_MEMORY=1" in error
+    assert ended(start(before + HOPPER, folder, CUPY_CACHE_IN_MEMORY="1"))[1] == "right\n"
+    if how == "full":
+        assert ended(start(HOPPER, folder))[1] == "right\n"  # once there is room
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+def test_processes_compile_hoppers_kernel_at_once(tmp_path):
+    assert [ended(process)[1] for process in [start(HOPPER, tmp_path) for _ in range(4)]] == ["right\n"] * 4
+
+
+FORKED = """
+import os, sys, torch, dskernels as ds
+from dskernels.cli import app
+torch.set_num_threads(1)
+q = ds.quantize(torch.randn(3, 128, device="DEVICE"))
+sys.stdout.flush()
+if pid := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+CHILD
+"""
+
+
+def test_the_command_runs_in_a_fork(tmp_path):
+    code = FORKED.replace("DEVICE", "cpu").replace("CHILD", "app(['doctor', '--json'])")
+    status, out, error = ended(start(code, tmp_path), timeout=60)
+    assert status == 0, error
+    assert out.startswith("{"), out
+
+
+@pytest.mark.gpu
+def test_a_fork_of_what_has_used_a_gpu_says_that_it_cannot(tmp_path):
+    child = "ds.quantize(torch.randn(3, 128, device='cuda'))"
+    status, _, error = ended(start(FORKED.replace("DEVICE", "cuda").replace("CHILD", child), tmp_path), timeout=120)
+    assert status == 1
+    assert "Cannot re-initialize CUDA in forked subprocess" in error
+    child = "ds.fp8_linear(q.dequantize(), q.dequantize())"  # of memory that is the parent's
+    status, _, error = ended(start(FORKED.replace("DEVICE", "cuda").replace("CHILD", child), tmp_path), timeout=120)
+    assert status == 1
+    assert "CUDA" in error
