@@ -11,7 +11,7 @@ from rich.console import Console
 
 IMPLEMENTATIONS = ("hopper", "triton", "reference")
 FAMILIES = (
-    *("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla"),
+    *("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla", "loss"),
     *("model", "transformers", "training", "generation", "scaling"),
 )
 TABLE_WIDTH = 240  # of a log, which has no width of its own: no cell is cut short

@@ -179,6 +179,35 @@ class DecodeQueries(Case):
 
 
 @dataclass(frozen=True)
+class ValuesQuantize(Case):
+    """`mla_values_quantize`: the values' up-projection, absorbed, and e4m3 of what it gives."""
+
+    workload: workloads.Tokens
+    tolerance = 1e-4  # a sum in another order may turn a rounding to e4m3, by a sixteenth
+
+    @property
+    def op(self) -> str:
+        return "mla_values_quantize"
+
+    def work(self):
+        return roofline.values_quantize(self.workload)
+
+    def inputs(self, device):
+        t, h = self.workload.t, self.workload.h
+        kv_b = inputs.bf16(h, NOPE_DIM + VALUE_DIM, LATENT_DIM, device=device, scale=LATENT_DIM**-0.5)
+        return SimpleNamespace(latents=inputs.bf16(t, h, LATENT_DIM, device=device), w_uv=kv_b[:, NOPE_DIM:])
+
+    def ours(self, x, impl) -> Call:
+        return lambda: ds.mla_values_quantize(x.latents, x.w_uv, impl=impl)
+
+    def comparable(self, out):
+        return out.dequantize(torch.float32)
+
+    def peers(self, x):
+        return {"torch": peers.eager(self.ours(x, "reference"))}
+
+
+@dataclass(frozen=True)
 class Prefill(_Attention):
     """`mla_prefill`, causal, of packed sequences of one length."""
 
@@ -422,6 +451,7 @@ CASES: list[Case] = [
     *(PrefillCached(w) for w in workloads.CHUNKED_PREFILLS),
     *(DecodeWithPrefix(w) for w in workloads.SHARED_PREFIXES),
     *(DecodeQueries(w) for w in workloads.DECODE_QUERIES),
+    *(ValuesQuantize(w) for w in workloads.DECODE_VALUES),
     *(WriteLatentCache(w) for w in workloads.CACHE_WRITES),
     *(WriteLatentCache(w, fp8=True) for w in workloads.CACHE_WRITES[1:]),
     *(MergeStates(w) for w in workloads.MERGES),

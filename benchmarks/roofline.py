@@ -287,6 +287,22 @@ def merge_states(x: w.Tokens) -> Work:
     return Work(None, 3 * x.t * x.h * (VALUE_DIM * BF16 + FP32))
 
 
+def values_quantize(x: w.Tokens) -> Work:
+    """Latents and W^UV in; values in e4m3 and their scales out."""
+    weights = x.h * VALUE_DIM * LATENT_DIM * BF16
+    return Work(None, weights + x.t * x.h * (LATENT_DIM * BF16 + VALUE_DIM + FP32))
+
+
+def cross_entropy(x: w.Rows) -> Work:
+    """bf16 logits and int64 targets in; nats out."""
+    return Work(None, x.m * (x.n * BF16 + 8 + FP32))
+
+
+def cross_entropy_backward(x: w.Rows) -> Work:
+    """Logits, targets, a number a row and the gradient of the nats in; the gradient of the logits out."""
+    return Work(None, x.m * (2 * x.n * BF16 + 8 + 2 * FP32))
+
+
 def measure(time: Callable[[Mapping[str, Call]], dict[str, Times]]) -> Roofs:
     """Measure the roofs of the current CUDA device, with `timing.Stopwatch.time`."""
     import torch

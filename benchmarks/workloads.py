@@ -420,7 +420,11 @@ CHUNKED_PREFILLS = (ChunkedPrefill(4, 8192, 1024, h=16), ChunkedPrefill(1, 32768
 SHARED_PREFIXES = tuple(SharedPrefix(64, 8192, 512, h=h) for h in (16, HEADS))
 CACHE_WRITES = (Tokens(128), Tokens(4096), Tokens(65536))
 DECODE_QUERIES = (*(Tokens(t, HEADS) for t in (1, 16, 64, 128)), Tokens(128, 16))
+DECODE_VALUES = (Tokens(1, HEADS), Tokens(128, HEADS), Tokens(128, 16))
 MERGES = (Tokens(128, HEADS), Tokens(4096, HEADS))
+
+# Of a training step in one of the slices below, and of DeepSeek-V3's vocabulary.
+LOGITS = (Rows(16384, 16384), Rows(4096, 129280))
 
 TRAININGS = (Training(MODEL_TRAINED_SLICE, 4, 4096),)
 # Moonlight has the shape of a 16B-A3B model.

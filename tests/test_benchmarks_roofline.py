@@ -137,6 +137,9 @@ def test_expert_block_reads_the_experts_that_somebody_chose():
         (roofline.write_cache(workloads.Tokens(10)), 10 * (1152 + 256 + 8 + 1152) + 1024),
         (roofline.decode_queries(workloads.Tokens(10, 2)), 2 * 128 * 512 * 2 + 10 * (2 * (192 + 576) * 2 + 256)),
         (roofline.merge_states(workloads.Tokens(10, 2)), 3 * 20 * (256 + 4)),
+        (roofline.values_quantize(workloads.Tokens(10, 2)), 2 * 128 * 512 * 2 + 20 * (512 * 2 + 128 + 4)),
+        (roofline.cross_entropy(workloads.Rows(10, 30)), 10 * 60 + 10 * 12),
+        (roofline.cross_entropy_backward(workloads.Rows(10, 30)), 2 * 10 * 60 + 10 * 16),
     ],
 )
 def test_memory_bound_counts(work, n_bytes):
