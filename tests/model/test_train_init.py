@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from dskernels.model.data import BOUNDARY, Corpus
 from dskernels.model.train import TrainConfig, train
 from dskernels.model.train_begin import first_model
 
-MODEL = Config.from_name("tiny", **SMALL)
-SHORT = {**QUICK, "steps": 4, "batch_tokens": 64, "validate_every": 2, "validation_batches": 1}
+MODEL = Config.from_name("tiny", **{**SMALL, "n_routed_experts": 4})
+SHORT = {**QUICK, "steps": 4, "batch_tokens": 32, "validate_every": 2, "validation_batches": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +26,22 @@ def corpus():
     return Corpus(documents[1:], documents[:1])
 
 
-@pytest.fixture(scope="module", params=["fp8", "bf16"])
-def first(request, corpus, tmp_path_factory):
-    """A run of some steps, whose router biases have moved."""
-    out = tmp_path_factory.mktemp(request.param)
-    config = TrainConfig(**{**SHORT, "precision": request.param}, bias_update_rate=0.01)
+def run(corpus, out, precision):
+    config = TrainConfig(**{**SHORT, "precision": precision}, bias_update_rate=0.01)
     return out, train(MODEL, corpus, config, out=out)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8", "fp32"])
-def test_the_first_weights_are_those_of_the_other_run(corpus, first, tmp_path, precision):
+@pytest.fixture(scope="module")
+def first(corpus, tmp_path_factory):
+    """The folder of a run of some steps in bf16, whose router biases have moved, and its history."""
+    return run(corpus, tmp_path_factory.mktemp("bf16"), "bf16")
+
+
+@pytest.mark.parametrize(("before", "precision"), [("bf16", "fp8"), ("fp8", "bf16"), ("bf16", "bf16"), ("fp8", "fp32")])
+def test_the_first_weights_are_those_of_the_other_run(corpus, first, tmp_path, before, precision):
     """At step 0 every weight and bias is the one that was written, and the held-out loss is the other run's last."""
-    folder, before = first
-    config = TrainConfig(**{**SHORT, "precision": precision, "seed": 7})
+    folder, there_before = first if before == "bf16" else run(corpus, tmp_path / "first", before)
+    config = TrainConfig(**{**SHORT, "precision": precision, "steps": 2})
     model, there = first_model(MODEL, config, torch.device("cpu"), config.dtype, folder), load(folder)
     state = there.state_dict()
     assert model.embed_tokens.weight.dtype == config.dtype
@@ -48,23 +50,18 @@ def test_the_first_weights_are_those_of_the_other_run(corpus, first, tmp_path, p
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name].to(tensor.dtype)), name
 
-    history = train(MODEL, corpus, config, out=tmp_path, init=folder)
-    if re.search(precision, folder.name):  # the same arithmetic on the same text
-        last = before[-1]["validation_loss"]
-        order = dataclasses.replace(config, seed=0)
-        same = train(MODEL, corpus, order, out=tmp_path / "same", init=folder)
-        assert same[0]["validation_loss"] == last
-    assert [line["step"] for line in history] == [0, 1, 2, 2, 3, 4, 4]
-    assert history[0]["validation_loss"] == pytest.approx(before[-1]["validation_loss"], rel=0.1)
-    assert history[-1]["validation_loss"] < history[0]["validation_loss"]
-    changed = load(tmp_path)
-    assert not torch.equal(changed.lm_head.weight, there.lm_head.weight)
+    history = train(MODEL, corpus, config, out=tmp_path / "run", init=folder)
+    assert [line["step"] for line in history] == [0, 1, 2, 2]
+    now, last = (lines["validation_loss"] for lines in (history[0], there_before[-1]))
+    assert now == (last if precision == before else pytest.approx(last, rel=0.02))
+    assert history[-1]["validation_loss"] < now
+    assert not torch.equal(load(tmp_path / "run").lm_head.weight, there.lm_head.weight)
 
 
 def test_the_optimiser_and_the_text_begin_anew(corpus, first, tmp_path):
     """The seed decides the order of the text and nothing of the weights; the rate rises again."""
     folder, _ = first
-    config = TrainConfig(**{**SHORT, "precision": "bf16"})
+    config = TrainConfig(**{**SHORT, "steps": 2})
     runs = [
         train(MODEL, corpus, dataclasses.replace(config, seed=seed), out=tmp_path / name, init=folder)
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -78,7 +75,7 @@ def test_gone_on_with_the_other_run_is_not_read_again(corpus, first, tmp_path):
     folder, _ = first
     copy = tmp_path / "copy"
     save(load(folder), copy)
-    config = TrainConfig(**{**SHORT, "precision": "bf16"})
+    config = TrainConfig(**SHORT)
     options = dict(init=copy, checkpoint_every=1)
     whole = train(MODEL, corpus, config, out=tmp_path / "whole", **options)
     killed, progress = stop_at(3)
