@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,12 @@ def interpreting() -> bool:
 def several_gpus() -> bool:
     """Whether a call has to look which GPU is the current one."""
     return torch.cuda.device_count() > 1
+
+
+def like_this(x: Tensor) -> Callable[[], Tensor]:
+    """What allocates a tensor like this one on the current GPU, given that no mode of torch has a say in it."""
+    make = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+    return functools.partial(make, tuple(x.shape), x.stride(), x.dtype)
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_data_ptr = Tensor.data_ptr
 _Entry = tuple[Callable[..., bool], "list[int] | None", Any]
 
 
@@ -40,7 +41,7 @@ class ByMetadata:
             return None
         for check, odd, value in candidates:
             if check(*tensors):
-                addresses = [x.data_ptr() for x in tensors]
+                addresses = list(map(_data_ptr, tensors))
                 if not odd and not functools.reduce(operator.or_, addresses) & 15:
                     return value, addresses
                 if odd == [address & 15 for address in addresses]:

@@ -6,6 +6,7 @@ if they were integers. `cast` and `dot` hide that; on a GPU they compile to the 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from dskernels.cuda.driver import Plan, Pointer, recorder
 from dskernels.device import capability
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -25,6 +27,13 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # `launch` goes through Triton each time.
 CHECKED_TRITON = ("3.6", "3.7")
 _MOST_COMPILED = 4096
+_C_TYPES = {
+    "i1": ctypes.c_int8,
+    "u1": ctypes.c_uint8,
+    "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64,
+    "fp32": ctypes.c_float,
+}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -47,7 +56,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     Raises:
         TypeError: a tensor is given by name.
     """
+    recording = recorder.get()
     if not _launches_directly() or not isinstance(kernel, triton.JITFunction) or _is_hooked():
+        if recording is not None:
+            recording.refuse("a kernel is launched through Triton")
         kernel[grid](*arguments, **constants)
         return
     known = _known.get(id(kernel))
@@ -77,10 +89,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         found = _launch_first(known, grid, arguments, constants)
         if kinds.all_known:
             known.compiled[key] = found
+    elif recording is not None and (plan := _plan(found[3], (*grid, 1, 1)[:3], arguments, device)) is not None:
+        recording.add(plan, {known.kernel.params[i].name: values[i] for i in kinds.tensors})
+        return
     else:
-        run, before, after = found
+        run, before, after, _ = found
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, torch._C._cuda_getCurrentRawStream(device), *before, *values, *after)
+    if recording is not None:
+        recording.refuse("a kernel is launched through Triton")
 
 
 class _Kinds(NamedTuple):
@@ -95,12 +112,13 @@ class _Kinds(NamedTuple):
 
 class _Known(NamedTuple):
     """What `launch` knows of a kernel: itself (so that no other takes its id), which parameters count by their width
-    alone, what it was given by type, and its binaries: what to call, with what before the arguments and after them."""
+    alone, what it was given by type, and its binaries: what to call, with what before the arguments and after them, and
+    the binary itself."""
 
     kernel: Any
     by_width: list[bool]
     kinds: dict[tuple[type, ...], _Kinds]
-    compiled: dict[tuple, tuple[Callable, tuple, tuple]]
+    compiled: dict[tuple, tuple[Callable, tuple, tuple, Any]]
 
 
 _known: dict[int, _Known] = {}
@@ -127,7 +145,40 @@ def _launch_first(known: _Known, grid: tuple[int, ...], arguments: tuple, consta
     if len(known.compiled) >= _MOST_COMPILED:
         known.compiled.clear()
     after = tuple(constants.get(p.name, p.default) for p in known.kernel.params[len(arguments) :])
-    return compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), after
+    return compiled.run, (compiled.function, compiled.packed_metadata, None, None, None), after, compiled
+
+
+def _plan(compiled: Any, grid: tuple[int, ...], arguments: tuple, device: int) -> Plan | None:
+    """The launch of a binary as the driver takes it, its pointers by the names of their parameters.
+
+    As Triton's own launcher does it (`_launch` in backends/nvidia/driver.py of 3.6, driver.c of 3.7 to 3.9): all that
+    is no constexpr, then two addresses of scratch memory. None for a binary that wants such memory, clusters or a
+    cooperative grid, and for arguments that are not of the types below.
+    """
+    metadata = compiled.metadata
+    wanted = metadata.global_scratch_size, metadata.profile_scratch_size, metadata.launch_cooperative_grid
+    if any(wanted) or metadata.num_ctas != 1 or 0 in grid:
+        return None
+    packed: list[Any] = []
+    for (name, kind), argument in zip(compiled.src.signature.items(), arguments, strict=False):
+        if kind == "constexpr":
+            continue
+        if isinstance(argument, torch.Tensor) and kind.startswith("*"):
+            packed.append(Pointer(name))
+        elif kind in _C_TYPES:
+            packed.append(_C_TYPES[kind](argument))
+        else:
+            return None
+    scratch = Pointer("scratch")  # which nothing is at
+    return Plan(
+        compiled.function,
+        arguments=(*packed, scratch, scratch),
+        grid=(grid[0], grid[1], grid[2]),
+        threads=32 * metadata.num_warps,
+        shared=metadata.shared,
+        device=torch.device("cuda", device),
+        programmatic=bool(metadata.launch_pdl),
+    )
 
 
 @functools.cache

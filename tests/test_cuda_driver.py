@@ -25,7 +25,7 @@ class FakeDriver:
     """The driver's functions as C callbacks, so that the calls go through ctypes as the real ones do.
 
     A map's first word is its address; with `checked`, the second depends on it too. `kinds` says how a launch's
-    arguments are read: p a pointer, i an int, m a map.
+    arguments are read: p a pointer, i an int, l a long one, f a float, m a map.
     """
 
     def __init__(self):
@@ -78,7 +78,13 @@ class FakeDriver:
         config = driver._Config.from_address(config)
         attributes = (driver._Attribute * config.n_attributes).from_address(config.attributes)
         cells = (ctypes.c_void_p * len(self.kinds)).from_address(arguments)
-        read = {"i": ctypes.c_int, "p": ctypes.c_uint64, "m": ctypes.c_uint64}
+        read = {
+            "i": ctypes.c_int,
+            "l": ctypes.c_longlong,
+            "f": ctypes.c_float,
+            "p": ctypes.c_uint64,
+            "m": ctypes.c_uint64,
+        }
         self.launches.append(
             {
                 "function": function,

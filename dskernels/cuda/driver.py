@@ -29,7 +29,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -195,9 +195,8 @@ class Plan:
             n_attributes=len(attributes),
         )
         self._config = config
-        self._stream: int | None = None
         self._device: int = device.index
-        self._call = functools.partial(
+        self.enqueue = functools.partial(
             _driver().cuLaunchKernelEx,
             *(ctypes.c_void_p(x) for x in (ctypes.addressof(config), function, ctypes.addressof(pointers), None)),
         )
@@ -219,24 +218,51 @@ class Plan:
             for i, replace in self._maps:
                 check(replace(addresses[i]), "cuTensorMapReplaceAddress")
             self._addresses = addresses
-        self.enqueue(torch._C._cuda_getCurrentRawStream(self._device))
+        self.stream = torch._C._cuda_getCurrentRawStream(self._device)
+        if status := self.enqueue():
+            self.again(status)
 
-    def writers(self) -> Iterator[tuple[str, Callable[[int], None]]]:
-        """Of each argument that is an address its name, and what writes one."""
+    def launch_at(self, addresses: Mapping[str, int]) -> None:
+        """Launch with the addresses of these names, all others being null."""
         for name, cell in self._cells_of:
-            yield name, functools.partial(cell.__setitem__, 0)
+            cell[0] = addresses.get(name, 0)
         for name, replace in self._maps_of:
-            yield name, functools.partial(_replaced, replace)
+            check(replace(addresses[name]), "cuTensorMapReplaceAddress")
+        self.stream = torch._C._cuda_getCurrentRawStream(self._device)
+        if status := self.enqueue():
+            self.again(status)
 
-    def enqueue(self, stream: int) -> None:
-        """Launch on this stream of the device, with the addresses that stand in it."""
-        if stream != self._stream:
-            self._config.stream = self._stream = stream
-        if status := self._call():
-            if status == _INVALID_CONTEXT:  # this thread has not called CUDA before
-                check(_driver().cuCtxSetCurrent(_primary_context(self._device)), "cuCtxSetCurrent")
-                status = self._call()
-            check(status, "cuLaunchKernelEx")
+    @property
+    def stream(self) -> int | None:
+        """Where `enqueue` launches."""
+        return self._config.stream
+
+    @stream.setter
+    def stream(self, stream: int) -> None:
+        self._config.stream = stream
+
+    def again(self, status: int) -> None:
+        """Launch after `enqueue` has returned this status: it is no error where the thread had not called CUDA."""
+        if status == _INVALID_CONTEXT:
+            check(_driver().cuCtxSetCurrent(_primary_context(self._device)), "cuCtxSetCurrent")
+            status = self.enqueue()
+        check(status, "cuLaunchKernelEx")
+
+    def rewired(self, cell_of: Callable[[str], Any]) -> list[tuple[str, Callable[[int], None]]]:
+        """Let pointers be read from `cell_of` a name, which may be the same for several launches; return what writes
+        the address of each map, which has its own memory."""
+        cells, pointers, _ = self._kept
+        writers: list[tuple[str, Callable[[int], None]]] = []
+        writers += [(name, functools.partial(_replaced, replace)) for name, replace in self._maps_of]
+        for name, cell in self._cells_of:
+            if ctypes.sizeof(cell) == _MAP_BYTES:
+                writers.append((name, functools.partial(cell.__setitem__, 0)))
+                continue
+            for i, given in enumerate(cells):
+                if given is cell:
+                    cells[i] = cell_of(name)
+                    pointers[i] = ctypes.addressof(cells[i])
+        return writers
 
     def _packed(self, argument: Any) -> Any:
         """The argument as memory that the driver reads; one of a tensor leaves behind how its address is written."""

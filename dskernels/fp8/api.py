@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import Operation
+from dskernels.dispatch import UNSEEN, Operation
 from dskernels.fp8.layout import empty_quantized
 from dskernels.reference import fp8 as reference
 from dskernels.types import Block, Fp8Tensor
@@ -50,6 +50,10 @@ def quantize(
     A NaN or infinity makes its whole tile NaN on dequantising. An empty matrix gives an empty result.
     Source: DeepSeek-V3 report (arXiv 2412.19437), section 3.3.2.
     """
+    if isinstance(x, Tensor) and type(block) is tuple and block in BLOCKS and _known(scale_format, transpose):
+        again = _quantize.again(x, *block, scale_format == "ue8m0", transpose, impl=impl)
+        if again is not UNSEEN:
+            return Fp8Tensor(again[0], again[1], (block[1], block[0]) if transpose else block)
     check_choice("block", block, BLOCKS)
     check_choice("scale_format", scale_format, SCALE_FORMATS)
     check_bool("transpose", transpose)
@@ -57,6 +61,11 @@ def quantize(
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("E", "rows", "cols") if stacked else ("rows", "cols"))
     data, scale = _quantize(x, *block, scale_format == "ue8m0", transpose, impl=impl)
     return Fp8Tensor(data, scale, (block[1], block[0]) if transpose else block)
+
+
+def _known(scale_format: Any, flag: Any) -> bool:
+    """Whether these options, which an operation is not told as they are, are valid ones."""
+    return type(flag) is bool and type(scale_format) is str and scale_format in SCALE_FORMATS
 
 
 def quantize_both(
@@ -116,6 +125,10 @@ def swiglu_quantize(
     A NaN in a tile makes all of it NaN on dequantising. No tokens give an empty result.
     Source: Shazeer, arXiv 2002.05202; DeepSeek-V3 report, section 3.3.3.
     """
+    if isinstance(gate_up, Tensor) and _known(scale_format, transpose):
+        again = _swiglu_quantize.again(gate_up, scale_format == "ue8m0", transpose, impl=impl)
+        if again is not UNSEEN:
+            return Fp8Tensor(*again)
     check_choice("scale_format", scale_format, SCALE_FORMATS)
     check_bool("transpose", transpose)
     _check_gate_up(gate_up)
@@ -227,6 +240,15 @@ def rmsnorm_quantize(
     goes beside the norm to what multiplies it, see :func:`dskernels.fp8_linear`.
     Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4; DeepSeek-V3 report, section 3.3.
     """
+    if (
+        type(eps) is float
+        and isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and _known(scale_format, with_normed)
+    ):
+        again = _rmsnorm_quantize.again(x, weight, eps, residual, scale_format == "ue8m0", with_normed, impl=impl)
+        if again is not UNSEEN:
+            return _normed(x, again, residual is None, with_normed)
     check_choice("scale_format", scale_format, SCALE_FORMATS)
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
     check_tensor("weight", weight, dtype=HALF_OR_SINGLE, shape=(x.shape[1],), like=x)
@@ -235,11 +257,19 @@ def rmsnorm_quantize(
         check_tensor("residual", residual, dtype=x.dtype, shape=tuple(x.shape), like=x)
     check_choice("with_normed", with_normed, (True, False))
     ue8m0 = scale_format == "ue8m0"
-    data, scale, total, normed = _rmsnorm_quantize(x, weight, eps, residual, ue8m0, bool(with_normed), impl=impl)
+    results = _rmsnorm_quantize(x, weight, eps, residual, ue8m0, bool(with_normed), impl=impl)
+    return _normed(x, results, residual is None, bool(with_normed))
+
+
+def _normed(
+    x: Tensor, results: tuple[Tensor, ...], alone: bool, with_normed: bool
+) -> Fp8Tensor | tuple[Fp8Tensor, Tensor] | tuple[Fp8Tensor, Tensor, Tensor]:
+    """What `rmsnorm_quantize` returns of the operation's results."""
+    data, scale, total, normed = results
     quantized = Fp8Tensor(data, scale)
     if with_normed:
-        return quantized, x if residual is None else total, normed
-    return quantized if residual is None else (quantized, total)
+        return quantized, x if alone else total, normed
+    return quantized if alone else (quantized, total)
 
 
 def rmsnorm_backward(

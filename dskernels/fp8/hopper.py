@@ -29,6 +29,7 @@ from dskernels.fp8.config import (
     choose_hopper,
 )
 from dskernels.fp8.layout import empty_quantized
+from dskernels.recording import Recorded
 from dskernels.validate import ceil_div
 
 SOURCE = Path(__file__).with_name("hopper.cu")
@@ -38,6 +39,7 @@ FEWEST_GATED = 1024
 MOST_STRIDE = 1 << 27  # seven rows of it, counted in 32 bits
 
 
+@Recorded
 def quantize(x: Tensor, block_rows: int, block_cols: int, ue8m0: bool, transpose: bool) -> tuple[Tensor, Tensor]:
     """Data and scale of `x` [E?, rows, cols]."""
     block = (block_rows, block_cols)
@@ -47,6 +49,7 @@ def quantize(x: Tensor, block_rows: int, block_cols: int, ue8m0: bool, transpose
     return data, scale
 
 
+@Recorded
 def quantize_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of `x` [rows, cols] in 1x128 tiles, then of x.T."""
     results = (*empty_quantized(x, (1, 128)), *empty_quantized(x, (128, 1), transpose=True))
@@ -54,6 +57,7 @@ def quantize_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
     return results
 
 
+@Recorded
 def quantize_weight(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of `x` [E?, rows, cols] in 128x128 blocks, then of x.T."""
     results = (*empty_quantized(x, (128, 128)), *empty_quantized(x, (128, 128), transpose=True))
@@ -61,6 +65,7 @@ def quantize_weight(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Ten
     return results
 
 
+@Recorded
 def swiglu_quantize(gate_up: Tensor, ue8m0: bool, transpose: bool) -> tuple[Tensor, Tensor]:
     """Data and scale of silu(gate) * up, or of its transpose, `gate_up` being [T, 2I]."""
     data, scale = empty_quantized(gate_up[:, : gate_up.shape[1] // 2], (128, 1) if transpose else (1, 128), transpose)
@@ -76,6 +81,7 @@ def swiglu_quantize_kept(gate_up: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]
     return data, scale
 
 
+@Recorded
 def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of the gradient [T, 2I] of silu(gate) * up in 1x128 tiles, then of its transpose."""
     results = (*empty_quantized(gate_up, (1, 128)), *empty_quantized(gate_up, (128, 1), transpose=True))

@@ -19,10 +19,12 @@ from dskernels.cuda.driver import Plan, Planned, Pointer
 from dskernels.device import empty
 from dskernels.fp8.config import WIDEST_NORM, HopperNormConfig, choose_hopper_norm
 from dskernels.fp8.layout import empty_quantized
+from dskernels.recording import Recorded
 
 SOURCE = Path(__file__).with_name("hopper_norm.cu")
 
 
+@Recorded
 def rmsnorm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool, with_normed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

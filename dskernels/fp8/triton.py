@@ -16,6 +16,7 @@ from torch import Tensor
 from dskernels.fp8.config import choose_columns, choose_patch
 from dskernels.fp8.layout import empty_quantized
 from dskernels.portable import cast, fused_multiply_add, launch, reason_against_e4m3
+from dskernels.recording import Recorded
 from dskernels.validate import ceil_div
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
@@ -238,6 +239,7 @@ def quantize_columns_kernel(
 # ---- launchers: they take the arguments of the registered operations ------------------------------------------------
 
 
+@Recorded
 def quantize(x: Tensor, block_rows: int, block_cols: int, ue8m0: bool, transpose: bool) -> tuple[Tensor, Tensor]:
     """Data and scale of `x` [E?, rows, cols]."""
     if transpose and (block_rows, block_cols) == (128, 1):
@@ -313,11 +315,13 @@ def words_of(data: Tensor) -> Tensor:
     return data.view(torch.int32) if data.shape[1] % 4 == 0 else data
 
 
+@Recorded
 def quantize_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, ...]:
     """Data and scale of `x` [rows, cols] in 1x128 tiles, then of x.T."""
     return _quantize_columns(x, ue8m0, both=True)
 
 
+@Recorded
 def quantize_weight(x: Tensor, ue8m0: bool) -> tuple[Tensor, ...]:
     """Data and scale of `x` [E?, rows, cols] in 128x128 blocks, then of x.T: in two passes."""
     return *quantize(x, 128, 128, ue8m0, False), *quantize(x, 128, 128, ue8m0, True)

@@ -10,6 +10,7 @@ from dskernels.fp8.config import choose_columns, choose_patch
 from dskernels.fp8.layout import empty_quantized
 from dskernels.fp8.triton import load_rows, quantize_supports, store_rows, store_turned, words_of
 from dskernels.portable import launch, sigmoid
+from dskernels.recording import Recorded
 from dskernels.validate import ceil_div
 
 
@@ -164,6 +165,7 @@ def swiglu_quantize_backward_kernel(
 # ---- launchers: they take the arguments of the registered operations ------------------------------------------------
 
 
+@Recorded
 def swiglu_quantize(gate_up: Tensor, ue8m0: bool, transpose: bool = False) -> tuple[Tensor, Tensor]:
     """Data and scale of silu(gate) * up, or of its transpose, `gate_up` being [T, 2I]."""
     rows, cols = gate_up.shape[0], gate_up.shape[1] // 2
@@ -208,6 +210,7 @@ def swiglu_quantize(gate_up: Tensor, ue8m0: bool, transpose: bool = False) -> tu
     return data, scale
 
 
+@Recorded
 def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of the gradient [T, 2I] of silu(gate) * up in 1x128 tiles, then of its transpose."""
     rows, cols = dy.shape

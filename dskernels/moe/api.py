@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import Operation, differentiating
+from dskernels.dispatch import UNSEEN, Operation, differentiating
 from dskernels.later import waiting_for
 from dskernels.moe.config import MAX_EXPERTS
-from dskernels.moe.network import BLOCK, check_network, check_options, flat, flat_options, needs_gradient
+from dskernels.moe.network import (
+    BLOCK,
+    HOW_KEPT,
+    check_network,
+    check_options,
+    flat,
+    flat_options,
+    needs_gradient,
+)
 from dskernels.moe.packed import KEPT, PACKED, empty_kept
 from dskernels.moe.split import split
 from dskernels.reference import experts as experts_reference
@@ -144,6 +152,9 @@ def fused_experts(
     Source: DeepSeek-V3 report (arXiv 2412.19437), eq. 12 and figure 6; Shazeer, arXiv 2002.05202; for the backward,
     SonicMoE (arXiv 2512.14080).
     """
+    again = _again(x, w13, w2, routing, shared, n_shared, quantized, fp8, recompute, keep, impl)
+    if again is not UNSEEN:
+        return again[0]
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
     if shared is not None and not (isinstance(shared, tuple) and len(shared) == 2):
         raise TypeError(f"shared: expected None or a tuple (w13, w2), got {type(shared).__name__}")
@@ -173,6 +184,56 @@ def fused_experts(
     block = (x, *parts[:4], weights, experts, *(parts[4:] or [None] * 4))
     options = flat_options(x, quantized, fp8, recompute, keep, differentiable)
     return _fused_experts(*block, fp8, *options, n_shared, impl=impl)[0]
+
+
+def _again(
+    x: Any,
+    w13: Any,
+    w2: Any,
+    routing: Any,
+    shared: Any,
+    n_shared: Any,
+    quantized: Any,
+    fp8: Any,
+    recompute: Any,
+    keep: Any,
+    impl: str | None,
+) -> Any:
+    """What the operation returns where it has met such arguments before, and there is no gradient; else UNSEEN.
+
+    What the operation's arguments do not say is looked at here: tiles, and options that do not matter without a
+    gradient. It has not met any that asked for one, as it does not keep those.
+    """
+    if (
+        type(fp8) is not bool
+        or type(n_shared) is not int
+        or keep not in HOW_KEPT
+        or recompute not in (None, True, False)
+    ):
+        return UNSEEN
+    if (
+        type(routing) is not Routing
+        or not isinstance(x, Tensor)
+        or not (shared is None or (type(shared) is tuple and len(shared) == 2))
+    ):
+        return UNSEEN
+    parts: list[Any] = [x]
+    for weight in (w13, w2) if shared is None else (w13, w2, *shared):
+        if type(weight) is Fp8Tensor and weight[2] == (128, 128):
+            parts += weight[:2]
+            fp8 = True
+        else:
+            parts += weight, None
+    parts[5:5] = routing[:2]
+    if shared is None:
+        parts += None, None, None, None
+    if quantized is None:
+        tokens: tuple[Any, ...] = None, None
+    elif type(quantized) is Fp8Tensor and quantized[2] == (1, 128) and fp8:
+        tokens = quantized[:2]
+    else:
+        return UNSEEN
+    return _fused_experts.again(*parts, fp8, 0, *tokens, n_shared, impl=impl)
 
 
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------

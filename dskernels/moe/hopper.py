@@ -9,8 +9,9 @@ Triton kernels, which reach memory speed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from dskernels.moe.packed import packed_width
 from dskernels.moe.triton import permute_rows
 from dskernels.moe.triton_packed import packed
 from dskernels.moe.triton_swiglu import swiglu
+from dskernels.recording import Recorded
 from dskernels.types import Fp8Tensor
 
 HALF = (torch.bfloat16, torch.float16)
@@ -141,8 +143,47 @@ FP8 = replace(
 PACKING = replace(FP8, kept=packed, hidden_and_kept=_hidden_and_kept, gradient=_gradient)
 KINDS = Kinds(PLAIN, FP8, PACKING)
 
-fused_experts, fused_experts_backward = experts.operations(KINDS)
-feed_forward, feed_forward_backward = experts.dense_operations(KINDS)
+
+class _Block(Recorded):
+    """A forward without a gradient is recorded; weights that are to be quantised are so before, and kept.
+
+    Args:
+        function: the forward.
+        weights: where weights stand among its arguments, each with its scale behind it.
+        fp8: where it is told whether to multiply in e4m3, and behind that what is kept for a backward.
+    """
+
+    def __init__(self, function: Callable, weights: Sequence[int], fp8: int) -> None:
+        super().__init__(function)
+        self._weights, self._fp8 = weights, fp8
+
+    def __call__(self, *args: Any) -> Any:
+        if args[self._fp8 + 1]:
+            return self.function(*args)
+        return super().__call__(*(self._quantized(args) if self._plain_weights(args) else args))
+
+    def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
+        """What runs arguments of this metadata."""
+        if args[self._fp8 + 1] or self._plain_weights(args):
+            return lambda addresses, args: self(*args)
+        return super().bound(args)
+
+    def _plain_weights(self, args: tuple) -> bool:
+        return args[self._fp8] and any(args[i] is not None and args[i + 1] is None for i in self._weights)
+
+    def _quantized(self, args: tuple) -> list[Any]:
+        """The arguments with the copies that are kept of weights."""
+        given = list(args)
+        for i in self._weights:
+            if args[i] is not None and args[i + 1] is None:
+                given[i : i + 2] = weight_operand(args[i], None, False, None)[:2]
+        return given
+
+
+_forward, fused_experts_backward = experts.operations(KINDS)
+fused_experts = _Block(_forward, weights=(1, 3, 7, 9), fp8=11)
+_dense_forward, feed_forward_backward = experts.dense_operations(KINDS)
+feed_forward = _Block(_dense_forward, weights=(1, 3), fp8=5)
 fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(KINDS)
 
 

@@ -15,6 +15,7 @@ from dskernels.fp8.layout import empty_scale
 from dskernels.moe.config import SCALE_ROWS, SCALE_TILES, choose_copy, choose_row
 from dskernels.moe.triton_sort import sort
 from dskernels.portable import cast, launch
+from dskernels.recording import Recorded
 from dskernels.types import Fp8Tensor
 from dskernels.validate import ceil_div
 
@@ -170,6 +171,7 @@ def combine_backward_kernel(
 # ---- launchers ------------------------------------------------------------------------------------------------------
 
 
+@Recorded
 def permute(x: Tensor, experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows by expert [T * k, H], offsets and index."""
     offsets, index, source = sort(experts, n_experts)
@@ -271,6 +273,7 @@ def permute_backward(dy: Tensor, index: Tensor) -> Tensor:
     return weighted_sum(dy, index, None)
 
 
+@Recorded
 def combine(y: Tensor, offsets: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of each token's rows."""
     return weighted_sum(y, index, weights)

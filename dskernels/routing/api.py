@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
 
-from dskernels.device import dispatch_modes
-from dskernels.dispatch import Operation, differentiating
+from dskernels.dispatch import UNSEEN, Operation, differentiating
 from dskernels.reference import routing as reference
 from dskernels.types import Routing
 from dskernels.validate import HALF_OR_SINGLE, check_choice, check_float, check_int, check_tensor
@@ -82,7 +80,7 @@ def route(
         and score in SCORES
     ):
         again = _route.again(logits, bias, top_k, n_groups, top_groups, score == "softmax", normalize, scale, impl=impl)
-        if again is not None:
+        if again is not UNSEEN:
             return Routing(*again)
     check_logits(logits)
     options = _checked(logits, bias, physical, logits.shape[1], top_k, n_groups, top_groups, score, normalize, scale)
@@ -190,29 +188,6 @@ def _checked(
     return top_k, n_groups, top_groups, score == "softmax", bool(normalize), float(scale)
 
 
-class _Repeatable(Operation):
-    """An operation that returns tensors, and knows which arguments it has seen: those need no validation."""
-
-    def again(self, *args: Any, impl: str | None = None) -> tuple[Tensor, ...] | None:
-        """What the operation returns, if arguments of the same metadata were run before, else None.
-
-        Validating takes 10 us of the 25 that a call took on a host where ``x.add_(1)`` takes 8.
-        """
-        if (
-            torch.compiler.is_dynamo_compiling()
-            or self._straight is None
-            or dispatch_modes()
-            or profiler._is_profiler_enabled
-        ):
-            return None
-        tensors, also = self._seen(args, impl)
-        found = None if also is None else self._straight.find(tensors, also)
-        if found is None:
-            return None
-        launch, addresses = found
-        return launch(addresses, args)
-
-
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
 
 
@@ -297,7 +272,7 @@ def like_logits(grad: Tensor, logits: Tensor, *args: object) -> Tensor:
 
 CHOICE = "int top_k, int n_groups, int top_groups, bool softmax, bool normalize, float scale"
 
-_route = _Repeatable(
+_route = Operation(
     f"route(Tensor logits, Tensor? bias, {CHOICE}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_route_reference,
     triton="dskernels.routing.triton:route",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
 from dskernels.cuda.driver import Plan, Planned, Pointer
-from dskernels.device import empty, multiprocessors
+from dskernels.device import empty, like_this, multiprocessors
 from dskernels.routing.config import (
     MAX_EXPERTS,
     MAX_HOPPER_CHOICES,
@@ -188,28 +188,26 @@ def _bind(
     """How to launch, given the addresses of these tensors, and them; of the results not all are always there."""
     (T, E), top_k, device = logits.shape[-2:], values[0], logits.device.index
     rows = T, top_k
-
-    def results(like: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            empty(like, rows, torch.float32),
-            empty(like, rows, torch.int32),
-            None if physical is None else empty(like, rows, torch.int32),
-            empty(like, (T, E), torch.float32) if parts else None,
-            empty(like, (E,), torch.int32, (1,)),
-            empty(like, (), torch.int32, ()),
-        )
-
+    results = (
+        empty(logits, rows, torch.float32),
+        empty(logits, rows, torch.int32),
+        None if physical is None else empty(logits, rows, torch.int32),
+        empty(logits, (T, E), torch.float32) if parts else None,
+        empty(logits, (E,), torch.int32, (1,)),
+        empty(logits, (), torch.int32, ()),
+    )
     has_bias, has_physical = bias is not None, physical is not None
-    launch = _launch_route.bound((logits, bias, physical, *values, *results(logits), logits))
+    launch = _launch_route.bound((logits, bias, physical, *values, *results, logits))
     alone = choose_hopper_config(T, 1, 1).blocks == 1
+    make = [None if x is None else like_this(x) for x in results]
 
     def run(addresses: Sequence[int], tensors: tuple) -> tuple:
-        like = tensors[0]
-        out = results(like)
+        out = [None if allocate is None else allocate() for allocate in make]
         own = [x.data_ptr() for x in out if x is not None]
+        like = tensors[0]
         args = (like, tensors[1] if has_bias else None, tensors[2] if has_physical else None, *values, *out, like)
         launch([*addresses, *own, 0 if alone else _slot(device)], args)
-        return out
+        return tuple(out)
 
     return run
 
@@ -354,12 +352,11 @@ def route_backward(
     grad: Tensor, logits: Tensor, weights: Tensor, experts: Tensor, *values: Any
 ) -> Callable[[Sequence[int], tuple], Tensor]:
     """Gradient to `logits` [T, E] of the `weights` [T, k] of `experts`."""
-    shape = tuple(logits.shape)
-    given = (grad, logits, weights, experts)
-    launch = _launch_backward.bound((*given, *values, empty(logits, shape, logits.dtype)))
+    given, like = (grad, logits, weights, experts), empty(logits, tuple(logits.shape), logits.dtype)
+    launch, allocate = _launch_backward.bound((*given, *values, like)), like_this(like)
 
     def run(addresses: Sequence[int], args: tuple) -> Tensor:
-        dlogits = empty(args[1], shape, args[1].dtype)
+        dlogits = allocate()
         launch([*addresses, dlogits.data_ptr()], (*args, dlogits))
         return dlogits
 

@@ -1,0 +1,357 @@
+"""An operation's launches, recorded once and launched again for what the driver takes and little more.
+
+Between its launches an operation decides, allocates and looks things up, in Python: 20 us for a launch where the
+driver takes 3. For arguments of the same metadata (see `ByMetadata`) and the same values all of it comes out the same,
+but for addresses. So a function that is decorated with `Recorded` runs as it is written for the first two calls of its
+kind; while the second runs, its launches are noted, and where each address in them came from: an argument, a result,
+or memory that only this call wants. From the third call on the results are allocated, and that memory in one piece;
+addresses that changed are written into the launches; and they are launched.
+
+What makes it safe to decorate a function:
+
+- It is recorded only if all it did was to allocate without filling, to view, and to launch by `driver.Planned` or by
+  `portable.launch`: a dispatch mode sees every operation of torch. Anything else (a copy, a fill, a kernel of torch's)
+  and any address from elsewhere (a weight's kept copy, a table) means that it runs as it is written each time.
+- Streams, CUDA graphs and several threads: memory comes from torch's allocator and launches go to the current stream,
+  as ever; a recording is with one thread at a time, and one that finds none runs the function.
+- It must do nothing else that matters, and depend on nothing but metadata and values: as a `Planned` function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dskernels.cuda import driver
+from dskernels.cuda.driver import Plan
+from dskernels.device import PLAIN, dispatch_modes, like_this, several_gpus
+from dskernels.metadata import ByMetadata
+
+MOST_TRIES = 3  # recordings of one kind: one may fail for want of a compiled kernel, and each thread may want its own
+ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
+
+_aten = torch.ops.aten
+_ALLOCATING = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+
+
+class Recorded:
+    """A function of an operation's arguments whose launches are recorded, see above.
+
+    Args:
+        function: returns a tensor, a tuple of tensors and None, or nothing.
+    """
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+        self._known = ByMetadata()
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run it."""
+        tensors = tuple([x for x in args if isinstance(x, Tensor)])
+        if not _plain(tensors):
+            return self.function(*args)
+        values = tuple([None if isinstance(x, Tensor) else (x,) for x in args])
+        modes = torch._C._cuda_getDevice() if several_gpus() else 0, torch.is_grad_enabled()
+        found = self._known.find(tensors, (values, modes))
+        if found is None:
+            result = self.function(*args)
+            self._known.keep(tensors, (values, modes), self.bound(args))
+            return result
+        launch, addresses = found
+        return launch(addresses, args)
+
+    def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
+        """What runs arguments of this metadata, given the addresses of the tensors among them, and them."""
+        return _Kind(self.function)
+
+
+class _Kind:
+    """Calls of one kind: the recordings that no thread is using now."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function = function
+        self._idle: list[_Recording] = []
+        self._tries = 0
+
+    def __call__(self, addresses: Sequence[int], args: tuple) -> Any:
+        """Launch what was recorded; record it, while there is none."""
+        try:
+            recording = self._idle.pop()
+        except IndexError:
+            return self.function(*args) if self._tries >= MOST_TRIES else self._record(args)
+        if not recording.fits(addresses):
+            self._idle.insert(0, recording)
+            return self.function(*args) if self._tries >= MOST_TRIES else self._record(args)
+        result = recording.launch(addresses)
+        self._idle.append(recording)  # not after an error
+        return result
+
+    def _record(self, args: tuple) -> Any:
+        self._tries += 1
+        recorder = Recorder([x for x in args if isinstance(x, Tensor)])
+        result = recorder.run(self.function, args)
+        recording = recorder.recording(result)
+        if recording is not None:
+            self._idle.append(recording)
+        return result
+
+
+class _Place(NamedTuple):
+    """Where an address came from: the number of an argument, or of a piece of memory, and bytes from its start."""
+
+    piece: int
+    offset: int
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what a function allocates and launches.
+
+    Attributes:
+        reason: why it cannot be recorded, None so far.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.reason: str | None = None
+        self._device = tensors[0].get_device()
+        self._given = [(x.data_ptr(), _extent(x)) for x in tensors]
+        self._made: list[Tensor] = []  # kept until the end, so that no two have the same address
+        self._launches: list[tuple[Plan, dict[str, int]]] = []
+
+    def run(self, function: Callable, args: tuple) -> Any:
+        """What the function returns."""
+        token = driver.recorder.set(self)
+        try:
+            with self:
+                return function(*args)
+        finally:
+            driver.recorder.reset(token)
+
+    def refuse(self, reason: str) -> None:
+        """The function cannot be recorded."""
+        self.reason = self.reason or reason
+
+    def add(self, plan: Plan, addresses: Mapping[str, int]) -> None:
+        """Launch a plan that nobody else has, its pointers being of these names, and note it."""
+        self._launches.append((plan, {name: address for name, address in addresses.items() if address}))
+        plan.launch_at(addresses)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Our own operations run inside; of torch's, those that write memory are not recorded."""
+        if func.namespace == "dskernels":
+            from dskernels.dispatch import OPERATIONS
+
+            with self:
+                return OPERATIONS[func._opname]._run(*args)
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _ALLOCATING:
+            self._made.append(result)
+        elif not func.is_view:
+            self.refuse(f"{func} is no launch of ours")
+        return result
+
+    def recording(self, result: Any) -> _Recording | None:
+        """What was noted, ready to be launched again; None if it cannot be."""
+        results = result if isinstance(result, tuple) else (result,)
+        pieces = [*self._given, *[(x.data_ptr(), x.untyped_storage().nbytes()) for x in self._made]]
+        own = range(len(self._given), len(pieces))
+        returned = [self._piece_of(x, pieces, own) for x in results]
+        if not self._launches or -1 in returned:
+            self.refuse("there is no launch, or a result that is not new")
+        used: dict[int, list[int]] = {}  # of each piece, its first and its last launch
+        places: list[dict[str, _Place]] = []
+        for i, (_, addresses) in enumerate(self._launches):
+            places.append({})
+            for name, address in addresses.items():
+                place = _found(address, pieces)
+                if place is None:
+                    self.refuse(f"nobody knows what {name} points to")
+                    return None
+                places[-1][name] = place
+                used.setdefault(place.piece, [i, i])[1] = i
+        if self.reason is not None:
+            return None
+        inside = [i for i in own if i in used and i not in returned]
+        offsets, size = _packed([(pieces[i][1], used[i][0], used[i][1]) for i in inside])
+        return _Recording(self, places, pieces, dict(zip(inside, offsets, strict=True)), size, result, returned)
+
+    def _piece_of(self, x: Tensor | None, pieces: list[tuple[int, int]], own: range) -> int | None:
+        """The piece that is this result and nothing more; None for one without elements, -1 if there is none."""
+        if x is None or x.numel() == 0:
+            return None
+        whole = (x.data_ptr(), x.untyped_storage().nbytes())
+        return next((i for i in own if pieces[i] == whole), -1)
+
+
+class _Recording:
+    """Launches of our own, whose addresses are those of arguments, of new results, and of the call's own memory."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        places: list[dict[str, _Place]],
+        pieces: list[tuple[int, int]],
+        inside: dict[int, int],
+        size: int,
+        result: Any,
+        returned: list[int | None],
+    ) -> None:
+        given = recorder._given
+        self._plans = [plan for plan, _ in recorder._launches]
+        self._launches = [(plan.enqueue, plan) for plan in self._plans]
+        self._device = recorder._device
+        self._stream: int | None = None
+        self._related = _related(given)
+        results = result if isinstance(result, tuple) else (result,)
+        made = [x for x, piece in zip(results, returned, strict=True) if piece is not None]
+        self._make = [like_this(x) for x in made]
+        own = torch.empty(size, dtype=torch.uint8, device="meta")
+        self._make_own = like_this(own) if size else None
+        self._returns = _returning(result, returned)
+
+        # What is at each launch: the arguments, the memory of this call if it wants some, the results.
+        number = {i: i for i in range(len(given))}
+        if size:
+            number |= dict.fromkeys(inside, len(given))
+        outputs = [piece for piece in returned if piece is not None]
+        number |= {piece: len(given) + bool(size) + i for i, piece in enumerate(outputs)}
+        self._now = [0] * (len(given) + bool(size) + len(outputs))
+        self._moved: list[list[tuple[Callable[[int], None], int]]] = [[] for _ in self._now]
+        cells: dict[tuple[int, int] | None, Any] = {}
+
+        def at(place: _Place) -> tuple[int, int]:
+            return number[place.piece], inside.get(place.piece, 0) + place.offset
+
+        for plan, of in zip(self._plans, places, strict=True):
+
+            def cell_of(name: str, of: dict[str, _Place] = of) -> Any:
+                key = at(of[name]) if name in of else None
+                cell = cells.get(key)
+                if cell is None:
+                    cell = cells[key] = (ctypes.c_uint64 * 1)()
+                    if key is not None:
+                        self._moved[key[0]].append((functools.partial(cell.__setitem__, 0), key[1]))
+                return cell
+
+            for name, write in plan.rewired(cell_of):
+                i, offset = at(of[name])
+                self._moved[i].append((write, offset))
+
+    def fits(self, addresses: Sequence[int]) -> bool:
+        """Whether arguments that were one behind the other, or the same, are so again."""
+        return all(addresses[j] - addresses[i] == distance for i, j, distance in self._related)
+
+    def launch(self, addresses: Sequence[int]) -> Any:
+        """Allocate, write the addresses that changed, launch on the current stream; the results."""
+        results = [make() for make in self._make]
+        if self._make_own is None:
+            now = [*addresses, *[x.data_ptr() for x in results]]
+        else:
+            own = self._make_own()  # freed at the end, like every intermediate result: the stream keeps the order
+            now = [*addresses, own.data_ptr(), *[x.data_ptr() for x in results]]
+        before = self._now
+        if now != before:
+            for i, address in enumerate(now):
+                if address != before[i]:
+                    for write, offset in self._moved[i]:
+                        write(address + offset)
+            self._now = now
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        if stream != self._stream:
+            for plan in self._plans:
+                plan.stream = stream
+            self._stream = stream
+        for enqueue, plan in self._launches:
+            if status := enqueue():
+                plan.again(status)
+        return self._returns(results)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _plain(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a call of these may be recorded: real ones of the current GPU, and nobody watches."""
+    return bool(
+        tensors
+        and not dispatch_modes()
+        and not torch.compiler.is_dynamo_compiling()
+        and all(type(x) in PLAIN and x.is_cuda for x in tensors)
+    )
+
+
+def _extent(x: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    if x.numel() == 0:
+        return 0
+    return (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+
+
+def _found(address: int, pieces: Sequence[tuple[int, int]]) -> _Place | None:
+    """Where an address came from; what begins there goes before what it lies inside of."""
+    within = None
+    for i, (start, size) in enumerate(pieces):
+        if start == address and size:
+            return _Place(i, 0)
+        if start < address < start + size:
+            within = within or _Place(i, address - start)
+    return within
+
+
+def _related(given: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Arguments that overlap or follow each other in memory, which decisions may have gone by, and how far apart."""
+    pairs = [(i, j) for i in range(len(given)) for j in range(i + 1, len(given)) if given[i][1] and given[j][1]]
+
+    def touch(i: int, j: int) -> bool:
+        (a, size_a), (b, size_b) = given[i], given[j]
+        return a <= b + size_b and b <= a + size_a
+
+    return [(i, j, given[j][0] - given[i][0]) for i, j in pairs if touch(i, j)]
+
+
+def _packed(pieces: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Offsets for (bytes, first launch, last launch) in one piece of memory, and its size.
+
+    Two share bytes only where one is done with before the other begins. The largest go first, each as low as it fits.
+    """
+    offsets = [0] * len(pieces)
+    placed: list[int] = []
+    for i in sorted(range(len(pieces)), key=lambda i: -pieces[i][0]):
+        size, first, last = pieces[i]
+        taken = [
+            (offsets[j], offsets[j] + pieces[j][0]) for j in placed if first <= pieces[j][2] and pieces[j][1] <= last
+        ]
+        start = 0
+        for low, high in sorted(taken):
+            if start + size <= low:
+                break
+            start = max(start, -(-high // ALIGNMENT) * ALIGNMENT)
+        offsets[i] = start
+        placed.append(i)
+    return offsets, max((offset + piece[0] for offset, piece in zip(offsets, pieces, strict=True)), default=0)
+
+
+def _returning(result: Any, returned: Sequence[int | None]) -> Callable[[list[Tensor]], Any]:
+    """How new results become what the function returned; what has no elements is the same each time."""
+    if result is None:
+        return lambda new: None
+    if isinstance(result, Tensor):
+        return operator.itemgetter(0) if returned[0] is not None else lambda new: result
+    if all(piece is not None for piece in returned):
+        return tuple
+    first = [piece is not None for piece in returned]
+    kept = [None if new else x for x, new in zip(result, first, strict=True)]
+
+    def mixed(new: list[Tensor]) -> tuple:
+        left = iter(new)
+        return tuple([next(left) if is_new else x for x, is_new in zip(kept, first, strict=True)])
+
+    return mixed

@@ -1,0 +1,393 @@
+"""Calls whose launches are recorded: against the driver of test_cuda_driver on the CPU, and bit for bit on a GPU."""
+
+import functools
+import threading
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dskernels as ds
+from dskernels import device as devices
+from dskernels import dispatch, portable, recording
+from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
+from dskernels.metadata import ByMetadata
+from dskernels.recording import Recorded
+from test_cuda_driver import CPU, INVALID_VALUE, fake  # noqa: F401 - a fixture
+
+
+@pytest.fixture
+def on_the_cpu(fake, monkeypatch):  # noqa: F811
+    """Calls of tensors of the CPU are recorded too."""
+    fake.kinds = "pp"
+    make = torch._C._dynamo.guards._empty_strided_cpu
+
+    def like_this(x):
+        return functools.partial(make, tuple(x.shape), x.stride(), x.dtype)
+
+    for launch in (first, second):  # whose plans are those of another test's driver
+        monkeypatch.setattr(launch, "_kept", ByMetadata())
+    monkeypatch.setattr(recording, "like_this", like_this)
+    monkeypatch.setattr(recording, "_plain", lambda tensors: not devices.dispatch_modes())
+    return fake
+
+
+def planned(a="x", b="out", maps=False):
+    @Planned
+    def launch(x, out):
+        arguments = (TensorMap(a, x, (1, 16), swizzle=False), Pointer(b)) if maps else (Pointer(a), Pointer(b))
+        return Plan(4321, arguments=arguments, grid=1, threads=32, shared=0, device=CPU)
+
+    return launch
+
+
+first, second = planned(), planned(maps=True)
+
+
+def two_steps(calls):
+    """out = second(first(x)), with memory in between; `calls` counts when it runs as it is written."""
+
+    @Recorded
+    def run(x):
+        calls.append(x.shape)
+        between, out = x.new_empty(x.shape), x.new_empty(x.shape)
+        first(x, between)
+        second(between, out)
+        return out
+
+    return run
+
+
+def arguments_of(fake, n):  # noqa: F811
+    return [tuple(launch["arguments"]) for launch in fake.launches[-n:]]
+
+
+def test_the_third_call_launches_what_the_second_recorded(on_the_cpu):
+    calls = []
+    run = two_steps(calls)
+    kept = []
+    for i in range(6):
+        x = torch.empty(4, 32)
+        out = run(x)
+        kept += [x, out]
+        assert len(on_the_cpu.launches) == 2 * (i + 1)
+        (from_x, between), (from_between, to) = arguments_of(on_the_cpu, 2)
+        assert (from_x, from_between, to) == (x.data_ptr(), between, out.data_ptr())
+        assert len({from_x, between, to}) == 3
+        assert (out.shape, out.dtype) == (x.shape, x.dtype)
+    assert len(calls) == 2
+    assert len({x.data_ptr() for x in kept}) == 12
+    run(torch.empty(5, 32))
+    assert len(calls) == 3  # another kind
+
+
+def test_another_stream(on_the_cpu, monkeypatch):
+    run = two_steps([])
+    for stream in (77, 77, 77, 78, 77):
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device, stream=stream: stream)
+        run(torch.empty(4, 32))
+        assert [launch["stream"] for launch in on_the_cpu.launches[-2:]] == [stream] * 2
+
+
+@pytest.mark.parametrize("what", ["fill", "copy", "elsewhere", "argument", "nothing", "view of a result"])
+def test_what_is_more_than_launches_runs_as_it_is_written(on_the_cpu, what):
+    calls = []
+    elsewhere = torch.empty(4, 32)
+
+    @Recorded
+    def run(x):
+        calls.append(what)
+        out = x.new_empty(x.shape)
+        if what == "fill":
+            out.zero_()
+        if what != "nothing":
+            first(x.t().contiguous().t() if what == "copy" else elsewhere if what == "elsewhere" else x, out)
+        return x if what == "argument" else out[1:] if what == "view of a result" else out
+
+    for _ in range(6):
+        run(torch.empty(4, 32))
+    assert len(calls) == 6
+
+
+def test_results_without_elements_and_nothing(on_the_cpu):
+    @Recorded
+    def run(x, absent):
+        out, empty = x.new_empty(x.shape), x.new_empty(0, 7)
+        first(x, out)
+        return empty, out, None
+
+    for _ in range(4):
+        x = torch.empty(4, 32)
+        empty, out, none = run(x, None)
+        assert (empty.shape, none) == ((0, 7), None)
+        assert arguments_of(on_the_cpu, 1) == [(x.data_ptr(), out.data_ptr())]
+
+
+def test_what_only_writes(on_the_cpu):
+    calls = []
+
+    @Recorded
+    def run(x, out):
+        calls.append(1)
+        first(x, out[1:])
+
+    for _ in range(4):
+        x, out = torch.empty(3, 32), torch.empty(4, 32)
+        assert run(x, out) is None
+        assert arguments_of(on_the_cpu, 1) == [(x.data_ptr(), out[1:].data_ptr())]
+    assert len(calls) == 2
+
+
+def test_neighbours_are_recorded_apart(on_the_cpu):
+    """What was decided since two arguments follow each other does not hold for two that do not."""
+    calls = []
+
+    @Recorded
+    def run(x, y):
+        follows = y.data_ptr() == x.data_ptr() + x.numel() * 4
+        calls.append(follows)
+        out = x.new_empty(x.shape)
+        first(x if follows else y, out)
+        return out
+
+    both = torch.empty(8, 32)
+    for _ in range(4):
+        run(both[:4], both[4:])
+        assert arguments_of(on_the_cpu, 1)[0][0] == both.data_ptr()
+    for _ in range(4):
+        x, y = torch.empty(4, 32), both[2:6]
+        run(x, y)
+        assert arguments_of(on_the_cpu, 1)[0][0] == y.data_ptr()
+    assert calls == [True, True, False]
+
+
+def test_a_refused_launch_raises_and_is_recorded_anew(on_the_cpu):
+    calls = []
+    run = two_steps(calls)
+    for _ in range(3):
+        run(torch.empty(4, 32))
+    on_the_cpu.status["launch"] = INVALID_VALUE
+    with pytest.raises(RuntimeError, match=r"cuLaunchKernelEx: no good \(1\)"):
+        run(torch.empty(4, 32))
+    for _ in range(3):
+        x = torch.empty(4, 32)
+        run(x)
+        assert arguments_of(on_the_cpu, 2)[0][0] == x.data_ptr()
+    assert len(calls) == 3
+
+
+def test_threads_do_not_share_a_recording(on_the_cpu):
+    run = two_steps([])
+    kept = [[] for _ in range(4)]
+
+    def work(i):
+        for _ in range(100):
+            x = torch.empty(4, 32)
+            kept[i].append((x, run(x)))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    launched = [tuple(launch["arguments"]) for launch in on_the_cpu.launches]
+    assert len(launched) == 800
+    made_of = {}
+    for x, to in launched:
+        made_of.setdefault(x, set()).add(to)
+    for x, out in (pair for pairs in kept for pair in pairs):
+        assert any(out.data_ptr() in made_of.get(between, ()) for between in made_of[x.data_ptr()])
+
+
+pieces = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 8), st.integers(0, 4)), max_size=12)
+
+
+@given(pieces)
+def test_memory_is_shared_only_one_after_the_other(drawn):
+    wanted = [(size, first, first + more) for size, first, more in drawn]
+    offsets, size = recording._packed(wanted)
+    assert all(offset % recording.ALIGNMENT == 0 for offset in offsets)
+    assert size == max((o + n for o, (n, _, _) in zip(offsets, wanted, strict=True)), default=0)
+    for i, (n, a, b) in enumerate(wanted):
+        for j, (m, c, d) in enumerate(wanted[:i]):
+            apart = offsets[i] + n <= offsets[j] or offsets[j] + m <= offsets[i]
+            assert apart or b < c or d < a
+
+
+def test_a_triton_kernel_as_the_driver_takes_it(on_the_cpu):
+    """Arguments without the constexprs, and two addresses of scratch memory behind them."""
+    on_the_cpu.kinds = "pilfpp"
+    x = torch.empty(4)
+    signature = {"p_x": "*fp32", "p_absent": "constexpr", "n": "i32", "one": "constexpr", "stride": "i64", "f": "fp32"}
+    wants = {"global_scratch_size": 0, "profile_scratch_size": 0, "launch_cooperative_grid": False, "num_ctas": 1}
+    metadata = types.SimpleNamespace(**wants, num_warps=8, shared=1234, launch_pdl=True)
+    compiled = types.SimpleNamespace(function=99, src=types.SimpleNamespace(signature=signature), metadata=metadata)
+    plan = portable._plan(compiled, (3, 2, 1), (x, None, -5, 1, 2**40, 0.5), 0)
+    plan.launch_at({"p_x": x.data_ptr()})
+    (launch,) = on_the_cpu.launches
+    assert (launch["function"], launch["grid"], launch["block"], launch["shared"]) == (99, (3, 2, 1), (256, 1, 1), 1234)
+    assert launch["arguments"] == [x.data_ptr(), -5, 2**40, 0.5, 0, 0]
+    assert launch["attributes"] == {6: (1, 0, 0)}
+    for change in ({"global_scratch_size": 8}, {"num_ctas": 2}, {"launch_cooperative_grid": True}):
+        compiled.metadata = types.SimpleNamespace(**(wants | change), num_warps=8, shared=0, launch_pdl=False)
+        assert portable._plan(compiled, (3, 2, 1), (x, None, -5, 1, 2**40, 0.5), 0) is None
+
+
+# ---- whole operations on a GPU ---------------------------------------------------------------------------------------
+
+
+def random_block(t, e=16, h=256, i=128, k=4, fp8=True, shared=0, n_shared=0, given=False):
+    """Arguments of fused_experts."""
+
+    def weight(*shape):
+        w = torch.randn(*shape, device="cuda", dtype=torch.bfloat16) / shape[-1] ** 0.5
+        return ds.quantize(w, (128, 128)) if fp8 else w
+
+    x = torch.randn(t, h, device="cuda", dtype=torch.bfloat16)
+    experts = torch.rand(t, e - n_shared, device="cuda").topk(k).indices.int()
+    routing = ds.Routing(torch.rand(t, k, device="cuda"), experts, experts, experts)
+    options = {"n_shared": n_shared, "shared": (weight(2 * i, h), weight(h, i)) if shared else None}
+    options |= {"quantized": ds.quantize(x)} if given else {}
+    return (x, weight(e, 2 * i, h), weight(e, h, i), routing), options
+
+
+def as_written(operation, monkeypatch):
+    """The implementations of an operation without what is recorded."""
+    monkeypatch.setattr(recording, "MOST_TRIES", 0)
+    monkeypatch.setattr(recording, "_plain", lambda tensors: False)
+    monkeypatch.setattr(operation, "_straight", ByMetadata())
+
+
+def is_recorded(operation):
+    """Whether the latest kind of calls of an operation has been recorded."""
+    launch = [entry[-1][2] for entry in operation._straight._kept.values()][-1]
+    return bool(launch._idle)
+
+
+KINDS = [
+    {"t": 1},
+    {"t": 1, "fp8": False},
+    {"t": 4, "fp8": False, "shared": 1},
+    {"t": 5, "n_shared": 1},
+    {"t": 40},
+    {"t": 40, "shared": 1},
+    {"t": 40, "n_shared": 2, "given": True},
+    {"t": 40, "fp8": False},
+    {"t": 300, "fp8": False, "n_shared": 1},
+    {"t": 3000},
+    {"t": 3000, "shared": 1, "h": 512, "i": 256},
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(f"{k}{v}" for k, v in kind.items()))
+def test_recorded_experts_are_those_as_written(sm_90, monkeypatch, kind):
+    operation = dispatch.OPERATIONS["fused_experts"]
+    monkeypatch.setattr(operation, "_straight", ByMetadata())
+    calls = [random_block(**kind) for _ in range(3)]
+    calls += calls[1:]
+    outs = []
+    with torch.no_grad():
+        for args, options in calls:
+            rubbish = torch.full((1 << 22,), float("nan"), device="cuda")  # where the next call's memory may come from
+            del rubbish
+            outs.append(ds.fused_experts(*args, **options))
+        assert is_recorded(operation)
+        as_written(operation, monkeypatch)
+        for (args, options), out in zip(calls, outs, strict=True):
+            assert torch.equal(ds.fused_experts(*args, **options), out)
+    assert outs[0].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_recording_in_a_graph_and_beside_it(sm_90, monkeypatch):
+    operation = dispatch.OPERATIONS["fused_experts"]
+    monkeypatch.setattr(operation, "_straight", ByMetadata())
+    args, options = random_block(40)
+    with torch.no_grad():
+        for _ in range(3):
+            out = ds.fused_experts(*args, **options)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = ds.fused_experts(*args, **options)
+        x = torch.randn_like(args[0])
+        other = ds.fused_experts(x, *args[1:])  # the same recording moves on, and the graph keeps its addresses
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, out)
+        args[0].copy_(x)
+        graph.replay()
+        assert torch.equal(captured, other)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            beside = ds.fused_experts(x, *args[1:])
+        torch.cuda.current_stream().wait_stream(side)
+        assert torch.equal(beside, other)
+
+
+@pytest.mark.gpu
+def test_weights_that_are_quantised_inside_and_change(sm_90):
+    (x, w13, w2, routing), _ = random_block(40, fp8=False)
+    with torch.no_grad():
+        for _ in range(4):
+            w13.mul_(1.5)
+            w2 = torch.randn_like(w2)
+            want = ds.fused_experts(x, ds.quantize(w13, (128, 128)), ds.quantize(w2, (128, 128)), routing)
+            for _ in range(3):
+                assert torch.equal(ds.fused_experts(x, w13, w2, routing, fp8=True), want)
+
+
+@pytest.mark.gpu
+def test_gradients_after_recorded_calls(sm_90):
+    (x, w13, w2, routing), _ = random_block(40, fp8=False)
+    with torch.no_grad():
+        for _ in range(4):
+            out = ds.fused_experts(x, w13, w2, routing, fp8=True)
+    w13.requires_grad_()
+    differentiated = ds.fused_experts(x, w13, w2, routing, fp8=True)
+    differentiated.sum().backward()
+    assert torch.equal(differentiated, out)
+    assert w13.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 7, 128, 4096])
+def test_recorded_quantising(sm_90, monkeypatch, rows):
+    weight = torch.rand(512, device="cuda", dtype=torch.bfloat16)
+    calls = {
+        "quantize": lambda x: ds.quantize(x),
+        "swiglu_quantize": lambda x: ds.swiglu_quantize(x),
+        "rmsnorm_quantize": lambda x: ds.rmsnorm_quantize(x, weight, 1e-6, x, with_normed=True),
+        "quantize_both": lambda x: ds.quantize_both(x),
+    }
+    xs = [torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16) for _ in range(5)]
+    for name, call in calls.items():
+        operation = dispatch.OPERATIONS[name]
+        with monkeypatch.context() as patch:
+            patch.setattr(operation, "_straight", ByMetadata())
+            got = [call(x) for x in xs]
+            assert rows % 16 == 0 or name == "quantize_both" or is_recorded(operation), name
+            as_written(operation, patch)
+            for x, out in zip(xs, got, strict=True):
+                for a, b in zip(tensors_in(call(x)), tensors_in(out), strict=True):
+                    assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
+
+
+def tensors_in(result):
+    """All tensors of nested tuples, those of scales row by row."""
+    if isinstance(result, torch.Tensor):
+        return [result.contiguous()]
+    return [x for part in result if not isinstance(part, int) for x in tensors_in(part)]
+
+
+@pytest.mark.gpu
+def test_routes_are_new_tensors(sm_90):
+    logits = [torch.randn(300, 64, device="cuda") for _ in range(5)]
+    routed = [ds.route(x, top_k=4) for x in logits]
+    for x, routing in zip(logits, routed, strict=True):
+        want = ds.route(x, top_k=4, impl="reference")
+        assert torch.equal(routing.experts, want.experts)
+        assert torch.equal(routing.load, want.load)
