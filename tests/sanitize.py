@@ -397,7 +397,7 @@ def main() -> None:
         raise SystemExit(f"no kernel's name contains {texts}; there are: {'; '.join(name for name, _ in named)}")
     everywhere = [m for m in sys.modules.values() if getattr(m, "multiprocessors", None) is device.multiprocessors]
     for module in everywhere:  # and, as it is among them, in what is imported from now on
-        module.multiprocessors = lambda *_: MULTIPROCESSORS  # type: ignore[attr-defined]
+        module.multiprocessors = lambda *_, **__: MULTIPROCESSORS  # type: ignore[attr-defined]
     torch.manual_seed(0)
     for name, run in chosen:
         print(f"begin {name}", flush=True)

@@ -1,7 +1,7 @@
 """compute-sanitizer's four tools over every kernel of tests/sanitize.py: ``make sanitize``.
 
-Kernels are first run without a tool, so that they are compiled once and what is wrong by itself shows. Then each tool
-gets them in batches, several processes at a time: those in CUDA C++ first, then the portable ones. A report counts for
+Kernels go to several processes at a time in batches, those in CUDA C++ first; first under memcheck, which finds them
+compiled by nobody, then under the other tools. A report counts for
 the kernel that ran when it came (each ends with a synchronisation), which runs once more in a process of its own. What
 initcheck reports there runs in memory that is full of NaN, as the tool does not see what the copy engine writes. A
 process that has not ended a kernel in time is killed, and another one goes on behind it. Outcomes go to
@@ -32,7 +32,6 @@ ROOT = HERE.parent
 RESULTS, PAGE = ROOT / "docs" / "sanitize.json", ROOT / "docs" / "trust.md"
 BEGIN, END = "<!-- made by tests/sanitizers.py -->", "<!-- /made -->"
 TOOLS = {
-    "none": (),
     "memcheck": (),
     "racecheck": ("--racecheck-report", "analysis"),
     "synccheck": (),
@@ -45,10 +44,15 @@ CELLS = {RIGHT: "clean", FILLED: "clean, filled"}
 
 
 class Batch(NamedTuple):
-    """Kernels for one process; of a single one, what was reported of it beside others."""
+    """Kernels for one process; how soon it is its turn; of a single kernel, what was reported of it beside others.
+
+    The tools of `then` get them once they are compiled.
+    """
 
     tool: str
     names: list[str]
+    turn: int = 0
+    then: tuple[str, ...] = ()
     filled: bool = False
     reported: dict[str, int] | None = None
 
@@ -81,7 +85,8 @@ class Run:
                     self.lock.wait(1)
                 if not self.waiting or time.monotonic() >= self.end:
                     return
-                batch = self.waiting.pop(0)
+                batch = min(self.waiting, key=lambda batch: batch.turn)
+                self.waiting.remove(batch)
                 self.running += 1
             again: list[Batch] = []
             try:
@@ -94,7 +99,7 @@ class Run:
 
     def _judged(self, batch: Batch) -> list[Batch]:
         """Run one process; what is to be run after it."""
-        tool, names, filled, _ = batch
+        tool, names, filled = batch.tool, batch.names, batch.filled
         process = Process(self, batch)
         process.run()
         reported = [name for name in names if process.reports[name]]
@@ -105,22 +110,25 @@ class Run:
                 self._keep(tool, name, outcome)
         stopped = process.running
         rest = [name for name in names if name not in process.ended and name != stopped]
-        again = [Batch(tool, rest, filled)] if rest and process.status != NOT_RUN else []
+        again = [batch._replace(names=rest)] if rest and process.status != NOT_RUN else []
+        taken = [n for n in names if n not in rest and process.ended.get(n, {}).get("outcome") != NOT_TAKEN]
+        again += [Batch(then, taken, batch.turn + (batch.turn > 1)) for then in batch.then if taken]
         if len(names) > 1:
             alone = [*reported, *([stopped] if stopped and stopped not in reported else [])]
             if process.status == LATE and stopped:
                 self._keep(tool, stopped, {"outcome": LATE})
                 alone.remove(stopped)
-            return [*(Batch(tool, [name], filled, dict(process.reports[name])) for name in alone), *again]
+            single = batch._replace(then=())
+            return [*(single._replace(names=[n], reported=dict(process.reports[n])) for n in alone), *again]
         if tool == "initcheck" and reported and not filled:
             self._keep(tool, names[0], {"outcome": REPORTED, "reports": dict(process.reports[names[0]])})
-            return [Batch(tool, names, filled=True, reported=dict(process.reports[names[0]]))]
+            return [batch._replace(filled=True, reported=dict(process.reports[names[0]]))]
         if reported:
             self._keep(tool, names[0], {"outcome": REPORTED, "reports": dict(process.reports[names[0]])})
         elif (stopped or rest) and process.status != NOT_RUN:
             late = process.status == LATE
             self._keep(tool, names[0], {"outcome": LATE if late else WRONG, "status": process.status})
-        return []
+        return [one for one in again if one.tool != tool]
 
     def _keep(self, tool: str, name: str, outcome: dict) -> None:
         with self.lock:
@@ -166,12 +174,11 @@ class Process:
         self.status = self.status or ("clean" if code == 0 else f"exit code {code}")
 
     def _started(self) -> tuple[queue.Queue[str | None], subprocess.Popen]:
-        tool, names, filled, _ = self.batch
+        tool, names, filled = self.batch.tool, self.batch.names, self.batch.filled
         command = [sys.executable, str(HERE / "sanitize.py"), "--exact", *names]
         command += ["--racecheck"] * (tool == "racecheck") + ["--filled"] * filled
-        if tool != "none":
-            options = ["--tool", tool, *TOOLS[tool], "--print-limit", "30", "--error-exitcode", "9"]
-            command = ["compute-sanitizer", *options, *command]
+        options = ["--tool", tool, *TOOLS[tool], "--print-limit", "30", "--error-exitcode", "9"]
+        command = ["compute-sanitizer", *options, *command]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command,
@@ -204,13 +211,13 @@ class Process:
 
 
 def batches(tools: list[str], names: list[str], size: int) -> list[Batch]:
-    """Kernels of a kind go to processes in turn, all tools beside each other; those in CUDA C++ first."""
-    made: list[list[Batch]] = []
-    for kind in ("", "hopper: ", "triton: "):
-        of_kind = [name for name in names if (name.partition(": ")[0] + ": " if ": " in name else "") == kind]
+    """Kernels of a kind go to processes in turn; those in CUDA C++ first, of the portable ones the other tools last."""
+    made = []
+    for turn, kind in enumerate(("", "hopper", "triton")):
+        of_kind = [name for name in names if (name.partition(": ")[0] if ": " in name else "") == kind]
         n = -(-len(of_kind) // size)
-        made += [[Batch(tool, of_kind[i::n]) for tool in tools] for i in range(n)]
-    return [batch for beside in made for batch in beside]
+        made += [Batch(tools[0], of_kind[i::n], turn, tuple(tools[1:])) for i in range(n)]
+    return made
 
 
 def listed() -> list[str]:
@@ -242,18 +249,13 @@ def table(results: dict) -> str:
         parts = name.split(": ", 1)
         if len(parts) == 2:
             name = f"{parts[1].split(', ')[0]}, cases of parity, {parts[0]}"
-        cells = rows.setdefault(name, {})
-        if row["outcome"] != NOT_TAKEN:
-            cells.setdefault(row["tool"], []).append(CELLS.get(row["outcome"], row["outcome"]))
-    tools = [tool for tool in TOOLS if tool != "none"]
+        rows.setdefault(name, {}).setdefault(row["tool"], []).append(CELLS.get(row["outcome"], row["outcome"]))
     commits = Counter(row.get("commit", "") for row in results["outcomes"])
     lines = [f"{results['device']}, {results['tool']}; of {', '.join(c for c in commits if c)}.", ""]
-    lines += ["| kernel | " + " | ".join(tools) + " |", "|---|" + "---|" * len(tools)]
+    lines += ["| kernel | " + " | ".join(TOOLS) + " |", "|---|" + "---|" * len(TOOLS)]
     for name, cells in sorted(rows.items(), key=lambda row: (", cases of parity, " in row[0], row[0])):
-        if not cells:
-            continue  # of an operation that has no such kernel
         texts = []
-        for tool in tools:
+        for tool in TOOLS:
             counts = Counter(cells.get(tool, [NOT_RUN]))
             texts.append(", ".join(f"{n} {text}" if sum(counts.values()) > 1 else text for text, n in counts.items()))
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
@@ -271,7 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", nargs="*", default=[""], help="run kernels whose name contains one of these")
     parser.add_argument("--without", nargs="*", default=[], help="leave out kernels whose name contains one of these")
-    parser.add_argument("--tools", nargs="+", default=[t for t in TOOLS if t != "none"], choices=TOOLS)
+    parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
     parser.add_argument("--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes at a time")
     parser.add_argument("--size", type=int, default=6, help="kernels of a process")
     parser.add_argument("--seconds", type=float, default=3600, help="for everything")
@@ -285,11 +287,9 @@ def main() -> None:
         return write(json.loads(RESULTS.read_text()))
     names = [n for n in listed() if any(t in n for t in asked.text) and not any(t in n for t in asked.without)]
     run, start = Run(asked), time.monotonic()
-    run.work(batches(["none"], names, max(len(names) // (2 * asked.jobs), 1)))
-    print(f"without a tool: {len(run.outcomes)} of {len(names)} in {time.monotonic() - start:.0f} s", flush=True)
-    taken = [name for name in names if run.outcomes.get(("none", name), {}).get("outcome") != NOT_TAKEN]
-    run.work(batches(asked.tools, taken, asked.size))
+    run.work(batches(asked.tools, names, asked.size))
     print(f"all: {time.monotonic() - start:.0f} s")
+    not_taken = [n for (_, n), outcome in run.outcomes.items() if outcome["outcome"] == NOT_TAKEN]
     rows = [
         {
             "tool": tool,
@@ -297,13 +297,15 @@ def main() -> None:
             "commit": os.environ.get("COMMIT", ""),
             **run.outcomes.get((tool, name), {"outcome": NOT_RUN}),
         }
-        for tool in ("none", *asked.tools)
-        for name in (names if tool == "none" else taken)
+        for tool in asked.tools
+        for name in names
+        if name not in not_taken
     ]
-    bad = [row for row in rows if row["outcome"] not in (RIGHT, FILLED, NOT_TAKEN)]
+    bad = [row for row in rows if row["outcome"] not in (RIGHT, FILLED)]
     for row in bad:
         print(f"{row['tool']:10} {row['outcome']:12} {row['kernel']}  {row.get('reports') or row.get('status', '')}")
-    for tool in ("none", *asked.tools):
+    print(f"{len(not_taken)} not taken")
+    for tool in asked.tools:
         print(tool, dict(Counter(row["outcome"] for row in rows if row["tool"] == tool)))
     gpus = said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     versions = re.findall(r"\d{4}\.[\d.]+", said("compute-sanitizer", "--version"))

@@ -1,8 +1,9 @@
 """Random operations and generation under random load with faults, for as long as asked: ``make soak``.
 
 Two things take turns. Operations: valid calls as `fuzz` draws them, on a GPU half of them at the models' sizes, by each
-implementation that runs here, against the reference; a quarter of what only the device knows is hostile. Generation:
-soak_load.py.
+implementation that runs here, against the reference; a quarter of what only the device knows is hostile. What was right
+is called three times more, twice at other addresses, for the same bits, as later calls go another way than the first.
+Then something about it is spoiled. Generation: soak_load.py.
 
 Memory is read after each round, once garbage is collected: the last quarter of the rounds may not stand above the
 second. A call or a text that is wrong is kept, with what it takes to draw it again, and the run goes on; it fails in
@@ -15,6 +16,7 @@ the end. A run ends after `--minutes`, 9 at most, so that any job can hold it; s
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -38,13 +40,12 @@ from hypothesis import strategies as st  # noqa: E402
 
 import soak_results  # noqa: E402
 from fuzz.drawing import Call, Draw, leaves, replaced  # noqa: E402
-from fuzz.judging import judge  # noqa: E402
-from fuzz.spoiling import revalued  # noqa: E402
+from fuzz.judging import Memory, WrongError, attempt, flat, judge  # noqa: E402
+from fuzz.spoiling import revalued, spoil  # noqa: E402
 from fuzz.test_operations import CALLS  # noqa: E402
 from soak_load import Load  # noqa: E402
 
-HOSTILE = 0.25  # of the offsets, ids, slots, tables and lengths hold values that lie anywhere
-CHANCE = random.Random()  # of its own: inside of an example hypothesis seeds `random` to the same each time
+HOSTILE = 4  # one in so many of the offsets, ids, slots, tables and lengths holds values that lie anywhere
 
 
 class Run:
@@ -118,27 +119,65 @@ def calls(name: str, run: Run, examples: int, impls: list[str]) -> None:
     )
     @given(st.data())
     def drawn(data: Any) -> None:
-        draw = Draw(data.draw, models=run.device.type == "cuda" and bool(CHANCE.getrandbits(1)))
-        impl = CHANCE.choice(impls)
-        call = prepared(CALLS[name](draw), draw, run.device)
-        outcome = run.guarded(f"{name}, impl={impl}: {described(call)}", lambda: judge(call, impl, valid=True))
+        draw = Draw(data.draw)
+        draw.models = run.device.type == "cuda" and draw.chance()
+        impl = draw.one(*impls)
+        call = CALLS[name](draw)
+        for path, x in leaves(call.arguments):
+            if x.dtype in (torch.int32, torch.int64) and x.numel() and draw.chance(HOSTILE):
+                call.arguments = replaced(call.arguments, path, revalued(draw, x))
+        first = moved(call, run.device)
+        what = f"{name}, impl={impl}: {described(first)}"
+        outcome = run.guarded(what, lambda: judge(first, impl, valid=True))
+        count(impl, outcome)
+        if run.device.type != "cuda":
+            return
+        if outcome == "right":
+            count(impl, f"{run.guarded(what, lambda: repeated(first, impl))}, again")
+        spoil(draw, call)
+        spoiled = moved(call, run.device)
+        if call.notes:
+            what = f"{what}; {'; '.join(call.notes)}"
+            count(impl, f"{run.guarded(what, lambda: judge(spoiled, impl, valid=False))}, spoiled")
+
+    def count(impl: str, outcome: str) -> None:
         counts = run.operations.setdefault(impl, {})
         counts[outcome] = counts.get(outcome, 0) + 1
 
     drawn()
 
 
-def prepared(call: Call, draw: Draw, device: torch.device) -> Call:
-    """The call with some hostile integers, on the device."""
-    for path, x in leaves(call.arguments):
-        if x.dtype in (torch.int32, torch.int64) and x.numel() and CHANCE.random() < HOSTILE:
-            call.arguments = replaced(call.arguments, path, revalued(draw, x))
-    if device.type == "cuda":
-        moved: dict[int, torch.Tensor] = {}
-        for path, x in leaves(call.arguments):
-            call.arguments = replaced(call.arguments, path, there(x, device, moved))
-        call.exact = None  # the reference, on the GPU, is compared with
-    return call
+def moved(call: Call, device: torch.device) -> Call:
+    """The call with all that it reads and writes in other memory, on the device."""
+    if device.type != "cuda":
+        return call
+    storages: dict[int, torch.Tensor] = {}
+    arguments = call.arguments
+    for path, x in leaves(arguments):
+        if x.layout is torch.strided and not (x.is_meta or x.is_quantized):
+            arguments = replaced(arguments, path, there(x, device, storages))
+    return dataclasses.replace(call, arguments=arguments, exact=None)  # the reference, on the GPU, is compared with
+
+
+def repeated(call: Call, impl: str) -> str:
+    """The same call again, twice in other memory: a library may go another way by then."""
+    wants: list[torch.Tensor] = []
+    for i in range(3):
+        one = call if i == 0 else moved(call, torch.device("cuda"))
+        memory = Memory(one.arguments)
+        gots = [x.detach().clone() for x in flat(attempt(one, impl))]
+        memory.check(one.writes)
+        memory.restore()
+        wants = wants or gots
+        for j, (got, want) in enumerate(zip(gots, wants, strict=True)):
+            if call.function != "grouped_gemm_masked" and not torch.equal(bits(got), bits(want)):
+                raise WrongError(f"impl={impl!r}, result {j}: other bits in call {i + 2}")
+    return "right"
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of a result."""
+    return x.contiguous().flatten().view(torch.uint8)
 
 
 def described(call: Call) -> str:
@@ -149,13 +188,15 @@ def described(call: Call) -> str:
     return f"{'; '.join(f'{path} {shape} {dtype}' for path, shape, dtype in tensors)}; {plain}"
 
 
-def there(x: torch.Tensor, device: torch.device, moved: dict[int, torch.Tensor]) -> torch.Tensor:
+def there(x: torch.Tensor, device: torch.device, storages: dict[int, torch.Tensor]) -> torch.Tensor:
     """The same on the device: all memory that it stands in, guards and all, which is moved once."""
     storage = x.untyped_storage()
-    if storage.data_ptr() not in moved:
-        moved[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage).to(device)
-    there = moved[storage.data_ptr()].untyped_storage()
-    return torch.empty(0, dtype=x.dtype, device=device).set_(there, x.storage_offset(), x.shape, x.stride())
+    if storage.data_ptr() not in storages:
+        whole = torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage)
+        storages[storage.data_ptr()] = whole.to(device, copy=True)
+    memory = storages[storage.data_ptr()].untyped_storage()
+    y = torch.empty(0, dtype=x.dtype, device=device).set_(memory, x.storage_offset(), x.shape, x.stride())
+    return y.requires_grad_(x.requires_grad)
 
 
 def main() -> None:
@@ -171,7 +212,6 @@ def main() -> None:
         return soak_results.merge(asked.merge)
     run, end = Run(torch.device(asked.device), asked.seed), time.monotonic() + 60 * min(asked.minutes, 9.0)
     random.seed(asked.seed)
-    CHANCE.seed(asked.seed)
     names = [name for name in CALLS if asked.only in name]
     load = None if asked.only else Load(run.device, random.Random(asked.seed), run.generation)
     print(f"seed {asked.seed}", flush=True)

@@ -58,8 +58,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = [f"{devices}; {len(runs)} processes, {minutes:.1f} minutes of them together; {commits}.", ""]
     lines += ["| what | how many |", "|---|---|"]
     for (impl, how), n in sorted(calls.items()):
-        what = {"right": "right", "refused": "not for this implementation", "wrong": "wrong"}[how]
-        lines.append(f"| operations by `{impl}`, {what} | {n:,} |")
+        how = "not for this implementation" if how == "refused" else how
+        lines.append(f"| operations by `{impl}`: {how} | {n:,} |")
     lines += [f"| generation: {what} | {n:,} |" for what, n in sorted(loads.items())]
     lines.append(f"| failures | {sum(len(run['failures']) for run in runs)} |")
     leaking = sum(map(leaks, runs))
