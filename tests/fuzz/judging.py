@@ -126,10 +126,14 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def _left_open(call: Call) -> bool:
-    """Whether the contract says nothing about the numbers: logits of what is not finite, sequences that overlap."""
+    """Whether the contract says nothing about the numbers: logits of what is not finite, sequences that overlap, slots
+    that several tokens go to."""
     given = call.arguments
     if call.function == "route_hidden":
         return not all(bool(x.isfinite().all()) for x in (given["x"], given["weight"]))
+    if call.function == "write_latent_cache" and not given["slots"].is_meta:
+        inside = given["slots"][(given["slots"] >= 0) & (given["slots"] < given["cache"].shape[:2].numel())]
+        return len(inside.unique()) < len(inside)
     for name, rows in (("cu_seqlens_q", given.get("q")), ("cu_seqlens_k", given.get("k"))):
         if name in given and isinstance(given[name], Tensor) and not given[name].is_meta:
             ends = given[name].tolist()
