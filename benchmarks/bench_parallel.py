@@ -189,39 +189,50 @@ def small(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
 class Layers(torch.nn.Module):
     """Expert blocks one behind the other, with the same weights, as `overlapped` finds them."""
 
-    def __init__(self, compute: Callable[..., Tensor], w13: Tensor, w2: Tensor, fp8: bool) -> None:
+    def __init__(
+        self,
+        compute: Callable[..., Tensor],
+        weights: tuple[Tensor, Tensor],
+        shared: tuple[Tensor, Tensor] | None,
+        fp8: bool,
+    ) -> None:
         super().__init__()
         with torch.device("meta"):
             self.moe = MoE(Config.from_name("tiny"), False)
         self.moe.experts.compute = compute
-        self.weights, self.fp8 = (w13, w2), fp8
+        self.weights, self.shared, self.fp8 = weights, shared, fp8
 
     def forward(self, x: Tensor, routings: Sequence[Routing]) -> Tensor:
         for routing in routings:
-            x = self.moe.experts.compute(x, *self.weights, routing, fp8=self.fp8, keep="fp8")
+            x = self.moe.experts.compute(x, *self.weights, routing, shared=self.shared, fp8=self.fp8, keep="fp8")
         return x
 
 
 def layer(
     bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, inner: int, experts: int, top_k: int,
-    *, depth: int, fp8: bool, backward: bool,
+    *, depth: int, fp8: bool, backward: bool, shared: bool,
 ) -> dict:  # fmt: skip
     """An expert-parallel layer of two micro-batches, the mean of several in a row: overlapped, and one by one.
 
-    "Compute only" is `fused_experts` with as many experts a rank and choices a token, all of them here.
+    "Compute only" is `fused_experts` with as many experts a rank and choices a token, all of them here. A layer of
+    DeepSeek-V3 has one shared expert too; without it there is nothing under which one of two messages could travel.
     """
     device, per_rank = bench.device, experts // group.size()
-    w13 = (torch.randn(per_rank, 2 * inner, hidden, device=device) / hidden**0.5).bfloat16()
-    w2 = (torch.randn(per_rank, hidden, inner, device=device) / inner**0.5).bfloat16()
-    leaves = [w13.requires_grad_(backward), w2.requires_grad_(backward)]
+
+    def weight(*shape: int) -> Tensor:
+        return (torch.randn(shape, device=device) / shape[-1] ** 0.5).bfloat16().requires_grad_(backward)
+
+    routed = weight(per_rank, 2 * inner, hidden), weight(per_rank, hidden, inner)
+    of_all = (weight(2 * inner, hidden), weight(hidden, inner)) if shared else None
+    leaves = [*routed, *(of_all or ())]
     half = tokens // 2
     xs = [torch.randn(half, hidden, device=device).bfloat16().requires_grad_(backward) for _ in range(2)]
     there = [[routing_of(half, experts, top_k, device) for _ in range(depth)] for _ in range(2)]
     here = [[routing_of(half, per_rank, min(top_k, per_rank), device) for _ in range(depth)] for _ in range(2)]
     mail = mail_of(group, half, hidden, top_k)
-    fixed = Layers(ExpertParallel(group, experts, mail=mail, tokens=half), w13, w2, fp8)
-    counted = Layers(ExpertParallel(group, experts), w13, w2, fp8)
-    alone = Layers(ds.fused_experts, w13, w2, fp8)
+    fixed = Layers(ExpertParallel(group, experts, mail=mail, tokens=half), routed, of_all, fp8)
+    counted = Layers(ExpertParallel(group, experts), routed, of_all, fp8)
+    alone = Layers(ds.fused_experts, routed, of_all, fp8)
 
     def step(model: Layers, routings: list[list[Routing]], together: bool) -> None:
         for leaf in (*leaves, *xs):
@@ -243,6 +254,7 @@ def layer(
     for name in reversed(timed):
         found[name].append(bench.time(timed[name]))
     result: dict[str, Any] = dict(tokens=tokens, layers=depth, precision="fp8" if fp8 else "bf16", backward=backward)
+    result["shared"] = shared
     result |= {f"{name}_ms": statistics.fmean(seconds) * 1e3 / depth for name, seconds in found.items()}
     result["of_compute_only"] = result["compute_only_ms"] / result["overlapped_ms"]
     return result
@@ -310,7 +322,14 @@ def main() -> None:
             large(bench, group, n, hidden, experts, top_k) for n in ((64,) if quick else (1024, 4096, 16384))
         ],
         "layer": lambda: [
-            layers(fp8=fp8, backward=backward) for fp8, backward in ((False, False), (True, False), (True, True))
+            layers(fp8=fp8, backward=backward, shared=shared)
+            for fp8, backward, shared in (
+                (False, False, True),
+                (True, False, True),
+                (True, True, True),
+                (False, False, False),
+                (True, False, False),
+            )
         ],
         "pipeline": lambda: pipeline(device, quick),
         "training": lambda: training(device, quick),

@@ -102,8 +102,9 @@ class ExpertParallel:
         # A gradient keeps the tokens that came, unless they are made of what came.
         lend = self.wire != "same" or not torch.is_grad_enabled()
         chain.token = ticket = _Leave.apply(chain.token, x, routing.weights, routing.experts, trip, self.wire, lend)
-        chain.switch()
+        # Under the shared expert travel this message and what the other micro-batch has sent before it.
         residual = None if shared is None else ds.feed_forward(x, *shared, fp8=fp8, keep=keep)
+        chain.switch()
         shape = (x.shape[1], x.dtype, routing.weights.shape[1])
         here = self.group.rank() * self.per_rank, self.per_rank
         chain.token, arrived, *chosen = _Arrive.apply(ticket, chain.token, trip, shape, self.wire, *here)
