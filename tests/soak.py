@@ -109,7 +109,7 @@ def operations(run: Run, examples: int, names: list[str]) -> None:
 def calls(name: str, run: Run, examples: int, impls: list[str]) -> None:
     """Some calls of one operation."""
 
-    @seed(run.number + len(run.rounds))
+    @seed(1_000_000 * run.number + len(run.rounds))
     @settings(
         max_examples=examples,
         database=None,
