@@ -69,7 +69,7 @@ def letters(rank, device, plain):
     group = dist.group.WORLD
     rows, width = 1000, 513
     size = message_bytes([(rows, 4 * width), (rows, 16)])
-    mail = CopyEngines(group, size, piece=rows * width)  # four pieces
+    mail = CopyEngines(group, size, piece=rows * width)  # three pieces
     assert SLOTS == 4
     generator = torch.Generator(device).manual_seed(rank)
 
