@@ -16,6 +16,8 @@ from benchmarks.peers import Peer
 
 CHECKED_ROWS = 256  # a row does not depend on the others; the reference widens whole matrices
 
+COMPILED = 100_000  # columns from which on torch.compile is timed too
+
 
 def torch_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """The same in PyTorch, from logits in fp32."""
@@ -55,7 +57,7 @@ class CrossEntropy(Case):
 
     def peers(self, x):
         found = {"torch": peers.eager(lambda: torch_nats(x.logits, x.targets))}
-        if x.logits.is_cuda:  # a CPU takes 5 to 20 s to compile a pass
+        if x.logits.is_cuda and self.workload.n >= COMPILED:  # a CPU takes 5 to 20 s to compile a pass
             found["torch_compile"] = peers.compiled(torch_nats, x.logits, x.targets)
         return found
 
@@ -82,7 +84,7 @@ class CrossEntropyBackward(CrossEntropy):
             return Peer(_gradient(function(logits, x.targets), logits, x.d_nats))
 
         found = {"torch": lambda: prepare(torch_nats)}
-        if x.logits.is_cuda:
+        if x.logits.is_cuda and self.workload.n >= COMPILED:
             found["torch_compile"] = lambda: prepare(torch.compile(torch_nats, dynamic=False))
         return found
 
