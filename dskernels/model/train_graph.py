@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +46,10 @@ class StepGraphs:
 
     A kind is what the host decides: whether MTP modules run, which implementations, and the number of sequences of each
     microbatch, rounded up to a power of two by sequences without tokens. The first step of a kind runs as it stands
-    (what is compiled, loaded or kept cannot be within a capture), the second one is captured, and it and all others
-    are replays. The graphs share their memory: one runs at a time, and only its numbers stay.
+    (what is compiled, loaded or kept cannot be within a capture), on the stream that the second one is captured on:
+    the accumulators of gradients belong to the stream of the step that made them, and where anything keeps one alive
+    it would bring another stream into the capture. The second one and all others are replays. The graphs share their
+    memory: one runs at a time, and only its numbers stay.
 
     Args:
         step: all of a step: reads and writes only what stays where it is, gives its numbers in a new tensor.
@@ -57,7 +60,6 @@ class StepGraphs:
         self.step, self.parameters = step, parameters
         self.device = parameters[0].device
         self._kinds: dict[Hashable, Kind] = {}
-        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
     def run(self, text: Sequence[Packed], numbers: Tensor, mtp: bool) -> Tensor:
@@ -76,7 +78,7 @@ class StepGraphs:
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = Kind(text, numbers, self.device)
-            return self.step(kind.inputs, mtp)
+            return self._first(kind.inputs, mtp)
         kind.fill(text, numbers)
         if kind.graph is None:
             kind.values, kind.graph = self._capture(kind.inputs, mtp)
@@ -84,12 +86,28 @@ class StepGraphs:
         torch.autograd.graph.increment_version(self.parameters)
         return kind.values.clone()  # the next replay overwrites them
 
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def _first(self, inputs: Inputs, mtp: bool) -> Tensor:
+        """The numbers of a step that runs as it stands."""
+        if self.device.type != "cuda":
+            return self.step(inputs, mtp)
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            values = self.step(inputs, mtp)
+        # What it allocated and freed is used again by its own stream alone, which waits for this one each time.
+        current.wait_stream(self._stream)
+        return values
+
     def _capture(self, inputs: Inputs, mtp: bool) -> tuple[Tensor, torch.cuda.CUDAGraph]:
         """The graph of a step, which does not run, and where its numbers will be."""
-        if self._stream is None:
-            self._stream, self._pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.current_stream(self.device).synchronize()
-        gc.collect()  # what is left of a step's backward graph would bring its stream into the capture
+        gc.collect()  # what is left of a step's backward graph holds memory that the capture wants
         torch.cuda.empty_cache()  # the graph has memory of its own for what the step before it took
         graph = torch.cuda.CUDAGraph()
         with aside(self._stream, "cuda_graph: a step", "cuda_graph=False runs without"), capturing(graph, self._pool):
