@@ -170,7 +170,7 @@ def _plan(compiled: Any, grid: tuple[int, ...], arguments: tuple, device: int) -
         else:
             return None
     scratch = Pointer("scratch")  # which nothing is at
-    return Plan(
+    plan = Plan(
         compiled.function,
         arguments=(*packed, scratch, scratch),
         grid=(grid[0], grid[1], grid[2]),
@@ -179,6 +179,8 @@ def _plan(compiled: Any, grid: tuple[int, ...], arguments: tuple, device: int) -
         device=torch.device("cuda", device),
         programmatic=bool(metadata.launch_pdl),
     )
+    plan.owner = compiled
+    return plan
 
 
 @functools.cache

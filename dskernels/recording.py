@@ -31,10 +31,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskernels.cuda import driver
 from dskernels.cuda.driver import Plan
+from dskernels.cuda.graph import LaunchGraph, reason_against_graphs
 from dskernels.device import PLAIN, dispatch_modes, like_this, several_gpus
 from dskernels.metadata import ByMetadata
 
-MOST_TRIES = 3  # recordings of one kind: one may fail for want of a compiled kernel, and each thread may want its own
+MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own, and one may fail at first
+FEWEST_IN_GRAPH = 2  # launches
 ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
 
 _aten = torch.ops.aten
@@ -70,37 +72,47 @@ class Recorded:
 
     def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
         """What runs arguments of this metadata, given the addresses of the tensors among them, and them."""
-        return _Kind(self.function)
+        return _Kind(self.function, next(x.get_device() for x in args if isinstance(x, Tensor)))
 
 
 class _Kind:
-    """Calls of one kind: the recordings that no thread is using now."""
+    """Calls of one kind: of each stream the recordings that no thread is using now.
 
-    def __init__(self, function: Callable) -> None:
+    Each stream has its own, as launches of a graph wait for those before them.
+    """
+
+    def __init__(self, function: Callable, device: int) -> None:
         self.function = function
-        self._idle: list[_Recording] = []
+        self._device = device
+        self._idle: dict[int, list[_Recording]] = {}
         self._tries = 0
 
     def __call__(self, addresses: Sequence[int], args: tuple) -> Any:
-        """Launch what was recorded; record it, while there is none."""
+        """Launch what was recorded on the current stream; record it, while there is nothing."""
+        idle = self._idle.get(torch._C._cuda_getCurrentRawStream(self._device))
+        if not idle:
+            return self._record(args)
         try:
-            recording = self._idle.pop()
-        except IndexError:
-            return self.function(*args) if self._tries >= MOST_TRIES else self._record(args)
+            recording = idle.pop()
+        except IndexError:  # another thread was faster
+            return self._record(args)
         if not recording.fits(addresses):
-            self._idle.insert(0, recording)
-            return self.function(*args) if self._tries >= MOST_TRIES else self._record(args)
+            idle.insert(0, recording)
+            return self._record(args)
         result = recording.launch(addresses)
-        self._idle.append(recording)  # not after an error
+        idle.append(recording)  # not after an error
         return result
 
     def _record(self, args: tuple) -> Any:
+        """Run the function, and record it if that was not tried too often."""
+        if self._tries >= MOST_TRIES:
+            return self.function(*args)
         self._tries += 1
         recorder = Recorder([x for x in args if isinstance(x, Tensor)])
         result = recorder.run(self.function, args)
         recording = recorder.recording(result)
         if recording is not None:
-            self._idle.append(recording)
+            self._idle.setdefault(recorder._stream, []).append(recording)
         return result
 
 
@@ -122,6 +134,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.reason: str | None = None
         self._device = tensors[0].get_device()
+        self._stream: int = torch._C._cuda_getCurrentRawStream(self._device)
         self._given = [(x.data_ptr(), _extent(x)) for x in tensors]
         self._made: list[Tensor] = []  # kept until the end, so that no two have the same address
         self._launches: list[tuple[Plan, dict[str, int]]] = []
@@ -163,7 +176,7 @@ class Recorder(TorchDispatchMode):
         results = result if isinstance(result, tuple) else (result,)
         pieces = [*self._given, *[(x.data_ptr(), x.untyped_storage().nbytes()) for x in self._made]]
         own = range(len(self._given), len(pieces))
-        returned = [self._piece_of(x, pieces, own) for x in results]
+        returned = [self._piece_of(x, pieces, own) for x in results if x is not None]
         if not self._launches or -1 in returned:
             self.refuse("there is no launch, or a result that is not new")
         used: dict[int, list[int]] = {}  # of each piece, its first and its last launch
@@ -183,9 +196,9 @@ class Recorder(TorchDispatchMode):
         offsets, size = _packed([(pieces[i][1], used[i][0], used[i][1]) for i in inside])
         return _Recording(self, places, pieces, dict(zip(inside, offsets, strict=True)), size, result, returned)
 
-    def _piece_of(self, x: Tensor | None, pieces: list[tuple[int, int]], own: range) -> int | None:
+    def _piece_of(self, x: Tensor, pieces: list[tuple[int, int]], own: range) -> int | None:
         """The piece that is this result and nothing more; None for one without elements, -1 if there is none."""
-        if x is None or x.numel() == 0:
+        if x.numel() == 0:
             return None
         whole = (x.data_ptr(), x.untyped_storage().nbytes())
         return next((i for i in own if pieces[i] == whole), -1)
@@ -206,31 +219,34 @@ class _Recording:
     ) -> None:
         given = recorder._given
         self._plans = [plan for plan, _ in recorder._launches]
-        self._launches = [(plan.enqueue, plan) for plan in self._plans]
-        self._device = recorder._device
-        self._stream: int | None = None
+        self._device, self._stream = recorder._device, recorder._stream
+        self._raw_stream = ctypes.c_void_p(self._stream)
+        self._graph: LaunchGraph | None = None
+        self._alone = len(self._plans) < FEWEST_IN_GRAPH or reason_against_graphs() is not None
         self._related = _related(given)
         results = result if isinstance(result, tuple) else (result,)
-        made = [x for x, piece in zip(results, returned, strict=True) if piece is not None]
-        self._make = [like_this(x) for x in made]
+        self._make = [like_this(x) for x in results if x is not None]
         own = torch.empty(size, dtype=torch.uint8, device="meta")
         self._make_own = like_this(own) if size else None
-        self._returns = _returning(result, returned)
+        self._returns = _returning(result)
 
         # What is at each launch: the arguments, the memory of this call if it wants some, the results.
         number = {i: i for i in range(len(given))}
         if size:
             number |= dict.fromkeys(inside, len(given))
-        outputs = [piece for piece in returned if piece is not None]
-        number |= {piece: len(given) + bool(size) + i for i, piece in enumerate(outputs)}
-        self._now = [0] * (len(given) + bool(size) + len(outputs))
+        number |= {piece: len(given) + bool(size) + i for i, piece in enumerate(returned) if piece is not None}
+        self._now = [0] * (len(given) + bool(size) + len(returned))
         self._moved: list[list[tuple[Callable[[int], None], int]]] = [[] for _ in self._now]
+        self._readers: list[set[int]] = [set() for _ in self._now]  # of each, the launches that read its address
+        self._stale: set[int] = set()  # launches that the graph has with other addresses
         cells: dict[tuple[int, int] | None, Any] = {}
 
         def at(place: _Place) -> tuple[int, int]:
             return number[place.piece], inside.get(place.piece, 0) + place.offset
 
-        for plan, of in zip(self._plans, places, strict=True):
+        for n, (plan, of) in enumerate(zip(self._plans, places, strict=True)):
+            for place in of.values():
+                self._readers[number[place.piece]].add(n)
 
             def cell_of(name: str, of: dict[str, _Place] = of) -> Any:
                 key = at(of[name]) if name in of else None
@@ -259,20 +275,31 @@ class _Recording:
             now = [*addresses, own.data_ptr(), *[x.data_ptr() for x in results]]
         before = self._now
         if now != before:
+            stale = self._stale
             for i, address in enumerate(now):
                 if address != before[i]:
                     for write, offset in self._moved[i]:
                         write(address + offset)
+                    stale |= self._readers[i]
             self._now = now
-        stream = torch._C._cuda_getCurrentRawStream(self._device)
-        if stream != self._stream:
+        if self._alone or torch._C._cuda_isCurrentStreamCapturing():
             for plan in self._plans:
-                plan.stream = stream
-            self._stream = stream
-        for enqueue, plan in self._launches:
-            if status := enqueue():
-                plan.again(status)
+                plan.stream = self._stream
+                if status := plan.enqueue():
+                    plan.again(status)
+        else:
+            self._launch_graph()
         return self._returns(results)
+
+    def _launch_graph(self) -> None:
+        graph, stale = self._graph, self._stale
+        if graph is None:
+            graph = self._graph = LaunchGraph(self._plans, self._device)
+        else:
+            for i in stale:
+                graph.update(i)
+        stale.clear()
+        graph.launch(self._raw_stream)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -339,19 +366,18 @@ def _packed(pieces: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     return offsets, max((offset + piece[0] for offset, piece in zip(offsets, pieces, strict=True)), default=0)
 
 
-def _returning(result: Any, returned: Sequence[int | None]) -> Callable[[list[Tensor]], Any]:
-    """How new results become what the function returned; what has no elements is the same each time."""
+def _returning(result: Any) -> Callable[[list[Tensor]], Any]:
+    """How new results become what the function returned."""
     if result is None:
         return lambda new: None
     if isinstance(result, Tensor):
-        return operator.itemgetter(0) if returned[0] is not None else lambda new: result
-    if all(piece is not None for piece in returned):
+        return operator.itemgetter(0)
+    if all(x is not None for x in result):
         return tuple
-    first = [piece is not None for piece in returned]
-    kept = [None if new else x for x, new in zip(result, first, strict=True)]
+    given = [x is not None for x in result]
 
     def mixed(new: list[Tensor]) -> tuple:
         left = iter(new)
-        return tuple([next(left) if is_new else x for x, is_new in zip(kept, first, strict=True)])
+        return tuple([next(left) if is_given else None for is_given in given])
 
     return mixed

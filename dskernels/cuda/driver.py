@@ -194,13 +194,15 @@ class Plan:
             attributes=ctypes.addressof(attribute_array),
             n_attributes=len(attributes),
         )
-        self._config = config
+        self.config, self.function, self.cluster, self.programmatic = config, function, cluster, programmatic
+        self.arguments: int = ctypes.addressof(pointers)
         self._device: int = device.index
         self.enqueue = functools.partial(
             _driver().cuLaunchKernelEx,
             *(ctypes.c_void_p(x) for x in (ctypes.addressof(config), function, ctypes.addressof(pointers), None)),
         )
         self._kept = cells, pointers, attribute_array
+        self.owner: Any = None  # what has to live as long as the kernel's handle
 
     def bind(self, parameters: Sequence[str], tensors: Sequence[str]) -> None:
         """Say what the addresses of `launch` belong to: names of `tensors`, out of all `parameters`."""
@@ -235,11 +237,11 @@ class Plan:
     @property
     def stream(self) -> int | None:
         """Where `enqueue` launches."""
-        return self._config.stream
+        return self.config.stream
 
     @stream.setter
     def stream(self, stream: int) -> None:
-        self._config.stream = stream
+        self.config.stream = stream
 
     def again(self, status: int) -> None:
         """Launch after `enqueue` has returned this status: it is no error where the thread had not called CUDA."""
