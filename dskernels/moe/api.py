@@ -207,8 +207,9 @@ def _again(
     if (
         type(fp8) is not bool
         or type(n_shared) is not int
+        or type(keep) is not str
         or keep not in HOW_KEPT
-        or recompute not in (None, True, False)
+        or not (recompute is None or type(recompute) is bool)
     ):
         return UNSEEN
     if (
