@@ -4,6 +4,7 @@ Cases are those of `parity`, gradients included. Batches of other prompts are in
 over ranks in tests/parallel.
 """
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -90,19 +91,18 @@ def test_threads_on_streams_of_their_own_give_the_same_bits():
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", FIRST)
 def test_a_graph_gives_the_same_bits(impl, op):
-    case = FIRST[op]
-    want = results(case, impl)  # compiles
+    case, function = FIRST[op], functools.partial(getattr(ds, op), impl=impl)
+    results(case, impl)  # skips
+    for _ in range(2):  # compiles what only this path runs, and is of known metadata then
+        args, kwargs = case.inputs(torch.device("cuda"))
+        want = [x.clone() for x in parity._flatten(function(*args, **kwargs))]
     args, kwargs = case.inputs(torch.device("cuda"))
-    before = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = parity._flatten(getattr(ds, op)(*args, **kwargs, impl=impl))
-    for x, old in zip(args, before, strict=True):
-        if isinstance(x, torch.Tensor):
-            x.copy_(old)  # of what is written to
+        captured = parity._flatten(function(*args, **kwargs))
     graph.replay()
     torch.cuda.synchronize()
-    assert same(captured, want[: len(captured)])
+    assert same(captured, want)
 
 
 @pytest.mark.gpu
