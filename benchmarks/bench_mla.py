@@ -1,4 +1,4 @@
-"""Multi-head latent attention: decode over the latent cache, prefill and its gradient, and what stands around them."""
+"""Multi-head latent attention: decode over the latent cache, prefill and its gradient, and what is around them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 import dskernels as ds
 from benchmarks import inputs, peers, roofline, workloads
+from benchmarks.around_mla import DecodeQueries, MergeStates, ValuesQuantize, WriteLatentCache
 from benchmarks.cases import Call, Case
 from benchmarks.peers import Peer
 from benchmarks.peers import attention as attention_peers
 from benchmarks.prefix_sharing import decode_with_prefix
-from benchmarks.workloads import FP8_ROW_BYTES, LATENT_DIM, NOPE_DIM, QK_DIM, ROPE_DIM, ROW_DIM, VALUE_DIM
+from benchmarks.workloads import FP8_ROW_BYTES, LATENT_DIM, NOPE_DIM, QK_DIM, ROW_DIM, VALUE_DIM
 
 SCALE = QK_DIM**-0.5
-EPS = 1e-6
 CHECKED = 2  # requests or heads that the reference is asked for: its score matrix is in fp32, and whole
 
 
@@ -149,62 +149,6 @@ class DecodeWithPrefix(_Attention):
         table = torch.cat((x.prefix_table.expand(self.workload.b, -1), x.own_table), 1)
         lengths = x.own_lengths + x.prefix_length
         return Peer(lambda: ds.mla_decode(x.q, x.cache, table, lengths, scale=SCALE))
-
-
-@dataclass(frozen=True)
-class DecodeQueries(Case):
-    """`mla_decode_queries`: the key's up-projection, absorbed, and the rotation."""
-
-    workload: workloads.Tokens
-
-    @property
-    def op(self) -> str:
-        return "mla_decode_queries"
-
-    def work(self):
-        return roofline.decode_queries(self.workload)
-
-    def inputs(self, device):
-        t, h = self.workload.t, self.workload.h
-        angle = torch.rand(t, ROPE_DIM // 2, device=device) * 6.28
-        kv_b = inputs.bf16(h, NOPE_DIM + VALUE_DIM, LATENT_DIM, device=device, scale=NOPE_DIM**-0.5)
-        q = inputs.bf16(t, h, QK_DIM, device=device)
-        return SimpleNamespace(q=q, w_uk=kv_b[:, :NOPE_DIM], cos=angle.cos(), sin=angle.sin())
-
-    def ours(self, x, impl) -> Call:
-        return lambda: ds.mla_decode_queries(x.q, x.w_uk, x.cos, x.sin, impl=impl)
-
-    def peers(self, x):
-        return {"torch": peers.eager(lambda: attention_peers.eager_queries(x.q, x.w_uk, x.cos, x.sin))}
-
-
-@dataclass(frozen=True)
-class ValuesQuantize(Case):
-    """`mla_values_quantize`: the values' up-projection, absorbed, and e4m3 of what it gives."""
-
-    workload: workloads.Tokens
-    tolerance = 1e-4  # a sum in another order may turn a rounding to e4m3, by a sixteenth
-
-    @property
-    def op(self) -> str:
-        return "mla_values_quantize"
-
-    def work(self):
-        return roofline.values_quantize(self.workload)
-
-    def inputs(self, device):
-        t, h = self.workload.t, self.workload.h
-        kv_b = inputs.bf16(h, NOPE_DIM + VALUE_DIM, LATENT_DIM, device=device, scale=LATENT_DIM**-0.5)
-        return SimpleNamespace(latents=inputs.bf16(t, h, LATENT_DIM, device=device), w_uv=kv_b[:, NOPE_DIM:])
-
-    def ours(self, x, impl) -> Call:
-        return lambda: ds.mla_values_quantize(x.latents, x.w_uv, impl=impl)
-
-    def comparable(self, out):
-        return out.dequantize(torch.float32)
-
-    def peers(self, x):
-        return {"torch": peers.eager(self.ours(x, "reference"))}
 
 
 @dataclass(frozen=True)
@@ -354,92 +298,6 @@ class PrefillCached(_Attention):
         k, v = (row[:, :LATENT_DIM] @ x.kv_b.t()).unflatten(1, (w.h, -1)).tensor_split([NOPE_DIM], -1)
         job = (x.q, k, v, x.cu_seqlens, inputs.offsets([w.s] * w.b, x.q.device))
         return Peer(lambda: ds.mla_prefill(*job, scale=SCALE, k_rope=row[:, LATENT_DIM:]))
-
-
-@dataclass(frozen=True)
-class WriteLatentCache(Case):
-    """`write_latent_cache`: norm, rotation, and the scattered store, in bf16 or fp8."""
-
-    workload: workloads.Tokens
-    fp8: bool = False
-    tolerance = 1e-5
-    page = 64
-
-    @property
-    def op(self) -> str:
-        return "write_latent_cache" + ("_fp8" * self.fp8)
-
-    def work(self):
-        return roofline.write_cache(self.workload, row_bytes=FP8_ROW_BYTES if self.fp8 else 2 * ROW_DIM)
-
-    def inputs(self, device):
-        t, pages = self.workload.t, -(-self.workload.t // self.page)
-        angle = torch.rand(t, ROPE_DIM // 2, device=device) * 6.28
-        shape, dtype = ((FP8_ROW_BYTES,), torch.uint8) if self.fp8 else ((ROW_DIM,), torch.bfloat16)
-        return SimpleNamespace(
-            kv=inputs.bf16(t, LATENT_DIM, device=device),
-            k_rope=inputs.bf16(t, ROPE_DIM, device=device),
-            norm_weight=inputs.bf16(LATENT_DIM, device=device),
-            cos=angle.cos(),
-            sin=angle.sin(),
-            cache=torch.zeros(pages, self.page, *shape, dtype=dtype, device=device),
-            slots=inputs.slots(t, device),
-        )
-
-    def ours(self, x, impl) -> Call:
-        cache = x.cache.clone()  # each caller fills its own
-        job = (x.kv, x.k_rope, x.norm_weight, x.cos, x.sin, cache, x.slots)
-
-        def write():
-            ds.write_latent_cache(*job, eps=EPS, impl=impl)
-            return cache
-
-        return write
-
-    def comparable(self, out):
-        """Numbers: an fp8 element may fall on the other side of a rounding step, by another order of the sum."""
-        if not self.fp8:
-            return out
-        data, scale, rope = out.split([LATENT_DIM, 16, 2 * ROPE_DIM], dim=-1)
-        data = data.contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (-1, 128))
-        return data * scale.contiguous().view(torch.float32)[..., None], rope.contiguous().view(torch.bfloat16)
-
-    def peers(self, x):
-        return {"torch": peers.eager(self.ours(x, "reference"))}
-
-
-@dataclass(frozen=True)
-class MergeStates(Case):
-    """`merge_states` of two partial results."""
-
-    workload: workloads.Tokens
-
-    @property
-    def op(self) -> str:
-        return "merge_states"
-
-    def work(self):
-        return roofline.merge_states(self.workload)
-
-    def inputs(self, device):
-        t, h = self.workload.t, self.workload.h
-        return SimpleNamespace(
-            out_a=inputs.bf16(t, h, VALUE_DIM, device=device),
-            lse_a=torch.randn(h, t, device=device),
-            out_b=inputs.bf16(t, h, VALUE_DIM, device=device),
-            lse_b=torch.randn(h, t, device=device),
-        )
-
-    def ours(self, x, impl) -> Call:
-        return lambda: ds.merge_states(x.out_a, x.lse_a, x.out_b, x.lse_b, impl=impl)
-
-    def peers(self, x):
-        job = (x.out_a, x.lse_a, x.out_b, x.lse_b)
-        return {
-            "torch": peers.eager(self.ours(x, "reference")),
-            "flashinfer": lambda: attention_peers.flashinfer_merge(*job),
-            "vllm": lambda: attention_peers.vllm_merge(*job),
-        }
 
 
 CASES: list[Case] = [

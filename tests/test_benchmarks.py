@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as cli
 from benchmarks import base, cases, peers, results, roofline, runner, session, steadiness, timing, workloads
+from benchmarks.around_mla import MergeStates
 from benchmarks.bench_gemm import Fp8Gemm
-from benchmarks.bench_mla import MergeStates
 from benchmarks.cases import calc_diff, difference
 from benchmarks.peers import Peer
 from benchmarks.peers.gemm import padded_rows
