@@ -30,6 +30,7 @@ inline void prefetch_map(const void*) {}
 inline void clear_flag(int* flag) { *flag = 0; }
 inline void raise_flag(int* flag) { *flag = 1; }
 inline bool raised(const int* flag) { return *flag != 0; }
+template <int THREADS> void handover_sync_apart(int id) { named_sync<THREADS>(id); }
 """
 FUNCTION = re.compile(r"(?:template <[^>\n]*>\s*)?[^\n;#]*__device__ __forceinline__[^\n;]*?(\w+)\([^;{]*\)[^;{]*\{")
 # Functions of which warpgroups.h cannot know, as they take types of the kernel's.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "groups.cuh"
+#include "handover.cuh"
 #include "mla_parts.cuh"
 #include "wgmma.cuh"
 
@@ -15,7 +16,7 @@ __host__ __device__ constexpr int tiles_of(int group) { return group < 4 ? 2 : 1
 
 constexpr int THREADS = 384;  // three warpgroups: two multiply, the third loads
 constexpr int OFFSET_Q = 0, OFFSET_K = ROWS, OFFSET_P = OFFSET_K + 2 * ROWS, OFFSET_MAXIMA = OFFSET_P + TILE;
-constexpr int OFFSET_SUMS = OFFSET_MAXIMA + 2 * BLOCK * 4, OFFSET_PIECES = OFFSET_SUMS + 2 * BLOCK * 4;
+constexpr int OFFSET_SUMS = OFFSET_MAXIMA + 2 * BLOCK * 4, OFFSET_PIECES = OFFSET_SUMS + 4 * BLOCK * 4;
 constexpr int OFFSET_BARRIERS = OFFSET_PIECES + 2 * 32;
 
 __device__ __forceinline__ u32 full(u32 base, int stage, int group) { return base + OFFSET_BARRIERS + (stage * TILE_GROUPS + group) * 8; }

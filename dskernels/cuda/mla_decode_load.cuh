@@ -266,7 +266,7 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
     const u32 own = base + OFFSET_K + chunk(lane / 4 % 2 * TILE, warp * ROWS_OF_WARP + own_row(lane), lane % 4 * 2);
     auto arrive = [&](u32 barrier) {
         __syncwarp();
-        if (elect_one()) barrier_arrive(barrier);
+        if (RACECHECK || elect_one()) barrier_arrive(barrier);
     };
     // Of stage 1 the right half comes first.
     auto offset = [](int stage, int j) { return (j / 2 ^ stage) * 256 + j % 2 * 128; };

@@ -82,7 +82,7 @@ MOST_REQUESTS = 16384  # whose lengths a CTA sums up in shared memory
 TMA, ROWS, E4M3 = 0, 1, 2  # loaders
 
 # Queries, two stages of positions, the weights; maxima and sums of the rows; two pieces of work; 18 barriers.
-SHARED = 3 * BLOCK * (VALUE + ROPE) * 2 + BLOCK * BLOCK * 2 + 4 * BLOCK * 4 + 2 * 32 + 18 * 8
+SHARED = 3 * BLOCK * (VALUE + ROPE) * 2 + BLOCK * BLOCK * 2 + 6 * BLOCK * 4 + 2 * 32 + 18 * 8
 
 
 @dataclass(frozen=True)

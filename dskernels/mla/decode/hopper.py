@@ -196,10 +196,11 @@ def _grid(x: Tensor) -> tuple[int, int]:
 
 
 def work_size(q: Tensor) -> int:
-    """Elements of `work`: of a part two partial results, their log-sum-exps and four integers; of each CTA a flag."""
+    """Elements of `work`: of a part two partial results, of 16 bits a number, their log-sum-exps and four integers; of
+    each CTA a flag."""
     row_blocks, parts = _grid(q)
     flags = ceil_div(parts * row_blocks, 4) * 4
-    return 2 * parts * row_blocks * BLOCK * (VALUE + 1) + 4 * min(q.shape[0], parts) + flags
+    return 2 * parts * row_blocks * BLOCK * (VALUE // 2 + 1) + 4 * min(q.shape[0], parts) + flags
 
 
 def _positive(stride: int) -> int:

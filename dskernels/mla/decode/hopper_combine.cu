@@ -7,17 +7,17 @@
 #include "mla_parts.cuh"
 
 constexpr int WARPS = 8;         // of a block
-constexpr int DEEP = 4;          // results that a warp loads at once
-constexpr int STEPS = 4;         // of 8 columns that a warp has
+constexpr int DEEP = 8;          // results that a warp loads at once
+constexpr int STEPS = 2;         // of 16 columns that a warp has
 constexpr int ROWS = 16;         // that a block has: those of one warp of the decode kernel
 constexpr int MOST_PARTS = 256;  // of a request: a part is at least one multiprocessor
-constexpr int SLICES = VALUE / 8 / STEPS / (WARPS / WIDE);  // blocks for 16 rows
+constexpr int SLICES = VALUE / 16 / STEPS / (WARPS / WIDE);  // blocks for 16 rows
 
 // A block has 16 query rows and some columns. The results of their parts are weighed by e^lse and added in a fixed order. It may begin as soon as
 // the first CTA of the decode kernel has ended, and waits for their flags, not for the end of that kernel, which comes a microsecond later.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 combine(float* work, Element* out, float* lse, int requests, int q_tokens, int heads, int row_blocks, int parts) {
-    __shared__ float4 sums[WIDE == 1 ? 1 : WARPS][STEPS][32];
+    __shared__ float4 sums[WIDE == 1 ? 1 : WARPS][2 * STEPS][32];
     __shared__ float weights[MOST_PARTS][ROWS], largest[WARPS * 2][ROWS], factors[ROWS];
     const Work results(work, row_blocks, parts);
     const int rows = heads * q_tokens, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -35,14 +35,14 @@ combine(float* work, Element* out, float* lse, int requests, int q_tokens, int h
     auto slot = [&](int i) { return 2 * (span.y + i) + (i == 0); };
     const int first_step = (slice * (WARPS / WIDE) + warp / WIDE) * STEPS;
     // The first results are on their way while their weights are found.
-    float4 x[DEEP][STEPS];
+    uint4 x[DEEP][STEPS];
     auto load = [&](int first) {
 #pragma unroll
         for (int d = 0; d < DEEP; ++d) {
             const int i = first + d * WIDE;
 #pragma unroll
             for (int j = 0; j < STEPS; ++j)
-                x[d][j] = i < count ? *results.of(slot(i), sixteen / 4, first_step + j, sixteen % 4, lane) : make_float4(0.f, 0.f, 0.f, 0.f);
+                x[d][j] = i < count ? *results.of(slot(i), sixteen / 4, first_step + j, sixteen % 4, lane) : make_uint4(0, 0, 0, 0);
         }
     };
     load(warp % WIDE);
@@ -78,7 +78,7 @@ combine(float* work, Element* out, float* lse, int requests, int q_tokens, int h
     }
     __syncthreads();
 
-    float4 sum[STEPS] = {};
+    float4 sum[2 * STEPS] = {};  // of 8 columns each
     for (int first = warp % WIDE; first < count; first += DEEP * WIDE) {
         if (first >= DEEP * WIDE) load(first);
 #pragma unroll
@@ -86,25 +86,29 @@ combine(float* work, Element* out, float* lse, int requests, int q_tokens, int h
             const int i = first + d * WIDE;
             const float a = i < count ? weights[i][lane / 4] : 0.f, b = i < count ? weights[i][lane / 4 + 8] : 0.f;
 #pragma unroll
-            for (int j = 0; j < STEPS; ++j)
-                sum[j] = make_float4(fmaf(a, x[d][j].x, sum[j].x), fmaf(a, x[d][j].y, sum[j].y), fmaf(b, x[d][j].z, sum[j].z), fmaf(b, x[d][j].w, sum[j].w));
+            for (int j = 0; j < 2 * STEPS; ++j) {
+                const uint4 y = x[d][j / 2];
+                const u32 above = j % 2 ? y.z : y.x, below = j % 2 ? y.w : y.y;
+                sum[j] = make_float4(fmaf(a, widen((u16)above, OUT), sum[j].x), fmaf(a, widen((u16)(above >> 16), OUT), sum[j].y),
+                                     fmaf(b, widen((u16)below, OUT), sum[j].z), fmaf(b, widen((u16)(below >> 16), OUT), sum[j].w));
+            }
         }
     }
     auto store = [&](int j, float4 y) {
         const int r = sixteen * ROWS + lane / 4;
         const float a = factors[lane / 4], b = factors[lane / 4 + 8];
-        Element* to = out + ((long long)request * rows + r) * VALUE + (first_step + j) * 8 + lane % 4 * 2;
+        Element* to = out + ((long long)request * rows + r) * VALUE + first_step * 16 + j * 8 + lane % 4 * 2;
         if (r < rows) *(u32*)to = pack(y.x * a, y.y * a);
         if (r + 8 < rows) *(u32*)(to + 8 * VALUE) = pack(y.z * b, y.w * b);
     };
     if (WIDE == 1) {
 #pragma unroll
-        for (int j = 0; j < STEPS; ++j) store(j, sum[j]);
+        for (int j = 0; j < 2 * STEPS; ++j) store(j, sum[j]);
     } else {
 #pragma unroll
-        for (int j = 0; j < STEPS; ++j) sums[warp][j][lane] = sum[j];
+        for (int j = 0; j < 2 * STEPS; ++j) sums[warp][j][lane] = sum[j];
         __syncthreads();
-        if (warp < STEPS) {
+        if (warp < 2 * STEPS) {
             float4 y = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
             for (int i = 0; i < WIDE; ++i) {

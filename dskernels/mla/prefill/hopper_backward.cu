@@ -19,6 +19,7 @@
 //   KIND   of the inputs: 0 bf16, 1 fp16
 
 #include "attention_backward.cuh"
+#include "handover.cuh"
 
 constexpr int ROPE_DIM = 64, THREADS = 384, STAGES = 2;
 constexpr int Q_BYTES = ROWS * QK_DIM * 2, DOUT_BYTES = ROWS * V_DIM * 2, K_BYTES = KEYS * QK_DIM * 2, V_BYTES = KEYS * V_DIM * 2;
@@ -69,12 +70,12 @@ struct Barriers {
     __device__ __forceinline__ void make() const {
         barrier_init(k_full(), 1);
         barrier_init(v_full(), 1);
-        barrier_init(k_empty(), 8 + 2);  // one lane of each multiplying warp, and of those that add dq
+        barrier_init(k_empty(), (8 + 2) * OF_WARP);  // one lane of each multiplying warp, and of those that add dq
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(q_full(i), 1);
-            barrier_init(q_empty(i), 8);
+            barrier_init(q_empty(i), 8 * OF_WARP);
             barrier_init(dout_full(i), 1);
-            barrier_init(dout_empty(i), 8);
+            barrier_init(dout_empty(i), 8 * OF_WARP);
         }
         barrier_init_fence();
     }
@@ -170,14 +171,14 @@ __device__ __forceinline__ void add_dq(u32 base, Barriers barriers, float* dq, i
     const bool elected = elect_one();
     u32 k_phase = 0;
     int step = 0;
-    if (parity == 1) named_arrive<288>(dq_read(1));
+    if (parity == 1) handover_arrive<288>(dq_read(1));
     while (true) {
         Job job;
         barrier_wait(barriers.k_full(), k_phase);
         k_phase ^= 1;
         job.read(base + OFFSET_JOB);
         __syncwarp();
-        if (lane == 0) barrier_arrive(barriers.k_empty());
+        barrier_arrive_warp(barriers.k_empty(), lane);
         if (job.keys == 0) return;
         const int group = sizes.heads / sizes.heads_k;
 #pragma unroll 1
@@ -193,7 +194,7 @@ __device__ __forceinline__ void add_dq(u32 base, Barriers barriers, float* dq, i
                     proxy_fence_everywhere();
                 }
                 __syncwarp();
-                named_sync<288>(dq_written(parity));
+                handover_sync<288>(dq_written(parity));
                 if (elected) {
                     // The first tile of keys stores, the others add.
                     if (job.place == 0) bulk_store(dq + at * (DQ_BYTES / 4), base + OFFSET_DQ, DQ_BYTES);
@@ -202,7 +203,7 @@ __device__ __forceinline__ void add_dq(u32 base, Barriers barriers, float* dq, i
                     tma_store_wait_read<0>();
                 }
                 __syncwarp();
-                named_arrive<288>(dq_read(parity));
+                handover_arrive<288>(dq_read(parity));
                 if (elected) {
                     tma_store_wait<0>();
                     proxy_fence_everywhere();
@@ -259,9 +260,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
     float dk[96], dv[64], s[32], dp[32];
     u32 p[16];
 
-    auto arrive = [&](u32 barrier) {
-        if (lane == 0) barrier_arrive(barrier);
-    };
+    auto arrive = [&](u32 barrier) { barrier_arrive_warp(barrier, lane); };
     auto start_scores = [&] {
         barrier_wait(barriers.q_full(stage.index), stage.phase);
         registers_fence(s);
@@ -274,7 +273,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
         registers_fence(s);
     };
 
-    named_arrive<256>(ds_read_by(group));
+    handover_arrive<256>(ds_read_by(group));
     while (true) {
         Job job;
         barrier_wait(barriers.k_full(), k_phase);
@@ -335,7 +334,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
             // ds, from p as it was rounded: the sum of p and dp in fp32 would need all registers there are.
             wgmma_wait<1>();
             registers_fence(dp);
-            named_sync<256>(ds_read_by(group ^ 1));
+            handover_sync<256>(ds_read_by(group ^ 1));
 #pragma unroll
             for (int i = 0; i < ROWS / 16; ++i) {
                 u32 ds[4];
@@ -352,7 +351,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
                 smem_store_matrix(ds_row + ((2 * i + lane / 16) ^ lane % 8) * 16, ds[0], ds[1], ds[2], ds[3]);
             }
             proxy_fence();
-            named_sync<256>(DS_WRITTEN);
+            handover_sync<256>(DS_WRITTEN);
 
             wgmma_wait<0>();
             registers_fence(dv);
@@ -375,16 +374,16 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
             wgmma_wait<1>();
             registers_fence(dq);
             registers_fence(dv);
-            named_arrive<256>(ds_read_by(group));
+            handover_arrive<256>(ds_read_by(group));
             arrive(barriers.dout_empty(stage.index));
             if (step + 1 == steps) arrive(barriers.k_empty());
-            named_sync<288>(dq_read(stage.index ^ 1));
+            handover_sync<288>(dq_read(stage.index ^ 1));
 #pragma unroll
             for (int i = 0; i < 12; ++i)
                 smem_store4(base + OFFSET_DQ + group * (DQ_BYTES / 2) + i * 2048 + thread * 16, dq[4 * i], dq[4 * i + 1], dq[4 * i + 2],
                             dq[4 * i + 3]);
             proxy_fence();
-            named_arrive<288>(dq_written(stage.index));
+            handover_arrive<288>(dq_written(stage.index));
             stage.advance();
         }
         wgmma_wait<0>();
@@ -423,6 +422,7 @@ differentiate(const __grid_constant__ TensorMap map_q, const __grid_constant__ T
     const u32 base = smem_addr(smem);
     const Barriers barriers{base + OFFSET_BARRIERS};
     const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4, lane = threadIdx.x % 32;
+    handovers_init([](int id) { return id < dq_written(0) ? 256 : 288; });
     if (threadIdx.x == 0) barriers.make();
     __syncthreads();
     if (group == 2) {
