@@ -27,6 +27,7 @@ import torch
 
 import dskernels as ds
 from dskernels import device, parity
+from dskernels.cuda import compiler
 from dskernels.cuda.driver import Planned
 from dskernels.fp8.hopper import swiglu_quantize_kept
 from dskernels.gemm import hopper
@@ -385,6 +386,8 @@ def main() -> None:
     parser.add_argument("--filled", action="store_true", help="allocate memory full of NaN, between guards")
     parser.add_argument("--list", action="store_true", help="print the names; needs no GPU")
     asked = parser.parse_args()
+    if asked.racecheck:
+        compiler.FLAGS += ("-DRACECHECK=1",)  # see cuda/handover.cuh
     named = list(kernels(asked.racecheck))
     if asked.list:
         print("\n".join(name for name, _ in named))
