@@ -90,6 +90,31 @@ def test_a_trained_tokenizer_an_average_and_a_second_run(run, text, little, tmp_
     assert texts[out].rstrip("\n") == "def f1" + tokenizer.decode(new, skip_special_tokens=True).rstrip("\n")
 
 
+def test_a_run_that_begins_with_the_weights_of_another(run, text, little, tmp_path):
+    """Model and tokenizer are the other's unless said otherwise; what does not fit is one line."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    options = ["--data", text, "--steps", 2, *SIZES]
+    status, _, error = run("train", little, "--tokenizer", "train:270", "--precision", "fp8", "--out", first, *options)
+    assert status == 0, error
+    status, printed, error = run("train", "--init", first, "--precision", "bf16", "--out", out, *options)
+    assert status == 0, error
+    looks = [read_history(folder / "metrics.jsonl") for folder in (first, out)]
+    assert looks[1][0]["validation_loss"] == pytest.approx(looks[0][-1]["validation_loss"], rel=0.02)
+    assert json.loads((out / "train.json").read_text())["init"] == str(first)
+    assert (out / "tokenizer.json").read_bytes() == (first / "tokenizer.json").read_bytes()
+    assert (out / "config.json").read_bytes() == (first / "config.json").read_bytes()
+
+    for arguments, message in (
+        (["--init", first, "--tokenizer", "bytes"], f"--init: {first}/tokenizer.json is not the tokenizer of "),
+        (["tiny", "--init", first], "model.safetensors: tensor model.layers.1."),
+        (["--init", tmp_path / "nowhere"], "nowhere: no such folder"),
+    ):
+        status, _, error = run("train", *arguments, "--out", tmp_path / "other", *options)
+        assert status == 1
+        assert message in " ".join(error.split())
+        assert error.count("\n") == 1
+
+
 def test_the_same_recipe_or_an_error(run, text, little, tmp_path):
     options = ["--data", text, "--out", tmp_path / "run", "--checkpoint-every", 1, *SIZES]
     assert run("train", little, *options, "--steps", 1)[0] == 0
