@@ -54,7 +54,7 @@ class Block(nn.Module):
         """
         attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
         if attention.takes_fp8:
-            h, x = self.input_layernorm.after(x, update, True)
+            h, x = self.input_layernorm.after(x, update)
             update = attention(h, batch, cos, sin, cache)
         elif attention.takes_unnormed(x.shape[0]):
             unnormed = few.Unnormed(x, update, self.input_layernorm)
@@ -65,10 +65,6 @@ class Block(nn.Module):
             with self._keeping(x, self.input_layernorm, h):
                 update = attention(h, batch, cos, sin, cache, quantized)
         if isinstance(mlp, MoE):
-            if not self.fp8 and not torch.is_grad_enabled():
-                h, x = few.add_norm(x, update, norm)
-                update, router = mlp(h)
-                return x, update, router
             # In training what goes to other ranks has scales that are powers of two. The router multiplies what is not
             # quantised.
             form = "ue8m0" if torch.is_grad_enabled() else "fp32"
@@ -77,7 +73,7 @@ class Block(nn.Module):
                 update, router = mlp(h, quantized)
             return x, update, router
         if mlp.w13.takes_fp8:
-            h, x = norm.after(x, update, True)
+            h, x = norm.after(x, update)
             return x, mlp(h, x.dtype), None
         if few.fit(x.shape[0], mlp):
             gate_up, x, _ = few.products(x, (mlp.w13,), update=update, norm=norm)

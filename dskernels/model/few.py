@@ -1,5 +1,5 @@
 """What a pass over a few tokens does between its larger kernels, in few launches: products with the norm before them,
-the norm of the residual stream, the embedding with the angles.
+the embedding with the angles.
 
 One sequence of a small model is bound by launches, not by what they compute. So where there are few rows and weights
 are plain and small, a product norms its rows itself, each of its programs all of them again, which costs it less than
@@ -91,14 +91,6 @@ def linear(x: Tensor, layer: Linear) -> Tensor:
     return products(x, (layer,))[0] if fit(x.shape[0], layer) else layer(x)
 
 
-def add_norm(x: Tensor, update: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-    """``norm(x + update)`` and ``x + update``, of ``[T, hidden]``."""
-    if update is None:
-        return norm(x), x
-    normed, stream = _add_norm(x, update, norm.weight, norm.eps)
-    return normed, stream
-
-
 def embed(tokens: Tensor, positions: Tensor, embedding: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of the embedding ``[T, hidden]``, and cos and sin as `Rope` has them."""
     return _embed(tokens, positions, embedding, rope.frequencies, rope.scale, None, None, None, 0.0)
@@ -174,11 +166,6 @@ def _products_reference(
     return out, empty if update is None else stream, (h if norm is not None else h.clone()) if with_normed else empty
 
 
-def _add_norm_reference(x: Tensor, update: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    stream = x + update
-    return F.rms_norm(stream, norm.shape, norm, eps), stream
-
-
 def _embed_reference(
     tokens: Tensor,
     positions: Tensor,
@@ -242,12 +229,6 @@ _products = Operation(
     reference=_products_reference,
     triton="dskernels.model.triton_few:products",
     fake=_products_fake,
-)
-_add_norm = Operation(
-    "add_norm(Tensor x, Tensor update, Tensor norm, float eps) -> (Tensor, Tensor)",
-    reference=_add_norm_reference,
-    triton="dskernels.model.triton_few:add_norm",
-    fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
 _embed = Operation(
     "embed_tokens(Tensor tokens, Tensor positions, Tensor embedding, Tensor frequencies, float scale, Tensor? hidden, "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import dskernels as ds
 from dskernels import later
+from dskernels.dispatch import Operation
 from dskernels.types import Fp8Tensor
 
 FP8_BLOCK = (128, 128)  # of quantised weights
@@ -34,11 +35,8 @@ class RMSNorm(nn.Module):
         """Normalises ``[T, size]`` and quantises it, in one launch; without a gradient."""
         return ds.rmsnorm_quantize(x, self.weight, self.eps)
 
-    def after(self, x: Tensor, update: Tensor | None, fp8: bool) -> tuple[Activation, Tensor]:
-        """The norm of the residual stream ``x`` after ``update``, with ``fp8`` quantised at once; and that stream."""
-        if not fp8:
-            x = x if update is None else x + update
-            return self(x), x
+    def after(self, x: Tensor, update: Tensor | None) -> tuple[Activation, Tensor]:
+        """The norm of the residual stream ``x`` after ``update``, quantised at once; and that stream."""
         if update is None:
             return self.quantized(x), x
         return ds.rmsnorm_quantize(x, self.weight, self.eps, update)
@@ -46,10 +44,18 @@ class RMSNorm(nn.Module):
     def beside(
         self, x: Tensor, update: Tensor | None, fp8: bool, scale_format: str = "fp32"
     ) -> tuple[Tensor, Fp8Tensor | None, Tensor]:
-        """The norm of the stream after ``update``, with ``fp8`` in 1x128 tiles too; and that stream. Differentiable."""
+        """The norm of the stream after ``update``, with ``fp8`` in 1x128 tiles too; and that stream.
+
+        Differentiable. In one launch if it is quantised, or if there is an update and nothing to differentiate.
+        """
         if not fp8:
-            x = x if update is None else x + update
-            return self(x), None, x
+            if update is None:
+                return self(x), None, x
+            if torch.is_grad_enabled():
+                x = x + update
+                return self(x), None, x
+            normed, x = _add_norm(x, update, self.weight, self.eps)
+            return normed, None, x
         quantized, x, normed = ds.rmsnorm_quantize(
             x, self.weight, self.eps, update, with_normed=True, scale_format=scale_format
         )
@@ -58,6 +64,19 @@ class RMSNorm(nn.Module):
     def again(self, x: Tensor, fp8: bool) -> Tensor:
         """Of the stream ``x`` what `beside` gave."""
         return self.beside(x, None, fp8)[0]
+
+
+def _add_norm_reference(x: Tensor, update: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    stream = x + update
+    return F.rms_norm(stream, norm.shape, norm, eps), stream
+
+
+_add_norm = Operation(
+    "add_norm(Tensor x, Tensor update, Tensor norm, float eps) -> (Tensor, Tensor)",
+    reference=_add_norm_reference,
+    triton="dskernels.model.triton_few:add_norm",
+    fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
 
 
 class Linear(nn.Module):

@@ -143,10 +143,8 @@ class DeepseekV3(nn.Module):
         x, update, routers = self._blocks(tokens, batch, cache)
         if update is None:
             return self.norm(x), routers
-        if not torch.is_grad_enabled():
-            return few.add_norm(x, update, self.norm)[0], routers
-        # Where blocks norm so, the last stream is added and normed in one launch too.
-        return self.norm.beside(x, update, self.fp8)[0], routers
+        # Where blocks train in e4m3, the last stream is added and normed in one launch as theirs are.
+        return self.norm.beside(x, update, self.fp8 and torch.is_grad_enabled())[0], routers
 
     def score(self, tokens: Tensor, batch: Batch, cache: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states after the final norm, and logits, of all tokens; the arguments are those of `trunk`."""

@@ -43,9 +43,8 @@ class MTP(Block):
         cache: Tensor | None = None,
     ) -> tuple[Tensor, RouterOutput]:
         """The next hidden state ``[T, hidden]`` of what `beside` gives, normed, for the head or the next prediction."""
-        is_few = few.fit(both.shape[0], self.eh_proj)
         x, update, router = self(few.linear(both, self.eh_proj), None, batch, cos, sin, cache)
-        hidden = few.add_norm(x, update, self.norm)[0] if is_few else self.norm(x + update)
+        hidden, _, _ = self.norm.beside(x, update, fp8=False)
         return hidden, cast(RouterOutput, router)  # its feed-forward is always a mixture of experts
 
 

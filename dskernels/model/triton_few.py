@@ -204,7 +204,7 @@ def add_norm_kernel(
 
 
 def add_norm(x: Tensor, update: Tensor, norm: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `few.add_norm`."""
+    """``norm(x + update)`` and ``x + update``, see `layers.RMSNorm.beside`."""
     rows, width = x.shape
     stream, normed = x.new_empty(rows, width), x.new_empty(rows, width)
     if rows:

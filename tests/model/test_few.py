@@ -5,12 +5,12 @@ import torch
 from tiny import tiny_model
 
 from compiling import Compile, assert_clean, compile_all
-from dskernels.model import LatentCache, few, generate
+from dskernels.model import LatentCache, few, generate, layers
 from dskernels.model.layers import FeedForward, Linear, RMSNorm
 from dskernels.model.rope import Rope
 from registering import check_registration
 
-OPS = few._products, few._add_norm, few._embed, few._look_ahead
+OPS = few._products, layers._add_norm, few._embed, few._look_ahead
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -63,7 +63,7 @@ def test_products(rows, n, second, k, how, dtype, device):
 def test_add_norm(shape, dtype, device):
     options = {"dtype": dtype, "device": device}
     args = draw(*shape, **options), draw(*shape, seed=1, **options), draw(shape[1], **options), 1e-6
-    close(few._add_norm(*args, impl="triton"), few._add_norm(*args, impl="reference"))
+    close(layers._add_norm(*args, impl="triton"), layers._add_norm(*args, impl="reference"))
 
 
 def embedding_and_norms(dtype, device, rows, vocabulary=37, width=40):
