@@ -103,7 +103,13 @@ def test_row_kernels_compile_without_spills():
                 ("dout", "y", "dy"),
                 {},
             ),
-            (f"{SWIGLU}:swiglu_kernel", {"p_x": dtype, "p_out": dtype}, ("width",), ("x", "out"), {}),
+            (
+                f"{SWIGLU}:swiglu_kernel",
+                {"p_x": dtype, "p_offsets": "*i32", "p_out": dtype},
+                ("groups", "width"),
+                ("x", "out"),
+                {},
+            ),
             (
                 f"{SWIGLU}:swiglu_backward_kernel",
                 swiglu_backward,

@@ -13,7 +13,7 @@ from dskernels.moe import hopper_swiglu, packed
 from dskernels.moe.experts import Batch
 from dskernels.moe.triton_packed import packed as triton_packed
 from dskernels.moe.triton_sort import sort
-from dskernels.moe.triton_swiglu import swiglu_backward
+from dskernels.moe.triton_swiglu import swiglu, swiglu_backward
 
 NAN = float("nan")
 
@@ -52,6 +52,37 @@ def test_what_is_kept_has_the_same_bytes(sm_90, rows):
 
 
 @pytest.mark.gpu
+def test_rows_of_no_expert_are_left_alone(sm_90):
+    """In both forms of the activation, and along tokens: what is there stays, whatever is in the rows it is made of."""
+    rows, used, width = 700, 300, 384
+    gate_up = torch.randn(rows, 2 * width, device="cuda").bfloat16()
+    gate_up[used:] = NAN
+    offsets = torch.tensor([0, 130, 130, used], dtype=torch.int32, device="cuda")
+    want = fp8_hopper.swiglu_quantize(gate_up[:used].contiguous(), False, False)
+    for kept in (None, torch.full((rows, packed.packed_width(2 * width)), 7, dtype=torch.uint8, device="cuda")):
+        torch.full((1 << 26,), 7, dtype=torch.uint8, device="cuda")  # freed at once: what is not written stays 7
+        data, scale = fp8_hopper.swiglu_quantize_rows(gate_up, offsets, kept)
+        assert torch.equal(data[:used].view(torch.uint8), want[0].view(torch.uint8))
+        assert torch.equal(scale[:used], want[1][:used])
+        assert kept is None or (kept[used:] == 7).all()
+        assert kept is None or not (kept[:used, : 2 * width] == 7).all()
+    hidden = swiglu(gate_up, offsets)
+    assert torch.equal(hidden[:used], swiglu(gate_up[:used].contiguous()))
+
+    whole = quantize_grouped(gate_up, offsets, False)
+    part = quantize_grouped(gate_up, offsets, False, leave=True)
+    filled = 128 * int(((offsets.diff() + 127) // 128).sum())
+    assert torch.equal(*(data.view(torch.uint8)[:, :filled] for data, _ in (whole, part)))
+    assert torch.equal(whole[1][:, : filled // 128], part[1][:, : filled // 128])
+
+
+def test_rows_of_no_expert_change_nothing(device):
+    gate_up = torch.randn(37, 256, device=device)
+    offsets = torch.tensor([0, 5, 5, 29], dtype=torch.int32, device=device)
+    assert torch.equal(swiglu(gate_up, offsets)[:29], swiglu(gate_up)[:29])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("grouped", [True, False])
 def test_gradient(sm_90, grouped):
     """Ragged groups, one empty, dropped choices, which nothing may read; all results against the portable kernels'."""
@@ -75,6 +106,8 @@ def test_gradient(sm_90, grouped):
     dgate_up, hidden, dweights = swiglu_backward(kept, dhidden, batch.source, weights)
 
     by_row, along, along_hidden = got[0], got[1].data, got[2].data
+    # Tiles of 128 tokens that no group fills are nobody's, as rows after the last group's are: no product reads them.
+    filled = 128 * int(((batch.offsets.diff() + 127) // 128).sum()) if grouped else rows
     assert parity.difference(by_row.dequantize()[:used], ds.quantize(dgate_up).dequantize()[:used]) < 1e-4
     for mine, values in ((along, dgate_up), (along_hidden, hidden)):
         if grouped:
@@ -83,11 +116,12 @@ def test_gradient(sm_90, grouped):
             want = ds.quantize(values, (128, 1), transpose=True)
         assert mine.data.shape == want.data.shape
         assert mine.scale.stride() == want.scale.stride()
-        assert parity.difference(mine.dequantize(), want.dequantize()) < 1e-4
-        assert torch.equal(mine.data.float() == 0, mine.dequantize() == 0)
+        assert parity.difference(mine.dequantize()[:, :filled], want.dequantize()[:, :filled]) < 1e-4
+        assert torch.equal(mine.data.float()[:, :filled] == 0, mine.dequantize()[:, :filled] == 0)
     if weights is not None:
         assert parity.difference(got[3], dweights) < 1e-8
         assert (got[3][5:20, 1] == 0).all()
         assert torch.equal(got[3], again[3])
-    assert torch.equal(along.data.view(torch.uint8), again[1].data.data.view(torch.uint8))
-    assert torch.equal(along_hidden.scale, again[2].data.scale)
+    bits = [along.data.view(torch.uint8), again[1].data.data.view(torch.uint8)]
+    assert torch.equal(*(part[:, :filled] for part in bits))
+    assert torch.equal(*(part[:, : filled // 128] for part in (along_hidden.scale, again[2].data.scale)))

@@ -74,11 +74,12 @@ __device__ __forceinline__ void keep(u8*, const uint4&, const uint4&, int, int, 
 #endif
 
 // `x` is bf16 [E, rows, cols], or gate and up side by side, [rows, 2 * cols], and `dy` [rows, cols]. The results are contiguous;
-// stride_s is that of scales from one tile to the next, across the direction in which they stand side by side.
+// stride_s is that of scales from one tile to the next, across the direction in which they stand side by side. Of a product with `offsets`, rows from
+// offsets[groups] on are nobody's: they are not read, and what becomes of them is left as it is.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__ q, float* __restrict__ s, u8* __restrict__ qt, float* __restrict__ st,
          u8* __restrict__ kept, long long stride_xe, int stride_xr, int stride_dyr, int rows, int cols, int tiles_r, int tiles_c, int stride_s,
-         int stride_st, int stride_kept) {
+         int stride_st, int stride_kept, const int* __restrict__ offsets, int groups) {
     __shared__ Factor by_row[BY_ROW ? ROWS : 1];
     __shared__ __align__(16) Columns<Values, Factor, BY_COLUMN ? WARPS : 1> columns;
     __shared__ u32 warp_amax[WARPS];
@@ -88,6 +89,10 @@ quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__
 
     const int width = SOURCE == GRADIENT ? 2 * cols : cols;
     Place at(threadIdx.x, blockIdx.x, tiles_r, tiles_c);
+    if (SOURCE == PRODUCT && offsets) {
+        rows = min(rows, __ldg(offsets + groups));
+        if (at.i_r * ROWS >= rows) return;
+    }
     const int height = at.col() < cols ? min(rows - at.row(), 8) : 0;  // rows of this thread, may be negative
 
     Values v;

@@ -45,7 +45,7 @@ def quantize(x: Tensor, block_rows: int, block_cols: int, ue8m0: bool, transpose
     block = (block_rows, block_cols)
     data, scale = empty_quantized(x, block, transpose)
     results = (None, None, data, scale) if transpose else (data, scale, None, None)
-    _quantize(choose_hopper(block, transpose), x, None, ue8m0, *results, None)
+    _quantize(choose_hopper(block, transpose), x, None, ue8m0, *results, None, None)
     return data, scale
 
 
@@ -53,7 +53,7 @@ def quantize(x: Tensor, block_rows: int, block_cols: int, ue8m0: bool, transpose
 def quantize_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of `x` [rows, cols] in 1x128 tiles, then of x.T."""
     results = (*empty_quantized(x, (1, 128)), *empty_quantized(x, (128, 1), transpose=True))
-    _quantize(QUANTIZE_BOTH, x, None, ue8m0, *results, None)
+    _quantize(QUANTIZE_BOTH, x, None, ue8m0, *results, None, None)
     return results
 
 
@@ -61,7 +61,7 @@ def quantize_both(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
 def quantize_weight(x: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of `x` [E?, rows, cols] in 128x128 blocks, then of x.T."""
     results = (*empty_quantized(x, (128, 128)), *empty_quantized(x, (128, 128), transpose=True))
-    _quantize(QUANTIZE_WEIGHT, x, None, ue8m0, *results, None)
+    _quantize(QUANTIZE_WEIGHT, x, None, ue8m0, *results, None, None)
     return results
 
 
@@ -70,22 +70,33 @@ def swiglu_quantize(gate_up: Tensor, ue8m0: bool, transpose: bool) -> tuple[Tens
     """Data and scale of silu(gate) * up, or of its transpose, `gate_up` being [T, 2I]."""
     data, scale = empty_quantized(gate_up[:, : gate_up.shape[1] // 2], (128, 1) if transpose else (1, 128), transpose)
     results = (None, None, data, scale) if transpose else (data, scale, None, None)
-    _quantize(SWIGLU_TRANSPOSED if transpose else SWIGLU, gate_up, None, ue8m0, *results, None)
+    _quantize(SWIGLU_TRANSPOSED if transpose else SWIGLU, gate_up, None, ue8m0, *results, None, None)
+    return data, scale
+
+
+def swiglu_quantize_rows(
+    gate_up: Tensor, offsets: Tensor | None = None, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `swiglu_quantize` gives, of rows in groups: those from ``offsets[-1]`` on are left as they are.
+
+    `gate_up` itself, in 1x128 tiles, goes to `kept` where that is given (see dskernels.moe.packed).
+    """
+    data, scale = empty_quantized(gate_up[:, : gate_up.shape[1] // 2], (1, 128))
+    config = SWIGLU if kept is None else SWIGLU_KEPT
+    _quantize(config, gate_up, None, False, data, scale, None, None, kept, offsets)
     return data, scale
 
 
 def swiglu_quantize_kept(gate_up: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """What `swiglu_quantize` gives; `gate_up` itself, in 1x128 tiles, goes to `kept` (see dskernels.moe.packed)."""
-    data, scale = empty_quantized(gate_up[:, : gate_up.shape[1] // 2], (1, 128))
-    _quantize(SWIGLU_KEPT, gate_up, None, False, data, scale, None, None, kept)
-    return data, scale
+    """The same of all rows."""
+    return swiglu_quantize_rows(gate_up, None, kept)
 
 
 @Recorded
 def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of the gradient [T, 2I] of silu(gate) * up in 1x128 tiles, then of its transpose."""
     results = (*empty_quantized(gate_up, (1, 128)), *empty_quantized(gate_up, (128, 1), transpose=True))
-    _quantize(SWIGLU_BACKWARD, gate_up, dy, ue8m0, *results, None)
+    _quantize(SWIGLU_BACKWARD, gate_up, dy, ue8m0, *results, None, None)
     return results
 
 
@@ -100,6 +111,7 @@ def _quantize(
     data_t: Tensor | None,
     scale_t: Tensor | None,
     kept: Tensor | None,
+    offsets: Tensor | None,
 ) -> Plan:
     """Fill the results that are there: of x, and of its transpose."""
     rows, cols = x.shape[-2:]
@@ -115,6 +127,8 @@ def _quantize(
             *map(ctypes.c_int, (rows, cols, tiles_r, tiles_c)),
             *map(ctypes.c_int, (_tile_stride(config.plain, scale), _tile_stride(config.transposed, scale_t))),
             ctypes.c_int(0 if kept is None else kept.stride(0)),
+            Pointer("offsets"),
+            ctypes.c_int(0 if offsets is None else offsets.shape[0] - 1),
         ),
         grid=tiles_r * tiles_c * (x.shape[0] if x.dim() == 3 else 1),
         threads=32 * config.warps,

@@ -2,7 +2,8 @@
 //
 // A tile is 128 tokens of one group by 128 channels, and becomes 128 rows of 128 bytes. CTAs stay, `BLOCKS` to an SM: each finds out once where
 // groups and their tiles begin, from the offsets, and then walks tiles, those of all tokens before the next channels: so rows of the result
-// fill from tiles that run at the same time, and a token that several experts gather is still in the L2. A tile that no group fills is zero.
+// fill from tiles that run at the same time, and a token that several experts gather is still in the L2. A tile that no group fills is
+// zero, unless it is to be left as it is.
 //
 // Options (-D): KIND of x: 0 bf16, 1 fp16, 2 fp32. GATHER: row r of the batch is row source[r] / top_k of x. UE8M0. BLOCKS.
 
@@ -15,7 +16,7 @@ constexpr int WIDTH = KIND == 2 ? 4 : 2;  // bytes of an element
 // `x` [tokens, cols], `source` [rows], `offsets` [groups + 1]; q [cols, 128 * tiles], s [tiles, stride_s].
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 quantize_grouped(const u8* __restrict__ x, const int* __restrict__ offsets, const int* __restrict__ source, u8* __restrict__ q, float* __restrict__ s,
-                 int stride_x, int tokens, int rows, int cols, int groups, int tiles, int stride_s, int top_k) {
+                 int stride_x, int tokens, int rows, int cols, int groups, int tiles, int stride_s, int top_k, int leave) {
 #if KIND == 0
     typedef Pairs Values;
 #else
@@ -28,9 +29,10 @@ quantize_grouped(const u8* __restrict__ x, const int* __restrict__ offsets, cons
     find_groups<32 * WARPS>(offsets, rows, groups, first_row, first_tile);
 
     const Lane at(threadIdx.x);
-    const int items = tiles * ((cols + 127) / 128);
+    const int walked = leave ? first_tile[groups] : tiles;
+    const int items = walked * ((cols + 127) / 128);
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int tile = item % tiles, col = item / tiles * 128;
+        const int tile = item % walked, col = item / walked * 128;
         const int group = group_of(tile, groups, first_tile);
         int row = 0, height = 0;  // first row of this thread, and how many of the 8 from there on are the group's
         if (group < groups) {

@@ -26,21 +26,31 @@ MOST_GROUPS = 2047  # whose first rows and tiles take 16 KiB of a block's shared
 
 
 def quantize_grouped(
-    x: Tensor, offsets: Tensor, ue8m0: bool, source: Tensor | None = None, top_k: int = 1
+    x: Tensor, offsets: Tensor, ue8m0: bool, source: Tensor | None = None, top_k: int = 1, leave: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Data e4m3 [K, P] and scale [K, P / 128] of x.T; with `source`, token r is row ``source[r] // top_k`` of `x`."""
+    """Data e4m3 [K, P] and scale [K, P / 128] of x.T; with `source`, token r is row ``source[r] // top_k`` of `x`.
+
+    What no group fills becomes zero; with `leave` it is left as it is, since `grouped_wgrad` does not read it.
+    """
     k, rows = x.shape[1], x.shape[0] if source is None else source.shape[0]
     width = padded_width(rows, offsets.shape[0] - 1)
     data = empty(x, (k, width), torch.float8_e4m3fn)
     scale = empty_scale(x, (k, width // 128), (1, 128))
     if k:
-        _quantize_grouped(x, offsets, source, ue8m0, top_k, data, scale)
+        _quantize_grouped(x, offsets, source, ue8m0, top_k, leave, data, scale)
     return data, scale
 
 
 @Planned
 def _quantize_grouped(
-    x: Tensor, offsets: Tensor, source: Tensor | None, ue8m0: bool, top_k: int, data: Tensor, scale: Tensor
+    x: Tensor,
+    offsets: Tensor,
+    source: Tensor | None,
+    ue8m0: bool,
+    top_k: int,
+    leave: bool,
+    data: Tensor,
+    scale: Tensor,
 ) -> Plan:
     (tokens, cols), groups = x.shape, offsets.shape[0] - 1
     tiles, blocks, shared = data.shape[1] // 128, blocks_of(x.dtype), 8 * (groups + 1)
@@ -49,7 +59,7 @@ def _quantize_grouped(
         arguments=(
             *map(Pointer, ("x", "offsets", "source", "data", "scale")),
             *map(ctypes.c_int, (x.stride(0), tokens, tokens if source is None else source.shape[0], cols)),
-            *map(ctypes.c_int, (groups, tiles, scale.stride(1), top_k)),
+            *map(ctypes.c_int, (groups, tiles, scale.stride(1), top_k, leave)),
         ),
         grid=min(tiles * ceil_div(cols, 128), blocks * multiprocessors(x.device)),
         threads=THREADS,
@@ -69,7 +79,7 @@ def options(dtype: torch.dtype, gather: bool, ue8m0: bool) -> dict[str, int]:
 
 
 def quantize_grouped_supports(
-    x: Tensor, offsets: Tensor, ue8m0: bool, source: Tensor | None = None, top_k: int = 1
+    x: Tensor, offsets: Tensor, ue8m0: bool, source: Tensor | None = None, top_k: int = 1, leave: bool = False
 ) -> str | None:
     """Why this kernel does not take these arguments, or None."""
     cols, stride, groups = x.shape[1], x.stride(0), offsets.shape[0] - 1

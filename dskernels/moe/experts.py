@@ -101,7 +101,7 @@ class Steps:
         rows: tokens as rows of a batch, copied to their experts or to be gathered by the product.
         weight: a weight and its scale, or (True) its transpose, as the products take it.
         product: each row times its expert's weight, in a dtype.
-        hidden: silu(gate) * up of ``[rows, 2I]`` as an operand.
+        hidden: silu(gate) * up of ``[rows, 2I]`` as an operand, of the rows that the batch's experts have.
         kept: ``[rows, 2I]`` as the backward keeps it.
         hidden_and_kept: both.
         gradient: given what was kept, the gradient of the hidden rows, the batch and the weights of its rows: the
@@ -118,9 +118,9 @@ class Steps:
     rows: Callable[[Operand, Batch], Rows]
     weight: Callable[[Tensor, Tensor | None, bool], Operand]
     product: Callable[[Rows, Operand, Batch, torch.dtype], Tensor]
-    hidden: Callable[[Tensor], Operand]
+    hidden: Callable[[Tensor, Batch], Operand]
     kept: Callable[[Tensor], Tensor]
-    hidden_and_kept: Callable[[Tensor], tuple[Operand, Tensor]]
+    hidden_and_kept: Callable[[Tensor, Batch], tuple[Operand, Tensor]]
     gradient: Callable[[Tensor, Tensor, Batch, Tensor | None], tuple[Operand, Rows, Rows, Tensor | None]]
     dispatched: Callable[[Tensor], Operand]
     wgrad: Callable[[Rows, Rows, Batch, Tensor], Tensor]
@@ -203,7 +203,10 @@ def network_forward(
 ) -> tuple[Tensor, Tensor]:
     """The rows of one network, not yet weighted, and what enters its SwiGLU, of no rows unless that is kept."""
     gate_up = _up(steps, a, network, batch, dtype)
-    hidden, kept = steps.hidden_and_kept(gate_up) if keep else (steps.hidden(gate_up), steps.kept(gate_up[:0]))
+    if keep:
+        hidden, kept = steps.hidden_and_kept(gate_up, batch)
+    else:
+        hidden, kept = steps.hidden(gate_up, batch), steps.kept(gate_up[:0])
     del gate_up
     return steps.product(Rows(hidden), steps.weight(network.w2, network.w2_scale, False), batch, dtype), kept
 

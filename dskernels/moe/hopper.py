@@ -20,7 +20,11 @@ from dskernels.cuda.compiler import reason_against_cuda
 from dskernels.cuda.driver import RAGGED_ROWS
 from dskernels.device import empty
 from dskernels.fp8.api import _quantize, _swiglu_quantize
-from dskernels.fp8.hopper import swiglu_quantize_kept, swiglu_quantize_kept_supports
+from dskernels.fp8.hopper import (
+    swiglu_quantize_kept_supports,
+    swiglu_quantize_rows,
+    swiglu_quantize_supports,
+)
 from dskernels.gemm.api import _fp8_gemm
 from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm import hopper as grouped
@@ -81,7 +85,7 @@ def _along_tokens(rows: Rows, batch: Batch) -> tuple[Tensor, Tensor]:
     if isinstance(rows.data, Fp8Tensor):
         return rows.data.data, rows.data.scale
     if batch.offsets is not None:
-        return quantize_grouped(rows.data, batch.offsets, False, rows.source, batch.top_k)
+        return quantize_grouped(rows.data, batch.offsets, False, rows.source, batch.top_k, leave=True)
     return _quantize(rows.data, 128, 1, False, True)
 
 
@@ -91,9 +95,9 @@ PLAIN = Steps(
     rows=_rows,
     weight=experts.plain_weight,
     product=_product,
-    hidden=swiglu,
+    hidden=lambda gate_up, batch: swiglu(gate_up, batch.offsets),
     kept=lambda gate_up: gate_up,
-    hidden_and_kept=lambda gate_up: (swiglu(gate_up), gate_up),
+    hidden_and_kept=lambda gate_up, batch: (swiglu(gate_up, batch.offsets), gate_up),
     gradient=experts.gradient_by(lambda x: x),
     dispatched=lambda x: x,
     wgrad=_wgrad,
@@ -106,15 +110,17 @@ def _operand(x: Tensor) -> Fp8Tensor:
     return Fp8Tensor(*_quantize(x, 1, 128, False, False))
 
 
-def _hidden(gate_up: Tensor) -> Fp8Tensor:
-    return Fp8Tensor(*_swiglu_quantize(gate_up, False, False))
+def _hidden(gate_up: Tensor, batch: Batch) -> Fp8Tensor:
+    if batch.offsets is None or swiglu_quantize_supports(gate_up, False, False) is not None:
+        return Fp8Tensor(*_swiglu_quantize(gate_up, False, False))
+    return Fp8Tensor(*swiglu_quantize_rows(gate_up, batch.offsets))
 
 
-def _hidden_and_kept(gate_up: Tensor) -> tuple[Fp8Tensor, Tensor]:
+def _hidden_and_kept(gate_up: Tensor, batch: Batch) -> tuple[Fp8Tensor, Tensor]:
     if swiglu_quantize_kept_supports(gate_up) is not None:
-        return _hidden(gate_up), packed(gate_up)
+        return _hidden(gate_up, batch), packed(gate_up)
     kept = empty(gate_up, (gate_up.shape[0], packed_width(gate_up.shape[1])), torch.uint8)
-    return Fp8Tensor(*swiglu_quantize_kept(gate_up, kept)), kept
+    return Fp8Tensor(*swiglu_quantize_rows(gate_up, batch.offsets, kept)), kept
 
 
 _written_out = experts.gradient_by(_operand)
@@ -132,7 +138,7 @@ FP8 = replace(
     operand=_operand,
     weight=functools.partial(weight_operand, impl=None),
     hidden=_hidden,
-    hidden_and_kept=lambda gate_up: (_hidden(gate_up), gate_up),
+    hidden_and_kept=lambda gate_up, batch: (_hidden(gate_up, batch), gate_up),
     gradient=_written_out,
     dispatched=lambda dout: Fp8Tensor(*_quantize(dout, 1, 128, True, False)),
     wgrad=_fp8_wgrad,

@@ -53,9 +53,10 @@ swiglu_backward(const u8* __restrict__ kept, const u16* __restrict__ dhidden, co
     if (GROUPED) find_groups<THREADS>(offsets, rows, groups, first_row, first_tile);
 
     const Lane at(threadIdx.x);
-    const int items = tiles * (cols / 128);
+    const int filled = GROUPED ? first_tile[groups] : tiles;  // tiles that no group fills are left as they are: nobody reads them
+    const int items = filled * (cols / 128);
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int tile = item % tiles, i_c = item / tiles;
+        const int tile = item % filled, i_c = item / filled;
         int row = tile * 128 + at.row0, height = min(rows - row, 8);  // first row of this thread, and how many of the 8 are the group's
         if (GROUPED) {
             const int group = group_of(tile, groups, first_tile);

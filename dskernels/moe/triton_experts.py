@@ -68,9 +68,9 @@ PLAIN = Steps(
     rows=_rows,
     weight=experts.plain_weight,
     product=_product,
-    hidden=swiglu,
+    hidden=lambda gate_up, batch: swiglu(gate_up, batch.offsets),
     kept=lambda gate_up: gate_up,
-    hidden_and_kept=lambda gate_up: (swiglu(gate_up), gate_up),
+    hidden_and_kept=lambda gate_up, batch: (swiglu(gate_up, batch.offsets), gate_up),
     gradient=experts.gradient_by(lambda x: x),
     dispatched=lambda x: x,
     wgrad=_wgrad,
@@ -83,7 +83,7 @@ def _operand(x: Tensor) -> Fp8Tensor:
     return Fp8Tensor(*quantize(x, 1, 128, False, False))
 
 
-def _hidden(gate_up: Tensor) -> Fp8Tensor:
+def _hidden(gate_up: Tensor, _: Batch) -> Fp8Tensor:
     return Fp8Tensor(*swiglu_quantize(gate_up, False))
 
 
@@ -92,7 +92,7 @@ FP8 = replace(
     operand=_operand,
     weight=functools.partial(weight_operand, impl="triton"),
     hidden=_hidden,
-    hidden_and_kept=lambda gate_up: (_hidden(gate_up), gate_up),
+    hidden_and_kept=lambda gate_up, batch: (_hidden(gate_up, batch), gate_up),
     gradient=experts.gradient_by(_operand),
     dispatched=lambda dout: Fp8Tensor(*quantize(dout, 1, 128, True, False)),
     wgrad=_fp8_wgrad,
@@ -101,7 +101,7 @@ FP8 = replace(
 )
 
 
-PACKING = replace(FP8, kept=packed, hidden_and_kept=lambda gate_up: (_hidden(gate_up), packed(gate_up)))
+PACKING = replace(FP8, kept=packed, hidden_and_kept=lambda gate_up, batch: (_hidden(gate_up, batch), packed(gate_up)))
 KINDS = Kinds(PLAIN, FP8, PACKING)
 
 fused_experts, fused_experts_backward = experts.operations(KINDS)

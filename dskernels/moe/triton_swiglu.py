@@ -19,10 +19,14 @@ from dskernels.validate import ceil_div
 
 
 @triton.jit
-def swiglu_kernel(p_x, p_out, width, stride_x, stride_out, WIDTH: tl.constexpr):
+def swiglu_kernel(p_x, p_offsets, p_out, groups, width, stride_x, stride_out, WIDTH: tl.constexpr):
     """WIDTH columns of silu(gate) * up of one row, gate and up being the halves of a row of 2 * width."""
     columns = tl.cdiv(width, WIDTH)
     i_r = (tl.program_id(0) // columns).to(tl.int64)
+    if p_offsets is not None:
+        end = tl.load(p_offsets + groups)
+        if i_r >= end:  # after the last group's rows: nobody reads it
+            return
     o_c = tl.program_id(0) % columns * WIDTH + tl.arange(0, WIDTH)
     m_c = o_c < width
     gate = tl.load(p_x + i_r * stride_x + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -101,8 +105,8 @@ def sum_of_choices_kernel(p_parts, p_source, p_out, rows, parts, BLOCK: tl.const
 # ---- launchers ------------------------------------------------------------------------------------------------------
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up [R, I] of `gate_up` [R, 2I]."""
+def swiglu(gate_up: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """silu(gate) * up [R, I] of `gate_up` [R, 2I]; rows from ``offsets[-1]`` on are left as they are."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     hidden = gate_up.new_empty(rows, width)
     if hidden.numel():
@@ -111,7 +115,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
             swiglu_kernel,
             (rows * ceil_div(width, config.width),),
             gate_up,
+            offsets,
             hidden,
+            0 if offsets is None else offsets.shape[0] - 1,
             width,
             gate_up.stride(0),
             hidden.stride(0),
