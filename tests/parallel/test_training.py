@@ -96,10 +96,10 @@ def dying(rank, folder):
 
         original = TeamStepper.backward
 
-        def backward(self, text, step):
+        def backward(self, text, step, *rest):
             if step == 1:
                 os.kill(os.getpid(), 9)
-            return original(self, text, step)
+            return original(self, text, step, *rest)
 
         TeamStepper.backward = backward
     config = Config.from_name("tiny", **SMALL)
@@ -123,6 +123,9 @@ def refuse(rank, folder):
         train_together(config, corpus(), recipe(microbatches=3), team, out=folder)
     with pytest.raises(ValueError, match="ema"):
         train_together(config, corpus(), recipe(ema=0.9), team, out=folder)
+    pipeline = Team.start(Plan(pipeline=2), "cpu")
+    with pytest.raises(ValueError, match="microbatches: expected at least 4, 4 for each of 1 pipelines"):
+        train_together(config, corpus(), recipe(microbatches=2), pipeline, out=folder)
     with pytest.raises(ValueError, match="4 ranks expected, but there are 2"):
         Team.start(Plan(data=4), "cpu")
 

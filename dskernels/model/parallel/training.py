@@ -226,6 +226,12 @@ class _Run:
                 f"microbatches: expected a multiple of the {plan.batches} ranks with their own text, "
                 f"got {config.microbatches}"
             )
+        least = plan.batches * 2 * plan.pipeline
+        if plan.pipeline > 1 and config.microbatches < least:
+            raise ValueError(
+                f"microbatches: expected at least {least}, {2 * plan.pipeline} for each of {plan.batches} pipelines of "
+                f"{plan.pipeline} ranks, got {config.microbatches}"
+            )
         tokens = config.batch_tokens // config.microbatches
         # The same weights on every rank, from which each keeps its own: on the CPU, so that none holds all on a GPU.
         self.model = first_model(model_config, config, torch.device("cpu"), torch.float32, init)
