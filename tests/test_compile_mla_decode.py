@@ -29,6 +29,14 @@ def test_compiles_without_spills(rows, page_size, fp8):
             assert report.count("BRA.U.ANY") == 0  # one thread is known to be one, so copies need no loop over lanes
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "e4m3"])
+def test_it_compiles_as_racecheck_follows_it(fp8):
+    options = hopper.options_of(choose_hopper_config(128, 64, fp8), 0)
+    report = compile_cuda(hopper.SOURCE, {**options, "RACECHECK": 1}, SHARED)
+    assert (report.spills, report.stack) == (0, 0)
+    assert report.count("BAR.ARV") == 0  # named barriers are barriers in shared memory
+
+
 def test_combination_compiles_without_spills():
     options = [{"OUT": out, "WIDE": wide} for out in (0, 1) for wide in (1, hopper.COMBINE_WARPS)]
     assert_clean([compile_cuda(hopper.COMBINE, each, 0) for each in options], max_registers=255)
