@@ -153,3 +153,35 @@ def test_a_copy_records_its_own(replays, device):
         copied = copy.deepcopy(model)
     assert torch.equal(copied.generate(tokens, **options), expected)
     assert len(replays) == 2
+
+
+CHANGES = {
+    "written to": lambda m: m[0].weight.add_(1),
+    "data": lambda m: setattr(m[0].weight, "data", torch.zeros(4, 4)),
+    "of inference mode": lambda m: setattr(m[0].weight, "data", made_in_inference()),
+    "parameter": lambda m: setattr(m[1], "weight", torch.nn.Parameter(torch.zeros(4, 4))),
+    "module": lambda m: m.__setitem__(1, torch.nn.Linear(4, 4)),
+    "buffer": lambda m: m[0].register_buffer("more", torch.zeros(1)),
+    "dtype": lambda m: m.to(torch.bfloat16),
+    "less": lambda m: m.pop(1),
+}
+
+
+def made_in_inference():
+    with torch.inference_mode():
+        return torch.zeros(4, 4)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_notice(change):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False))
+    weights = graphs.Weights(model)
+    assert weights.same()
+    assert weights.same()
+    with torch.no_grad():
+        CHANGES[change](model)
+    assert not weights.same()
+    weights = graphs.Weights(model)
+    assert weights.same()
+    del model
+    assert not weights.same()

@@ -15,6 +15,8 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain, compress
+from operator import attrgetter, is_
 from typing import Any
 from weakref import ref
 
@@ -66,6 +68,7 @@ class Graphs:
     def __init__(self, shared: Pass) -> None:
         self._shared = shared
         self._seen: tuple | None = None
+        self._weights: Weights | None = None
         self._of: Callable[[], Any] = lambda: None
         self._recorded: Recorded | None = None
         self._failed = False
@@ -76,9 +79,10 @@ class Graphs:
 
     def run(self, model: nn.Module, step: Step, cache: Any) -> Any:
         """The output of a decode step, replayed if it was recorded; None if it is to be run as before."""
-        key = self._key(model, step)
-        if self._of() is not cache or self._seen != key:
+        key = self._key(step)
+        if self._of() is not cache or self._seen != key or self._weights is None or not self._weights.same():
             self._recorded, self._seen, self._of = None, key, ref(cache)  # what is compiled or kept is made by this one
+            self._weights = Weights(model)
             return None
         if self._recorded is None:
             if self._failed or _hooked(model):
@@ -91,15 +95,55 @@ class Graphs:
                 return None
         return self._recorded.replay(step)
 
-    def _key(self, model: nn.Module, step: Step) -> tuple:
-        weights = (*model.parameters(), *model.buffers())
+    def _key(self, step: Step) -> tuple:
         return (
             *(step.tokens.shape[0], step.mask is None, step.positions is None or step.positions.shape),
             tuple(step.options.items()),
             tuple([layer.pages.data_ptr() for layer in step.layers]),
-            tuple([(w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]),
             (torch.is_inference_mode_enabled(), *mode()),
         )
+
+
+class Weights:
+    """The parameters and buffers of a model as they are now: which they are, where they lie, how often written to.
+
+    Looked at in each step, so by functions of C: a third of what a walk through the modules takes. Neither modules nor weights are kept alive by it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [ref(module) for module in model.modules()]
+        members = self._members()
+        self._refs = [_nothing if member is None else ref(member) for member in members]
+        self._are_tensors = [isinstance(member, Tensor) for member in members]
+        self._are_counted = [isinstance(x, Tensor) and not x.is_inference() for x in members]
+        self._state = self._state_of(members)
+
+    def _members(self) -> list[Any]:
+        """What modules hold: parameters, buffers, modules and None."""
+        modules = [module() for module in self._modules]
+        if None in modules:
+            return []
+        held = (map(dict.values, map(attrgetter(name), modules)) for name in ("_parameters", "_buffers", "_modules"))
+        return list(chain.from_iterable(chain.from_iterable(held)))
+
+    def _state_of(self, members: list[Any]) -> tuple[list[int], list[int]]:
+        """Addresses, and versions where torch counts them."""
+        tensors, counted = list(compress(members, self._are_tensors)), list(compress(members, self._are_counted))
+        return list(map(Tensor.data_ptr, tensors)), list(map(attrgetter("_version"), counted))
+
+    def same(self) -> bool:
+        """Whether all of it still is as it was."""
+        members, kept = self._members(), [reference() for reference in self._refs]
+        if len(members) != len(kept) or not all(map(is_, members, kept)):
+            return False
+        try:
+            return self._state_of(members) == self._state
+        except RuntimeError:  # a weight became one of inference mode, whose writes are not counted
+            return False
+
+
+def _nothing() -> None:
+    """What a module holds where it says that it holds nothing, as a reference to it."""
 
 
 class Recorded:
