@@ -153,6 +153,7 @@ def _may_be_known(a: Any, b: Any, out_dtype: torch.dtype) -> bool:
         and type(a.block) is type(b.block) is tuple
         and a.block in A_BLOCKS
         and b.block in B_BLOCKS
+        and type(out_dtype) is torch.dtype
         and out_dtype in HALF_OR_SINGLE
         and isinstance(a.data, Tensor)
         and isinstance(a.scale, Tensor)

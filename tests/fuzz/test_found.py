@@ -197,3 +197,9 @@ def test_what_a_gradient_needs_was_not_made_in_inference_mode():
     with pytest.raises(ValueError, match="offsets: expected a tensor that was not made in inference mode"):
         ds.grouped_gemm(a, b, offsets)
     assert torch.equal(ds.cross_entropy(logits.detach(), targets), ds.cross_entropy(logits, targets.clone()))
+
+
+def test_a_dtype_that_compares_to_nothing_is_named():
+    """Once `fp8_gemm` knows its operands, which on a CPU it does not ask."""
+    with pytest.raises(ValueError, match="out_dtype: expected"):
+        ds.fp8_gemm(*operands(), out_dtype=np.zeros(3))

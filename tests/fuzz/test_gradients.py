@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -80,7 +82,24 @@ def check(call):
         assert got.dtype == want.dtype
         a, b = got.double().nan_to_num(0, 0, 0), want.double().nan_to_num(0, 0, 0)
         worst, size = float((a - b).abs().max()), float(b.abs().max())
-        assert worst <= 16 * rounding(call) * size + 2e-5, f"{path}: off by {worst:.3g} of {size:.3g}"
+        allowed = 16 * rounding(call) * size + 2e-5
+        if worst > allowed:
+            allowed += cancelled(call, path)
+        assert worst <= allowed, f"{path}: off by {worst:.3g} of {size:.3g}"
+
+
+def cancelled(call, path):
+    """What roundings on the way may cost where terms cancel out: as much as roundings of the arguments do, in fp32."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for i in range(5):
+        arguments = call.arguments
+        for where, x in leaves(arguments):
+            if x.is_floating_point() and x.dtype != torch.float8_e4m3fn and ".scale" not in where:
+                noise = (torch.rand(x.shape, generator=generator) * 2 - 1) * rounding(call) if i else 0.0
+                arguments = replaced(arguments, where, x.float() * (1 + noise))
+        found.append(gradients(dataclasses.replace(call, arguments=arguments), "reference")[path].double())
+    return max(float((other - found[0]).nan_to_num(0, 0, 0).abs().max()) for other in found[1:])
 
 
 @pytest.mark.usefixtures("on_the_cpu")

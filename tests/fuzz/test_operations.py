@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 import dskernels as ds
-from dskernels import dispatch
+from dskernels import dispatch, recording
 from dskernels.metadata import ByMetadata
 from fuzz import operations_fp8, operations_model
 from fuzz.drawing import Call, Draw
@@ -44,6 +44,9 @@ def _straight_on_the_cpu(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(dispatch, "_STRAIGHT_DEVICES", ("cpu",))
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+        monkeypatch.setattr(
+            recording.Recorded, "bound", lambda self, args: lambda addresses, args: self.function(*args)
+        )
         for operation in dispatch.OPERATIONS.values():
             if operation._straight is not None:
                 monkeypatch.setattr(operation, "_straight", ByMetadata())
