@@ -111,3 +111,38 @@ def choose_hopper_config(rows: int, page_size: int, fp8_cache: bool) -> HopperCo
     # The thread that loads more than a box a block needs more than 40 registers.
     registers = 232 if box_rows == BLOCK else 224
     return HopperConfig(TMA, box_rows, cluster=cluster, boundary=boundary, registers=registers)
+
+
+# ---- hopper_rows.cu -------------------------------------------------------------------------------------------------
+
+THREADS = 384
+UNIT = 16  # cached rows that are loaded, and handed back, together
+ROW_BYTES = VALUE + VALUE // 128 * 4 + ROPE * 2
+
+
+@dataclass(frozen=True)
+class HopperRowsConfig:
+    """Query rows of a CTA, the cached rows that shared memory holds, in units of 16, and shares; see hopper_rows.cu."""
+
+    width: int
+    units: int
+    registers: int = 224
+    boundary: int = 2
+    whole: int = 8
+
+
+def choose_rows_config(rows: int) -> HopperRowsConfig:
+    """Config for `rows` query rows of a request: as narrow as they are, and all of shared memory."""
+    if rows <= 16:
+        return HopperRowsConfig(16, units=19)
+    if rows <= 32:
+        return HopperRowsConfig(32, units=17)
+    return HopperRowsConfig(64, units=13, registers=232)
+
+
+def rows_shared(width: int, units: int) -> int:
+    """Bytes of shared memory of hopper_rows.cu: cached rows, queries, weights and scales of two blocks; maxima, pieces
+    of work, barriers."""
+    rows = ceil_div(units * UNIT * ROW_BYTES, 1024) * 1024
+    operands = rows + ((VALUE + ROPE) // 64 + 2) * width * 128 + 2 * BLOCK * 8
+    return operands + width * 4 + 9 * (width + 4) * 4 + 2 * 32 + (2 * units + 2) * 8
