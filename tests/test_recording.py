@@ -394,3 +394,28 @@ def test_routes_are_new_tensors(sm_90):
         want = ds.route(x, top_k=4, impl="reference")
         assert torch.equal(routing.experts, want.experts)
         assert torch.equal(routing.load, want.load)
+
+
+@pytest.mark.gpu
+def test_plain_weights_with_a_shared_network(sm_90):
+    """The products of torch stand beside what is recorded, and give what all of it together gives."""
+    from dskernels.moe import hopper
+
+    for _ in range(5):
+        (x, w13, w2, routing), options = random_block(40, fp8=False, shared=1)
+        flat = (x, w13, None, w2, None, routing.weights, routing.experts, options["shared"][0], None)
+        with torch.no_grad():
+            out = ds.fused_experts(x, w13, w2, routing, **options)
+            want = hopper._forward(*flat, options["shared"][1], None, False, 0, None, None, 0)
+        assert torch.equal(out, want[0])
+
+
+@pytest.mark.gpu
+def test_choices_from_hidden_states(sm_90):
+    weight, bias = torch.randn(64, 256, device="cuda"), torch.rand(64, device="cuda")
+    for _ in range(5):
+        x = torch.randn(40, 256, device="cuda")
+        routing, logits = ds.route_hidden(x, weight, bias, top_k=4)
+        want = ds.route(logits, bias, top_k=4, impl="reference")
+        assert torch.equal(routing.experts, want.experts)
+        torch.testing.assert_close(logits, x.double() @ weight.double().T, rtol=1e-5, atol=1e-4, check_dtype=False)

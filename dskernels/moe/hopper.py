@@ -30,10 +30,11 @@ from dskernels.gemm.weights import weight_operand
 from dskernels.grouped_gemm import hopper as grouped
 from dskernels.grouped_gemm.hopper_quantize import quantize_grouped
 from dskernels.moe import experts, hopper_few, hopper_swiglu, triton_few
-from dskernels.moe.experts import Batch, Kinds, Operand, Rows, Steps, parts
+from dskernels.moe.config_matvec import MOST_TOKENS
+from dskernels.moe.experts import Batch, Kinds, Network, Operand, Rows, Steps, parts
 from dskernels.moe.experts_split import split_operations
 from dskernels.moe.packed import packed_width
-from dskernels.moe.triton import permute_rows
+from dskernels.moe.triton import permute_rows, weighted_sum
 from dskernels.moe.triton_packed import packed
 from dskernels.moe.triton_swiglu import swiglu
 from dskernels.recording import Recorded
@@ -186,8 +187,41 @@ class _Block(Recorded):
         return given
 
 
+@Recorded
+def _routed(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> Tensor:
+    """What routed experts of plain weights add to `residual`."""
+    network = Network(w13, None, w2, None)
+    batch, index = experts.routed_batch(ids, network)
+    y, _ = experts.network_forward(PLAIN, x, network, batch, x.dtype, False)
+    return weighted_sum(y, index, weights, residual)
+
+
+class _Experts(_Block):
+    """Likewise. Of plain weights the shared network is torch's two products, and what follows is recorded."""
+
+    def __call__(self, *args: Any) -> Any:
+        return self._in_two(*args) if self._has_products_of_torch(args) else super().__call__(*args)
+
+    def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
+        """What runs arguments of this metadata."""
+        return (lambda addresses, args: self(*args)) if self._has_products_of_torch(args) else super().bound(args)
+
+    def _has_products_of_torch(self, args: tuple) -> bool:
+        x, w13, shared_w13, fp8, keep, n_shared = (args[i] for i in (0, 1, 7, 11, 12, 15))
+        if fp8 or keep or n_shared or shared_w13 is None or x.shape[0] <= MOST_TOKENS:
+            return False
+        return shared_w13.data_ptr() != w13.data_ptr() + w13.numel() * w13.element_size()  # see `experts._one_stack`
+
+    def _in_two(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, w13, _, w2, _, weights, ids, *shared = args[:11]
+        network = Network(*shared)
+        residual, _ = experts.network_forward(PLAIN, x, network, Batch(x.shape[0]), x.dtype, False)
+        out = _routed(x, w13, w2, weights, ids, residual)
+        return out, *(empty(x, (0, w.shape[-2]), x.dtype) for w in (w13, network.w13))
+
+
 _forward, fused_experts_backward = experts.operations(KINDS)
-fused_experts = _Block(_forward, weights=(1, 3, 7, 9), fp8=11)
+fused_experts = _Experts(_forward, weights=(1, 3, 7, 9), fp8=11)
 _dense_forward, feed_forward_backward = experts.dense_operations(KINDS)
 feed_forward = _Block(_dense_forward, weights=(1, 3), fp8=5)
 fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(KINDS)

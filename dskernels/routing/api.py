@@ -134,12 +134,32 @@ def route_hidden(
     token whose hidden state is not finite has logits that are not finite either, which of them is left open.
     Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 12-16.
     """
+    if (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+        and (physical is None or isinstance(physical, Tensor))
+        and type(top_k) is type(n_groups) is type(top_groups) is int
+        and type(normalize) is bool
+        and type(scale) is float
+        and type(score) is str
+        and score in SCORES
+    ):
+        options = top_k, n_groups, top_groups, score == "softmax", normalize, scale
+        again = _route_hidden.again(x, weight, bias, physical, *options, impl=impl)
+        if again is not UNSEEN:
+            return _routing(again, physical)
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
     check_tensor("weight", weight, dtype=HALF_OR_SINGLE, shape=("E", x.shape[1]), like=x)
     if weight.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"weight: expected at least one expert and one column, got {list(weight.shape)}")
     options = _checked(x, bias, physical, weight.shape[0], top_k, n_groups, top_groups, score, normalize, scale)
-    weights, experts, load, nonfinite, logits, placed = _route_hidden(x, weight, bias, physical, *options, impl=impl)
+    return _routing(_route_hidden(x, weight, bias, physical, *options, impl=impl), physical)
+
+
+def _routing(results: tuple[Tensor, ...], physical: Tensor | None) -> tuple[Routing, Tensor]:
+    """What `route_hidden` returns of the operation's results."""
+    weights, experts, load, nonfinite, logits, placed = results
     return Routing(weights, experts if physical is None else placed, load, nonfinite), logits
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from dskernels.cuda.compiler import kernel, reason_against_cuda
 from dskernels.cuda.driver import Plan, Planned, Pointer
 from dskernels.device import empty, like_this, multiprocessors
+from dskernels.metadata import ByMetadata
 from dskernels.routing.config import (
     MAX_EXPERTS,
     MAX_HOPPER_CHOICES,
@@ -212,6 +213,22 @@ def _bind(
     return run
 
 
+_bindings = ByMetadata()
+
+
+def _bound(
+    tensors: tuple[Tensor, Tensor | None, Tensor | None], values: tuple, *, parts: bool
+) -> tuple[Callable[[Sequence[int], tuple], tuple], list[int]]:
+    """What `_bind` says of logits, bias and physical places, kept; and their addresses."""
+    given = tuple([x for x in tensors if x is not None])
+    also = values, parts, tensors[1] is None, tensors[2] is None
+    found = _bindings.find(given, also)
+    if found is None:
+        found = _bind(*tensors, *values, parts=parts), [x.data_ptr() for x in given]
+        _bindings.keep(given, also, found[0])
+    return found
+
+
 @_Returning
 def route(
     logits: Tensor, bias: Tensor | None, *values: Any
@@ -248,8 +265,7 @@ def route_hidden(
     whole = parts.shape[0] == 1
     logits = parts[0] if whole else parts
     tensors = logits, bias, physical
-    addresses = [t.data_ptr() for t in tensors if t is not None]
-    launch = _bind(*tensors, *values, parts=not whole)
+    launch, addresses = _bound(tensors, values, parts=not whole)
     weights, experts, placed, sums, load, nonfinite = launch(addresses, tensors)
     if placed is None:
         placed = empty(x, (0,), torch.int32, (1,))

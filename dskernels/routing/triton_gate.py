@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dskernels.device import multiprocessors
 from dskernels.portable import begin_dependent, cast, dot, launch, programmatic
+from dskernels.recording import Recorded
 from dskernels.routing.config import GateConfig, choose_gate_config
 from dskernels.validate import ceil_div
 
@@ -124,6 +125,7 @@ def sum_parts_kernel(p_parts, p_out, n, parts, BLOCK: tl.constexpr):
     tl.store(p_out + o_n, cast(total, p_out.dtype.element_ty), mask=m_n)
 
 
+@Recorded
 def gate_parts(x: Tensor, weight: Tensor) -> Tensor:
     """Logits of `x` [T, H], fp32 [parts, T, E] still to be added up."""
     (T, H), E = x.shape, weight.shape[0]
