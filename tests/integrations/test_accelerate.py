@@ -117,6 +117,15 @@ def test_report(v3, capsys):
     accelerate(v3, verbose=False).undo()
     with pytest.raises(TypeError, match=r"model: expected a transformers\.PreTrainedModel, got Linear"):
         accelerate(torch.nn.Linear(2, 2))
+    for name in ("fp8", "graphs", "verbose"):
+        with pytest.raises(TypeError, match=f"{name}: expected a bool, got str"):
+            accelerate(v3, **{name: "yes"})
+
+
+def test_one_that_cannot_be_accelerated_undoes_those_before(v3):
+    with pytest.raises(ValueError, match="not accelerated yet"), accelerated(v3, v3, verbose=False):
+        pass
+    accelerate(v3, verbose=False).undo()
 
 
 def test_report_says_why():

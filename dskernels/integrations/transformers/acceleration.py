@@ -36,6 +36,7 @@ from dskernels.integrations.transformers.recognition import (
     router_options,
 )
 from dskernels.integrations.transformers.weights import is_fp8_linear, reason_against_fp8
+from dskernels.validate import check_bool
 
 OWNER = "_dskernels_acceleration"  # the attribute of an accelerated model
 
@@ -84,7 +85,7 @@ def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = False, ver
         What was done, with `report` and `undo`.
 
     Raises:
-        TypeError: `model` is no `transformers.PreTrainedModel`.
+        TypeError: `model` is no `transformers.PreTrainedModel`, or an option is no bool.
         ValueError: it is accelerated already.
 
     Outputs agree with the unchanged model's as closely as its own in the same precision agree with fp64, except that
@@ -95,6 +96,8 @@ def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = False, ver
     pretrained = importlib.import_module("transformers").PreTrainedModel
     if not isinstance(model, pretrained):
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
+    for name, option in (("fp8", fp8), ("graphs", graphs), ("verbose", verbose)):
+        check_bool(name, option)
     if OWNER in vars(model):
         raise ValueError("model: expected one that is not accelerated yet; undo that first")
     register()
@@ -129,9 +132,9 @@ def accelerated(
     patches = Patches()
     options: dict[str, Any] = {"fp8": fp8, "graphs": graphs, "verbose": verbose}
     try:
-        if models:
-            done += [accelerate(model, **options) for model in models]
-        else:
+        for model in models:
+            done.append(accelerate(model, **options))  # at once, so that all are undone where one cannot be
+        if not models:
             _hook_loading(patches, done, options)
         yield done
     finally:

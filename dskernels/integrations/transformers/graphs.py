@@ -107,7 +107,8 @@ class Graphs:
 class Weights:
     """The parameters and buffers of a model as they are now: which they are, where they lie, how often written to.
 
-    Looked at in each step, so by functions of C: a third of what a walk through the modules takes. Neither modules nor weights are kept alive by it.
+    Looked at in each step, so by functions of C: that takes a third of a walk through the modules. Neither modules nor
+    weights are kept alive by it.
     """
 
     def __init__(self, model: nn.Module) -> None:
