@@ -25,7 +25,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 # A compiled kernel of these versions runs when it is called with grid, stream, function, metadata, two hooks and every
 # argument of the source; and they specialise on dtypes, integers and the alignment of addresses alone. With others,
 # `launch` goes through Triton each time.
-CHECKED_TRITON = ("3.6", "3.7")
+CHECKED_TRITON = ("3.6", "3.7", "3.8", "3.9")
 _MOST_COMPILED = 4096
 _C_TYPES = {
     "i1": ctypes.c_int8,
@@ -152,12 +152,12 @@ def _plan(compiled: Any, grid: tuple[int, ...], arguments: tuple, device: int) -
     """The launch of a binary as the driver takes it, its pointers by the names of their parameters.
 
     As Triton's own launcher does it (`_launch` in backends/nvidia/driver.py of 3.6, driver.c of 3.7 to 3.9): all that
-    is no constexpr, then two addresses of scratch memory. None for a binary that wants such memory, clusters or a
-    cooperative grid, and for arguments that are not of the types below.
+    is no constexpr, then two addresses of scratch memory. None for a binary that wants such memory, clusters, a
+    cooperative grid or instruments, and for arguments that are not of the types above.
     """
     metadata = compiled.metadata
     wanted = metadata.global_scratch_size, metadata.profile_scratch_size, metadata.launch_cooperative_grid
-    if any(wanted) or metadata.num_ctas != 1 or 0 in grid:
+    if any(wanted) or metadata.num_ctas != 1 or 0 in grid or getattr(metadata, "instrumentation_mode", ""):
         return None
     packed: list[Any] = []
     for (name, kind), argument in zip(compiled.src.signature.items(), arguments, strict=False):
