@@ -1,10 +1,8 @@
-// What the parts of the decode kernel over the latent cache share: where things are in shared memory, the products, and how the cached
-// positions of a batch are shared out over the GPU. mla/decode/hopper.cu tells how the kernel works, and what the options are.
+// What the parts of the decode kernel over the latent cache share: where things are in shared memory and the products. mla/decode/hopper.cu tells how
+// the kernel works, and what the options are.
 #pragma once
 
-#include "groups.cuh"
-#include "handover.cuh"
-#include "mla_parts.cuh"
+#include "mla_work.cuh"
 #include "wgmma.cuh"
 
 // ---- sizes ---------------------------------------------------------------------------------------------------------
@@ -14,7 +12,6 @@ constexpr int TILE = BLOCK * 128, TILES = (VALUE + ROPE) / 64, ROWS = TILES * TI
 constexpr int TILE_GROUPS = 5;
 __host__ __device__ constexpr int tiles_of(int group) { return group < 4 ? 2 : 1; }
 
-constexpr int THREADS = 384;  // three warpgroups: two multiply, the third loads
 constexpr int OFFSET_Q = 0, OFFSET_K = ROWS, OFFSET_P = OFFSET_K + 2 * ROWS, OFFSET_MAXIMA = OFFSET_P + TILE;
 constexpr int OFFSET_SUMS = OFFSET_MAXIMA + 2 * BLOCK * 4, OFFSET_PIECES = OFFSET_SUMS + 4 * BLOCK * 4;
 constexpr int OFFSET_BARRIERS = OFFSET_PIECES + 2 * 32;
@@ -54,101 +51,3 @@ __device__ __forceinline__ void multiply_values(float (&d)[128], const u32* p, u
     if (OUT == 0) VALUES("bf16");
     else VALUES("f16");
 }
-
-// ---- how the work is shared out ------------------------------------------------------------------------------------
-
-// A run of blocks of 64 positions of one request, which one CTA works off for 64 of its query rows.
-struct Piece {
-    int request, first, blocks, length, fresh;  // blocks < 0: there is no more; fresh: how many of its tokens are new
-    int slot;                                   // where a part of the result goes, < 0: this is all of it
-};
-
-__device__ __forceinline__ void write_piece(u32 at, const Piece& x) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.request), "r"(x.first), "r"(x.blocks), "r"(x.length) : "memory");
-    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at + 16), "r"(x.fresh), "r"(x.slot) : "memory");
-}
-__device__ __forceinline__ Piece read_piece(u32 at) {
-    Piece x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.request), "=r"(x.first), "=r"(x.blocks), "=r"(x.length) : "r"(at) : "memory");
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x.fresh), "=r"(x.slot) : "r"(at + 16) : "memory");
-    return x;
-}
-
-// The batch as the device knows it.
-struct Batch {
-    const int* lengths;
-    const int* q_lengths;  // null: all of q_tokens
-    int requests, capacity, q_tokens;
-    __device__ __forceinline__ int length(int request) const { return min(max(__ldg(lengths + request), 0), capacity); }
-    __device__ __forceinline__ int fresh(int request) const {
-        return q_lengths == nullptr ? q_tokens : min(max(__ldg(q_lengths + request), 0), q_tokens);
-    }
-};
-
-// The share of one of `parts` groups of CTAs, each of which has a CTA for each 64 query rows of a request. A request costs its blocks and, before
-// them, BOUNDARY more for what begins and ends with it. The costs of all requests stand in a row, and each part gets as much of it as
-// every other: where that cuts a request, its parts are combined later. Where whole requests, as many to a part as to every other, take at
-// most WHOLE more than the even share, nothing is cut.
-struct Share {
-    int even;     // cost of an even share; 0: requests are whole
-    int to;       // where the share ends, counted from where it begins
-    int request;  // the next to look at
-    int begin;    // where that request begins, counted from where the share does
-
-    // The CTA's work. The scratch is 8 bytes a request and then 8 a warp; whoever uses that memory next needs a barrier.
-    __device__ __forceinline__ void plan(const Batch& batch, int part, int parts, u32 scratch) {
-        const GroupTable table{scratch + 256, batch.requests};
-        plan_groups<THREADS, false>(table, scratch, batch.lengths, batch.capacity, [](int length) { return (length + BLOCK - 1) / BLOCK + BOUNDARY; });
-        const int total = table.tiles();
-        even = (total + parts - 1) / parts;
-        // Whole requests: the most that a part gets.
-        auto bound = [&](int p) { return (u32)(p * batch.requests) / (u32)parts; };
-        int most = 0;
-#pragma unroll 1
-        for (int p = threadIdx.x % 32; p < parts; p += 32) most = max(most, table.at(bound(p + 1)).y - table.at(bound(p)).y);
-        if (__reduce_max_sync(0xffffffffu, most) <= even + WHOLE) {
-            even = 0;
-            request = bound(part);
-            begin = 0;
-            to = table.at(bound(part + 1)).y - table.at(request).y;
-            return;
-        }
-        const int from = part * even;
-        to = min(even, total - from);
-        // The last request that begins at or before `from`.
-        int low = 0, high = batch.requests;
-#pragma unroll 1
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            if (table.at(middle).y <= from) low = middle;
-            else high = middle;
-        }
-        request = low;
-        begin = table.at(low).y - from;
-    }
-
-    // The next piece; `count` says how many parts have the request that begins in it, 0: none does.
-    __device__ __forceinline__ Piece next(const Batch& batch, int part, int& count) {
-        Piece piece;
-        count = 0;
-        while (request < batch.requests && begin < to) {
-            const int length = batch.length(request), blocks = (length + BLOCK - 1) / BLOCK, first_block = begin + BOUNDARY;
-            piece.request = request;
-            piece.length = length;
-            piece.first = max(-first_block, 0);
-            piece.blocks = min(to - first_block, blocks) - piece.first;
-            piece.slot = piece.blocks == blocks ? -1 : piece.first > 0 ? 2 * part : 2 * part + 1;
-            const bool nothing = blocks == 0 && begin >= 0;
-            if (nothing) piece.blocks = 0, piece.slot = -1;
-            ++request;
-            begin = first_block + blocks;
-            if (piece.blocks > 0 || nothing) {
-                piece.fresh = batch.fresh(piece.request);
-                if (piece.first == 0) count = even == 0 || nothing ? 1 : (begin - 1) / even + 1;
-                return piece;
-            }
-        }
-        piece.blocks = -1;
-        return piece;
-    }
-};

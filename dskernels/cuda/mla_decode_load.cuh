@@ -28,32 +28,7 @@ __device__ __forceinline__ void smem_store16(u32 addr, u32 a, u32 b, u32 c, u32 
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// A number that the compiler does not know from one use to the next: what follows from it, it would keep in registers.
-__device__ __forceinline__ int again(int x) {
-    int y;
-    asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 // ---- the cache -----------------------------------------------------------------------------------------------------
-
-struct Cache {
-    const u8* data;
-    const int* table;
-    long long stride_page, stride_row;  // in bytes
-    int stride_table, pages, page;
-    // Of a position: its page, as the table has it, and its row there.
-    __device__ __forceinline__ int2 ask(int request, int position) const {
-        const int index = position / page;
-        return make_int2(__ldg(table + (long long)request * stride_table + index), position - index * page);
-    }
-    // The page made one of those that there are. This waits for the table.
-    __device__ __forceinline__ int2 find(int2 place) const { return make_int2(min(max(place.x, 0), pages - 1), place.y); }
-    __device__ __forceinline__ const u8* row(int2 place) const {
-        const int2 at = find(place);
-        return data + at.x * stride_page + at.y * stride_row;
-    }
-};
 
 // Ask for what the first loads would else wait for one after another: maps, and the table where it is small.
 __device__ __forceinline__ void prefetch(const Batch& batch, const int* table, int stride_table, const TensorMap* map_q, const TensorMap* map_k) {

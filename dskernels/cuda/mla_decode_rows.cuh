@@ -2,7 +2,8 @@
 // memory, its products, and how queries, keys and values become their operands.
 #pragma once
 
-#include "mla_decode.cuh"
+#include "mla_work.cuh"
+#include "wgmma.cuh"
 
 constexpr float UP = 128.f;   // what weights are multiplied by: 2^(8 + 7) is in fp16's range, and small ones are then as exact as it allows
 constexpr float MOST = 128.f;  // that a scale may be, relative to the largest so far, before the sums are scaled to it: 448 * 128 is in fp16's range

@@ -21,13 +21,6 @@
 constexpr float SLACK = 8.f;  // by how many powers of 2 a row's weights may exceed 1 before its sums are scaled to the new maximum
 constexpr int FIRST_READY = 1, SECOND_READY = 2, SUMS_READY = 3, OWN = 4;  // named barriers
 
-struct Results {
-    Element* out;
-    float* lse;
-    Work work;
-    int heads, q_tokens;
-};
-
 // ---- a warpgroup's half of the sums --------------------------------------------------------------------------------
 
 // What each thread of a multiplying warpgroup knows of its two rows, r and r + 8.
@@ -49,14 +42,6 @@ template <bool WEIGHT> __device__ __forceinline__ void move_to(float (&sums)[128
     row.largest[1] = largest[1];
 }
 
-// The address of shared memory as the compiler knows it to be the same in all lanes, through a shuffle; and not from one block to the next: it
-// would keep all descriptors that follow from it in registers.
-__device__ __forceinline__ u32 anew(u32 base) {
-    u32 x;
-    asm volatile("mov.b32 %0, %1;" : "=r"(x) : "r"(base));
-    return __shfl_sync(0xffffffffu, x, 0);
-}
-
 // Start the scores of the block in STAGE.
 template <int STAGE> __device__ __forceinline__ void start_scores(float (&scores)[32], u32 base, u32 phase) {
     const u32 here = anew(base), q = operand_k_major(here + OFFSET_Q), k = operand_k_major(here + OFFSET_K + STAGE * ROWS);
@@ -75,12 +60,6 @@ template <int STAGE> __device__ __forceinline__ void start_scores(float (&scores
     }
     wgmma_commit();
     registers_fence(scores);
-}
-
-// A query row sees the positions below this.
-__device__ __forceinline__ int end_of(const Piece& piece, int row, int heads) {
-    const int j = row / heads;
-    return j < piece.fresh ? piece.length - piece.fresh + 1 + j : 0;
 }
 
 // Take out the positions, of a block from which on the request has `left`, that this thread's rows do not see.
@@ -248,18 +227,6 @@ __device__ __forceinline__ void finish(float (&sums)[128], Rowwise& row, const P
             results.work.lse[n] = lse[0];
             results.work.lse[n + 8] = lse[1];
         }
-    }
-}
-
-// A request without positions.
-__device__ __forceinline__ void write_nothing(const Piece& piece, const Results& results, int row_block) {
-    const int thread = again(threadIdx.x), heads = again(results.heads), rows = heads * results.q_tokens, first = row_block * BLOCK, count = min(BLOCK, rows - first);
-    uint4* out = (uint4*)(results.out + ((long long)piece.request * rows + first) * VALUE);
-#pragma unroll 1
-    for (int i = thread; i < count * (VALUE / 8); i += 256) out[i] = make_uint4(0, 0, 0, 0);
-    if (thread < count) {
-        const int n = first + thread;
-        results.lse[((long long)piece.request * heads + n % heads) * results.q_tokens + n / heads] = nothing();
     }
 }
 

@@ -20,62 +20,6 @@
 
 constexpr float SLACK = 8.f;  // by how many powers of 2 a row's weights may exceed 1 before its sums are scaled to the new maximum
 
-struct Cache {
-    const u8* data;
-    const int* table;
-    long long stride_page, stride_row;  // in bytes
-    int stride_table, pages, page;
-    // Of a position: its page, as the table has it, and its row there.
-    __device__ __forceinline__ int2 ask(int request, int position) const {
-        const int index = position / page;
-        return make_int2(__ldg(table + (long long)request * stride_table + index), position - index * page);
-    }
-    // The page made one of those that there are. This waits for the table.
-    __device__ __forceinline__ int2 find(int2 place) const { return make_int2(min(max(place.x, 0), pages - 1), place.y); }
-    __device__ __forceinline__ const u8* row(int2 place) const {
-        const int2 at = find(place);
-        return data + at.x * stride_page + at.y * stride_row;
-    }
-};
-
-// A number that the compiler does not know from one use to the next: what follows from it, it would keep in registers.
-__device__ __forceinline__ int again(int x) {
-    int y;
-    asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-// The same of an address that is the same in all lanes, which the compiler sees by the shuffle.
-__device__ __forceinline__ u32 anew(u32 base) {
-    u32 x;
-    asm volatile("mov.b32 %0, %1;" : "=r"(x) : "r"(base));
-    return __shfl_sync(0xffffffffu, x, 0);
-}
-
-struct Results {
-    Element* out;
-    float* lse;
-    Work work;
-    int heads, q_tokens;
-};
-
-// A query row sees the positions below this.
-__device__ __forceinline__ int end_of(const Piece& piece, int row, int heads) {
-    const int j = row / heads;
-    return j < piece.fresh ? piece.length - piece.fresh + 1 + j : 0;
-}
-
-// A request without positions.
-__device__ __forceinline__ void write_nothing(const Piece& piece, const Results& results, int row_block) {
-    const int thread = again(threadIdx.x), heads = again(results.heads), rows = heads * results.q_tokens, first = row_block * BLOCK, count = min(BLOCK, rows - first);
-    uint4* out = (uint4*)(results.out + ((long long)piece.request * rows + first) * VALUE);
-#pragma unroll 1
-    for (int i = thread; i < count * (VALUE / 8); i += 256) out[i] = make_uint4(0, 0, 0, 0);
-    if (thread < count) {
-        const int n = first + thread;
-        results.lse[((long long)piece.request * heads + n % heads) * results.q_tokens + n / heads] = nothing();
-    }
-}
-
 // ---- scores and weights --------------------------------------------------------------------------------------------
 
 // Element 4j + 2i + e of a product is position i of the thread's two, query row 8j + 2 * (lane % 4) + e: of R / 2 rows that a thread has, number 2j + e.
