@@ -168,7 +168,7 @@ def test_nothing_else_is_read_or_written(device):
     scales = torch.full((tensors.scale.stride(1) * tensors.scale.shape[1] + 128,), 77.0, device=device)
     data = buffers[0][256:-256].view(torch.float8_e4m3fn).view(tensors.data.shape)
     scale = scales[64:-64].as_strided(tensors.scale.shape, tensors.scale.stride(), scales[64:-64].storage_offset())
-    hopper_quantize._quantize_grouped(x, offsets, None, False, 1, data, scale)
+    hopper_quantize._quantize_grouped(x, offsets, None, False, 1, False, data, scale)
     same_bytes((data, scale), tensors)
     assert (buffers[0][:256] == 77).all()
     assert (buffers[0][-256:] == 77).all()
