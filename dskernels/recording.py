@@ -31,12 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskernels.cuda import driver
 from dskernels.cuda.driver import Plan
-from dskernels.cuda.graph import LaunchGraph, reason_against_graphs
 from dskernels.device import PLAIN, dispatch_modes, like_this, several_gpus
 from dskernels.metadata import ByMetadata
 
 MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own, and one may fail at first
-FEWEST_IN_GRAPH = 2  # launches
 ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
 
 _aten = torch.ops.aten
@@ -78,7 +76,7 @@ class Recorded:
 class _Kind:
     """Calls of one kind: of each stream the recordings that no thread is using now.
 
-    Each stream has its own, as launches of a graph wait for those before them.
+    Each stream has its own, whose launches go there.
     """
 
     def __init__(self, function: Callable, device: int) -> None:
@@ -219,10 +217,7 @@ class _Recording:
     ) -> None:
         given = recorder._given
         self._plans = [plan for plan, _ in recorder._launches]
-        self._device, self._stream = recorder._device, recorder._stream
-        self._raw_stream = ctypes.c_void_p(self._stream)
-        self._graph: LaunchGraph | None = None
-        self._alone = len(self._plans) < FEWEST_IN_GRAPH or reason_against_graphs() is not None
+        self._launches = [(plan.enqueue, plan) for plan in self._plans]
         self._related = _related(given)
         results = result if isinstance(result, tuple) else (result,)
         self._make = [like_this(x) for x in results if x is not None]
@@ -237,16 +232,12 @@ class _Recording:
         number |= {piece: len(given) + bool(size) + i for i, piece in enumerate(returned) if piece is not None}
         self._now = [0] * (len(given) + bool(size) + len(returned))
         self._moved: list[list[tuple[Callable[[int], None], int]]] = [[] for _ in self._now]
-        self._readers: list[set[int]] = [set() for _ in self._now]  # of each, the launches that read its address
-        self._stale: set[int] = set()  # launches that the graph has with other addresses
         cells: dict[tuple[int, int] | None, Any] = {}
 
         def at(place: _Place) -> tuple[int, int]:
             return number[place.piece], inside.get(place.piece, 0) + place.offset
 
-        for n, (plan, of) in enumerate(zip(self._plans, places, strict=True)):
-            for place in of.values():
-                self._readers[number[place.piece]].add(n)
+        for plan, of in zip(self._plans, places, strict=True):
 
             def cell_of(name: str, of: dict[str, _Place] = of) -> Any:
                 key = at(of[name]) if name in of else None
@@ -275,31 +266,15 @@ class _Recording:
             now = [*addresses, own.data_ptr(), *[x.data_ptr() for x in results]]
         before = self._now
         if now != before:
-            stale = self._stale
             for i, address in enumerate(now):
                 if address != before[i]:
                     for write, offset in self._moved[i]:
                         write(address + offset)
-                    stale |= self._readers[i]
             self._now = now
-        if self._alone or torch._C._cuda_isCurrentStreamCapturing():
-            for plan in self._plans:
-                plan.stream = self._stream
-                if status := plan.enqueue():
-                    plan.again(status)
-        else:
-            self._launch_graph()
+        for enqueue, plan in self._launches:
+            if status := enqueue():
+                plan.again(status)
         return self._returns(results)
-
-    def _launch_graph(self) -> None:
-        graph, stale = self._graph, self._stale
-        if graph is None:
-            graph = self._graph = LaunchGraph(self._plans, self._device)
-        else:
-            for i in stale:
-                graph.update(i)
-        stale.clear()
-        graph.launch(self._raw_stream)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
