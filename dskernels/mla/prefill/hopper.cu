@@ -15,6 +15,7 @@
 //   MERGE  1: `out` and `lse` hold what attention to other keys gave, and get what attention to those and these gives; with OUT 2
 
 #include "attention.cuh"
+#include "handover.cuh"
 
 constexpr bool FP16 = KIND == 1;
 constexpr int GROUPS = 2, ROWS = 64 * GROUPS, BLOCK_N = 128, THREADS = 128 * (GROUPS + 1), STAGES = 2;
@@ -57,7 +58,7 @@ struct Barriers {
     __device__ __forceinline__ void make() const {
         for (int i = 0; i < GROUPS + 3 * STAGES; ++i) {
             barrier_init(full(i), 1);
-            barrier_init(empty(i), i < GROUPS ? 4 : 4 * GROUPS);  // one lane of each warp that reads
+            barrier_init(empty(i), (i < GROUPS ? 4 : 4 * GROUPS) * OF_WARP);  // each warp that reads
         }
         barrier_init_fence();
     }
@@ -213,9 +214,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
     float scores[BLOCK_N / 2], sums[V_DIM / 2];
     u32 weights[BLOCK_N / 4];
 
-    auto arrive = [&](u32 barrier) {
-        if (lane == 0) barrier_arrive(barrier);
-    };
+    auto arrive = [&](u32 barrier) { barrier_arrive_warp(barrier, lane); };
     auto start_scores = [&] {
         barrier_wait(barriers.full(Barriers::k(k)), k.phase);
         registers_fence(scores);

@@ -70,7 +70,7 @@ struct Barriers {
     __device__ __forceinline__ void make() const {
         barrier_init(k_full(), 1);
         barrier_init(v_full(), 1);
-        barrier_init(k_empty(), (8 + 2) * OF_WARP);  // one lane of each multiplying warp, and of those that add dq
+        barrier_init(k_empty(), (8 + 2) * OF_WARP);  // each multiplying warp, and those that add dq
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(q_full(i), 1);
             barrier_init(q_empty(i), 8 * OF_WARP);
