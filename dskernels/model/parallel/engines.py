@@ -47,10 +47,29 @@ class PeerMemory(NamedTuple):
 
 
 class Engine:
-    """What the driver does on a stream; each call takes the host a microsecond or two."""
+    """What the driver does on a stream; each call takes the host 4 to 6 us.
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.device, self.handle = stream.device.index, ctypes.c_void_p(stream.cuda_stream)
+    Args:
+        device: of the stream.
+        handle: of it, as the driver knows it: torch's own object for the current one takes the host 10 us.
+    """
+
+    def __init__(self, device: int, handle: int) -> None:
+        self.device, self.handle = device, ctypes.c_void_p(handle)
+
+    @classmethod
+    def of(cls, stream: torch.cuda.Stream) -> Engine:
+        """On this stream."""
+        return cls(stream.device.index, stream.cuda_stream)
+
+    @classmethod
+    def current(cls, device: torch.device) -> Engine:
+        """On torch's current one."""
+        return cls(device.index, torch._C._cuda_getCurrentRawStream(device.index))
+
+    def follow(self, moment: Moment) -> None:
+        """Until what that is behind is done."""
+        self._call("cuStreamWaitEvent", self.handle, moment.handle, 0)
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Bytes from one address to another, of any GPU that is mapped here."""
@@ -68,6 +87,20 @@ class Engine:
 
     def _call(self, name: str, *arguments: object) -> None:
         call(name, self.device, *arguments)
+
+
+class Moment:
+    """A place in the work of a stream, which others may wait for; it may be recorded again and again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.event = torch.cuda.Event()
+        with torch.cuda.device(device):
+            self.event.record()  # which makes it
+        self.handle = ctypes.c_void_p(self.event.cuda_event)
+
+    def record(self, on: Engine) -> None:
+        """Behind all that is on the stream so far."""
+        call("cuEventRecord", on.device, self.handle, on.handle)
 
 
 def reach_each_other(group: dist.ProcessGroup) -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
-from dskernels.model.parallel.engines import Engine, PeerMemory
+from dskernels.model.parallel.engines import Engine, Moment, PeerMemory
 from dskernels.model.parallel.mail import Part, aligned
 
 
@@ -65,6 +65,7 @@ class Handover:
         self.memory, self.addresses, self.keeps = memory
         self.step = 0
         self.stream = torch.cuda.Stream(self.memory.device, priority=-1)
+        self.on, self.now = Engine.of(self.stream), Moment(self.memory.device)
 
     def begin(self) -> None:
         """A step, on all ranks, when the one before has ended on all."""
@@ -74,16 +75,16 @@ class Handover:
         """To a stage of another rank, when the stream has made it."""
         rank = rank_of(way.stage, self.ranks)
         slot, x = self._slot(rank, way, microbatch), x.contiguous()
-        self.stream.wait_stream(torch.cuda.current_stream())
-        on = Engine(self.stream)
-        on.copy(self.addresses[rank] + slot * self.size, x.data_ptr(), x.numel() * x.element_size())
-        on.write(self.addresses[rank] + self.flags_at + 4 * slot, self.step)
+        self.now.record(Engine.current(self.memory.device))
+        self.on.follow(self.now)
+        self.on.copy(self.addresses[rank] + slot * self.size, x.data_ptr(), x.numel() * x.element_size())
+        self.on.write(self.addresses[rank] + self.flags_at + 4 * slot, self.step)
         x.record_stream(self.stream)
 
     def receive(self, way: Way, microbatch: int) -> Tensor:
         """What has been sent to a stage of this rank; the stream waits for it. It stays until the step ends."""
         slot = self._slot(self.rank, way, microbatch)
-        Engine(torch.cuda.current_stream()).wait(self.addresses[self.rank] + self.flags_at + 4 * slot, self.step)
+        Engine.current(self.memory.device).wait(self.addresses[self.rank] + self.flags_at + 4 * slot, self.step)
         return Part(slot * self.size, self.shape, self.dtype).of(self.memory)
 
     def _slot(self, rank: int, way: Way, microbatch: int) -> int:
