@@ -35,6 +35,7 @@ from dskernels.device import PLAIN, dispatch_modes, like_this, several_gpus
 from dskernels.metadata import ByMetadata
 
 MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own, and one may fail at first
+MOST_MEMORY = 1 << 30  # bytes that a recorded call allocates: of larger ones nobody notices what the host takes
 ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
 
 _aten = torch.ops.aten
@@ -135,6 +136,7 @@ class Recorder(TorchDispatchMode):
         self._stream: int = torch._C._cuda_getCurrentRawStream(self._device)
         self._given = [(x.data_ptr(), _extent(x)) for x in tensors]
         self._made: list[Tensor] = []  # kept until the end, so that no two have the same address
+        self._bytes = 0
         self._launches: list[tuple[Plan, dict[str, int]]] = []
 
     def run(self, function: Callable, args: tuple) -> Any:
@@ -165,12 +167,18 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _ALLOCATING:
             self._made.append(result)
+            self._bytes += result.untyped_storage().nbytes()
+            if self._bytes > MOST_MEMORY:
+                self.refuse("it takes more memory than is to be kept at once")
+                self._made.clear()
         elif not func.is_view:
             self.refuse(f"{func} is no launch of ours")
         return result
 
     def recording(self, result: Any) -> _Recording | None:
         """What was noted, ready to be launched again; None if it cannot be."""
+        if self.reason is not None:
+            return None
         results = result if isinstance(result, tuple) else (result,)
         pieces = [*self._given, *[(x.data_ptr(), x.untyped_storage().nbytes()) for x in self._made]]
         own = range(len(self._given), len(pieces))

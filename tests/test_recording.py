@@ -91,9 +91,13 @@ def test_another_stream(on_the_cpu, monkeypatch):
         assert [launch["stream"] for launch in on_the_cpu.launches[-2:]] == [stream] * 2
 
 
-@pytest.mark.parametrize("what", ["fill", "copy", "elsewhere", "argument", "nothing", "view of a result"])
-def test_what_is_more_than_launches_runs_as_it_is_written(on_the_cpu, what):
+KINDS_OF_MORE = ["fill", "copy", "elsewhere", "argument", "nothing", "view of a result", "memory"]
+
+
+@pytest.mark.parametrize("what", KINDS_OF_MORE)
+def test_what_is_more_than_launches_runs_as_it_is_written(on_the_cpu, monkeypatch, what):
     calls = []
+    monkeypatch.setattr(recording, "MOST_MEMORY", 100 if what == "memory" else 1 << 30)
     elsewhere = torch.empty(4, 32)
 
     @Recorded
