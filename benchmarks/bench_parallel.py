@@ -306,7 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the JSON goes, after each part")
     parser.add_argument("--only", nargs="*", help="large, small, layer, training, pipeline; else all")
-    parser.add_argument("--save", action="store_true", help="write results/<gpu>/parallel.json for the report")
+    parser.add_argument("--save", action="store_true", help="likewise results/<gpu>/parallel.json for the report")
     parser.add_argument("--commit", default=None, help="that is measured, to be noted")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     arguments = parser.parse_args()
@@ -349,8 +349,8 @@ def main() -> None:
             print(json.dumps(_short(results[name]), indent=2), flush=True)
             if arguments.out:
                 arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    if dist.get_rank() == 0 and arguments.save:
-        print(save(results, arguments.commit))
+            if arguments.save:
+                print(save(results, arguments.commit), flush=True)
     team.close()
 
 

@@ -1,5 +1,8 @@
 """Messages by copy engines, between two GPUs or two processes on one, and what is made of them."""
 
+import ctypes
+import types
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +11,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from world import case, run
 
 from dskernels.model import Config
-from dskernels.model.parallel import pipeline
+from dskernels.model.parallel import copies, pipeline
 from dskernels.model.parallel.copies import ENDS, SLOTS, CopyEngines
 from dskernels.model.parallel.engines import PeerMemory, reach_each_other
 from dskernels.model.parallel.exchange import pack
@@ -169,6 +172,63 @@ def layers(rank, device, plain):
         for _ in range(3):
             together = overlapped(model, [lambda half=half: model(*half) for half in halves])
             assert all(torch.equal(a, b) for a, b in zip(together, wanted, strict=True))
+
+
+class AtOnce:
+    """In place of `Engine` and `Moment`: what a stream would do is done now, and what it would wait for is there."""
+
+    def __init__(self, *_):
+        pass
+
+    of = current = classmethod(lambda cls, _: cls())
+
+    def record(self, on):
+        pass
+
+    def follow(self, moment):
+        pass
+
+    def copy(self, target, source, size):
+        ctypes.memmove(target, source, size)
+
+    def write(self, address, value):
+        ctypes.c_uint32.from_address(address).value = value
+
+    def wait(self, address, value):
+        assert ctypes.c_uint32.from_address(address).value >= value
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_messages_lie_where_they_are_read(monkeypatch, ranks):
+    """More messages than slots, on the CPU: all ranks in one process."""
+    monkeypatch.setattr(copies, "Engine", AtOnce)
+    monkeypatch.setattr(copies, "Moment", AtOnce)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    size = message_bytes([(1000, 4 * 513), (1000, 12)])
+    memories = [torch.zeros(CopyEngines.needed(ranks, size), dtype=torch.uint8) for _ in range(ranks)]
+    addresses = [memory.data_ptr() for memory in memories]
+    mails = []
+    for rank, memory in enumerate(memories):
+        group = types.SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+        mails.append(CopyEngines(group, size, piece=500_000, memory=PeerMemory(memory, addresses, None)))
+    for number in range(3 * SLOTS):
+        rows, together = (1000, 7, 1, 0)[number % 4], number % 3 == 0
+        to = [
+            [[torch.randint(0, 2**30, (rows, 513)).int(), torch.rand(rows, 3)] for _ in range(ranks)]
+            for _ in range(ranks)
+        ]
+        sent = [mail.send(to[rank], together=together) for rank, mail in enumerate(mails)]
+        for rank, (mail, one) in enumerate(zip(mails, sent, strict=True)):
+            assert sum(piece.stop - piece.start for piece in mail.arriving(one)) == rows
+            wanted = [to[source][rank] for source in range(ranks)]
+            found = [mail.from_rank(one, source) for source in range(ranks)]
+            assert all(torch.equal(a, b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True))
+            if together:
+                whole = [torch.cat(parts) for parts in zip(*wanted, strict=True)]
+                assert all(torch.equal(a, b) for a, b in zip(mail.whole(one), whole, strict=True))
+            mail.finished(one)
 
 
 def exchanges(rank, gpus):
