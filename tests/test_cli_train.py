@@ -74,6 +74,10 @@ def test_a_trained_tokenizer_an_average_and_a_second_run(run, text, little, tmp_
     assert status == 0, error
     assert struct.unpack(">II", (out / "training.png").read_bytes()[16:24])[0] >= 1600
 
+    status, printed, error = run("plot", out, other, "--pairs", "--out", tmp_path / "pairs.png")
+    assert status == 0, error
+    assert (tmp_path / "pairs.png").stat().st_size > 10_000
+
     texts = {}
     for folder in (out, out / "ema"):
         status, printed, error = run("generate", folder, "--prompt", "def f1", "--max-new-tokens", 4, "--draft", 1)
@@ -182,3 +186,5 @@ def test_plot_says_what_it_cannot_draw(run, tmp_path):
     assert (status, "no training step in its history" in error) == (1, True)
     status, _, error = run("plot", tmp_path, "--label", "a", "--label", "b")
     assert (status, "--label: expected one for each of 1 runs, got 2" in error) == (1, True)
+    status, _, error = run("plot", tmp_path, "--pairs")
+    assert (status, "--pairs: expected an even number of runs, got 1" in error) == (1, True)

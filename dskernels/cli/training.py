@@ -224,14 +224,31 @@ def plot(
         list[str] | None, typer.Option(help="What to call a run, once for each; by default its folder's name.")
     ] = None,
     title: Annotated[str, typer.Option(help="A line above the picture.")] = "",
+    pairs: Annotated[
+        bool,
+        typer.Option("--pairs", help="How far every second run's losses are from those of the one before it, in %."),
+    ] = False,
 ) -> None:
     """Draw runs, several in one picture: losses, MTP loss, the load of the experts, throughput."""
     from dskernels.model.plot import PICTURE_FILE, read_history
-    from dskernels.model.plot_runs import plot_runs
+    from dskernels.model.plot_runs import plot_pairs, plot_runs
 
-    if label is not None and len(label) != len(runs):
-        raise ValueError(f"--label: expected one for each of {len(runs)} runs, got {len(label)}")
+    if pairs and len(runs) % 2:
+        raise ValueError(f"--pairs: expected an even number of runs, got {len(runs)}")
+    pictures = len(runs) // 2 if pairs else len(runs)
+    if label is not None and len(label) != pictures:
+        raise ValueError(
+            f"--label: expected one for each of {pictures} {'pairs' if pairs else 'runs'}, got {len(label)}"
+        )
     files = [run / "metrics.jsonl" if run.is_dir() else run for run in runs]
+    if pairs:
+        halves = list(zip(files[::2], files[1::2], strict=True))
+        named = label or [f"{second.parent.name} beside {first.parent.name}" for first, second in halves]
+        drawn = {name: (read_history(a), read_history(b)) for name, (a, b) in zip(named, halves, strict=True)}
+        out = files[0].with_name(PICTURE_FILE) if out is None else out
+        plot_pairs(drawn, out, title=title)
+        console.print(f"{out}", highlight=False, soft_wrap=True)
+        return
     names = label or [(run if run.is_dir() else run.parent).resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run) for run in runs]

@@ -12,6 +12,7 @@ from dskernels.model.plot import FAINT, History, drawing, smoothed
 RUNS = ("#2563eb", "#d97706", "#dc2626", "#059669", "#7c3aed", "#0891b2")
 LAYERS = "viridis"
 WINDOWS = 20  # of a run; throughput is drawn as the median of each, which a step beside something else does not move
+PARTS, REPORTED = 30, 0.25  # of a pair; and how near to bf16, in percent, the report's runs in fp8 stay
 EVEN = 1.3  # where the line is drawn that a balanced layer stays under
 
 
@@ -45,6 +46,46 @@ def plot_runs(runs: Mapping[str, History], path: str | Path, *, title: str = "")
         _draw_busiest(left, runs)
         _draw_throughput(right, runs)
         _draw_loads(parts[2:], loads)
+
+
+def plot_pairs(pairs: Mapping[str, tuple[History, History]], path: str | Path, *, title: str = "") -> None:
+    """Draws how far a run's losses are from those of another one on the same text, in percent: the mean over each of
+    thirty parts of the steps that both have, and held-out text as dots, for the main loss and that of MTP.
+
+    Args:
+        pairs: by name, the run that is compared with and the other one.
+        path: the PNG to write.
+        title: a line above.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: two runs have no step in common.
+    """
+    with drawing(path, 11.0, 3.4 + (0.4 if title else 0.0)) as figure:
+        if title:
+            figure.suptitle(title, x=0.012, ha="left", fontsize=13, fontweight="bold", parse_math=False)
+        for axes, name, of in zip(figure.subplots(1, 2), ("", "mtp_"), ("Loss", "MTP loss"), strict=True):
+            axes.axhspan(-REPORTED, REPORTED, color=FAINT, alpha=0.18, linewidth=0)
+            axes.axhline(0.0, color=FAINT, linewidth=1.0)
+            for color, (label, (first, second)) in zip(_colors(pairs), pairs.items(), strict=True):
+                x, y = difference(first, second, f"{name}loss", PARTS)
+                if not x:
+                    raise ValueError(f"{label}: no step in common")
+                looks, held_out = difference(first, second, f"validation_{name}loss", None)
+                last = f", held out {held_out[-1]:+.3f}%" if held_out else ""
+                axes.plot(x, y, color=color, linewidth=1.2, alpha=0.7, label=f"{label}{last}")
+                axes.plot(looks, held_out, color=color, linewidth=0.0, marker="o", markersize=5)
+            _finish(axes, f"{of}: training (lines), held-out text (dots)", f"% apart (grey: ±{REPORTED})", [], "best")
+
+
+def difference(first: History, second: History, name: str, parts: int | None) -> tuple[list[float], list[float]]:
+    """Steps, and by how many percent the second's value is above the first's there; means over so many parts."""
+    here, there = (dict(zip(*_series(history, name), strict=True)) for history in (first, second))
+    steps = sorted(here.keys() & there.keys())
+    wide = -(-len(steps) // parts) if parts else 1
+    groups = [steps[i : i + wide] for i in range(0, len(steps), max(wide, 1))]
+    means = [100 * (sum(there[s] for s in group) / (sum(here[s] for s in group) or 1.0) - 1) for group in groups]
+    return [sum(group) / len(group) for group in groups], means
 
 
 def _draw_losses(axes: Any, runs: Mapping[str, History]) -> None:
@@ -155,5 +196,5 @@ def _last_load(history: History) -> list[list[int]]:
     return looks[-1] if looks else []
 
 
-def _colors(runs: Mapping[str, History]) -> list[str]:
+def _colors(runs: Mapping[str, Any]) -> list[str]:
     return [RUNS[i % len(RUNS)] for i in range(len(runs))]
