@@ -35,7 +35,7 @@ from dskernels.device import PLAIN, dispatch_modes, like_this, several_gpus
 from dskernels.metadata import ByMetadata
 
 MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own, and one may fail at first
-MOST_MEMORY = 1 << 30  # bytes that a recorded call allocates: of larger ones nobody notices what the host takes
+MOST_MEMORY = 32  # a part of the GPU's that a recorded call may allocate: what is larger takes longer than the host
 ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
 
 _aten = torch.ops.aten
@@ -168,7 +168,7 @@ class Recorder(TorchDispatchMode):
         if func.overloadpacket in _ALLOCATING:
             self._made.append(result)
             self._bytes += result.untyped_storage().nbytes()
-            if self._bytes > MOST_MEMORY:
+            if self._bytes * MOST_MEMORY > _memory(self._device):
                 self.refuse("it takes more memory than is to be kept at once")
                 self._made.clear()
         elif not func.is_view:
@@ -286,6 +286,12 @@ class _Recording:
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _memory(device: int) -> int:
+    """Bytes that a GPU has."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _plain(tensors: tuple[Tensor, ...]) -> bool:

@@ -31,6 +31,7 @@ def on_the_cpu(fake, monkeypatch):  # noqa: F811
         monkeypatch.setattr(launch, "_kept", ByMetadata())
     monkeypatch.setattr(recording, "like_this", like_this)
     monkeypatch.setattr(recording, "_plain", lambda tensors: not devices.dispatch_modes())
+    monkeypatch.setattr(recording, "_memory", lambda device: 80_000)
     return fake
 
 
@@ -97,7 +98,7 @@ KINDS_OF_MORE = ["fill", "copy", "elsewhere", "argument", "nothing", "view of a 
 @pytest.mark.parametrize("what", KINDS_OF_MORE)
 def test_what_is_more_than_launches_runs_as_it_is_written(on_the_cpu, monkeypatch, what):
     calls = []
-    monkeypatch.setattr(recording, "MOST_MEMORY", 100 if what == "memory" else 1 << 30)
+    monkeypatch.setattr(recording, "_memory", lambda device: 8000 if what == "memory" else 80_000)
     elsewhere = torch.empty(4, 32)
 
     @Recorded
