@@ -178,6 +178,7 @@ class Process:
         command = [sys.executable, str(HERE / "sanitize.py"), "--exact", *names]
         command += ["--racecheck"] * (tool == "racecheck") + ["--filled"] * filled
         options = ["--tool", tool, *TOOLS[tool], "--print-limit", "30", "--error-exitcode", "9"]
+        options += ["--show-backtrace", "no"]  # of the host, which takes a minute for 30 reports
         command = ["compute-sanitizer", *options, *command]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
@@ -210,13 +211,17 @@ class Process:
             self.reports[name][re.sub(r"0x[0-9a-f]+|\d+", "#", found[0].lstrip("= ").strip())[:120]] += 1
 
 
-def batches(tools: list[str], names: list[str], size: int) -> list[Batch]:
+def batches(tools: list[str], names: list[str], size: int, done: set[tuple[str, str]]) -> list[Batch]:
     """Kernels of a kind go to processes in turn; those in CUDA C++ first, of the portable ones the other tools last."""
+    kinds: dict[tuple[int, tuple[str, ...]], list[str]] = defaultdict(list)
+    for name in names:
+        left = tuple(tool for tool in tools if (tool, name) not in done)
+        if left:
+            kinds[("", "hopper", "triton").index(name.partition(": ")[0] if ": " in name else ""), left].append(name)
     made = []
-    for turn, kind in enumerate(("", "hopper", "triton")):
-        of_kind = [name for name in names if (name.partition(": ")[0] if ": " in name else "") == kind]
+    for (turn, left), of_kind in sorted(kinds.items()):
         n = -(-len(of_kind) // size)
-        made += [Batch(tools[0], of_kind[i::n], turn, tuple(tools[1:])) for i in range(n)]
+        made += [Batch(left[0], of_kind[i::n], turn, left[1:]) for i in range(n)]
     return made
 
 
@@ -232,11 +237,10 @@ def said(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
-def saved(rows: list[dict], device: str, version: str) -> dict:
-    """Outcomes, over those of the same kernels and tools that were saved."""
+def saved(rows: list[dict], names: list[str], device: str, version: str) -> dict:
+    """Outcomes, over those that were saved of kernels that there still are."""
     before = json.loads(RESULTS.read_text())["outcomes"] if RESULTS.exists() else []
-    known = {row["kernel"] for row in rows}
-    kept = {(row["tool"], row["kernel"]): row for row in before if row["kernel"] in known}
+    kept = {(row["tool"], row["kernel"]): row for row in before if row["kernel"] in names}
     kept |= {(row["tool"], row["kernel"]): row for row in rows if row["outcome"] != NOT_RUN}
     return {"device": device, "tool": f"compute-sanitizer {version}", "outcomes": list(kept.values())}
 
@@ -274,6 +278,7 @@ def main() -> None:
     parser.add_argument("text", nargs="*", default=[""], help="run kernels whose name contains one of these")
     parser.add_argument("--without", nargs="*", default=[], help="leave out kernels whose name contains one of these")
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
+    parser.add_argument("--left", action="store_true", help="leave out what is saved as clean")
     parser.add_argument("--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes at a time")
     parser.add_argument("--size", type=int, default=6, help="kernels of a process")
     parser.add_argument("--seconds", type=float, default=3600, help="for everything")
@@ -287,7 +292,9 @@ def main() -> None:
         return write(json.loads(RESULTS.read_text()))
     names = [n for n in listed() if any(t in n for t in asked.text) and not any(t in n for t in asked.without)]
     run, start = Run(asked), time.monotonic()
-    run.work(batches(asked.tools, names, asked.size))
+    before = json.loads(RESULTS.read_text())["outcomes"] if asked.left and RESULTS.exists() else []
+    done = {(row["tool"], row["kernel"]) for row in before if row["outcome"] in (RIGHT, FILLED)}
+    run.work(batches(asked.tools, names, asked.size, done))
     print(f"all: {time.monotonic() - start:.0f} s")
     not_taken = [n for (_, n), outcome in run.outcomes.items() if outcome["outcome"] == NOT_TAKEN]
     rows = [
@@ -299,7 +306,7 @@ def main() -> None:
         }
         for tool in asked.tools
         for name in names
-        if name not in not_taken
+        if name not in not_taken and (tool, name) not in done
     ]
     bad = [row for row in rows if row["outcome"] not in (RIGHT, FILLED)]
     for row in bad:
@@ -309,7 +316,7 @@ def main() -> None:
         print(tool, dict(Counter(row["outcome"] for row in rows if row["tool"] == tool)))
     gpus = said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
     versions = re.findall(r"\d{4}\.[\d.]+", said("compute-sanitizer", "--version"))
-    asked.out.write_text(json.dumps(saved(rows, (gpus or ["?"])[0], (versions or ["?"])[0]), indent=1) + "\n")
+    asked.out.write_text(json.dumps(saved(rows, listed(), (gpus or ["?"])[0], (versions or ["?"])[0]), indent=1) + "\n")
     if bad:
         raise SystemExit(1)
 

@@ -217,8 +217,8 @@ def main() -> None:
     print(f"seed {asked.seed}", flush=True)
     try:
         while time.monotonic() < end:
-            operations(run, 4 if run.device.type == "cpu" else 20, random.sample(names, min(6, len(names))))
-            for _ in range(6 if load else 0):
+            operations(run, 4 if run.device.type == "cpu" else 6, random.sample(names, min(5, len(names))))
+            for _ in range(5 if load else 0):
                 run.guarded("generation", load.round)  # type: ignore[union-attr]
             if load:
                 load.forget()

@@ -139,4 +139,12 @@ def test_kernels_compile_without_spills():
                 divisible=divisible,
             )
         )
+    # A network of one column: a launch turns an integer that is 1 into a constant.
+    one = {
+        key: kind for key, kind in {**up, **numbers, "stride_x": "i32"}.items() if key not in ("inner", "inner_shared")
+    }
+    ones = {**tile, "BLOCK_K": 16, "inner": 1, "inner_shared": 1}
+    kernels.append(
+        Compile(f"{module}:few_up_kernel", one, ones, divisible=("H", "stride_we", "stride_wn"), targets=("sm_90",))
+    )
     assert_clean(compile_all(kernels), max_registers=255)

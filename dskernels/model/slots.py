@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from dskernels.model.capture import aside, capturing, mode
+from dskernels.model.capture import aside, capturing, mode, stream_of
 from dskernels.model.model import DeepseekV3
 from dskernels.model.passes import Passes, Sequences
 
@@ -126,7 +126,6 @@ class StepGraphs:
     _state: list[tuple[int, int]] = field(default_factory=list)
     _versions: list[int] = field(default_factory=list)
     _mode: tuple[str | None, bool] | None = None
-    _stream: torch.cuda.Stream | None = None
     _pool: Any = None
 
     def are_of(self, model: DeepseekV3) -> bool:
@@ -150,12 +149,10 @@ class StepGraphs:
             RuntimeError: the step does what cannot be in a graph.
         """
         device = self.sequences.last.device
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
         if not self.graphs:
             self._pool = torch.cuda.graph_pool_handle()  # torch gives a pool up with the last graph in it
         graph = torch.cuda.CUDAGraph()
-        with aside(self._stream, f"graphs: a step of {rows} rows", "graphs=False runs without them"):
+        with aside(stream_of(device), f"graphs: a step of {rows} rows", "graphs=False runs without them"):
             # A step of rows without sequences, which changes nothing: what is compiled, loaded or kept cannot be within
             # a capture.
             passes.step(Sequences.empty(passes, rows, self.sequences.block_table.shape[1]))

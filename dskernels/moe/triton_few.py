@@ -69,10 +69,10 @@ def few_up_kernel(
     o_k = tl.arange(0, BLOCK_K)
     if own:
         p_gate = p_w13 + expert * stride_we + o_n.to(tl.int64)[:, None] * stride_wn
-        p_up = p_gate + inner.to(tl.int64) * stride_wn
+        p_up = p_gate + tl.cast(inner, tl.int64) * stride_wn
     else:
         p_gate = p_shared + o_n.to(tl.int64)[:, None] * stride_sn
-        p_up = p_gate + inner_shared.to(tl.int64) * stride_sn
+        p_up = p_gate + tl.cast(inner_shared, tl.int64) * stride_sn
     gate = tl.zeros([BLOCK], tl.float32)
     up = tl.zeros([BLOCK], tl.float32)
     for start in range(0, H, BLOCK_K):

@@ -203,3 +203,13 @@ def test_a_dtype_that_compares_to_nothing_is_named():
     """Once `fp8_gemm` knows its operands, which on a CPU it does not ask."""
     with pytest.raises(ValueError, match="out_dtype: expected"):
         ds.fp8_gemm(*operands(), out_dtype=np.zeros(3))
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_rotating_is_not_recorded(device, impl):
+    """It is not differentiable; autograd saw the reference's arithmetic, and refused angles of inference mode."""
+    x = torch.randn(3, 2, 4, device=device, requires_grad=True)
+    with torch.inference_mode():
+        cos, sin = torch.rand(3, 2, device=device), torch.rand(3, 2, device=device)
+    assert not ds.apply_rope(x, cos, sin, impl=impl).requires_grad
+    assert not ds.apply_rope(x, cos.clone(), sin.clone(), impl=impl).requires_grad

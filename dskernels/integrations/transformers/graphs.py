@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dskernels.integrations.transformers.cache import LatentLayer, Places
 from dskernels.integrations.transformers.latents import Pass
 from dskernels.integrations.transformers.patches import STATE
-from dskernels.model.capture import capturing, mode
+from dskernels.model.capture import capturing, mode, stream_of
 
 DEVICES = ("cuda",)
 CACHES = ("past_key_values", "cache")  # what a forward calls it: it has had two names
@@ -252,7 +252,7 @@ def model_forward(original: Callable) -> Callable:
 
 def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """A CUDA graph of what `run` launches, to be replayed, and what it returned, which each replay writes anew."""
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, stream = torch.cuda.CUDAGraph(), stream_of(torch.device("cuda", torch.cuda.current_device()))
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), capturing(graph, torch.cuda.graph_pool_handle()):
         out = run()

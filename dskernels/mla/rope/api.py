@@ -58,6 +58,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor | None = None
 # ---- registration: one operation may not be given the same tensor as argument and result -----------------------------
 
 
+@torch.no_grad()
 def _reference(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     wide = torch.promote_types(x.dtype, torch.float32)
     out.copy_(reference.apply_rope(x.to(wide), cos[:, None].to(wide), sin[:, None].to(wide)))
