@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from dskernels.fp8 import quantize, quantize_both
 from dskernels.types import Fp8Tensor
 
 
-class _Kept(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Kept:
     """Of a weight its copies, and what it was when they were made.
 
     Attributes:
@@ -27,6 +29,9 @@ class _Kept(NamedTuple):
 
 
 _kept = WeakTensorKeyDictionary()
+# The same by the id of the weight, found in 1 us and not in 6; it keeps nothing alive.
+_quick: dict[int, tuple[TensorWeakRef, weakref.ref[_Kept]]] = {}
+MOST_QUICK = 1 << 14  # entries, of which some may be of weights that are gone
 # Which weight lies where: autograd, under hooks for saved tensors, hands another object for it to a backward.
 _owners: dict[tuple, TensorWeakRef] = {}
 
@@ -50,9 +55,16 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
     capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
     if weight.is_inference() or (capturing and not frozen):
         return quantize(weight, (128, 128), transpose=transpose, impl=impl)
+    quick = _quick.get(id(weight))
+    if quick is not None and quick[0]() is weight:
+        kept = quick[1]()
+        if kept is not None and kept.state == (weight.data_ptr(), weight._version):
+            found = kept.transposed if transpose else kept.rows
+            if found is not None:
+                return found
     owner = _owner_of(weight)
     state = (owner.data_ptr(), owner._version)
-    kept: _Kept | None = _kept.get(owner)
+    kept = _kept.get(owner)
     if kept is not None and kept.state != state and kept.transposed is not None:
         # It is trained: what both products of the next step want, in one pass over it.
         kept = _Kept(state, *quantize_both(weight, block=(128, 128), impl=impl))
@@ -60,9 +72,13 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
         kept = _Kept(state, quantize(weight, (128, 128), impl=impl), None)
     if transpose and kept.transposed is None:
         # Read again, not turned: torch turns bytes at a quarter of the speed of memory.
-        kept = kept._replace(transposed=quantize(weight, (128, 128), transpose=True, impl=impl))
+        kept = replace(kept, transposed=quantize(weight, (128, 128), transpose=True, impl=impl))
     if not capturing:  # what is made during capture lives in the graph's memory and is filled only by a replay
         _kept[owner] = kept
+        if owner is weight:
+            if len(_quick) >= MOST_QUICK:
+                _quick.clear()
+            _quick[id(weight)] = TensorWeakRef(weight), weakref.ref(kept)
     return kept.transposed if transpose else kept.rows  # type: ignore[return-value]
 
 
