@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dskernels.model.capture import aside, capturing, mode
+from dskernels.model.capture import aside, capturing, mode, stream_of
 from dskernels.model.data import Packed
 
 FEWEST = 16  # sequences that a graph is made for
@@ -86,20 +85,16 @@ class StepGraphs:
         torch.autograd.graph.increment_version(self.parameters)
         return kind.values.clone()  # the next replay overwrites them
 
-    @cached_property
-    def _stream(self) -> torch.cuda.Stream:
-        return torch.cuda.Stream(self.device)
-
     def _first(self, inputs: Inputs, mtp: bool) -> Tensor:
         """The numbers of a step that runs as it stands."""
         if self.device.type != "cuda":
             return self.step(inputs, mtp)
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        current, stream = torch.cuda.current_stream(self.device), stream_of(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             values = self.step(inputs, mtp)
-        # What it allocated and freed is used again by its own stream alone, which waits for this one each time.
-        current.wait_stream(self._stream)
+        # What it allocated and freed is used again on its own stream alone, which waits for this one each time.
+        current.wait_stream(stream)
         return values
 
     def _capture(self, inputs: Inputs, mtp: bool) -> tuple[Tensor, torch.cuda.CUDAGraph]:
@@ -110,7 +105,8 @@ class StepGraphs:
         gc.collect()  # what is left of a step's backward graph holds memory that the capture wants
         torch.cuda.empty_cache()  # the graph has memory of its own for what the step before it took
         graph = torch.cuda.CUDAGraph()
-        with aside(self._stream, "cuda_graph: a step", "cuda_graph=False runs without"), capturing(graph, self._pool):
+        stream = stream_of(self.device)
+        with aside(stream, "cuda_graph: a step", "cuda_graph=False runs without"), capturing(graph, self._pool):
             values = self.step(inputs, mtp)
         return values, graph
 
