@@ -171,7 +171,8 @@ def test_shared_memory_is_as_large_as_the_launcher_says():
         config = choose_rows_config(rows)
         values = {"WIDTH": config.width, "UNITS": config.units}
         header = source_of(hopper_rows.SOURCE).partition("constexpr int VALUE")[2].partition("unit_full")[0]
-        for name, expression in re.findall(r"\b([A-Z_]+) = ([^,;{?]*)[,;]", "constexpr int VALUE" + header):
+        for name, expression in re.findall(r"\b([A-Z_]+) = ([^,;{]*)[,;]", "constexpr int VALUE" + header):
+            expression = re.sub(r"(.*) \? (.*) : (.*)", r"(\2) if (\1) else (\3)", expression)
             with contextlib.suppress(NameError, SyntaxError):  # of the kernel for 16 bits
                 values[name] = eval(expression.replace("/", "//"), {}, values)
         assert values["AT_BARRIERS"] + (2 * config.units + 2) * 8 == rows_shared(config.width, config.units) <= 232448

@@ -5,8 +5,9 @@
 #include "mla_work.cuh"
 #include "wgmma.cuh"
 
-constexpr float UP = 128.f;   // what weights are multiplied by: 2^(8 + 7) is in fp16's range, and small ones are then as exact as it allows
-constexpr float MOST = 128.f;  // that a scale may be, relative to the largest so far, before the sums are scaled to it: 448 * 128 is in fp16's range
+// Weights are multiplied by UP, and scales so that the largest so far is 2^4 to 2^5; one above MOST scales the sums to a new maximum. So products, of scales
+// with weights up to 2^SLACK or with e4m3, are in fp16's range, and as exact as it allows where they are small.
+constexpr float UP = WIDTH == 64 ? 128.f : 1.f, MOST = 128.f;
 constexpr float NEXT_TO_NOTHING = 0x1p126f;  // inverse of the largest scale before there is one
 
 constexpr int R = WIDTH / 2;                // registers of a 64 x WIDTH product
@@ -18,9 +19,11 @@ constexpr int ALL = 1;                      // named barrier of the two warpgrou
 constexpr int SCALES = VALUE, ROPE_PART = SCALES + VALUE / 128 * 4, ROW_BYTES = ROPE_PART + ROPE * 2;
 constexpr int UNIT = 16, UNIT_BYTES = UNIT * ROW_BYTES, UNITS_OF_BLOCK = BLOCK / UNIT;
 constexpr int STRIP = WIDTH * 128;     // 64 columns of the queries, or weights of a block's 64 positions, for each query row
-constexpr int RATIOS = 4 * BLOCK * 2;  // of a block, scales as the values are multiplied by them
+constexpr int WEIGHTS = WIDTH == 64 ? 1 : 4;              // of a block: times its scales of each 128 columns, or, where that is too much memory, once,
+constexpr int RATIOS = WEIGHTS == 1 ? 4 * BLOCK * 2 : 0;  // and the scales, which the values are multiplied by
 constexpr int TOP = (WIDTH + 4) * 4;   // a maximum for each query row, and for the scales of each 128 columns
-constexpr int AT_Q = (UNITS * UNIT_BYTES + 1023) / 1024 * 1024, AT_WEIGHTS = AT_Q + (VALUE + ROPE) / 64 * STRIP, AT_RATIOS = AT_WEIGHTS + 2 * STRIP;
+constexpr int AT_Q = (UNITS * UNIT_BYTES + 1023) / 1024 * 1024, AT_WEIGHTS = AT_Q + (VALUE + ROPE) / 64 * STRIP;
+constexpr int AT_RATIOS = AT_WEIGHTS + 2 * WEIGHTS * STRIP;
 constexpr int AT_FACTORS = AT_RATIOS + 2 * RATIOS, AT_STATE = AT_FACTORS + WIDTH * 4;
 constexpr int AT_TOPS = AT_STATE + TOP, AT_TOTALS = AT_TOPS;  // of each warp; sums of its weights stand there at the end
 constexpr int AT_PIECES = AT_TOPS + 8 * TOP, AT_BARRIERS = AT_PIECES + 2 * 32;
@@ -154,7 +157,7 @@ struct Values {
     __device__ __forceinline__ void load(u32 even, u32 odd, u32 ratios) {
         word[0] = smem_word(even), word[1] = smem_word(odd);
         word[2] = smem_word(even + ROW_BYTES), word[3] = smem_word(odd + ROW_BYTES);
-        ratio[0] = smem_word(ratios), ratio[1] = smem_word(ratios + 16);
+        if (WEIGHTS == 1) ratio[0] = smem_word(ratios), ratio[1] = smem_word(ratios + 16);
     }
     // Columns become rows: bytes of one column and two positions side by side.
     __device__ __forceinline__ void unpack(u32* a) const {
@@ -163,7 +166,7 @@ struct Values {
             to_half(a[2 * h], a[2 * h + 1], __byte_perm(word[2 * h], word[2 * h + 1], 0x5140));
             to_half(a[4 + 2 * h], a[5 + 2 * h], __byte_perm(word[2 * h], word[2 * h + 1], 0x7362));
 #pragma unroll
-            for (int i = 2 * h; i < 8; i += i % 2 ? 3 : 1) a[i] = multiply_halves(a[i], ratio[h]);
+            for (int i = 2 * h; WEIGHTS == 1 && i < 8; i += i % 2 ? 3 : 1) a[i] = multiply_halves(a[i], ratio[h]);
         }
     }
 };

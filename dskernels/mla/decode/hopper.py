@@ -1,4 +1,4 @@
-"""Launcher of hopper.cu, decode over the latent cache for sm_90a, in CUDA C++.
+"""Launcher of hopper.cu, decode over the latent cache for sm_90a, in CUDA C++; few rows over e4m3 by hopper_rows.py.
 
 CUDA C++ because Gluon has neither barriers between two warpgroups out of three, nor arrivals of single warps, by which
 the two that multiply take turns at the softmax and hand each tile back to the loader as soon as they are done with it.
@@ -16,6 +16,7 @@ from torch import Tensor
 from dskernels.cuda.compiler import kernel, reason_against_cuda
 from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
 from dskernels.device import multiprocessors
+from dskernels.mla.decode import hopper_rows
 from dskernels.mla.decode.config import (
     BLOCK,
     MOST_REQUESTS,
@@ -26,6 +27,8 @@ from dskernels.mla.decode.config import (
     VALUE,
     HopperConfig,
     choose_hopper_config,
+    choose_rows_config,
+    use_rows,
 )
 from dskernels.validate import ceil_div
 
@@ -101,7 +104,11 @@ def decode(
     scale: float,
 ) -> Plan:
     """Fill `out` and `lse` for the requests that one part has; of the others, partial results go to `work`."""
-    config = choose_hopper_config(q.shape[1] * q.shape[2], cache.shape[1], cache.dtype == torch.uint8)
+    rows, fp8_cache = q.shape[1] * q.shape[2], cache.dtype == torch.uint8
+    if fp8_cache and use_rows(rows):
+        few = choose_rows_config(rows)
+        return hopper_rows.plan(few, q, cache, block_table, lengths, q_lengths, out, lse, work, scale, *_grid(q))
+    config = choose_hopper_config(rows, cache.shape[1], fp8_cache)
     return plan(config, q, cache, block_table, lengths, q_lengths, out, lse, work, scale)
 
 

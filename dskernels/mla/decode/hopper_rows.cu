@@ -31,6 +31,17 @@ __device__ __forceinline__ int row_of_number(int number, int lane) { return numb
 constexpr int OWN = WIDTH == 64 ? 2 : 1;
 __device__ __forceinline__ int first_own(int lane) { return lane / 16 * (R / 4) + lane / 8 % 2 * (R / 8) + (WIDTH == 16 ? 0 : lane / 4 % 2 * OWN); }
 
+// Of twice KEPT sums, a lane keeps half, and adds the part of them of the lane at this distance; KEPT 0: both lanes keep the one that there is.
+template <int KEPT> __device__ __forceinline__ void share_out(float (&sum)[R / 2], int lane, int distance) {
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int n = 0; n < KEPT; ++n) {
+        const float low = sum[n], high = sum[n + KEPT];
+        sum[n] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
+    }
+    if (KEPT == 0) sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], distance);
+}
+
 // A thread's part of the sums, 64 columns of the values in each of four.
 struct Sums {
     float values[4][R];
@@ -47,18 +58,9 @@ struct Sums {
         float sum[R / 2];
 #pragma unroll
         for (int n = 0; n < R / 2; ++n) sum[n] = weights[element_of(n, 0)] + weights[element_of(n, 1)];
-        // With each step a lane keeps half of the numbers, and gets the other lane's part of them.
-        int kept = R / 2;
-#pragma unroll
-        for (int d = 16; d >= 4; d /= 2) {
-            const bool halve = kept > OWN, upper = halve && (lane & d);  // with 16 rows, 8 lanes have 4 numbers
-            if (halve) kept /= 2;
-#pragma unroll
-            for (int n = 0; n < kept; ++n) {
-                const float low = sum[n], high = halve ? sum[n + kept] : low;
-                sum[n] = (upper ? high : low) + __shfl_xor_sync(0xffffffffu, upper ? low : high, d);
-            }
-        }
+        share_out<R / 4>(sum, lane, 16);
+        share_out<R / 8>(sum, lane, 8);
+        share_out<WIDTH == 16 ? 0 : OWN>(sum, lane, 4);
 #pragma unroll
         for (int n = 0; n < OWN; ++n) weight[n] += sum[n];
     }
@@ -110,7 +112,6 @@ __device__ __forceinline__ void make_scores(float (&scores)[R], const Scales& sc
                 if (x < ROPE_STRIP) latent_keys(to + 4 * i, now[0][part * STEP + i], now[1][part * STEP + i]);
                 else if (i % 2 == 0) rope_keys(to + 4 * i, keys + ROPE_PART + (part * STEP + i) * 32);
             }
-            if (part == PARTS - 1 && x < ROPE_STRIP - 1) next[0] = smem_words4(keys + (x + 1) * 64), next[1] = smem_words4(keys + ROW_BYTES + (x + 1) * 64);
             if (part == 0 && x == ROPE_STRIP) multiply_by(scores, scales.divisor(0, 3), scales.divisor(1, 3));
             else if (part == 0 && x % 2 == 0 && x > 0)
                 multiply_by(scores, __fdividef(scales.divisor(0, x / 2 - 1), scales.divisor(0, x / 2)),
@@ -123,6 +124,8 @@ __device__ __forceinline__ void make_scores(float (&scores)[R], const Scales& sc
                 else multiply_rows<OUT>(scores, to + 4 * i, b, 1);
             }
             wgmma_commit();
+            // Before the products these loads would be waited for.
+            if (part == PARTS - 1 && x < ROPE_STRIP - 1) next[0] = smem_words4(keys + (x + 1) * 64), next[1] = smem_words4(keys + ROW_BYTES + (x + 1) * 64);
             wgmma_wait<1>();  // the operands before these may be written again
         }
     }
@@ -241,19 +244,23 @@ __device__ __forceinline__ void weigh(float (&scores)[R], Sums& sums, const Stat
     for (int r = 0; r < R; ++r) scores[r] = exp2_fast(scores[r] - base_of(state.top[number_of(r)])) * UP;
     sums.add_weights(scores, lane);
     // Rows become columns: 8 positions of a query row are beside one another.
-    const u32 to = base + AT_WEIGHTS + group * STRIP + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
+    const u32 to = base + AT_WEIGHTS + group * WEIGHTS * STRIP + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
+    const u32 ratios = base + AT_RATIOS + group * RATIOS + (warp * 16 + lane / 4) * 2;
 #pragma unroll
-    for (int j = 0; j < WIDTH / 16; ++j) {
-        const float* p = scores + 8 * j;
-        smem_store_transposed(to + j * 16 * 128, pack_half(p[0], p[1]), pack_half(p[2], p[3]), pack_half(p[4], p[5]), pack_half(p[6], p[7]));
-    }
-    if (lane % 4 == 0) {
-        const u32 ratios = base + AT_RATIOS + group * RATIOS + (warp * 16 + lane / 4) * 2;
-#pragma unroll
-        for (int tile = 0; tile < 4; ++tile) {
-            const u32 both = pack_half(scales.of[0][tile] * state.inverse[tile], scales.of[1][tile] * state.inverse[tile]);
+    for (int tile = 0; tile < 4; ++tile) {
+        const float first = scales.of[0][tile] * state.inverse[tile], second = scales.of[1][tile] * state.inverse[tile];
+        if (WEIGHTS == 1 && lane % 4 == 0) {
+            const u32 both = pack_half(first, second);
             smem_store_half(ratios + tile * BLOCK * 2, (u16)both);
             smem_store_half(ratios + tile * BLOCK * 2 + 16, (u16)(both >> 16));
+        }
+        if (tile >= WEIGHTS) continue;
+        const float a = WEIGHTS == 1 ? 1.f : first, b = WEIGHTS == 1 ? 1.f : second;
+#pragma unroll
+        for (int j = 0; j < WIDTH / 16; ++j) {
+            const float* p = scores + 8 * j;
+            smem_store_transposed(to + tile * STRIP + j * 16 * 128, pack_half(p[0] * a, p[1] * a), pack_half(p[2] * b, p[3] * b), pack_half(p[4] * a, p[5] * a),
+                                  pack_half(p[6] * b, p[7] * b));
         }
     }
     proxy_fence();
@@ -264,7 +271,7 @@ __device__ __forceinline__ void weigh(float (&scores)[R], Sums& sums, const Stat
 // Add a block's values, of the warpgroup's half of the columns, times the weights that `from` made; units are handed back.
 __device__ __forceinline__ void add_values(Sums& sums, u32 base, u32 first_unit, int from, int group, int warp, int lane) {
     constexpr int TILES_OF_STEP = STEP / 2;
-    const u32 weights = (u32)operand_k_major(anew(base) + AT_WEIGHTS + from * STRIP);
+    const u32 weights = (u32)operand_k_major(anew(base) + AT_WEIGHTS + (from * WEIGHTS + (WEIGHTS == 1 ? 0 : 2 * group)) * STRIP);
     const u32 column = group * 256 + warp * 32 + lane / 4 * 4, even = place_of(lane % 4 * 2) * ROW_BYTES + column, odd = place_of(lane % 4 * 2 + 1) * ROW_BYTES + column;
     const u32 ratios = base + AT_RATIOS + from * RATIOS + group * 2 * BLOCK * 2 + lane % 4 * 4;
     Values raw[TILES_OF_STEP];
@@ -291,13 +298,16 @@ __device__ __forceinline__ void add_values(Sums& sums, u32 base, u32 first_unit,
                 barrier_wait(unit.full, unit.phase);
             }
         }
-        if (next < 2 * UNITS_OF_BLOCK) load(unit, next / 2, next % 2);
 #pragma unroll
         for (int x = 0; x < STEP; ++x) registers_fence(sums.values[y % 2 * 2 + x]);
         wgmma_begin();
 #pragma unroll
-        for (int x = 0; x < STEP; ++x) multiply_rows<1>(sums.values[y % 2 * 2 + x], to + 4 * x, operand(weights + y / 2 * 2), 1);
+        for (int x = 0; x < STEP; ++x) {
+            const int tile = WEIGHTS == 1 ? 0 : y % 2 + x / 2;
+            multiply_rows<1>(sums.values[y % 2 * 2 + x], to + 4 * x, operand(weights + tile * (STRIP / 16) + y / 2 * 2), 1);
+        }
         wgmma_commit();
+        if (next < 2 * UNITS_OF_BLOCK) load(unit, next / 2, next % 2);
         wgmma_wait<1>();
     }
     wgmma_wait<0>();
