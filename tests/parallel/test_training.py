@@ -8,7 +8,7 @@ import pytest
 import torch
 from world import case, run
 
-from dskernels.model import Config, load
+from dskernels.model import Config, DeepseekV3, load, save
 from dskernels.model.data import BOUNDARY, Corpus
 from dskernels.model.parallel.plan import Plan, Team
 from dskernels.model.parallel.training import train as train_together
@@ -85,6 +85,15 @@ def test_a_checkpoint_goes_on_with_other_ranks(tmp_path, alone):
     (tmp_path / "checkpoints" / "step-00000002" / "state.json").unlink()  # as if it had been stopped after the first
     second = run(2, one_rank, Plan(pipeline=2), out, dict(resume=True))[0]
     same_curve(second, [line for line in alone if line["step"] > 1])
+
+
+def test_ranks_begin_with_the_weights_of_another_run(tmp_path):
+    config, folder = Config.from_name("tiny", **SMALL), tmp_path / "other"
+    torch.manual_seed(5)
+    save(DeepseekV3(config), folder)
+    wanted = train(config, corpus(), recipe(), out=tmp_path / "one", device="cpu", init=folder)
+    found = run(2, one_rank, Plan(expert=2), str(tmp_path / "two"), dict(init=str(folder)))[0]
+    same_curve(found, wanted)
 
 
 def dying(rank, folder):
