@@ -1,6 +1,6 @@
 """Generation under random load with faults, for soak.py: every text is the one that its prompt gives alone.
 
-A small model with a cache that is too small; prompts of random lengths that share beginnings. The faults take turns:
+A small model with a cache that is too small, a new one each round, so that memory is to be what it was; prompts of random lengths that share beginnings. The faults take turns:
 texts are aborted or the whole is closed in the middle, allocations fail in the middle of a pass, somebody else holds
 the pages. Every text that comes whole has to be the one that the prompt gives alone, one that was cut its beginning,
 and every page has to come back.
@@ -35,7 +35,7 @@ class Load:
         torch.manual_seed(0)
         self.device, self.chance, self.counts = device, chance, counts
         self.model = tiny_model(**SMALL).to(device)
-        self.cache = LatentCache(self.model.config, pages=12, page_size=4, dtype=torch.float32, device=device)
+        self.cache = self._empty()
         self.alone: dict[tuple[tuple[int, ...], int], list[int]] = {}
         self.loads = 0
 
@@ -56,9 +56,7 @@ class Load:
         finally:
             if self.cache.free_pages != self.cache.pages:
                 missing = self.cache.pages - self.cache.free_pages
-                self.cache = LatentCache(
-                    self.model.config, pages=12, page_size=4, dtype=torch.float32, device=self.device
-                )
+                self.cache = self._empty()
                 raise WrongTextError(f"{fault}: {missing} pages did not come back")
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             self._compare(fault, prompt, text, tokens, whole=i not in cut)
@@ -67,9 +65,12 @@ class Load:
         return "right"
 
     def forget(self) -> None:
-        """What is known of texts and pages."""
+        """What is known of texts, and the cache with the graphs that were made for it."""
         self.alone.clear()
-        self.cache.forget()
+        self.cache = self._empty()
+
+    def _empty(self) -> LatentCache:
+        return LatentCache(self.model.config, pages=12, page_size=4, dtype=torch.float32, device=self.device)
 
     def _texts(self, fault: str, prompts: list[list[int]], options: dict) -> tuple[list[list[int]], set[int]]:
         """The texts, and which of them were cut."""
