@@ -87,8 +87,9 @@ class Draw:
 
     def laid_out(self, x: Tensor, *, pad: bool = True) -> Tensor:
         """The same numbers between guards, perhaps at an odd place, perhaps with gaps between rows."""
-        gap = self.one(0, 0, 8, 3) if pad and x.dim() > 1 else 0
-        offset = GUARD + self.one(0, 0, 8, 1)
+        gaps, offsets = ((0, 0, 8, 3), (0, 0, 8, 1)) if not self.models else ((0, 0, 0, 128), (0, 0, 0, 128))
+        gap = self.one(*gaps) if pad and x.dim() > 1 else 0
+        offset = GUARD + self.one(*offsets)  # kernels for one GPU want what is aligned
         strides = [1] * x.dim()
         for i in reversed(range(x.dim() - 1)):
             strides[i] = max(x.shape[i + 1], 1) * strides[i + 1] + (gap if i == x.dim() - 2 else 0)
