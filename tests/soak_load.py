@@ -2,8 +2,8 @@
 
 A small model with a cache that is too small, a new one each round, so that memory is to be what it was; prompts of
 random lengths that share beginnings. The faults take turns: texts are aborted or the whole is closed in the middle,
-allocations fail in the middle of a pass, somebody else holds the pages. Every text that comes whole has to be the one that the prompt gives alone, one that was cut its beginning,
-and every page has to come back.
+allocations fail in the middle of a pass, somebody else holds the pages. Every text that comes whole has to be the one
+that the prompt gives alone, one that was cut its beginning, and every page has to come back.
 """
 
 from __future__ import annotations
