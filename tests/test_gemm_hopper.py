@@ -56,6 +56,7 @@ def test_choice():
     assert tile(4096, 4096, 7168) == (256, 128)
     assert tile(4096, 2112, 7168) == (128, 192)  # 3 rounds of tiles either way, and these are smaller
     assert tile(512, 4096, 7168) == (128, 128)
+    assert tile(384, 2112, 7168) == (128, 64)  # one round of 99 tiles, not of 51
     assert tile(7168, 4096, 4096, b_rows=1) == (256, 128)
 
 

@@ -155,12 +155,17 @@ HOPPER_NARROW_SHORT = replace(HOPPER_NARROW, group=16)
 HOPPER_LOW = HopperConfig(
     waves=1, block_n=128, stages=5, cluster=1, shared_a=True, group=8, clocks=740, tile_clocks=1000
 )
+# Half as wide, for products whose tiles of 128x128 would leave half of the multiprocessors idle: on an H200
+# 384x2112x7168 took 19.0 us and 25.7 with those. Unrolled by 4, its loop over the rest would be unrolled as well.
+HOPPER_LEAN = HopperConfig(
+    waves=1, block_n=64, stages=8, cluster=1, shared_a=True, group=8, clocks=530, tile_clocks=200, unroll=8
+)
 # With a scale for each row of B. Kept for both products of a block are 8 of 16 pairs of columns' scales: 1,015 TFLOP/s
 # at 4096x7168 and 4096 tokens, where 11, which leave registers to unroll by 2 only, gave 973.
 WGRAD_TALL = replace(HOPPER_TALL, cluster=1, registers=240, ahead=8, clocks=1550)
 WGRAD_LOW = replace(HOPPER_LOW, group=16, clocks=815)
 HOPPER_CONFIGS = {
-    128: (HOPPER_TALL, HOPPER_NARROW, HOPPER_NARROW_SHORT, HOPPER_LOW),
+    128: (HOPPER_TALL, HOPPER_NARROW, HOPPER_NARROW_SHORT, HOPPER_LOW, HOPPER_LEAN),
     1: (WGRAD_TALL, WGRAD_LOW),
 }
 
@@ -243,10 +248,11 @@ def choose_small_config(m: int, n: int, k: int, multiprocessors: int) -> SmallCo
     if tiles > multiprocessors:
         # Several tiles for each CTA, or one CTA for each. On an H200 24576x1536 took 17.9 at 64 rows with three CTAs on
         # a multiprocessor, 18.3 with four, 19.3 with two, 19.8 with one (on an H100 22.8 with two and 21.9 with one),
-        # at 128 rows 22.5 with three of 64 tokens each, 24.3 with one or two of 128. 32768x512 took 11.8 with four.
+        # at 128 rows 22.5 with three of 64 tokens each, 24.3 with one or two of 128. 32768x512 took 11.8 with four,
+        # at 64 rows 14.9, 13.4 with three and 13.2 with two.
         if blocks >= 8:
             return SmallConfig(64, min(tokens, 64), 1, resident=3)
-        return SmallConfig(64, tokens, 1, resident=2 if tokens == 128 else 4)
+        return SmallConfig(64, tokens, 1, resident=2 if tokens >= 64 else 4)
     split = _split(tiles, blocks, multiprocessors)
     if tokens == 128 and split == 2:
         return SmallConfig(64, 128, 2, resident=1)  # 4096x7168: 20.1; two tiles of 64 tokens 20.5
@@ -267,12 +273,24 @@ def use_small(m: int, n: int, k: int, multiprocessors: int) -> bool:
     """Whether the kernel for few rows is faster than the one for many; B is in blocks of 128x128.
 
     With 64 and 128 rows it was, by 1.02 to 1.9 times, but for 128x32768x512, where C is most of what moves: on an H200
-    14.9 us and 13.8. With 256, 4096x7168 took 26.3 us and 31.9, 2112x7168 19.5 and 26.0, but 7168x2048 16.9 and 15.8,
-    and larger ones lost more.
+    14.9 us and 13.8; and, above 64 rows, but where HOPPER_LEAN's tiles fill the multiprocessors. On an H200, theirs
+    second: 128x24576x1536 22.9 us and 20.9, 128x16384x2048 24.4 and 19.5, 128x7168x16384 47.1 and 44.8, 128x7168x2048
+    13.6 and 13.1, 128x6144x7168 27.2 and 24.1, 256x3072x7168 26.4 and 20.8, 256x4096x7168 27.2 and 22.6; but in one
+    round of 66 tiles 256x2112x7168 18.3 and 18.7, in 1.5 rounds 128x12288x4096 23.1 and 27.7. With 256, 7168x2048 took
+    16.9 and 15.8 in other tiles, and larger ones lost more.
     """
-    if m > 64 and k <= 512 and ceil_div(n, 128) > multiprocessors:
+    mostly_c = k <= 512 and ceil_div(n, 128) > multiprocessors
+    # Rows past the end of A cost as well, in either kernel: 240x4096x7168 took 22.7 us, 192 30.6 (this one 26.8).
+    full = -m % HOPPER_LEAN.block_m <= 16 and _fill(HOPPER_LEAN.clusters(m, n), multiprocessors)
+    if m > 64 and (mostly_c or full):
         return False
     return m <= 128 or (m <= 256 and ceil_div(m, 64) * ceil_div(n, 64) <= 2 * multiprocessors)
+
+
+def _fill(tiles: int, multiprocessors: int) -> bool:
+    """Whether whole rounds of tiles leave few multiprocessors idle, or a single one no more than three in ten."""
+    rounds = ceil_div(tiles, multiprocessors)
+    return tiles >= (0.7 if rounds == 1 else 0.9) * rounds * multiprocessors
 
 
 def _split(tiles: int, blocks: int, ctas: int) -> int:
