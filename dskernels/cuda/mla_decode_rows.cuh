@@ -178,18 +178,19 @@ struct Queries {
     long long stride_request, stride_row;
     int rows;  // of a request
     float scale;
-    // Those of a piece, the work of 8 warps. Two rows at a time: more are no faster, as they wait for memory once.
+    // Those of a piece, the work of 8 warps. Up to four rows at a time, as each time waits for memory.
     __device__ __forceinline__ void prepare(u32 base, int request, int row_block, int warp, int lane) const {
+        constexpr int ROWS = WIDTH == 16 ? 2 : 4;
 #pragma unroll 1
-        for (int r = warp; r < WIDTH; r += 16) {
-            Query query[2];
+        for (int r = warp; r < WIDTH; r += 8 * ROWS) {
+            Query query[ROWS];
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
+            for (int i = 0; i < ROWS; ++i) {
                 const int row = row_block * BLOCK + r + i * 8;
                 query[i].load(data + request * stride_request + row * stride_row, row < rows, lane);
             }
 #pragma unroll
-            for (int i = 0; i < 2; ++i) query[i].store(base, r + i * 8, lane, scale);
+            for (int i = 0; i < ROWS; ++i) query[i].store(base, r + i * 8, lane, scale);
         }
         proxy_fence();
     }

@@ -318,12 +318,12 @@ __device__ __forceinline__ void add_values(Sums& sums, u32 base, u32 first_unit,
 // ---- results -------------------------------------------------------------------------------------------------------
 
 // A thread has four columns side by side, of each 128.
-template <int GROUP>
-__device__ __forceinline__ void finish(Sums& sums, u32 base, const Piece& piece, const Results& results, int row_block, int warp, int lane) {
+// Both warpgroups run the same instructions, which is half as many to fetch.
+__device__ __forceinline__ void finish(Sums& sums, u32 base, const Piece& piece, const Results& results, int row_block, int group, int warp, int lane) {
     const int heads = results.heads, rows = heads * results.q_tokens;
     float back[2];
 #pragma unroll
-    for (int x = 0; x < 2; ++x) back[x] = 1.f / smem_load(base + AT_STATE + (WIDTH + 2 * GROUP + x) * 4);
+    for (int x = 0; x < 2; ++x) back[x] = 1.f / smem_load(base + AT_STATE + (WIDTH + 2 * group + x) * 4);
 #pragma unroll
     for (int n = 0; n < R / 2; ++n) {
         const int r = row_of_number(n, lane), row = row_block * BLOCK + r;
@@ -331,7 +331,7 @@ __device__ __forceinline__ void finish(Sums& sums, u32 base, const Piece& piece,
 #pragma unroll
         for (int w = 0; w < 8; ++w) weight += smem_load(base + AT_TOTALS + w * TOP + r * 4);
         const bool dead = weight == 0.f || end_of(piece, row, heads) <= 0;
-        if (GROUP == 0 && warp == 0 && lane < 4) {
+        if (group == 0 && warp == 0 && lane < 4) {
             const float lse = dead ? nothing() : smem_load(base + AT_STATE + r * 4) + log2f(weight * (1.f / UP));
             if (piece.slot >= 0) results.work.lse[(long long)piece.slot * results.work.padded_rows + row] = lse;
             else if (row < rows) results.lse[((long long)piece.request * heads + row % heads) * results.q_tokens + row / heads] = lse * LN_2;
@@ -347,7 +347,7 @@ __device__ __forceinline__ void finish(Sums& sums, u32 base, const Piece& piece,
     }
 #pragma unroll
     for (int x = 0; x < 4; x += 2) {
-        const int column = (GROUP * 4 + x) * 64 + warp * 32 + lane / 4 * 4;
+        const int column = (group * 4 + x) * 64 + warp * 32 + lane / 4 * 4;
         auto two = [&](int x, int n) { return pack(sums.values[x][element_of(n, 0)], sums.values[x][element_of(n, 1)]); };
 #pragma unroll
         for (int n = 0; n < R / 2; ++n) {
@@ -413,8 +413,7 @@ __device__ __forceinline__ void attend(const Results& results, const Queries& qu
 #pragma unroll
         for (int n = 0; n < OWN; ++n) smem_store(base + AT_TOTALS + warp * TOP + row_of_number(first_own(lane) + n, lane) * 4, sums.weight[n]);
         handover_sync<256>(ALL);
-        if (group == 0) finish<0>(sums, base, piece, results, row_block, warp % 4, lane);
-        else finish<1>(sums, base, piece, results, row_block, warp % 4, lane);
+        finish(sums, base, piece, results, row_block, group, warp % 4, lane);
         barrier_arrive_warp(piece_empty(base), lane);
         handover_sync<256>(ALL);  // all have read the totals
     }
