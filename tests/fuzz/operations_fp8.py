@@ -102,11 +102,12 @@ def rmsnorm_backward(d: Draw) -> Call:
 
 
 def _gradient_size(dy, x, weight, eps, **_) -> float:
-    """Of the terms of dx, which cancel out where x and dy are alike."""
+    """Of the terms of dx, which cancel out where x and dy are alike, and of those of the gradient of the weight."""
     if not x.numel():
         return 0.0
     r = (exact.exact(x).square().mean(-1).min() + eps) ** -0.5
-    return float(r * exact.exact(dy).abs().max() * exact.exact(weight).abs().max())
+    other = torch.maximum(exact.exact(weight).abs().max(), exact.exact(x).abs().max())
+    return float(r * exact.exact(dy).abs().max() * other)
 
 
 def _out(d: Draw, arguments: dict, shape: tuple[int, ...], *, accumulate: bool = True) -> tuple[str, ...]:
