@@ -5,7 +5,7 @@ driver takes 3. For arguments of the same metadata (see `ByMetadata`) and the sa
 but for addresses. So a function that is decorated with `Recorded` runs as it is written for the first two calls of its
 kind; while the second runs, its launches are noted, and where each address in them came from: an argument, a result,
 or memory that only this call wants. From the third call on the results are allocated, and that memory in one piece;
-addresses that changed are written into the launches; and they are launched.
+addresses that changed are written into the launches; and they are launched, as one CUDA graph where they are several.
 
 What makes it safe to decorate a function:
 
@@ -13,7 +13,8 @@ What makes it safe to decorate a function:
   `portable.launch`: a dispatch mode sees every operation of torch. Anything else (a copy, a fill, a kernel of torch's)
   and any address from elsewhere (a weight's kept copy, a table) means that it runs as it is written each time.
 - Streams, CUDA graphs and several threads: memory comes from torch's allocator and launches go to the current stream,
-  as ever; a recording is with one thread at a time, and one that finds none runs the function.
+  as ever, where that is captured one by one; a recording is of one stream and with one thread at a time, and a thread
+  that finds none runs the function.
 - It must do nothing else that matters, and depend on nothing but metadata and values: as a `Planned` function.
 """
 
@@ -31,10 +32,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskernels.cuda import driver
 from dskernels.cuda.driver import Plan
+from dskernels.cuda.graph import LaunchGraph, reason_against_graphs
 from dskernels.device import PLAIN, dispatch_modes, like_this, several_gpus
 from dskernels.metadata import ByMetadata
 
 MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own, and one may fail at first
+# From so many launches on they are a graph; a number that no call has turns graphs off. On an H200 the expert block's 7
+# take the host 15 us so and 41 one by one (17.5 and 42 where all results are kept); a single one takes the device 2.5 us
+# either way, but a programmatic one, which loses what it overlaps with, 3.0 and 2.0.
+FEWEST_IN_GRAPH = 2
 MOST_MEMORY = 32  # a part of the GPU's that a recorded call may allocate: what is larger takes longer than the host
 ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
 
@@ -77,7 +83,7 @@ class Recorded:
 class _Kind:
     """Calls of one kind: of each stream the recordings that no thread is using now.
 
-    Each stream has its own, whose launches go there.
+    Each stream has its own, as launches of a graph wait for those before them.
     """
 
     def __init__(self, function: Callable, device: int) -> None:
@@ -225,7 +231,10 @@ class _Recording:
     ) -> None:
         given = recorder._given
         self._plans = [plan for plan, _ in recorder._launches]
-        self._launches = [(plan.enqueue, plan) for plan in self._plans]
+        self._device, self._stream = recorder._device, recorder._stream
+        self._raw_stream = ctypes.c_void_p(self._stream)
+        self._graph: LaunchGraph | None = None
+        self._alone = len(self._plans) < FEWEST_IN_GRAPH or reason_against_graphs() is not None
         self._related = _related(given)
         results = result if isinstance(result, tuple) else (result,)
         self._make = [like_this(x) for x in results if x is not None]
@@ -240,12 +249,16 @@ class _Recording:
         number |= {piece: len(given) + bool(size) + i for i, piece in enumerate(returned) if piece is not None}
         self._now = [0] * (len(given) + bool(size) + len(returned))
         self._moved: list[list[tuple[Callable[[int], None], int]]] = [[] for _ in self._now]
+        self._readers: list[set[int]] = [set() for _ in self._now]  # of each, the launches that read its address
+        self._stale: set[int] = set()  # launches that the graph has with other addresses
         cells: dict[tuple[int, int] | None, Any] = {}
 
         def at(place: _Place) -> tuple[int, int]:
             return number[place.piece], inside.get(place.piece, 0) + place.offset
 
-        for plan, of in zip(self._plans, places, strict=True):
+        for n, (plan, of) in enumerate(zip(self._plans, places, strict=True)):
+            for place in of.values():
+                self._readers[number[place.piece]].add(n)
 
             def cell_of(name: str, of: dict[str, _Place] = of) -> Any:
                 key = at(of[name]) if name in of else None
@@ -274,15 +287,31 @@ class _Recording:
             now = [*addresses, own.data_ptr(), *[x.data_ptr() for x in results]]
         before = self._now
         if now != before:
+            stale = self._stale
             for i, address in enumerate(now):
                 if address != before[i]:
                     for write, offset in self._moved[i]:
                         write(address + offset)
+                    stale |= self._readers[i]
             self._now = now
-        for enqueue, plan in self._launches:
-            if status := enqueue():
-                plan.again(status)
+        if self._alone or torch._C._cuda_isCurrentStreamCapturing():
+            for plan in self._plans:
+                plan.stream = self._stream
+                if status := plan.enqueue():
+                    plan.again(status)
+        else:
+            self._launch_graph()
         return self._returns(results)
+
+    def _launch_graph(self) -> None:
+        graph, stale = self._graph, self._stale
+        if graph is None:
+            graph = self._graph = LaunchGraph(self._plans, self._device)
+        else:
+            for i in stale:
+                graph.update(i)
+        stale.clear()
+        graph.launch(self._raw_stream)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import dskernels as ds
 from dskernels import dispatch
 from dskernels.cuda import driver
 from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, scale_map
+from dskernels.cuda.graph import _Node
 from dskernels.gemm import hopper
 from dskernels.metadata import ByMetadata
 
@@ -31,6 +32,7 @@ class FakeDriver:
     def __init__(self):
         self.launches, self.encoded, self.replaced = [], [], []
         self.kinds, self.status, self.checked = "", {}, False
+        self.graphs, self.destroyed, self.updates = [], [], 0
         c_int, pointer = ctypes.c_int, ctypes.c_void_p
         self._kept = []
         signatures = {
@@ -40,6 +42,15 @@ class FakeDriver:
             "cuGetErrorString": (self.error_string, [c_int, ctypes.POINTER(ctypes.c_char_p)]),
             "cuCtxSetCurrent": (self.set_context, [pointer]),
             "cuDeviceGet": (lambda device, ordinal: 0, [pointer, c_int]),
+            "cuGraphCreate": (self.graph_create, [pointer, c_int]),
+            "cuGraphAddKernelNode_v2": (self.graph_add, [pointer, pointer, pointer, ctypes.c_size_t, pointer]),
+            "cuGraphAddDependencies_v2": (self.graph_edge, [*[pointer] * 4, ctypes.c_size_t]),
+            "cuGraphKernelNodeSetAttribute": (self.graph_attribute, [pointer, c_int, pointer]),
+            "cuGraphInstantiateWithFlags": (self.graph_instantiate, [pointer, pointer, ctypes.c_ulonglong]),
+            "cuGraphDestroy": (lambda graph: self.destroyed.append(graph) or 0, [pointer]),
+            "cuGraphExecDestroy": (lambda executable: 0, [pointer]),
+            "cuGraphExecKernelNodeSetParams_v2": (self.graph_set, [pointer] * 3),
+            "cuGraphLaunch": (self.graph_launch, [pointer] * 2),
             "cuDevicePrimaryCtxRetain": (self.retain, [ctypes.POINTER(pointer), c_int]),
         }
         self.callbacks = {name: ctypes.CFUNCTYPE(c_int, *types_)(f) for name, (f, types_) in signatures.items()}
@@ -79,6 +90,58 @@ class FakeDriver:
         read = {"i": ctypes.c_int, "l": ctypes.c_longlong, "f": ctypes.c_float}
         read |= dict.fromkeys("pm", ctypes.c_uint64)
         return [read[k].from_address(cell).value for k, cell in zip(self.kinds, cells, strict=True)]
+
+    # A graph is a list of nodes, which copy what they are given; it, its nodes and what is launched are their numbers.
+
+    def graph_create(self, graph, flags):
+        self.graphs.append([])
+        ctypes.c_void_p.from_address(graph).value = len(self.graphs)
+        return 0
+
+    def graph_add(self, node, graph, before, n_before, given):
+        nodes = self.graphs[graph - 1]
+        nodes.append({"edges": {}, "attributes": {}} | self.node_of(given))
+        ctypes.c_void_p.from_address(node).value = 1000 * graph + len(nodes)
+        return 0
+
+    def node_of(self, given):
+        given = _Node.from_address(given)
+        block, grid = given.block, given.grid
+        return {
+            "function": given.function,
+            "grid": (grid.x, grid.y, grid.z),
+            "block": (block.x, block.y, block.z),
+            "shared": given.shared,
+            "arguments": self.read(given.arguments),
+        }
+
+    def graph_edge(self, graph, first, second, kind, n):
+        first, second = (ctypes.c_void_p.from_address(x).value for x in (first, second))
+        edge = None if kind is None else bytes((ctypes.c_ubyte * 8).from_address(kind))
+        self.graphs[graph - 1][second % 1000 - 1]["edges"][first % 1000 - 1] = edge
+        return 0
+
+    def graph_attribute(self, node, kind, value):
+        value = tuple((ctypes.c_uint * 3).from_address(value))
+        self.graphs[node // 1000 - 1][node % 1000 - 1]["attributes"][kind] = value
+        return 0
+
+    def graph_instantiate(self, executable, graph, flags):
+        ctypes.c_void_p.from_address(executable).value = graph
+        return 0
+
+    def graph_set(self, executable, node, given):
+        self.updates += 1
+        if executable in self.destroyed:  # the nodes of a graph go with it
+            return INVALID_VALUE
+        self.graphs[executable - 1][node % 1000 - 1].update(self.node_of(given))
+        return 0
+
+    def graph_launch(self, executable, stream):
+        status = self.status.pop("launch", 0)
+        if not status:
+            self.launches += [node | {"stream": stream} for node in self.graphs[executable - 1]]
+        return status
 
     def launch(self, config, function, arguments, extra):
         config = driver._Config.from_address(config)
@@ -319,7 +382,7 @@ def test_threads_do_not_share_a_plan(fake):
 @pytest.fixture
 def hopper_on_the_cpu(fake, monkeypatch):
     """The Hopper GEMM as it runs on a GPU, down to the driver's calls, on tensors of the CPU."""
-    fake.kinds = "mmmmmpppiiiii"
+    fake.kinds = "mmmmmmpppiiiii"
     monkeypatch.setattr(hopper, "kernel", lambda *args: 4321)
     monkeypatch.setattr(hopper, "reason_against_cuda", lambda: None)
     monkeypatch.setattr(hopper, "multiprocessors", lambda device: 132)
@@ -341,12 +404,12 @@ def test_fp8_gemm_hands_over_its_addresses(hopper_on_the_cpu):
         ds.fp8_gemm(other, b, bias=bias, out=out)
         addresses = [x.data_ptr() for x in (b.data, b.scale, bias, out)]
         for x, launch in zip((a, other), hopper_on_the_cpu.launches[-2:], strict=True):
-            of_a, of_b, of_a_scale, _, of_out, b_scale, of_bias, p_out, *sizes = launch["arguments"]
-            assert [of_a, of_a_scale] == [x.data.data_ptr(), x.scale.data_ptr()]
+            of_a, of_rest, of_b, of_a_scale, _, of_out, b_scale, of_bias, p_out, *sizes = launch["arguments"]
+            assert [of_a, of_rest, of_a_scale] == [x.data.data_ptr(), x.data.data_ptr(), x.scale.data_ptr()]
             assert [of_b, b_scale, of_bias, p_out] == addresses
             assert of_out == p_out
             assert sizes == [300, 128, 256, 2, 128]
-    assert len(hopper_on_the_cpu.encoded) == 4  # one plan: maps of a, its scale, b and out
+    assert len(hopper_on_the_cpu.encoded) == 5  # one plan: maps of a, of its last rows, its scale, b and out
 
 
 def test_calls_of_one_fp8_gemm(hopper_on_the_cpu):

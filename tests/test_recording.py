@@ -18,8 +18,8 @@ from dskernels.recording import Recorded
 from test_cuda_driver import CPU, INVALID_VALUE, fake  # noqa: F401 - a fixture
 
 
-@pytest.fixture
-def on_the_cpu(fake, monkeypatch):  # noqa: F811
+@pytest.fixture(params=[1, 100], ids=["graph", "one by one"])
+def on_the_cpu(fake, monkeypatch, request):  # noqa: F811
     """Calls of tensors of the CPU are recorded too."""
     fake.kinds = "pp"
     make = torch._C._dynamo.guards._empty_strided_cpu
@@ -30,6 +30,9 @@ def on_the_cpu(fake, monkeypatch):  # noqa: F811
     for launch in (first, second):  # whose plans are those of another test's driver
         monkeypatch.setattr(launch, "_kept", ByMetadata())
     monkeypatch.setattr(recording, "like_this", like_this)
+    monkeypatch.setattr(recording, "FEWEST_IN_GRAPH", request.param)
+    monkeypatch.setattr(recording, "reason_against_graphs", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     monkeypatch.setattr(recording, "_plain", lambda tensors: not devices.dispatch_modes())
     monkeypatch.setattr(recording, "_memory", lambda device: 80_000)
     return fake
@@ -174,7 +177,7 @@ def test_a_refused_launch_raises_and_is_recorded_anew(on_the_cpu):
     for _ in range(3):
         run(torch.empty(4, 32))
     on_the_cpu.status["launch"] = INVALID_VALUE
-    with pytest.raises(RuntimeError, match=r"cuLaunchKernelEx: no good \(1\)"):
+    with pytest.raises(RuntimeError, match=r"(cuLaunchKernelEx|cuGraphLaunch): no good \(1\)"):
         run(torch.empty(4, 32))
     for _ in range(3):
         x = torch.empty(4, 32)

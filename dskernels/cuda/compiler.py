@@ -50,8 +50,8 @@ def _module(path: Path, options: tuple[tuple[str, int], ...], device: int):
 
     flags = (*FLAGS, *(f"-D{name}={value}" for name, value in options))
     with cupy.cuda.Device(device):
-        module = cupy.RawModule(code=source_of(path), options=flags, backend="nvrtc")
         try:
+            module = cupy.RawModule(code=source_of(path), options=flags, backend="nvrtc")
             module.compile()
         except OSError as error:  # a home that is read-only, a disk that is full
             raise OSError(
