@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], help="leave out kernels whose name contains one of these")
     parser.add_argument("--tools", nargs="+", default=list(TOOLS), choices=TOOLS)
     parser.add_argument("--left", action="store_true", help="leave out what is saved as clean")
+    parser.add_argument("--again", nargs="*", default=[], help="but for kernels whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=max((os.cpu_count() or 2) - 2, 1), help="processes at a time")
     parser.add_argument("--size", type=int, default=6, help="kernels of a process")
     parser.add_argument("--seconds", type=float, default=3600, help="for everything")
@@ -294,6 +295,7 @@ def main() -> None:
     run, start = Run(asked), time.monotonic()
     before = json.loads(RESULTS.read_text())["outcomes"] if asked.left and RESULTS.exists() else []
     done = {(row["tool"], row["kernel"]) for row in before if row["outcome"] in (RIGHT, FILLED)}
+    done = {(tool, name) for tool, name in done if not any(text in name for text in asked.again)}
     run.work(batches(asked.tools, names, asked.size, done))
     print(f"all: {time.monotonic() - start:.0f} s")
     not_taken = [n for (_, n), outcome in run.outcomes.items() if outcome["outcome"] == NOT_TAKEN]
