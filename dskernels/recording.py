@@ -37,9 +37,9 @@ from dskernels.device import PLAIN, dispatch_modes, like_this, several_gpus
 from dskernels.metadata import ByMetadata
 
 MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own, and one may fail at first
-# From so many launches on they are a graph; a number that no call has turns graphs off. On an H200 the expert block's 7
-# take the host 15 us so and 41 one by one (17.5 and 42 where all results are kept); a single one takes the device 2.5 us
-# either way, but a programmatic one, which loses what it overlaps with, 3.0 and 2.0.
+# From so many launches on they are a graph; a number that no call has turns graphs off. On an H200 the 7 of the expert
+# block take the host 15 us so and 41 one by one (17.5 and 42 where results are kept); a single one takes the device 2.5
+# us either way, but a programmatic one, which loses what it overlaps with, 3.0 and 2.0.
 FEWEST_IN_GRAPH = 2
 MOST_MEMORY = 32  # a part of the GPU's that a recorded call may allocate: what is larger takes longer than the host
 ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
