@@ -45,7 +45,8 @@ from dskernels.types import Routing
 
 LINK = 450.0  # GB/s each way, of NVLink on an H100 and an H200
 ROOF = f"% of roof is of NVLink's {LINK:.0f} GB/s each way by its data sheet; times are kept without their spread"
-WAIT = int(2e7)  # cycles, about 10 ms, in which the host fills the queue
+# Cycles, about 10 and 30 ms, in which the host fills the queue: four layers take it 18 ms.
+WAIT, WAIT_FOR_LAYERS = int(2e7), int(6e7)
 
 
 class Bench:
@@ -54,14 +55,14 @@ class Bench:
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
 
-    def time(self, function: Callable[[], Any], calls: int = 1) -> float:
+    def time(self, function: Callable[[], Any], calls: int = 1, wait: int = WAIT) -> float:
         """Seconds of a call, the median of the slowest rank."""
         for _ in range(3):
             function()
         times = []
         for _ in range(self.repeats):
             dist.barrier()
-            spent = torch.tensor([self._once(function, calls)], dtype=torch.float64, device=self.device)
+            spent = torch.tensor([self._once(function, calls, wait)], dtype=torch.float64, device=self.device)
             dist.all_reduce(spent, op=dist.ReduceOp.MAX)
             times.append(float(spent))
         return statistics.median(times)
@@ -82,7 +83,7 @@ class Bench:
                 function()
         return self.time(graph.replay) / calls
 
-    def _once(self, function: Callable[[], Any], calls: int) -> float:
+    def _once(self, function: Callable[[], Any], calls: int, wait: int) -> float:
         if self.device.type != "cuda":
             start = time.perf_counter()
             for _ in range(calls):
@@ -90,7 +91,7 @@ class Bench:
             return (time.perf_counter() - start) / calls
         torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(WAIT)
+        torch.cuda._sleep(wait)
         begin.record()
         for _ in range(calls):
             function()
@@ -250,9 +251,9 @@ def layer(
         "counted_overlapped": lambda: step(counted, there, True),
         "counted_unoverlapped": lambda: step(counted, there, False),
     }
-    found = {name: [bench.time(function)] for name, function in timed.items()}
+    found = {name: [bench.time(function, wait=WAIT_FOR_LAYERS)] for name, function in timed.items()}
     for name in reversed(timed):
-        found[name].append(bench.time(timed[name]))
+        found[name].append(bench.time(timed[name], wait=WAIT_FOR_LAYERS))
     result: dict[str, Any] = dict(tokens=tokens, layers=depth, precision="fp8" if fp8 else "bf16", backward=backward)
     result["shared"] = shared
     result |= {f"{name}_ms": statistics.fmean(seconds) * 1e3 / depth for name, seconds in found.items()}

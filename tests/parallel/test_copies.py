@@ -229,6 +229,10 @@ def test_messages_lie_where_they_are_read(monkeypatch, ranks):
                 whole = [torch.cat(parts) for parts in zip(*wanted, strict=True)]
                 assert all(torch.equal(a, b) for a, b in zip(mail.whole(one), whole, strict=True))
             mail.finished(one)
+    for _ in range(SLOTS):
+        mails[0].send(to[0])
+    with pytest.raises(RuntimeError, match="4 messages are under way"):
+        mails[0].send(to[0])
 
 
 def exchanges(rank, gpus):

@@ -24,7 +24,7 @@ SLOTS = 4  # messages that may be under way, or read, at once: two micro-batches
 # What has come of a large message is summed while the rest travels. A piece is 3/10 of the one before, as long as it
 # takes to sum that. On 2 H200 235 MB each way took 614 us in one piece, 5 to 7 more for each other, and NCCL 797.
 ENDS = {1: (1.0,), 2: (0.77, 1.0), 3: (0.72, 0.935, 1.0)}
-PIECE = 2**23  # bytes, for each piece: less is not worth another one
+PIECE = 2**24  # bytes, for each piece: less is not worth another one
 
 
 class Copied(NamedTuple):
@@ -67,7 +67,7 @@ class CopyEngines(Mail):
         memory = memory or PeerMemory.shared(group, self.needed(self.ranks, size))
         # Slots, and for each slot and rank how far it has sent, and how far it has read what is sent to it.
         self.memory, self.addresses, self.keeps = memory
-        self.count = 0
+        self.count, self.unread = 0, set[int]()
         # What goes to this rank itself, where all of a message is to lie together, waits for no link.
         self.out, self.near = (torch.cuda.Stream(self.memory.device, priority=-1) for _ in range(2))
         self.on_out, self.on_near, self.now = Engine.of(self.out), Engine.of(self.near), Moment(self.memory.device)
@@ -81,6 +81,8 @@ class CopyEngines(Mail):
         """See `Mail`."""
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("messages by copy engines are counted by the host: they cannot be in a CUDA graph")
+        if self.count - SLOTS in self.unread:
+            raise RuntimeError(f"outgoing: {SLOTS} messages are under way, of which none has been read")
         own = list(outgoing[self.rank])
         parts, end = [], 0
         for tensor in own:
@@ -90,6 +92,7 @@ class CopyEngines(Mail):
             raise ValueError(f"outgoing: expected at most {self.size} bytes for a rank, got {end // self.ranks}")
         pieces = 1 if together else max(1, min(len(ENDS), _bytes(own[0]) // self.piece))
         sent = Copied(self.count, parts, pieces, None if together else own)
+        self.unread.add(self.count)
         self.count += 1
         self.now.record(self._current())
         for stream, on, ranks in (
@@ -128,13 +131,14 @@ class CopyEngines(Mail):
     def finished(self, sent: Copied) -> None:
         """See `Mail`."""
         (slot, turn), on = self._slot_and_turn(sent), self._current()
-        for rank in range(self.ranks):
+        self.unread.remove(sent.number)
+        for rank in self._others():
             on.write(self._flag(rank, slot, self.rank, read=True), turn + 1)
 
     def _deliver(self, sent: Copied, rank: int, tensors: Sequence[Tensor], on: Engine) -> None:
         """What one rank gets; the first part last, piece by piece."""
         slot, turn = self._slot_and_turn(sent)
-        if turn:  # what was there has been read
+        if turn and rank != self.rank:  # what was there has been read; here, by what the stream waits for anyway
             on.wait(self._flag(self.rank, slot, rank, read=True), turn)
         base = self.addresses[rank] + slot * self.ranks * self.size
         first, *others = (
