@@ -175,7 +175,7 @@ def fp8_linear(d: Draw) -> Call:
         arguments["quantized"] = d.fp8(arguments["x"].reshape(math.prod(lead), k), (1, 128))
 
     def apart(loss, x, weight, scale_format, quantized=None, **_):
-        rows = x.reshape(-1, x.shape[-1]) if quantized is None else quantized
+        rows = (x[None] if x.dim() == 1 else x.flatten(0, -2)) if quantized is None else quantized
         rows = allowing.numbers(rows, (1, 128), scale_format)
         off = allowing.sums(rows, allowing.numbers(weight, (128, 128)), loss)
         return off.unflatten(0, x.shape[:-1]) if x.dim() > 1 else off[0]
