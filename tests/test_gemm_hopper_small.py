@@ -194,8 +194,8 @@ def test_choice():
 
 
 def test_where_it_is_used():
-    assert use_small(96, 24576, 1536, MULTIPROCESSORS)
-    assert not use_small(128, 24576, 1536, MULTIPROCESSORS)  # three full rounds of HOPPER_LEAN's tiles
+    assert use_small(64, 24576, 1536, MULTIPROCESSORS)
+    assert not use_small(65, 24576, 1536, MULTIPROCESSORS)  # three full rounds of HOPPER_LEAN's tiles
     assert use_small(128, 12288, 4096, MULTIPROCESSORS)  # a round and a half of them
     assert use_small(128, 4096, 7168, MULTIPROCESSORS)
     assert not use_small(128, 32768, 512, MULTIPROCESSORS)

@@ -90,13 +90,14 @@ template <class Tiles> struct Loader {
     const Memory& memory;
     const int stages, blocks;
     const TensorMap *map_a, *map_b, *map_sa;
+    const int rows_a;  // of a box of A
     int at = 0, into = 0;  // the next load: this block of the tile, into this stage
 
     __device__ __forceinline__ bool done() const { return !tiles.valid() || blocks == 0; }
     __device__ __forceinline__ void load() {
         const int k = tiles.block() + at;
         const u32 full = memory.full(into);
-        barrier_expect(full, B_BYTES + A_BYTES + SA_BYTES);
+        barrier_expect(full, B_BYTES + rows_a * BLOCK_K + SA_BYTES);
         tma_load_evict_first(memory.rows + into * B_BYTES, map_b, full, k * BLOCK_K, tiles.b_row());
         tma_load(memory.tokens + into * A_BYTES, map_a, full, k * BLOCK_K, tiles.row());
         tma_load(memory.scales + into * SA_PITCH, map_sa, full, ANY_ROW ? tiles.row() & ~3 : tiles.row(), k);
@@ -239,14 +240,16 @@ __device__ __forceinline__ void write(const float* sum, const Output& out, u32 b
     }
 }
 
-// The whole kernel, for CONSUMERS + 32 threads.
+// The whole kernel, for CONSUMERS + 32 threads. Boxes of A have `rows_a` rows: where A has fewer than TOKENS, none past its end, each of which
+// the accelerator would take about 4 clocks to write, as zeros.
 template <class Tiles>
 __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memory& memory, int stages, const TensorMap* map_a,
-                                                        const TensorMap* map_b, const TensorMap* map_sa, const float* sb, const Output& out) {
+                                                        const TensorMap* map_b, const TensorMap* map_sa, const float* sb, const Output& out,
+                                                        int rows_a = TOKENS) {
     // Through a shuffle, so that the compiler knows it to be the same in all lanes.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, rank = SPLIT > 1 ? cluster_rank() : 0;
     const int blocks = tiles.blocks();
-    Loader<Tiles> loader{tiles, memory, stages, blocks, map_a, map_b, map_sa};
+    Loader<Tiles> loader{tiles, memory, stages, blocks, map_a, map_b, map_sa, rows_a};
     if (warp == WARPS && elect_one()) {
         loader.begin();
         if (SPLIT > 1) {

@@ -280,9 +280,7 @@ def use_small(m: int, n: int, k: int, multiprocessors: int) -> bool:
     16.9 and 15.8 in other tiles, and larger ones lost more.
     """
     mostly_c = k <= 512 and ceil_div(n, 128) > multiprocessors
-    # Rows past the end of A cost as well, in either kernel: 240x4096x7168 took 22.7 us, 192 30.6 (this one 26.8).
-    full = -m % HOPPER_LEAN.block_m <= 16 and _fill(HOPPER_LEAN.clusters(m, n), multiprocessors)
-    if m > 64 and (mostly_c or full):
+    if m > 64 and (mostly_c or _fill(HOPPER_LEAN.clusters(m, n), multiprocessors)):
         return False
     return m <= 128 or (m <= 256 and ceil_div(m, 64) * ceil_div(n, 64) <= 2 * multiprocessors)
 

@@ -48,11 +48,11 @@ extern "C" __global__ void
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
 __launch_bounds__(THREADS, 1)
-fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
-         const __grid_constant__ TensorMap map_sb, const __grid_constant__ TensorMap map_c, const float* __restrict__ sb, const void* __restrict__ bias,
-         Element* c, int M, int N, int K, int stride_sb, int stride_c) {
+fp8_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_last, const __grid_constant__ TensorMap map_b,
+         const __grid_constant__ TensorMap map_sa, const __grid_constant__ TensorMap map_sb, const __grid_constant__ TensorMap map_c,
+         const float* __restrict__ sb, const void* __restrict__ bias, Element* c, int M, int N, int K, int stride_sb, int stride_c) {
     extern __shared__ __align__(1024) u8 smem[];
     const Tiles tiles(M, N, K, stride_sb, CLUSTER > 1 ? cluster_rank() : 0);
     const Output out{&map_c, c, bias, N, stride_c};
-    block_scaled_gemm(tiles, smem_addr(smem), &map_a, &map_b, &map_sa, &map_sb, sb, out);
+    block_scaled_gemm(tiles, smem_addr(smem), &map_a, &map_b, &map_sa, &map_sb, sb, out, B_ROWS == 1 ? nullptr : &map_last);
 }

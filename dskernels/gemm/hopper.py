@@ -94,10 +94,12 @@ def plan(
     shared = shared_bytes(config, b_rows, direct)
     clusters = min(config.clusters(m, n), multiprocessors(a.device) // config.cluster)
     a_scale_map = scale_map("a_scale", a_scale, config.block_m)
+    a_map, rest = TensorMap("a", a, (config.block_m, 128), swizzle=True), 0 if b_rows == 1 else m % config.block_m
     return Plan(
         kernel(SOURCE, "fp8_gemm", options, shared, a.device.index),
         arguments=(
-            TensorMap("a", a, (config.block_m, 128), swizzle=True),
+            a_map,
+            TensorMap("a", a, (rest, 128), swizzle=True) if rest else a_map,
             TensorMap("b", b, (config.block_n, 128), swizzle=True),
             a_scale_map,
             scale_map("b_scale", b_scale, config.block_n) if b_rows == 1 else a_scale_map,

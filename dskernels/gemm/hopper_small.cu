@@ -53,5 +53,5 @@ fp8_gemm_small(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
     }
     begin_dependent();
     const Output out{c, bias, N, stride_c};
-    block_scaled_gemm_small(tiles, Memory(smem_addr(smem), stages, only), stages, &map_a, &map_b, &map_sa, sb, out);
+    block_scaled_gemm_small(tiles, Memory(smem_addr(smem), stages, only), stages, &map_a, &map_b, &map_sa, sb, out, min(M, TOKENS));
 }

@@ -44,7 +44,7 @@ def plan(
     return Plan(
         kernel(SOURCE, "fp8_gemm_small", options, SHARED_LIMIT, a.device.index),
         arguments=(
-            TensorMap("a", a, (config.tokens, 128), swizzle=True),
+            TensorMap("a", a, (min(config.tokens, m), 128), swizzle=True),
             TensorMap("b", b, (config.tile, 128), swizzle=True, fetch=128 if k <= SHORT_K else 256),
             scale_map("a_scale", a_scale, config.tokens),
             Pointer("b_scale"),
