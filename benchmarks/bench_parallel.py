@@ -333,9 +333,9 @@ def main() -> None:
             )
         ],
         "pipeline": lambda: pipeline(device, quick),
-        "training": lambda: training(device, quick),
         "small": lambda: [small(bench, group, n, hidden, experts, top_k) for n in ((8,) if quick else (32, 128))],
         "decode_layer_us": lambda: decode_layer(bench, group, hidden, inner, experts, top_k),
+        "training": lambda: training(device, quick),
     }
     results: dict[str, Any] = dict(ranks=group.size(), device=_name(device))
     for name, part in parts.items():
