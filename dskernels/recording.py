@@ -77,7 +77,10 @@ class Recorded:
 
     def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
         """What runs arguments of this metadata, given the addresses of the tensors among them, and them."""
-        return _Kind(self.function, next(x.get_device() for x in args if isinstance(x, Tensor)))
+        tensors = tuple([x for x in args if isinstance(x, Tensor)])
+        if not _plain(tensors):
+            return lambda addresses, args: self.function(*args)
+        return _Kind(self.function, tensors[0].get_device())
 
 
 class _Kind:
