@@ -31,9 +31,6 @@ inline float __fdividef(float x, float y) { return x / y; }
 inline float half_of(u32 x) { return (float)bits<_Float16>((u16)x); }
 inline u32 halves(float low, float high) { return bits<u16>((_Float16)low) | (u32)bits<u16>((_Float16)high) << 16; }
 inline u32 pack_half(float low, float high) { return halves(low, high); }
-inline u32 multiply_halves(u32 x, u32 y) {
-    return halves(half_of(x) * half_of(y), half_of(x >> 16) * half_of(y >> 16));
-}
 inline void to_half(u32& first, u32& last, u32 four) {
     first = halves(e4m3(four), e4m3(four >> 8));
     last = halves(e4m3(four >> 16), e4m3(four >> 24));
@@ -49,7 +46,6 @@ inline u32 smem_word(u32 addr) { return shared<u32>(addr); }
 inline float2 smem_load2(u32 addr) { return shared<float2>(addr); }
 inline float4 smem_load4(u32 addr) { return shared<float4>(addr); }
 inline void smem_store4(u32 addr, float x, float y, float z, float w) { shared<float4>(addr) = {x, y, z, w}; }
-inline void smem_store_half(u32 addr, u16 x) { shared<u16>(addr) = x; }
 inline void smem_store_transposed(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     const auto rows = of_warp(addr);
     const u32 words[4] = {a, b, c, d};
@@ -102,7 +98,7 @@ def folder(tmp_path_factory):
 def library(options, folder):
     declared = f"{POINTERS}, {INTEGERS}"
     names = ", ".join(parameter.split()[-1] for parameter in declared.split(", "))
-    text = re.sub(r"(?s)#define PRODUCT\(.*?DEFINE_PRODUCT\(64[^\n]*", "", source_of(hopper_rows.SOURCE))
+    text = re.sub(r"(?s)#define PRODUCT\(.*?DEFINE_PRODUCT\(32[^\n]*", "", source_of(hopper_rows.SOURCE))
     header = (hopper.SOURCE.parents[3] / "tests" / "warpgroups.h").read_text()
     defines = "".join(f"#define {name} {value}\n" for name, value in options)
     entry = (
@@ -140,7 +136,7 @@ def decode(folder, q, cache, table, lengths, new, scale, parts, wide=1):
         ([1000], 1, 9, 64, 3, {"wide": 8}),  # one request for all parts: a pair of blocks and half of one
         ([330, 0, 90], 2, 16, 16, 4, {"new": [1, 2, 2]}),
         ([200, 2], 2, 12, 5, 2, {"dtype": torch.float16}),  # row by row
-        ([200, 2, 65], 3, 40, 64, 3, {"new": [3, 3, 1]}),  # two row blocks; more new tokens than positions
+        ([200, 2, 65], 3, 10, 64, 3, {"new": [3, 3, 1]}),  # more new tokens than positions
     ],
 )
 def test_against_fp64(folder, lengths, q_tokens, heads, page_size, parts, options):
@@ -152,7 +148,7 @@ def test_against_fp64(folder, lengths, q_tokens, heads, page_size, parts, option
     close(got, oracle(q, *cache, impl="reference", scale=576**-0.5, value_dim=512, q_lengths=new), dtype)
 
 
-@pytest.mark.parametrize("heads", [16, 40])
+@pytest.mark.parametrize("heads", [16, 32])
 def test_scales_of_any_size(folder, heads):
     """Scales that differ by powers of ten, within a row, from row to row, and 0; scores that grow along the request."""
     cache, table, lengths = paged_cache(0, [300], 64, 512, 64, torch.uint8, "cpu", scale=0.1)
@@ -167,12 +163,11 @@ def test_scales_of_any_size(folder, heads):
 
 
 def test_shared_memory_is_as_large_as_the_launcher_says():
-    for rows in (16, 32, 64):
+    for rows in (16, 32):
         config = choose_rows_config(rows)
         values = {"WIDTH": config.width, "UNITS": config.units}
         header = source_of(hopper_rows.SOURCE).partition("constexpr int VALUE")[2].partition("unit_full")[0]
         for name, expression in re.findall(r"\b([A-Z_]+) = ([^,;{]*)[,;]", "constexpr int VALUE" + header):
-            expression = re.sub(r"(.*) \? (.*) : (.*)", r"(\2) if (\1) else (\3)", expression)
             with contextlib.suppress(NameError, SyntaxError):  # of the kernel for 16 bits
                 values[name] = eval(expression.replace("/", "//"), {}, values)
         assert values["AT_BARRIERS"] + (2 * config.units + 2) * 8 == rows_shared(config.width, config.units) <= 232448

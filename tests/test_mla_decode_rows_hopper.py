@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import dskernels as ds
 from compiling import assert_clean
 from compiling_cuda import compile_cuda
 from dskernels.cuda.driver import Planned
+from dskernels.device import multiprocessors
 from dskernels.mla.decode import hopper, hopper_rows
 from dskernels.mla.decode.config import choose_rows_config, rows_shared, use_rows
 from dskernels.parity.paging import paged_cache
@@ -20,9 +22,9 @@ SCALE = 576**-0.5
 
 def test_choice():
     assert [use_rows(rows) for rows in (1, 16, 32, 33, 64, 128)] == [True, True, True, False, False, False]
-    for rows in (1, 8, 16, 17, 32, 33, 128):
+    for rows in (1, 8, 16, 17, 32):
         config = choose_rows_config(rows)
-        assert config.width >= min(rows, 64)
+        assert config.width >= rows
         assert rows_shared(config.width, config.units) <= 232448
         # Two blocks are worked on at a time, while the next rows arrive.
         assert config.units >= 2 * 4 + 4
@@ -66,23 +68,26 @@ def test_any_page_size(device, page_size, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", [16, 64])
-def test_a_wider_kernel_than_rows_need(device, width):
-    """The same batch by a kernel for more rows; one for 64 is not chosen as yet."""
-    heads = 40 if width == 64 else 16
-    q = (torch.randn(5, 2 if width == 64 else 1, heads, 576, device=device) * 8).bfloat16()
-    cache = paged_cache(0, [700, 30, 0, 64, 5000], 64, 512, 64, torch.uint8, device, scale=0.1)
-    out = q.new_full((*q.shape[:3], 512), math.nan)
-    lse = q.new_full((5, heads, q.shape[1]), math.nan, dtype=torch.float32)
+@pytest.mark.parametrize("whole", [-(10**6), 10**6])
+def test_cut_and_whole(device, whole):
+    """The same batch with requests cut wherever a share ends, and with none cut; by the kernel for more rows."""
+    q = (torch.randn(6, 1, 16, 576, device=device) * 8).bfloat16()
+    cache, block_table, lengths = paged_cache(
+        0, [700, 30, 0, 64, 2000, 129], 64, 512, 64, torch.uint8, device, scale=0.1
+    )
+    out = q.new_full((6, 1, 16, 512), math.nan)
+    lse = q.new_full((6, 16, 1), math.nan, dtype=torch.float32)
     work = q.new_full((hopper.work_size(q),), math.nan, dtype=torch.float32)
 
-    def prepare(q, cache, table, lengths, new, out, lse, work, scale):
-        config = choose_rows_config(width)
-        return hopper_rows.plan(config, q, cache, table, lengths, new, out, lse, work, scale, *hopper._grid(q))
+    def prepare(q, cache, block_table, lengths, q_lengths, out, lse, work, scale):
+        config = replace(choose_rows_config(32), whole=whole)
+        arguments = (q, cache, block_table, lengths, q_lengths, out, lse, work, scale)
+        return hopper_rows.plan(config, *arguments, row_blocks=1, parts=multiprocessors(q.device))
 
-    Planned(prepare)(q, *cache, None, out, lse, work, SCALE)
+    Planned(prepare)(q, cache, block_table, lengths, None, out, lse, work, SCALE)
     hopper.combine(work, out, lse)
-    close((out, lse), oracle(q, *cache, impl="reference", scale=SCALE, value_dim=512), q.dtype)
+    want = oracle(q, cache, block_table, lengths, impl="hopper", scale=SCALE, value_dim=512)
+    close((out, lse), want, q.dtype)
 
 
 @pytest.mark.gpu

@@ -5,13 +5,13 @@
 #include "mla_work.cuh"
 #include "wgmma.cuh"
 
-// Weights are multiplied by UP, and scales so that the largest so far is 2^4 to 2^5; one above MOST scales the sums to a new maximum. So products, of scales
-// with weights up to 2^SLACK or with e4m3, are in fp16's range, and as exact as it allows where they are small.
-constexpr float UP = WIDTH == 64 ? 128.f : 1.f, MOST = 128.f;
+// Scales are taken relative to a power of 2 so that the largest so far is 2^4 to 2^5; one above MOST scales the sums to a new maximum. So the products
+// of scales and weights, which are up to 2^SLACK, are in fp16's range, and as exact as it allows where they are small.
+constexpr float MOST = 128.f;
 constexpr float NEXT_TO_NOTHING = 0x1p126f;  // inverse of the largest scale before there is one
 
 constexpr int R = WIDTH / 2;                // registers of a 64 x WIDTH product
-constexpr int STEP = WIDTH == 64 ? 2 : 4;   // products that are started together; the next ones' operands take 4 registers each
+constexpr int STEP = 4;                     // products that are started together, while the operands of the next four are made
 constexpr int ALL = 1;                      // named barrier of the two warpgroups that multiply
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
@@ -19,12 +19,9 @@ constexpr int ALL = 1;                      // named barrier of the two warpgrou
 constexpr int SCALES = VALUE, ROPE_PART = SCALES + VALUE / 128 * 4, ROW_BYTES = ROPE_PART + ROPE * 2;
 constexpr int UNIT = 16, UNIT_BYTES = UNIT * ROW_BYTES, UNITS_OF_BLOCK = BLOCK / UNIT;
 constexpr int STRIP = WIDTH * 128;     // 64 columns of the queries, or weights of a block's 64 positions, for each query row
-constexpr int WEIGHTS = WIDTH == 64 ? 1 : 4;              // of a block: times its scales of each 128 columns, or, where that is too much memory, once,
-constexpr int RATIOS = WEIGHTS == 1 ? 4 * BLOCK * 2 : 0;  // and the scales, which the values are multiplied by
 constexpr int TOP = (WIDTH + 4) * 4;   // a maximum for each query row, and for the scales of each 128 columns
 constexpr int AT_Q = (UNITS * UNIT_BYTES + 1023) / 1024 * 1024, AT_WEIGHTS = AT_Q + (VALUE + ROPE) / 64 * STRIP;
-constexpr int AT_RATIOS = AT_WEIGHTS + 2 * WEIGHTS * STRIP;
-constexpr int AT_FACTORS = AT_RATIOS + 2 * RATIOS, AT_STATE = AT_FACTORS + WIDTH * 4;
+constexpr int AT_FACTORS = AT_WEIGHTS + 2 * 4 * STRIP, AT_STATE = AT_FACTORS + WIDTH * 4;
 constexpr int AT_TOPS = AT_STATE + TOP, AT_TOTALS = AT_TOPS;  // of each warp; sums of its weights stand there at the end
 constexpr int AT_PIECES = AT_TOPS + 8 * TOP, AT_BARRIERS = AT_PIECES + 2 * 32;
 
@@ -59,7 +56,6 @@ __device__ __forceinline__ u32 smem_word(u32 addr) {
     return x;
 }
 __device__ __forceinline__ void smem_store_word(u32 addr, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory"); }
-__device__ __forceinline__ void smem_store_half(u32 addr, u16 x) { asm volatile("st.shared.b16 [%0], %1;" ::"r"(addr), "h"(x) : "memory"); }
 // Four e4m3, the first two and the last two, in fp16.
 __device__ __forceinline__ void to_half(u32& first, u32& last, u32 four) {
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}" : "=r"(first), "=r"(last) : "r"(four));
@@ -68,11 +64,6 @@ __device__ __forceinline__ u32 pack_half(float low, float high) {
     u32 both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
-}
-__device__ __forceinline__ u32 multiply_halves(u32 x, u32 y) {
-    u32 z;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
-    return z;
 }
 // Whether any thread of the two warpgroups says so; all of them meet.
 __device__ __forceinline__ bool any_of_all(bool x) {
@@ -97,7 +88,6 @@ __device__ __forceinline__ bool any_of_all(bool x) {
     }
 DEFINE_PRODUCT(16, 8, 8, 9, 10, 11, 12, 13)
 DEFINE_PRODUCT(32, 16, 16, 17, 18, 19, 20, 21)
-DEFINE_PRODUCT(64, 32, 32, 33, 34, 35, 36, 37)
 
 // ---- queries -------------------------------------------------------------------------------------------------------
 
@@ -153,11 +143,10 @@ __device__ __forceinline__ void rope_keys(u32* a, u32 at) {
 }
 // Of 16 positions and 128 columns of the values, of which a warp has 32 and a thread 4: two products.
 struct Values {
-    u32 word[4], ratio[2];
-    __device__ __forceinline__ void load(u32 even, u32 odd, u32 ratios) {
+    u32 word[4];
+    __device__ __forceinline__ void load(u32 even, u32 odd) {
         word[0] = smem_word(even), word[1] = smem_word(odd);
         word[2] = smem_word(even + ROW_BYTES), word[3] = smem_word(odd + ROW_BYTES);
-        if (WEIGHTS == 1) ratio[0] = smem_word(ratios), ratio[1] = smem_word(ratios + 16);
     }
     // Columns become rows: bytes of one column and two positions side by side.
     __device__ __forceinline__ void unpack(u32* a) const {
@@ -165,8 +154,6 @@ struct Values {
         for (int h = 0; h < 2; ++h) {
             to_half(a[2 * h], a[2 * h + 1], __byte_perm(word[2 * h], word[2 * h + 1], 0x5140));
             to_half(a[4 + 2 * h], a[5 + 2 * h], __byte_perm(word[2 * h], word[2 * h + 1], 0x7362));
-#pragma unroll
-            for (int i = 2 * h; WEIGHTS == 1 && i < 8; i += i % 2 ? 3 : 1) a[i] = multiply_halves(a[i], ratio[h]);
         }
     }
 };

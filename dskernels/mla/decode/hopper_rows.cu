@@ -7,11 +7,11 @@
 // A warp of warpgroup 2 has rows copied, 16 at a time, each of these units handed back as soon as its values have been read.
 //
 // e4m3 is exact in fp16, and one instruction converts two. What a position's four scales multiply are sums of 128 columns each, in fp32; of the
-// values, they are multiplied in, in fp16, relative to the largest of the same 128 columns so far.
+// values, they are multiplied with the weights, relative to the largest of the same 128 columns so far.
 //
 // Options (-D):
 //   OUT         of q and of the result: 0 bf16, 1 fp16
-//   WIDTH       query rows of a CTA, as columns of the products: 16, 32 or 64
+//   WIDTH       query rows of a request, as columns of the products: 16 or 32
 //   UNITS       of 16 cached rows that shared memory holds
 //   BOUNDARY, WHOLE as in hopper.cu
 //   REGISTERS   of a thread that multiplies; one that loads has 504 - 2 * REGISTERS
@@ -27,9 +27,8 @@ __device__ __forceinline__ constexpr int number_of(int r) { return r / 4 * 2 + r
 __device__ __forceinline__ constexpr int element_of(int number, int i) { return number / 2 * 4 + 2 * i + number % 2; }
 __device__ __forceinline__ int row_of_number(int number, int lane) { return number / 2 * 8 + lane % 4 * 2 + number % 2; }
 
-// Lanes with the same rows share out their weights' sums: numbers that each has.
-constexpr int OWN = WIDTH == 64 ? 2 : 1;
-__device__ __forceinline__ int first_own(int lane) { return lane / 16 * (R / 4) + lane / 8 % 2 * (R / 8) + (WIDTH == 16 ? 0 : lane / 4 % 2 * OWN); }
+// Lanes with the same rows share out their weights' sums: the number that each has; of 16 rows two lanes have the same.
+__device__ __forceinline__ int own_number(int lane) { return lane / 16 * (R / 4) + lane / 8 % 2 * (R / 8) + (WIDTH == 16 ? 0 : lane / 4 % 2); }
 
 // Of twice KEPT sums, a lane keeps half, and adds the part of them of the lane at this distance; KEPT 0: both lanes keep the one that there is.
 template <int KEPT> __device__ __forceinline__ void share_out(float (&sum)[R / 2], int lane, int distance) {
@@ -45,14 +44,13 @@ template <int KEPT> __device__ __forceinline__ void share_out(float (&sum)[R / 2
 // A thread's part of the sums, 64 columns of the values in each of four.
 struct Sums {
     float values[4][R];
-    float weight[OWN];  // sums of weights of its warp, of rows `first_own` and on by number; with 16 rows two threads have the same
+    float weight;  // sum of the warp's weights of the row of `own_number`
     __device__ __forceinline__ Sums() {
 #pragma unroll
         for (int x = 0; x < 4; ++x)
 #pragma unroll
             for (int r = 0; r < R; ++r) values[x][r] = 0.f;
-#pragma unroll
-        for (int n = 0; n < OWN; ++n) weight[n] = 0.f;
+        weight = 0.f;
     }
     __device__ __forceinline__ void add_weights(const float (&weights)[R], int lane) {
         float sum[R / 2];
@@ -60,9 +58,8 @@ struct Sums {
         for (int n = 0; n < R / 2; ++n) sum[n] = weights[element_of(n, 0)] + weights[element_of(n, 1)];
         share_out<R / 4>(sum, lane, 16);
         share_out<R / 8>(sum, lane, 8);
-        share_out<WIDTH == 16 ? 0 : OWN>(sum, lane, 4);
-#pragma unroll
-        for (int n = 0; n < OWN; ++n) weight[n] += sum[n];
+        share_out<WIDTH == 16 ? 0 : 1>(sum, lane, 4);
+        weight += sum[0];
     }
 };
 
@@ -228,12 +225,9 @@ __device__ __forceinline__ void raise(State& state, Sums& sums, const float (&sc
 #pragma unroll
             for (int i = 0; i < 2; ++i) sums.values[x][element_of(n, i)] *= factor * own[x / 2];
     }
-#pragma unroll
-    for (int n = 0; n < OWN; ++n) {
-        const int r = row_of_number(first_own(lane) + n, lane);
-        const float before = smem_load(base + AT_STATE + r * 4), most = largest_of_warps(r);
-        if (most > before + SLACK) sums.weight[n] *= exp2_fast(before - most);
-    }
+    const int own_row = row_of_number(own_number(lane), lane);
+    const float before = smem_load(base + AT_STATE + own_row * 4), most = largest_of_warps(own_row);
+    if (most > before + SLACK) sums.weight *= exp2_fast(before - most);
     handover_sync<256>(ALL);  // all have read the state, and the maxima
     if (warp == 0) state.store(base, lane);
 }
@@ -241,21 +235,13 @@ __device__ __forceinline__ void raise(State& state, Sums& sums, const float (&sc
 // Scores to weights, which go to shared memory with the scales of their positions, relative to the state.
 __device__ __forceinline__ void weigh(float (&scores)[R], Sums& sums, const State& state, const Scales& scales, u32 base, int group, int warp, int lane) {
 #pragma unroll
-    for (int r = 0; r < R; ++r) scores[r] = exp2_fast(scores[r] - base_of(state.top[number_of(r)])) * UP;
+    for (int r = 0; r < R; ++r) scores[r] = exp2_fast(scores[r] - base_of(state.top[number_of(r)]));
     sums.add_weights(scores, lane);
     // Rows become columns: 8 positions of a query row are beside one another.
-    const u32 to = base + AT_WEIGHTS + group * WEIGHTS * STRIP + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
-    const u32 ratios = base + AT_RATIOS + group * RATIOS + (warp * 16 + lane / 4) * 2;
+    const u32 to = base + AT_WEIGHTS + group * 4 * STRIP + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
-        const float first = scales.of[0][tile] * state.inverse[tile], second = scales.of[1][tile] * state.inverse[tile];
-        if (WEIGHTS == 1 && lane % 4 == 0) {
-            const u32 both = pack_half(first, second);
-            smem_store_half(ratios + tile * BLOCK * 2, (u16)both);
-            smem_store_half(ratios + tile * BLOCK * 2 + 16, (u16)(both >> 16));
-        }
-        if (tile >= WEIGHTS) continue;
-        const float a = WEIGHTS == 1 ? 1.f : first, b = WEIGHTS == 1 ? 1.f : second;
+        const float a = scales.of[0][tile] * state.inverse[tile], b = scales.of[1][tile] * state.inverse[tile];
 #pragma unroll
         for (int j = 0; j < WIDTH / 16; ++j) {
             const float* p = scores + 8 * j;
@@ -271,14 +257,13 @@ __device__ __forceinline__ void weigh(float (&scores)[R], Sums& sums, const Stat
 // Add a block's values, of the warpgroup's half of the columns, times the weights that `from` made; units are handed back.
 __device__ __forceinline__ void add_values(Sums& sums, u32 base, u32 first_unit, int from, int group, int warp, int lane) {
     constexpr int TILES_OF_STEP = STEP / 2;
-    const u32 weights = (u32)operand_k_major(anew(base) + AT_WEIGHTS + (from * WEIGHTS + (WEIGHTS == 1 ? 0 : 2 * group)) * STRIP);
+    const u32 weights = (u32)operand_k_major(anew(base) + AT_WEIGHTS + (from * 4 + 2 * group) * STRIP);
     const u32 column = group * 256 + warp * 32 + lane / 4 * 4, even = place_of(lane % 4 * 2) * ROW_BYTES + column, odd = place_of(lane % 4 * 2 + 1) * ROW_BYTES + column;
-    const u32 ratios = base + AT_RATIOS + from * RATIOS + group * 2 * BLOCK * 2 + lane % 4 * 4;
     Values raw[TILES_OF_STEP];
     auto load = [&](const Unit& unit, int i, int tile) {  // positions 16i and on
 #pragma unroll
         for (int t = 0; t < TILES_OF_STEP; ++t)
-            raw[t].load(unit.at + even + (tile + t) * 128, unit.at + odd + (tile + t) * 128, ratios + (tile + t) * BLOCK * 2 + i * 32);
+            raw[t].load(unit.at + even + (tile + t) * 128, unit.at + odd + (tile + t) * 128);
     };
     u32 a[2][4 * STEP];
     Unit unit(base, first_unit);
@@ -303,7 +288,7 @@ __device__ __forceinline__ void add_values(Sums& sums, u32 base, u32 first_unit,
         wgmma_begin();
 #pragma unroll
         for (int x = 0; x < STEP; ++x) {
-            const int tile = WEIGHTS == 1 ? 0 : y % 2 + x / 2;
+            const int tile = y % 2 + x / 2;
             multiply_rows<1>(sums.values[y % 2 * 2 + x], to + 4 * x, operand(weights + tile * (STRIP / 16) + y / 2 * 2), 1);
         }
         wgmma_commit();
@@ -332,7 +317,7 @@ __device__ __forceinline__ void finish(Sums& sums, u32 base, const Piece& piece,
         for (int w = 0; w < 8; ++w) weight += smem_load(base + AT_TOTALS + w * TOP + r * 4);
         const bool dead = weight == 0.f || end_of(piece, row, heads) <= 0;
         if (group == 0 && warp == 0 && lane < 4) {
-            const float lse = dead ? nothing() : smem_load(base + AT_STATE + r * 4) + log2f(weight * (1.f / UP));
+            const float lse = dead ? nothing() : smem_load(base + AT_STATE + r * 4) + log2f(weight);
             if (piece.slot >= 0) results.work.lse[(long long)piece.slot * results.work.padded_rows + row] = lse;
             else if (row < rows) results.lse[((long long)piece.request * heads + row % heads) * results.q_tokens + row / heads] = lse * LN_2;
         }
@@ -410,8 +395,7 @@ __device__ __forceinline__ void attend(const Results& results, const Queries& qu
             for (int i = 0; i < min(2, piece.blocks - pair); ++i) add_values(sums, base, first_unit + i * UNITS_OF_BLOCK, i, group, warp % 4, lane);
         }
         done += piece.blocks;
-#pragma unroll
-        for (int n = 0; n < OWN; ++n) smem_store(base + AT_TOTALS + warp * TOP + row_of_number(first_own(lane) + n, lane) * 4, sums.weight[n]);
+        smem_store(base + AT_TOTALS + warp * TOP + row_of_number(own_number(lane), lane) * 4, sums.weight);
         handover_sync<256>(ALL);
         finish(sums, base, piece, results, row_block, group, warp % 4, lane);
         barrier_arrive_warp(piece_empty(base), lane);
@@ -459,7 +443,6 @@ __device__ __forceinline__ void load(Share share, const Batch& batch, const Cach
 
 // ---- kernel --------------------------------------------------------------------------------------------------------
 
-// Blocks are for (part, 64 query rows); there are more than 64 only where WIDTH is 64.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 mla_decode(const Element* q, const u8* cache, const int* __restrict__ table, const int* __restrict__ lengths, const int* __restrict__ q_lengths, Element* out,
            float* lse, float* work, long long stride_request, long long stride_query, long long stride_page, long long stride_row, int stride_table, int pages,
