@@ -238,7 +238,13 @@ def test_headlines_are_of_the_gpu_that_was_measured_last():
     ],
 )
 def test_figures_in_a_sentence_are_filled_in(asked, said):
-    gpus = {"h200": of_gpu(row("m1", peers={"cublaslt": 12.0}), row("m2", us=1500.0, tflops=1200.0), row("20x_t1", op="route_in_graph", us=50.0))}
+    gpus = {
+        "h200": of_gpu(
+            row("m1", peers={"cublaslt": 12.0}),
+            row("m2", us=1500.0, tflops=1200.0),
+            row("20x_t1", op="route_in_graph", us=50.0),
+        )
+    }
     text = f"It takes <!-- saved: {asked} -->old<!-- /saved --> here, | <!-- saved: {asked} --><!-- /saved --> | there"
     made = tables.fill(text, gpus)
     assert re.sub(r"<!-- .*? -->", "", made) == f"It takes {said} here, | {said} | there"
