@@ -9,8 +9,10 @@ import contextlib
 import datetime
 import os
 import tempfile
+import time
 import traceback
 from multiprocessing import get_context
+from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
@@ -35,20 +37,26 @@ def run(ranks, function, *args, gpus=False):
             there.close()
             pipes.append(here)
             processes.append(process)
-        results, failed = [], []
-        for rank, pipe in enumerate(pipes):
-            try:
-                ok, result = pipe.recv() if pipe.poll(LIMIT) else (False, f"nothing within {LIMIT} s")
-            except EOFError:
-                ok, result = False, "died"
-            results.append(result)
-            if not ok:
-                failed.append(f"rank {rank}: {result}")
+        results, failed, deadline = [None] * ranks, {}, time.monotonic() + LIMIT
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                failed |= dict.fromkeys(waiting.values(), "nothing in time")
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    ok, results[rank] = pipe.recv()
+                except EOFError:
+                    ok, results[rank] = False, "died"
+                if not ok:  # the others may wait for it for ever
+                    failed[rank], deadline = results[rank], min(deadline, time.monotonic() + 30)
         for process in processes:
             process.join(0 if failed else 10)
             process.kill()
     if failed:
-        raise AssertionError("\n".join(failed))
+        raise AssertionError("\n".join(f"rank {rank}: {failed[rank]}" for rank in sorted(failed)))
     return results
 
 
