@@ -79,6 +79,6 @@ def draw(runs: list[dict[str, Any]]) -> None:
             axes.plot([row["seconds"] for row in run["rounds"]], [x / 2**20 for x in sizes], lw=1, alpha=0.8)
         axes.set_xlabel("seconds since a process began")
         axes.set_ylabel("MiB allocated")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
         figure.savefig(PICTURE, bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)
