@@ -213,8 +213,8 @@ FULL += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
 
 @pytest.mark.gpu
 def test_after_a_damaged_cache_of_tritons_kernels_one_that_is_emptied_is_right(tmp_path):
-    """A cubin that is cut off there ends the process, in the driver, with SIGSEGV (3.6): Triton does not look at what it
-    loads. Nothing of ours leaves one (a full disk does not, above); whoever has one has to empty the folder."""
+    """A cubin that is cut off there ends the process, in the driver, with SIGSEGV (3.6): Triton loads what it finds.
+    Nothing of ours leaves one (a full disk does not, above); whoever has one has to empty the folder."""
     code = HOPPER.replace("hopper", "triton")
     assert ended(start(code, tmp_path))[1] == "right\n"
     files = list(tmp_path.rglob("*.cubin"))
