@@ -11,10 +11,12 @@ subnormals matter, say the operation in PTX (``div.rn.f32``), or compute on inte
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 HEADERS = Path(__file__).parent
 FLAGS = ("-std=c++17", "-arch=sm_90a")
@@ -44,29 +46,39 @@ def _lines(path: Path, included: set[str]) -> list[str]:
     return lines
 
 
-@functools.cache
-def _module(path: Path, options: tuple[tuple[str, int], ...], device: int):
-    import cupy
+@contextlib.contextmanager
+def _using_the_cache() -> Iterator[None]:
+    """Says what an error is about where the cache cannot be written: a home that is read-only, a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the cache of compiled kernels cannot be used ({error.strerror or error}): set CUPY_CACHE_DIR to a folder "
+            "that can be written to; where that is full, CUPY_CACHE_IN_MEMORY=1",
+            error.filename,
+        ) from error
 
+
+def _cupy() -> Any:
+    with _using_the_cache():  # CuPy makes the folder when it is imported
+        import cupy
+    return cupy
+
+
+@functools.cache
+def _module(path: Path, options: tuple[tuple[str, int], ...], device: int) -> Any:
+    cupy = _cupy()
     flags = (*FLAGS, *(f"-D{name}={value}" for name, value in options))
-    with cupy.cuda.Device(device):
-        try:
-            module = cupy.RawModule(code=source_of(path), options=flags, backend="nvrtc")
-            module.compile()
-        except OSError as error:  # a home that is read-only, a disk that is full
-            raise OSError(
-                error.errno,
-                f"the cache of compiled kernels cannot be used ({error.strerror or error}): set CUPY_CACHE_DIR to a "
-                "folder that can be written to, or CUPY_CACHE_IN_MEMORY=1",
-                error.filename,
-            ) from error
+    with cupy.cuda.Device(device), _using_the_cache():
+        module = cupy.RawModule(code=source_of(path), options=flags, backend="nvrtc")
+        module.compile()
     return module
 
 
 def kernel(path: Path, name: str, options: Mapping[str, int], shared: int, device: int) -> int:
     """Handle (CUfunction) of kernel `name` of a `.cu` file, specialised by `options`, with `shared` bytes a block."""
-    import cupy
-
+    cupy = _cupy()
     with cupy.cuda.Device(device):  # which also gives a thread its context
         function = _module(path, tuple(sorted(options.items())), device).get_function(name)
         # Never less than before: launches of other shapes, which need more, are kept.
