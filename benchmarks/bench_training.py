@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dskernels as ds
 from benchmarks import models, workloads
-from benchmarks.cases import Call, Case
+from benchmarks.cases import Call, Case, kept_within_a_family
 from benchmarks.peers import Peer
 from benchmarks.peers import training as training_peers
 from benchmarks.roofline import BF16, Work
@@ -68,7 +68,7 @@ class Inputs:
         return nats.detach()
 
 
-@functools.lru_cache(maxsize=1)
+@kept_within_a_family
 def _weights(name: str, device: torch.device) -> DeepseekV3:
     return DeepseekV3(models.config_of(name), device=device, dtype=torch.bfloat16)
 

@@ -6,7 +6,6 @@ weights are kept in bf16, and multiplied as they are or, quantised once, in e4m3
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor
 
 import dskernels as ds
 from benchmarks import model_roofline, workloads
-from benchmarks.cases import Call, Case
+from benchmarks.cases import Call, Case, kept_within_a_family
 from benchmarks.models import DAMPING
 from benchmarks.peers import NotApplicable, Peer
 from benchmarks.roofline import Chain
@@ -43,7 +42,7 @@ def config_of(name: str) -> Config:
     return Config.from_name("tiny", num_hidden_layers=2, vocab_size=64, num_nextn_predict_layers=0)
 
 
-@functools.lru_cache(maxsize=1)
+@kept_within_a_family
 def models_of(name: str, device: torch.device) -> tuple[Any, Any, Any]:
     """The unchanged model and two accelerated ones, in bf16 and in e4m3; all share their weights."""
     if importlib.util.find_spec("transformers") is None:

@@ -7,6 +7,7 @@ heads, some requests).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,21 @@ from benchmarks.workloads import Workload
 from dskernels import Fp8Tensor
 
 Call = Callable[[], Any]
+_forgetting: list[Callable[[], None]] = []
 CHUNK = 1 << 25  # elements compared at once: gradients of 32 experts have 0.9 G, which would be 40 GB of fp64
+
+
+def kept_within_a_family(function: Callable) -> Callable:
+    """Keeps what it made last, a model say, for the cases of a family that want the same; `forget` lets go of it."""
+    kept = functools.lru_cache(maxsize=1)(function)
+    _forgetting.append(kept.cache_clear)
+    return kept
+
+
+def forget() -> None:
+    """Let go of what is kept within a family: the models of three families do not fit into 140 GB together."""
+    for clear in _forgetting:
+        clear()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import inputs
+from benchmarks.cases import kept_within_a_family
 from benchmarks.workloads import MODEL_TINY, MODEL_TRAINED_SLICE, MODEL_V3_SLICE, ModelDecode, ModelPrefill
 from dskernels.model import Batch, Config, DeepseekV3, LatentCache, keep_in_fp8
 from dskernels.model.fp8_weights import SCALE_SUFFIX, write_out_for_decode
@@ -36,7 +36,7 @@ def config_of(name: str) -> Config:
     return Config.from_name(name, num_nextn_predict_layers=0)
 
 
-@functools.lru_cache(maxsize=1)
+@kept_within_a_family
 def random_model(name: str, device: torch.device) -> DeepseekV3:
     """A model whose matrices keep the size of what they multiply, but for those that are added to the residual stream;
     embedding, head, routers and norms in bf16."""

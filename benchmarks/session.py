@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import check, peers, results, roofline, saved, steadiness, timing
-from benchmarks.cases import Case
+from benchmarks.cases import Case, forget
 from benchmarks.results import Failure, Machine, Row
 from benchmarks.runner import Runner, one_line
 
@@ -110,6 +110,8 @@ class Session:
                     for what, seconds in outcome.spent.items():
                         family.spent[what] = family.spent.get(what, 0.0) + seconds
                     progress.advance(task)
+                forget()
+                gc.collect()
                 try:
                     after, mhz = self._look()
                 except RuntimeError as error:  # a case has left the device unusable: what came before it is kept

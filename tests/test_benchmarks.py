@@ -11,7 +11,7 @@ from benchmarks import __main__ as cli
 from benchmarks import base, cases, peers, results, roofline, runner, session, steadiness, timing, workloads
 from benchmarks.around_mla import MergeStates
 from benchmarks.bench_gemm import Fp8Gemm
-from benchmarks.cases import calc_diff, difference
+from benchmarks.cases import calc_diff, difference, kept_within_a_family
 from benchmarks.peers import Peer
 from benchmarks.peers.gemm import padded_rows
 from benchmarks.results import Failure, Machine, Row
@@ -287,6 +287,21 @@ def test_a_whole_run_prints_tables_and_saves(gpu_stand_in):
         assert len(saved["rows"]) == 3
         assert saved["commit"] == "def456"
         assert saved["clocks"] == {"mhz_before": 1980, "mhz_after": 1980, "copy": 1, "bf16": 1, "fp8": 1, "turns": 3}
+
+
+def test_what_a_family_keeps_is_let_go_after_it(gpu_stand_in):
+    made = []
+
+    @kept_within_a_family
+    def model(name):
+        made.append(name)
+        return name
+
+    assert [model("a"), model("a"), model("b")] == ["a", "a", "b"]
+    assert made == ["a", "b"]
+    assert invoke("gemm").exit_code == 0
+    model("b")
+    assert made == ["a", "b", "b"]
 
 
 def test_what_was_timed_is_kept_where_the_device_is_unusable_afterwards(gpu_stand_in, monkeypatch):
