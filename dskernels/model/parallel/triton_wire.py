@@ -32,7 +32,8 @@ def unload_kernel(p_data, p_exponents, p_out, columns, stride_data, stride_expon
 def unload(data: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
     """`data` e4m3 ``[R, H]`` times 2 ** (exponents - 127), uint8 ``[R, ceil(H / 128)]``, whose rows may lie apart.
 
-    Both as `unload_supports` wants them. In plain PyTorch 8,192 rows of 7,168 take some 500 us on an H200.
+    Both as `unload_supports` wants them. 8,192 rows of 7,168 take 49 us on an H200; a dispatch that ended in plain
+    PyTorch took 756 us in all, and one that ends in this 202.
     """
     rows, columns = data.shape
     out = data.new_empty((rows, columns), dtype=dtype)
