@@ -81,7 +81,7 @@ class _References:
         out.copy_(grouped_wgrad(dy, x, offsets, accumulate=accumulate))
 
 
-def _quantize_grouped(x, offsets, ue8m0, source, top_k):
+def _quantize_grouped(x, offsets, ue8m0, source, top_k, leave):
     x = x if source is None else x[source.long().clamp(0) // top_k]
     return quantize_grouped(x, offsets)[:2]
 
