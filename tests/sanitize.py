@@ -29,7 +29,7 @@ import dskernels as ds
 from dskernels import device, parity
 from dskernels.cuda import compiler
 from dskernels.cuda.driver import Planned
-from dskernels.fp8.hopper import swiglu_quantize_kept
+from dskernels.fp8.hopper import swiglu_quantize_rows
 from dskernels.gemm import hopper
 from dskernels.gemm.config import HOPPER_CONFIGS, HopperConfig
 from dskernels.grouped_gemm import config as grouped_config
@@ -154,7 +154,7 @@ def kept_swiglu() -> bool:
     batch, weights = Batch(300, 2, offsets, index, source), there(torch.rand(150, 2))
     gate_up, dhidden = there(normal(300, 512), normal(300, 256))
     kept = there(torch.zeros(300, packed_width(512), dtype=torch.uint8))
-    swiglu_quantize_kept(gate_up, kept)
+    swiglu_quantize_rows(gate_up, None, kept)
     right = torch.equal(kept.cpu()[:, : 512 + 16], packed(gate_up).cpu()[:, : 512 + 16])
     for of_batch, rows, w in ((batch, 300, weights), (Batch(256), 256, None)):
         got = hopper_swiglu.swiglu_backward(kept[:rows], dhidden[:rows], of_batch, w)[0]

@@ -114,7 +114,7 @@ def library(options, folder):
 
 def decode(folder, q, cache, table, lengths, new, scale, parts, wide=1):
     batch, q_tokens, heads, _ = q.shape
-    row_blocks, kind = ceil_div(q_tokens * heads, BLOCK), hopper_rows.OUT[q.dtype]
+    row_blocks, kind = ceil_div(q_tokens * heads, BLOCK), hopper_rows.KINDS[q.dtype]
     out, lse = q.new_full((batch, q_tokens, heads, 512), math.nan), torch.full((batch, heads, q_tokens), math.nan)
     work = torch.full((2 * parts * row_blocks * BLOCK * 257 + 4 * batch + parts * row_blocks + 3,), math.nan)
     attend = library(tuple(hopper_rows.options_of(choose_rows_config(q_tokens * heads), kind).items()), folder)

@@ -87,11 +87,6 @@ def swiglu_quantize_rows(
     return data, scale
 
 
-def swiglu_quantize_kept(gate_up: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of all rows."""
-    return swiglu_quantize_rows(gate_up, None, kept)
-
-
 @Recorded
 def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Data and scale of the gradient [T, 2I] of silu(gate) * up in 1x128 tiles, then of its transpose."""

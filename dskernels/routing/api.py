@@ -73,11 +73,7 @@ def route(
         physical is None
         and isinstance(logits, Tensor)
         and (bias is None or isinstance(bias, Tensor))
-        and type(top_k) is type(n_groups) is type(top_groups) is int
-        and type(normalize) is bool
-        and type(scale) is float
-        and type(score) is str
-        and score in SCORES
+        and _known(top_k, n_groups, top_groups, score, normalize, scale)
     ):
         again = _route.again(logits, bias, top_k, n_groups, top_groups, score == "softmax", normalize, scale, impl=impl)
         if again is not UNSEEN:
@@ -139,11 +135,7 @@ def route_hidden(
         and isinstance(weight, Tensor)
         and (bias is None or isinstance(bias, Tensor))
         and (physical is None or isinstance(physical, Tensor))
-        and type(top_k) is type(n_groups) is type(top_groups) is int
-        and type(normalize) is bool
-        and type(scale) is float
-        and type(score) is str
-        and score in SCORES
+        and _known(top_k, n_groups, top_groups, score, normalize, scale)
     ):
         options = top_k, n_groups, top_groups, score == "softmax", normalize, scale
         again = _route_hidden.again(x, weight, bias, physical, *options, impl=impl)
@@ -155,6 +147,17 @@ def route_hidden(
         raise ValueError(f"weight: expected at least one expert and one column, got {list(weight.shape)}")
     options = _checked(x, bias, physical, weight.shape[0], top_k, n_groups, top_groups, score, normalize, scale)
     return _routing(_route_hidden(x, weight, bias, physical, *options, impl=impl), physical)
+
+
+def _known(top_k: Any, n_groups: Any, top_groups: Any, score: Any, normalize: Any, scale: Any) -> bool:
+    """Whether these are of the types that an operation is told, so that equal ones mean the same."""
+    return (
+        type(top_k) is type(n_groups) is type(top_groups) is int
+        and type(normalize) is bool
+        and type(scale) is float
+        and type(score) is str
+        and score in SCORES
+    )
 
 
 def _routing(results: tuple[Tensor, ...], physical: Tensor | None) -> tuple[Routing, Tensor]:

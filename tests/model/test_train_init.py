@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_train import QUICK, SMALL, numbers
 from test_train_state import stop_at
+from tiny import small_corpus
 
 from dskernels.model import Config, DeepseekV3, load, save
 from dskernels.model.checkpoint import load_weights
-from dskernels.model.data import BOUNDARY, Corpus
 from dskernels.model.train import TrainConfig, train
 from dskernels.model.train_begin import first_model
 
@@ -20,10 +20,7 @@ SHORT = {**QUICK, "steps": 4, "batch_tokens": 32, "validate_every": 2, "validati
 
 @pytest.fixture(scope="module")
 def corpus():
-    text = torch.tensor(list(b"for i in range(10):\n    print(i)\n" * 6), dtype=torch.int16)
-    boundary = torch.tensor([BOUNDARY], dtype=torch.int16)
-    documents = [torch.cat((boundary, text[i:], boundary)) for i in range(4)]
-    return Corpus(documents[1:], documents[:1])
+    return small_corpus()
 
 
 def run(corpus, out, precision):

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from test_train import QUICK, SMALL, numbers
+from tiny import small_corpus
 
 from dskernels.model import Config, ema, load, train_state
-from dskernels.model.data import BOUNDARY, Corpus
+from dskernels.model.data import Corpus
 from dskernels.model.train import Interrupted, TrainConfig, train
 
 MODEL = Config.from_name("tiny", **{**SMALL, "n_routed_experts": 4})
@@ -29,10 +30,7 @@ def _average_often():
 
 @pytest.fixture(scope="module")
 def corpus():
-    text = torch.tensor(list(b"for i in range(10):\n    print(i)\n" * 6), dtype=torch.int16)
-    boundary = torch.tensor([BOUNDARY], dtype=torch.int16)
-    documents = [torch.cat((boundary, text[i:], boundary)) for i in range(4)]
-    return Corpus(documents[1:], documents[:1])
+    return small_corpus()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import torch
 
 from dskernels.model import Config, DeepseekV3
+from dskernels.model.data import BOUNDARY, Corpus
 
 # Changes of the preset "tiny" for tests that make thousands of passes: one dense block, one of few experts.
 SMALL = {
@@ -13,6 +14,14 @@ SMALL = {
     "num_experts_per_tok": 2,
     "vocab_size": 64,
 }
+
+
+def small_corpus():
+    """Four documents of bytes, one of them held out."""
+    text = torch.tensor(list(b"for i in range(10):\n    print(i)\n" * 6), dtype=torch.int16)
+    boundary = torch.tensor([BOUNDARY], dtype=torch.int16)
+    documents = [torch.cat((boundary, text[i:], boundary)) for i in range(4)]
+    return Corpus(documents[1:], documents[:1])
 
 
 def randomize(model):

@@ -7,7 +7,6 @@ the two that multiply take turns at the softmax and hand each tile back to the l
 from __future__ import annotations
 
 import ctypes
-import math
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from dskernels.mla.decode.config import (
     MOST_ROWS,
     ROPE,
     SHARED,
+    THREADS,
     TMA,
     VALUE,
     HopperConfig,
@@ -30,13 +30,12 @@ from dskernels.mla.decode.config import (
     choose_rows_config,
     use_rows,
 )
+from dskernels.mla.decode.hopper_rows import KINDS, LOG2_E
 from dskernels.validate import ceil_div
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 COMBINE = Path(__file__).with_name("hopper_combine.cu")
-THREADS, COMBINE_WARPS = 384, 8
-LOG2_E = math.log2(math.e)
-KINDS = {torch.bfloat16: 0, torch.float16: 1}
+COMBINE_WARPS = 8
 
 
 def mla_decode(

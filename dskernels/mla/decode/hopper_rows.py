@@ -19,7 +19,7 @@ from dskernels.mla.decode.config import THREADS, UNIT, HopperRowsConfig, rows_sh
 
 SOURCE = Path(__file__).with_name("hopper_rows.cu")
 LOG2_E = math.log2(math.e)
-OUT = {torch.bfloat16: 0, torch.float16: 1}
+KINDS = {torch.bfloat16: 0, torch.float16: 1}
 
 
 def plan(
@@ -43,7 +43,7 @@ def plan(
     box = math.gcd(page_size, UNIT) if cache.stride(1) == row_bytes else 1
     shared = rows_shared(config.width, config.units)
     return Plan(
-        kernel(SOURCE, "mla_decode", options_of(config, OUT[q.dtype]), shared, q.device.index),
+        kernel(SOURCE, "mla_decode", options_of(config, KINDS[q.dtype]), shared, q.device.index),
         arguments=(
             *map(Pointer, ("q", "cache", "block_table", "lengths", "q_lengths", "out", "lse", "work")),
             *map(ctypes.c_longlong, (q.stride(0), q.stride(2), cache.stride(0), cache.stride(1))),
