@@ -84,7 +84,7 @@ def test_a_run_that_stopped_goes_on_as_if_it_had_not(corpus, tmp_path):
 CHILD = """
 import sys, time, torch
 sys.path[:0] = {path!r}
-torch.set_num_threads(1)
+torch.set_num_threads({threads})
 from test_train_state import MODEL, SHORT
 from dskernels.model import ema, train_state
 from dskernels.model.data import Corpus
@@ -107,7 +107,7 @@ def test_kill_9_loses_nothing(corpus, whole, tmp_path):
     torch.save([*corpus.validation, *corpus.train], tmp_path / "text.pt")
     out = tmp_path / "parts"
     paths = [entry for entry in sys.path if entry] + [os.path.dirname(__file__)]
-    code = CHILD.format(path=paths, text=str(tmp_path / "text.pt"), out=str(out))
+    code = CHILD.format(path=paths, text=str(tmp_path / "text.pt"), out=str(out), threads=torch.get_num_threads())
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "writing\n"
         os.kill(child.pid, signal.SIGKILL)
