@@ -160,11 +160,14 @@ def check_int(name: str, value: Any, *, low: int, high: int | None = None) -> No
 
 
 def check_float(name: str, value: Any) -> None:
-    """Check that `value` is a Python number."""
+    """Check that `value` is a Python number, and finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
     if type(value) is int and abs(value) > sys.float_info.max:
         raise ValueError(f"{name}: expected a float, got an int that is beyond all of them")
+    # No formula means anything by one, and NaN or infinity comes out by the order in which it is evaluated.
+    if isinstance(value, float) and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -233,7 +233,8 @@ def rmsnorm_quantize(
         squares are added up more exactly than in fp32, so that the order does not matter.
 
     Raises:
-        TypeError, ValueError: as :func:`quantize`, and ValueError where `weight` or `residual` does not fit `x`.
+        TypeError, ValueError: as :func:`quantize`, and ValueError where `weight` or `residual` does not fit `x`, or
+            `eps` is not finite.
 
     Differentiable in `x`, `weight` and `residual`, through the norm and through the stream, by
     :func:`rmsnorm_backward`, for which the stream is kept and not the norm. What is quantised carries no gradient: it
@@ -301,7 +302,7 @@ def rmsnorm_backward(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, strides or devices do not fit `x`.
+        ValueError: shapes, strides or devices do not fit `x`, or `eps` is not finite.
 
     A NaN in a row makes that row of dx NaN, and dweight where dy * n is. No tokens give an empty dx and zeros.
     Source: Zhang and Sennrich, arXiv 1910.07467, section 4.

@@ -18,12 +18,12 @@ class _Kept:
     """Of a weight its copies, and what it was when they were made.
 
     Attributes:
-        state: its data pointer and version.
+        state: its data pointer and version, and the implementation that was asked for.
         rows: its blocks.
         transposed: those of its transpose, once they were asked for.
     """
 
-    state: tuple[int, int]
+    state: tuple[int, int, str | None]
     rows: Fp8Tensor
     transposed: Fp8Tensor | None
 
@@ -47,9 +47,10 @@ def weight_operand(weight: Tensor, scale: Tensor | None, transpose: bool, impl: 
 def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp8Tensor:
     """`weight` [E?, N, K] in 128x128 blocks, or its transpose, quantised anew only after the weight was written to.
 
-    A change is seen by data pointer and version counter. Weights made in inference mode have no version, and a
-    trainable weight inside a CUDA graph changes between replays without its version moving: both are quantised at each
-    call.
+    A change is seen by data pointer and version counter. The copies are those of `impl`, which refuses what it does not
+    take whether another implementation has made some before or not. Weights made in inference mode have no version,
+    and a trainable weight inside a CUDA graph changes between replays without its version moving: both are quantised
+    at each call.
     """
     frozen = not weight.requires_grad
     capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -58,14 +59,14 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
     quick = _quick.get(id(weight))
     if quick is not None and quick[0]() is weight:
         kept = quick[1]()
-        if kept is not None and kept.state == (weight.data_ptr(), weight._version):
+        if kept is not None and kept.state == (weight.data_ptr(), weight._version, impl):
             found = kept.transposed if transpose else kept.rows
             if found is not None:
                 return found
     owner = _owner_of(weight)
-    state = (owner.data_ptr(), owner._version)
+    state = (owner.data_ptr(), owner._version, impl)
     kept = _kept.get(owner)
-    if kept is not None and kept.state != state and kept.transposed is not None:
+    if kept is not None and kept.state[:2] != state[:2] and kept.transposed is not None:
         # It is trained: what both products of the next step want, in one pass over it.
         kept = _Kept(state, *quantize_both(weight, block=(128, 128), impl=impl))
     elif kept is None or kept.state != state:

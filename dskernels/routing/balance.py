@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -47,8 +46,6 @@ def update_bias(
     check_written("bias", bias)
     check_tensor("load", load, dtype=(torch.int32, torch.int64), shape=tuple(bias.shape), like=bias)
     check_float("rate", rate)
-    if isinstance(rate, float) and not math.isfinite(rate):
-        raise ValueError(f"rate: expected a finite number, got {rate}")
     if group is not None:
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group: expected a torch.distributed.ProcessGroup or None, got {type(group).__name__}")

@@ -11,6 +11,10 @@ e4m3 as the first product may be off, one implementation may take the one and an
 of the number at most, times a weight of the second product. Elsewhere both take the same. Each of these may go either
 way, so together they come to the root of the sum of squares; four times that is allowed, which is all of up to 16 steps
 at once. A number in the wrong tile, with another's scale, or lost, is outside of it (tests/fuzz/test_judging.py).
+
+Handing on. What is between is rounded to the dtype of the tokens: relatively, and where it is subnormal (in fp16 below
+6e-5, which products of small weights reach) to a grid whose step is that dtype's least number, of which two
+implementations may take neighbours.
 """
 
 from __future__ import annotations
@@ -47,23 +51,34 @@ def _root(a: Tensor, b: Tensor) -> Tensor:
     return (a.square() @ b.square().T).sqrt()
 
 
+def least(dtype: torch.dtype) -> float:
+    """The smallest number above zero: the step between those that are subnormal."""
+    limits = torch.finfo(dtype)
+    return limits.tiny * limits.eps
+
+
+def handed_on(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """By how much two roundings of `x` to a dtype may be apart."""
+    return BETWEEN[dtype] * x.abs() + (least(dtype) if BETWEEN[dtype] else 0.0)
+
+
 def tokens(x: Tensor, quantized: Fp8Tensor | None) -> Tensor:
     """What the first product takes."""
     return numbers(x if quantized is None else quantized, (1, 128))
 
 
-def network(x: Tensor, w13: Any, w2: Any, loss: float, between: float) -> tuple[Tensor, Tensor]:
-    """The result for the quantised tokens `x`, and how far it may be off."""
+def network(x: Tensor, w13: Any, w2: Any, loss: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The result for the quantised tokens `x`, and how far it may be off where sums are handed on in `dtype`."""
     up, down = (numbers(w, (128, 128)) for w in (w13, w2))
     gate_up = x @ up.T
-    off = sums(x, up, loss) + between * gate_up.abs()
+    off = sums(x, up, loss) + handed_on(gate_up, dtype)
     (gate, value), (off_gate, off_value) = gate_up.tensor_split(2, -1), off.tensor_split(2, -1)
     silu = gate * gate.sigmoid()
     hidden = silu * value
     off = STEEPEST * off_gate * value.abs() + (silu.abs() + STEEPEST * off_gate) * off_value + 2.0**-20 * hidden.abs()
     hidden, off = _rounded(hidden, off)
     result = hidden @ down.T
-    return result, 4 * _root(off, down) + sums(hidden, down, loss) + between * result.abs()
+    return result, 4 * _root(off, down) + sums(hidden, down, loss) + handed_on(result, dtype)
 
 
 def _rounded(x: Tensor, off: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +101,7 @@ def feed_forward(loss: float, x: Tensor, w13: Any, w2: Any, quantized: Fp8Tensor
     """Of the network alone."""
     if not (fp8 or isinstance(w13, Fp8Tensor) or isinstance(w2, Fp8Tensor)):
         return torch.zeros(())
-    return network(tokens(x, quantized), w13, w2, loss, BETWEEN[x.dtype])[1]
+    return network(tokens(x, quantized), w13, w2, loss, x.dtype)[1]
 
 
 def fused_experts(
@@ -104,15 +119,15 @@ def fused_experts(
     """Of the block, whose networks' errors are weighted as they are."""
     if not (fp8 or any(isinstance(w, Fp8Tensor) for w in (w13, w2, *(shared or ())))):
         return torch.zeros(())
-    rows, between = tokens(x, quantized), BETWEEN[x.dtype]
+    rows = tokens(x, quantized)
     networks = list(zip(_matrices(w13), _matrices(w2), strict=True))
     weights, ids = exact.exact(routing.weights).abs(), routing.experts.cpu()
     off = torch.zeros_like(rows)
     for e, (up, down) in enumerate(networks):
         everyones = e >= len(networks) - n_shared
         shares = torch.ones(len(rows), 1).double() if everyones else (weights * (ids == e)).sum(1, keepdim=True)
-        off += shares * network(rows, up, down, loss, between)[1]
-    return off if shared is None else off + network(rows, shared[0], shared[1], loss, between)[1]
+        off += shares * network(rows, up, down, loss, x.dtype)[1]
+    return off if shared is None else off + network(rows, shared[0], shared[1], loss, x.dtype)[1]
 
 
 def _matrices(stack: Tensor | Fp8Tensor) -> list[Tensor | Fp8Tensor]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import dskernels as ds
+from dskernels.gemm.weights import quantized_weight
 from dskernels.types import Fp8Tensor
 
 
@@ -157,11 +158,27 @@ def test_norm_of_what_has_squares_beyond_fp32(device, cols):
         assert want.isnan().sum(1).tolist() == [0, 1, cols]
 
 
-@pytest.mark.parametrize("rate", [float("inf"), float("-inf"), float("nan")])
-def test_a_rate_that_is_not_finite_is_named(rate):
-    """Of an expert of exactly the mean load the reference made NaN of it, and the kernel kept its bias."""
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_number_that_is_not_finite_is_named(value):
+    """Of an expert of exactly the mean load the reference made NaN of such a rate, and the kernel kept its bias; by an
+    infinite scale the log-sum-exp of `mla_decode` was infinite by one and NaN by the other."""
     with pytest.raises(ValueError, match="rate: expected a finite number"):
-        ds.update_bias(torch.zeros(4), torch.ones(4, dtype=torch.int32), rate)
+        ds.update_bias(torch.zeros(4), torch.ones(4, dtype=torch.int32), value)
+    table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="scale: expected a finite number"):
+        ds.mla_decode(torch.zeros(1, 1, 2, 24), torch.zeros(1, 4, 24), table, lengths, scale=value, value_dim=16)
+
+
+def test_a_copy_of_a_weight_is_of_the_implementation_that_is_asked_for(device):
+    """Hopper's kernels, which do not quantise fp16, took the copy that another had made."""
+    weight, x = torch.randn(144, 128, device=device, dtype=torch.half), torch.randn(32, 128, device=device).bfloat16()
+    first = quantized_weight(weight, transpose=False, impl="reference")
+    other = quantized_weight(weight, transpose=False, impl="triton")
+    assert first.data is not other.data
+    assert torch.equal(first.data.view(torch.uint8), other.data.view(torch.uint8))
+    assert quantized_weight(weight, transpose=False, impl="triton").data is other.data
+    with pytest.raises(ValueError, match="impl='hopper' cannot run this"):
+        ds.fp8_linear(x, weight, impl="hopper")
 
 
 def test_a_negative_view_is_not_written_to():

@@ -106,3 +106,28 @@ def test_a_block_of_a_weight_with_another_scale_is_found(call):
     got = network(Call("feed_forward", {**call.arguments, "w2": wrong}), tensor_cores)
     with pytest.raises(WrongError, match="off by"):
         judged(call, got)
+
+
+@pytest.mark.parametrize("spoil", [None, of_another_tile, last_tile_lost])
+def test_results_that_are_subnormal_are_neighbours_at_most(call, spoil):
+    call.arguments["x"] = call.arguments["x"].half()
+    call.arguments["w2"] = quantize(call.arguments["w2"].dequantize() * 2.0**-23, (128, 128))
+    got = network(call, tensor_cores, spoil or (lambda hidden: hidden))
+    want = network(call, plain)
+    assert 0 < want.abs().max() < torch.finfo(torch.float16).tiny
+    if spoil is None:
+        judged(call, torch.nextafter(got, got.new_full((), 1.0)))
+    else:
+        with pytest.raises(WrongError, match="off by"):
+            judged(call, got)
+
+
+def test_an_infinite_scale_gives_nan_or_infinity_and_nothing_else():
+    a, b = quantize(torch.randn(1, 3, 128).flatten(0, 1)), quantize(torch.randn(1, 8, 128), (128, 128))
+    b.scale.fill_(float("inf"))
+    given = {"a": Fp8Tensor(a.data[None], a.scale[None]), "b": b, "counts": torch.tensor([3], dtype=torch.int32)}
+    call = Call("grouped_gemm_masked", given)
+    nan = torch.full((1, 3, 8), float("nan"))
+    _compare(call, [nan.clone().fill_(float("inf"))], [nan], "triton")
+    with pytest.raises(WrongError, match="NaN where"):
+        _compare(call, [nan.clone().fill_(1e30)], [nan], "triton")

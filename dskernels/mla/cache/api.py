@@ -51,7 +51,7 @@ def write_latent_cache(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, strides or devices do not fit.
+        ValueError: shapes, strides or devices do not fit, or `eps` is not finite.
 
     Other rows of the cache are not touched. No token is no work. Not differentiable.
     Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 1 and 3; RoFormer (arXiv 2104.09864), eq. 34.

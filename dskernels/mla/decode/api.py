@@ -53,7 +53,7 @@ def mla_decode(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, strides or devices do not fit.
+        ValueError: shapes, strides or devices do not fit, or `scale` is not finite.
 
     Lengths are taken between 0 and what the table holds, q_lengths between 0 and Q, page ids between 0 and the last
     page: nothing is read out of bounds, whatever they hold. Rows of the cache at or beyond lengths[b] are never used,

@@ -54,7 +54,7 @@ def mla_prefill(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, strides or devices do not fit.
+        ValueError: shapes, strides or devices do not fit, or `scale` is not finite.
 
     Where cu_seqlens does not ascend or leaves the rows there are, what the rows concerned get is unspecified, but
     nothing is read or written out of bounds. Nothing waits for the device. A NaN does not leave its sequence.
