@@ -121,7 +121,7 @@ class Operation:
         found = self._straight.find(tensors, also)
         if found is None:
             result = self.overload(*args, impl)
-            if _meets_nothing_else(tensors):
+            if meets_nothing_else(tensors):
                 self._straight.keep(tensors, also, self._bound(args, impl or _forced.get()))
             return result
         launch, addresses = found
@@ -322,6 +322,11 @@ class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
         _forced.reset(self._token)
 
 
+def is_explaining() -> bool:
+    """Whether :func:`explain` runs a function, which is to launch nothing."""
+    return _recording.get() is not None
+
+
 def forced_impl() -> str | None:
     """What :class:`use_impl` asks for here, None outside of it."""
     return _forced.get()
@@ -379,7 +384,7 @@ def differentiating() -> Iterator[None]:
         yield
 
 
-def _meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
+def meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
     """Whether torch's dispatcher would do no more with these than to call the implementation.
 
     The tensors are plain, on the current GPU, and no autograd, transform or tracer has a part in it. `ByMetadata` sees

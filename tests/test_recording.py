@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import dskernels as ds
 from dskernels import device as devices
-from dskernels import dispatch, portable, recording
+from dskernels import dispatch, portable, recording, relaunching
 from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
 from dskernels.metadata import ByMetadata
 from dskernels.recording import Recorded
@@ -29,9 +29,9 @@ def on_the_cpu(fake, monkeypatch, request):  # noqa: F811
 
     for launch in (first, second):  # whose plans are those of another test's driver
         monkeypatch.setattr(launch, "_kept", ByMetadata())
-    monkeypatch.setattr(recording, "like_this", like_this)
-    monkeypatch.setattr(recording, "FEWEST_IN_GRAPH", request.param)
-    monkeypatch.setattr(recording, "reason_against_graphs", lambda: None)
+    monkeypatch.setattr(relaunching, "like_this", like_this)
+    monkeypatch.setattr(relaunching, "FEWEST_IN_GRAPH", request.param)
+    monkeypatch.setattr(relaunching, "reason_against_graphs", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     monkeypatch.setattr(recording, "_plain", lambda tensors: not devices.dispatch_modes())
     monkeypatch.setattr(recording, "_memory", lambda device: 80_000)
@@ -215,8 +215,8 @@ pieces = st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 8), st.integers
 @given(pieces)
 def test_memory_is_shared_only_one_after_the_other(drawn):
     wanted = [(size, first, first + more) for size, first, more in drawn]
-    offsets, size = recording._packed(wanted)
-    assert all(offset % recording.ALIGNMENT == 0 for offset in offsets)
+    offsets, size = relaunching.packed(wanted)
+    assert all(offset % relaunching.ALIGNMENT == 0 for offset in offsets)
     assert size == max((o + n for o, (n, _, _) in zip(offsets, wanted, strict=True)), default=0)
     for i, (n, a, b) in enumerate(wanted):
         for j, (m, c, d) in enumerate(wanted[:i]):

@@ -89,6 +89,16 @@ class Pointer(NamedTuple):
     name: str
 
 
+class Word(NamedTuple):
+    """A kernel argument of 64 bits that is asked for at each launch, for what neither metadata nor an address says.
+
+    Attributes:
+        ask: returns it. Unless a graph is captured, it is the same for all launches of a stream.
+    """
+
+    ask: Callable[[], int]
+
+
 class TensorMap(NamedTuple):
     """A kernel argument that is a CUtensorMap: how the tensor memory accelerator copies tiles of a matrix.
 
@@ -150,7 +160,7 @@ class Plan:
 
     Args:
         function: handle of the kernel (see :func:`dskernels.cuda.compiler.kernel`).
-        arguments: of the kernel, in its order: `Pointer`, `TensorMap`, or a ctypes value that stays.
+        arguments: of the kernel, in its order: `Pointer`, `TensorMap`, `Word`, or a ctypes value that stays.
         grid: blocks, in x or in (x, y, z).
         threads: of a block.
         shared: bytes of dynamic shared memory of a block.
@@ -177,6 +187,7 @@ class Plan:
         self._maps: list[tuple[int, _Replace]] = []
         self._cells_of: list[tuple[str, Any]] = []
         self._maps_of: list[tuple[str, _Replace]] = []
+        self.words: list[tuple[Any, Callable[[], int]]] = []
         once = {id(argument): argument for argument in arguments}  # what is given twice is packed and written once
         packed = {key: self._packed(argument) for key, argument in once.items()}
         cells = [packed[id(argument)] for argument in arguments]
@@ -220,6 +231,8 @@ class Plan:
             for i, replace in self._maps:
                 check(replace(addresses[i]), "cuTensorMapReplaceAddress")
             self._addresses = addresses
+        if self.words:
+            self.ask()
         self.stream = torch._C._cuda_getCurrentRawStream(self._device)
         if status := self.enqueue():
             self.again(status)
@@ -230,9 +243,15 @@ class Plan:
             cell[0] = addresses.get(name, 0)
         for name, replace in self._maps_of:
             check(replace(addresses[name]), "cuTensorMapReplaceAddress")
+        self.ask()
         self.stream = torch._C._cuda_getCurrentRawStream(self._device)
         if status := self.enqueue():
             self.again(status)
+
+    def ask(self) -> None:
+        """Write the words of the next launch."""
+        for cell, ask in self.words:
+            cell[0] = ask()
 
     @property
     def stream(self) -> int | None:
@@ -276,6 +295,10 @@ class Plan:
                 return cell
         elif isinstance(argument, Pointer):
             cell = (ctypes.c_uint64 * 1)()
+        elif isinstance(argument, Word):
+            cell = (ctypes.c_uint64 * 1)()
+            self.words.append((cell, argument.ask))
+            return cell
         else:
             return argument
         self._cells_of.append((argument.name, cell))

@@ -1,0 +1,214 @@
+"""Launches that were noted once, ready to be launched again, see dskernels.recording."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dskernels.cuda.driver import Plan
+from dskernels.cuda.graph import LaunchGraph, reason_against_graphs
+from dskernels.device import like_this
+
+# From so many launches on they are a graph; a number that no call has turns graphs off. On an H200 the 7 of the expert
+# block take the host 15 us so and 41 one by one (17.5 and 42 where results are kept); a single one takes the device 2.5
+# us either way, but a programmatic one, which loses what it overlaps with, 3.0 and 2.0.
+FEWEST_IN_GRAPH = 2
+ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
+
+Kept = Callable[[Tensor], Sequence[Tensor]]
+
+
+class Place(NamedTuple):
+    """Where an address came from: the number of a piece of memory, and bytes from its start."""
+
+    piece: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Noted:
+    """What a call did.
+
+    Pieces of memory are numbered: its tensors first, then what is kept of these, then what it made.
+
+    Attributes:
+        device: ordinal of the GPU.
+        stream: the launches' stream.
+        launches: plans that nobody else has, and where each name's address came from.
+        pieces: address and bytes of each.
+        n_tensors: how many of them are tensors of the call.
+        kept: of some tensors, by number, what is kept of it, asked for at each launch: so many pieces more.
+        results: new tensors, and the piece that each is; None if it has no elements.
+        returned: what the call returns, given the new tensors and its own.
+        written: tensors that it wrote to, by number.
+    """
+
+    device: int
+    stream: int
+    launches: list[tuple[Plan, dict[str, Place]]]
+    pieces: list[tuple[int, int]]
+    n_tensors: int
+    kept: list[tuple[int, Kept]]
+    results: list[tuple[Tensor, int | None]]
+    returned: Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
+    written: list[int]
+
+
+class Recording:
+    """Launches of our own, whose addresses are those of arguments, of new results, and of the call's own memory."""
+
+    def __init__(self, noted: Noted) -> None:
+        self.written, self._kept = noted.written, noted.kept
+        self._plans = [plan for plan, _ in noted.launches]
+        self._device = noted.device
+        self._raw_stream = ctypes.c_void_p(noted.stream)
+        for plan in self._plans:
+            plan.stream = noted.stream
+        self._graph: LaunchGraph | None = None
+        self._alone = len(self._plans) < FEWEST_IN_GRAPH or reason_against_graphs() is not None
+        self._related = _related(noted.pieces[: noted.n_tensors])
+        self._make = [like_this(x) for x, _ in noted.results]
+        self._returned = noted.returned
+
+        # What is at each launch: tensors and what is kept of them, the memory of this call if it wants some, results.
+        own = {piece for _, piece in noted.results if piece is not None}
+        n_given = noted.n_tensors + sum(2 for _ in noted.kept)
+        used: dict[int, list[int]] = {}  # of each piece, its first and its last launch
+        for n, (_, places) in enumerate(noted.launches):
+            for place in places.values():
+                used.setdefault(place.piece, [n, n])[1] = n
+        inside = [i for i in used if i >= n_given and i not in own]
+        offsets, size = packed([(noted.pieces[i][1], used[i][0], used[i][1]) for i in inside])
+        starts = dict(zip(inside, offsets, strict=True))
+        memory = torch.empty(size, dtype=torch.uint8, device="meta")
+        self._make_own = like_this(memory) if size else None
+        number = {i: i for i in range(n_given)}
+        if size:
+            number |= dict.fromkeys(inside, n_given)
+        first = n_given + bool(size)
+        number |= {piece: first + i for i, (_, piece) in enumerate(noted.results) if piece is not None}
+        self._now = [0] * (first + len(noted.results))
+        self._moved: list[list[tuple[Callable[[int], None], int]]] = [[] for _ in self._now]
+        self._readers: list[set[int]] = [set() for _ in self._now]  # of each, the launches that read its address
+        self._stale: set[int] = set()  # launches that the graph has with other addresses
+        self._wire(noted.launches, lambda place: (number[place.piece], starts.get(place.piece, 0) + place.offset))
+
+    def _wire(
+        self, launches: Sequence[tuple[Plan, Mapping[str, Place]]], at: Callable[[Place], tuple[int, int]]
+    ) -> None:
+        """Let all launches read the same cells, given which address a place is at, and how far behind it."""
+        cells: dict[tuple[int, int] | None, Any] = {}
+        for n, (plan, places) in enumerate(launches):
+            for place in places.values():
+                self._readers[at(place)[0]].add(n)
+
+            def cell_of(name: str, places: Mapping[str, Place] = places) -> Any:
+                key = at(places[name]) if name in places else None
+                cell = cells.get(key)
+                if cell is None:
+                    cell = cells[key] = (ctypes.c_uint64 * 1)()
+                    if key is not None:
+                        self._moved[key[0]].append((functools.partial(cell.__setitem__, 0), key[1]))
+                return cell
+
+            for name, write in plan.rewired(cell_of):
+                i, offset = at(places[name])
+                self._moved[i].append((write, offset))
+
+    def fits(self, addresses: Sequence[int]) -> bool:
+        """Whether arguments that were one behind the other, or the same, are so again."""
+        return all(addresses[j] - addresses[i] == distance for i, j, distance in self._related)
+
+    def may_write(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether nobody who differentiates has a part in what is written to: of a view, metadata does not say it."""
+        bases = [tensors[i]._base for i in self.written]
+        return all(base is None or not base.requires_grad for base in bases)
+
+    def launch(self, addresses: Sequence[int], tensors: Sequence[Tensor]) -> Any:
+        """Allocate, write the addresses that changed, launch on the current stream; what the call returns."""
+        results = [make() for make in self._make]
+        now = [*addresses]
+        kept = [again(tensors[i]) for i, again in self._kept]  # which lives until all is enqueued
+        for parts in kept:
+            now += [x.data_ptr() for x in parts]
+        if self._make_own is not None:
+            own = self._make_own()  # freed at the end, like every intermediate result: the stream keeps the order
+            now.append(own.data_ptr())
+        now += [x.data_ptr() for x in results]
+        before = self._now
+        if now != before:
+            stale = self._stale
+            for i, address in enumerate(now):
+                if address != before[i]:
+                    for write, offset in self._moved[i]:
+                        write(address + offset)
+                    stale |= self._readers[i]
+            self._now = now
+        if torch._C._cuda_isCurrentStreamCapturing():
+            self._launch_captured()
+        elif self._alone:
+            for plan in self._plans:
+                if status := plan.enqueue():
+                    plan.again(status)
+        else:
+            self._launch_graph()
+        return self._returned(results, tensors)
+
+    def _launch_graph(self) -> None:
+        graph, stale = self._graph, self._stale
+        if graph is None:
+            graph = self._graph = LaunchGraph(self._plans, self._device)
+        else:
+            for i in stale:
+                graph.update(i)
+        stale.clear()
+        graph.launch(self._raw_stream)
+
+    def _launch_captured(self) -> None:
+        """One by one, with words that are asked for; those of the stream are put back."""
+        before = [(cell, cell[0]) for plan in self._plans for cell, _ in plan.words]
+        for plan in self._plans:
+            plan.ask()
+            if status := plan.enqueue():
+                plan.again(status)
+        for cell, word in before:
+            cell[0] = word
+
+
+def _related(given: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Arguments that overlap or follow each other in memory, which decisions may have gone by, and how far apart."""
+    pairs = [(i, j) for i in range(len(given)) for j in range(i + 1, len(given)) if given[i][1] and given[j][1]]
+
+    def touch(i: int, j: int) -> bool:
+        (a, size_a), (b, size_b) = given[i], given[j]
+        return a <= b + size_b and b <= a + size_a
+
+    return [(i, j, given[j][0] - given[i][0]) for i, j in pairs if touch(i, j)]
+
+
+def packed(pieces: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Offsets for (bytes, first launch, last launch) in one piece of memory, and its size.
+
+    Two share bytes only where one is done with before the other begins. The largest go first, each as low as it fits.
+    """
+    offsets = [0] * len(pieces)
+    placed: list[int] = []
+    for i in sorted(range(len(pieces)), key=lambda i: -pieces[i][0]):
+        size, first, last = pieces[i]
+        taken = [
+            (offsets[j], offsets[j] + pieces[j][0]) for j in placed if first <= pieces[j][2] and pieces[j][1] <= last
+        ]
+        start = 0
+        for low, high in sorted(taken):
+            if start + size <= low:
+                break
+            start = max(start, -(-high // ALIGNMENT) * ALIGNMENT)
+        offsets[i] = start
+        placed.append(i)
+    return offsets, max((offset + piece[0] for offset, piece in zip(offsets, pieces, strict=True)), default=0)

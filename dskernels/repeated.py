@@ -1,0 +1,134 @@
+"""Public operations whose calls are recorded whole: from the third of a kind on nothing is validated or decided anew.
+
+A function that is decorated with `repeated` runs as it is written where torch has a say in the call (a gradient, a
+transform, `torch.compile`, a mode, the profiler), for what is not on a GPU, and the first time for arguments of a kind:
+such tensors (see `ByMetadata`) and equal other arguments. As they were valid, so are all of their kind, and what was
+launched for them is launched again, see `dskernels.recording`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+
+from dskernels.device import PLAIN, dispatch_modes, several_gpus
+from dskernels.dispatch import forced_impl, is_explaining, meets_nothing_else
+from dskernels.metadata import ByMetadata
+from dskernels.recording import Kind, Recorder, Returned
+from dskernels.types import Fp8Tensor, Permuted, Routing
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_ATOMS = frozenset({int, float, bool, str, type(None), torch.dtype})
+_TUPLES = frozenset({tuple, Fp8Tensor, Permuted, Routing})
+
+
+class Known:
+    """What is known of a function's calls."""
+
+    def __init__(self) -> None:
+        self.kinds = ByMetadata()
+
+    def forget(self) -> None:
+        """Nothing."""
+        self.kinds = ByMetadata()
+
+
+KNOWN: dict[str, Known] = {}  # by the functions' names
+
+
+def repeated(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which launches again what it has launched for arguments of the same kind.
+
+    It may do nothing but what its operations do, and depend on nothing but its arguments, `use_impl`, and what
+    `Recorder.keep` is told of.
+    """
+    known = KNOWN[function.__name__] = Known()
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_dynamo_compiling() or dispatch_modes() or profiler._is_profiler_enabled or is_explaining():
+            return function(*args, **kwargs)
+        tensors: list[Tensor] = []
+        values: list[Any] = list(kwargs)
+        if not _taken_apart((*args, *kwargs.values()), tensors, values) or not tensors:
+            return function(*args, **kwargs)
+        device = torch._C._cuda_getDevice() if several_gpus() else 0
+        modes = forced_impl(), device, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        also = tuple(values), modes
+        given = tuple(tensors)
+        found = known.kinds.find(given, also)
+        if found is not None:
+            kind, addresses = found
+            return kind(addresses, given, args, kwargs)
+        result = function(*args, **kwargs)
+        if meets_nothing_else(given) and all(x.is_cuda for x in given):
+            known.kinds.keep(given, also, Kind(function, PublicRecorder, given[0].get_device()))
+        return result
+
+    return call
+
+
+def _taken_apart(given: Iterable[Any], tensors: list[Tensor], values: list[Any]) -> bool:
+    """Add the tensors among arguments to `tensors`, and to `values` what the others are and where the tensors stand.
+
+    False, if there is something of another type, of which equal ones may mean different things.
+    """
+    for x in given:
+        kind = type(x)
+        if kind in PLAIN:
+            tensors.append(x)
+            values.append(Tensor)
+        elif kind in _ATOMS:
+            values += kind, x
+        elif kind in _TUPLES:
+            values += kind, len(x)
+            if not _taken_apart(x, tensors, values):
+                return False
+        else:
+            return False
+    return True
+
+
+class PublicRecorder(Recorder):
+    """Also notes which of its tensors the function writes to; and they may be among what it returns, at any depth."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__(tensors)
+        self._writes: set[int] = set()
+
+    def wrote(self, x: Tensor) -> None:
+        """One of our operations has written to this argument of it."""
+        number = self.number_of(x)
+        if number is not None:
+            self._writes.add(number)
+        elif not any(x.untyped_storage().data_ptr() == made.untyped_storage().data_ptr() for made in self._made):
+            self.refuse("a part of an argument is written to")
+
+    def written(self) -> list[int]:
+        """Arguments that were written to."""
+        return sorted(self._writes)
+
+    def returned(self, result: Any, number_of: Callable[[Tensor], int]) -> Returned:
+        """How new results, and tensors of the call, become what the function returned."""
+        if isinstance(result, Tensor):
+            given = self.number_of(result)
+            if given is not None:
+                return lambda new, tensors: tensors[given]
+            return super().returned(result, number_of)
+        if type(result) in _ATOMS:
+            return lambda new, tensors: result
+        if type(result) not in _TUPLES:
+            self.refuse("something else than tensors is returned")
+            return lambda new, tensors: result
+        parts = [self.returned(x, number_of) for x in result]
+        if not any(isinstance(x, (Tensor, tuple)) for x in result):
+            return lambda new, tensors: result
+        make = tuple if type(result) is tuple else type(result)._make
+        return lambda new, tensors: make([part(new, tensors) for part in parts])
