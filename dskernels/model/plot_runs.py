@@ -90,12 +90,14 @@ def difference(first: History, second: History, name: str, parts: int | None) ->
 
 def _draw_losses(axes: Any, runs: Mapping[str, History]) -> None:
     shown: list[float] = []
-    for (name, history), color in zip(runs.items(), _colors(runs), strict=True):
+    for i, ((name, history), color) in enumerate(zip(runs.items(), _colors(runs), strict=True)):
         x, y = _series(history, "loss")
         axes.plot(x, smoothed(y), color=color, linewidth=1.0, alpha=0.55)
         looks, held_out = _series(history, "validation_loss")
         last = f", held out {held_out[-1]:.4f}" if held_out else ""
-        axes.plot(looks, held_out, color=color, linewidth=1.4, marker="o", markersize=3.5, label=f"{name}{last}")
+        # Not joined: between two looks the loss is no straight line. The first runs' are the larger, seen around others.
+        size = 3.5 + 1.5 * (len(runs) - 1 - i)
+        axes.plot(looks, held_out, color=color, linewidth=0.0, marker="o", markersize=size, label=f"{name}{last}")
         shown += smoothed(y)[len(y) // 15 :] + held_out[1:]
     _finish(axes, "Loss: training (faint), held-out text (dots)", "nats per token", shown)
 
