@@ -23,6 +23,7 @@ Examples:
 - `python -m benchmarks gemm mla --save`: two families; their JSON goes to benchmarks/results/
 - `python -m benchmarks --filter mla_decode --filter h128`: the cases whose title says both
 - `python -m benchmarks gemm --impl triton --impl hopper --host`: two implementations, and what a call costs the host
+- `python -m benchmarks gemm moe --host-only --save`: that alone, on a quiet machine, put into what is saved
 - `python -m benchmarks --list`: what there is; needs no GPU
 - `python -m benchmarks gemm --check`: fails if a figure fell by more than 5% against the saved results of this GPU
 - `python -m benchmarks gemm --base HEAD~5`: the library of another commit beside this one
@@ -57,6 +58,13 @@ def main(
         bool, typer.Option("--quick", help="The first workload of each operation, and fewer runs.")
     ] = False,
     host: Annotated[bool, typer.Option("--host", help="Also measure what a call costs on the host, in µs.")] = False,
+    host_only: Annotated[
+        bool,
+        typer.Option(
+            "--host-only",
+            help="Measure nothing but what a call costs the host; with --save, put it into the saved results.",
+        ),
+    ] = False,
     seconds: Annotated[float, typer.Option(min=0.01, help="About how long to time each rival for.")] = 0.3,
     commit: Annotated[
         str | None, typer.Option(help="The commit to record, where only the files are and git cannot tell.")
@@ -132,6 +140,13 @@ def main(
         arguments += [word for name in impl or () for word in ("--impl", name)]
         arguments += [word for text in filter_ or () for word in ("--filter", text)]
         return show_base(console, base, arguments + ["--quick"] * quick)
+
+    if host_only:
+        from benchmarks import host as alone
+
+        if not alone.run(console, chosen, commit=commit, save=save, folder=out):
+            raise typer.Exit(1)
+        return
 
     from benchmarks.session import Session
 
