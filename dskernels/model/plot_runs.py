@@ -95,7 +95,7 @@ def _draw_losses(axes: Any, runs: Mapping[str, History]) -> None:
         axes.plot(x, smoothed(y), color=color, linewidth=1.0, alpha=0.55)
         looks, held_out = _series(history, "validation_loss")
         last = f", held out {held_out[-1]:.4f}" if held_out else ""
-        # Not joined: between two looks the loss is no straight line. The first runs' are the larger, seen around others.
+        # Not joined: between two looks the loss is no straight line. The first runs are seen around the others.
         size = 3.5 + 1.5 * (len(runs) - 1 - i)
         axes.plot(looks, held_out, color=color, linewidth=0.0, marker="o", markersize=size, label=f"{name}{last}")
         shown += smoothed(y)[len(y) // 15 :] + held_out[1:]
