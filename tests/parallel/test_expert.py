@@ -76,6 +76,14 @@ def one_rank(rank, tokens, ids, options, groups):
         passes.append([out.detach(), x.grad, gates.grad, *here, w["s13"].grad, w["s2"].grad])
     for again in passes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(passes[0], again, strict=True)), "two passes differ in their bits"
+    # Without a gradient tokens are quantised before they travel, or are when they come: the same values.
+    here = weights["w13"][part], weights["w2"][part]
+    shared = weights["s13"], weights["s2"]
+    with torch.no_grad():
+        e4m3 = [compute(x, *here, routing, shared=shared, fp8=True) for compute in (counted, fixed)]
+    before = counted(x.detach().requires_grad_(), *here, routing, shared=shared, fp8=True)
+    assert torch.equal(*e4m3), "counted and fixed messages in e4m3 differ"
+    torch.testing.assert_close(e4m3[0], before.detach(), rtol=1e-3, atol=1e-3)
 
     (outs, dxs, dgates), dweights = one_process(weights, ranks, options.get("wire"))
     wanted = [outs[rank], dxs[rank], dgates[rank], *(dweights[name][part] for name in ("w13", "w2"))]

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
+from dskernels.fp8.layout import empty_scale
 from dskernels.model.parallel.triton_wire import choices, unload, unload_supports
 from dskernels.types import Fp8Tensor, Permuted, Routing
 
 Wire = Literal["same", "fp8"]
+Form = Literal["same", "fp8", "operand"]  # a wire, or as products in e4m3 take tokens: with scales in fp32
 
 ALIGNMENT = 16  # bytes: each part of a row begins at a multiple, as tensor memory accelerators and views want it
 
@@ -146,10 +148,20 @@ class Trip:
         room = rows.new_empty(self.to.index.numel(), rows.shape[1])  # as `combine` takes it
         self._begin(rows, room, self.received, self.sent)
 
-    def returned(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-        """The sum of the rows of each token, ``[tokens, width]``, in fp32 in the order of `to.index`, part by part."""
-        ones = torch.ones(self.to.index.shape, device=self.device)
-        return [ds.combine(part, self.to, ones) for part in unpack(self._take(), columns)]
+    def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
+        """The sum of the rows of each token, ``[tokens, width]``, in fp32 in the order of `to.index`, part by part.
+
+        Args:
+            columns: width and dtype of each part.
+            residual: ``[tokens, width]``, added as one row more of each token, where there is one part.
+        """
+        parts, to = unpack(self._take(), columns), self.to
+        if residual is not None:
+            own = torch.arange(parts[0].shape[0], parts[0].shape[0] + self.tokens, device=self.device)
+            parts = [torch.cat((parts[0], residual))]
+            to = to._replace(index=torch.cat((to.index, own[:, None].int()), 1))
+        ones = torch.ones(to.index.shape, device=self.device)
+        return [ds.combine(part, to, ones) for part in parts]
 
     def _take(self) -> Tensor:
         """What came; waits for it (on a GPU the stream does, not the host)."""
@@ -213,21 +225,33 @@ def from_exponents(data: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tenso
     return Fp8Tensor(data, scale).dequantize(dtype)
 
 
-def loaded(x: Tensor, wire: Wire) -> list[Tensor]:
-    """The parts of a row that tokens travel as: themselves, or e4m3 and the exponents of power-of-two scales."""
-    if wire == "same":
+def loaded(x: Tensor, form: Form, quantized: Fp8Tensor | None = None) -> list[Tensor]:
+    """The parts of a row that tokens travel as: themselves, or e4m3 with the exponents of power-of-two scales, or
+    `quantized`, which is what products in e4m3 take, and its scales.
+    """
+    if form == "same":
         return [x]
-    quantized = ds.quantize(x, scale_format="ue8m0")
-    return [quantized.data.view(torch.uint8), exponents(quantized)]
+    if form == "fp8":
+        quantized = ds.quantize(x, scale_format="ue8m0")
+        return [quantized.data.view(torch.uint8), exponents(quantized)]
+    quantized = ds.quantize(x) if quantized is None else quantized
+    return [quantized.data.view(torch.uint8), quantized.scale.clone(memory_format=torch.contiguous_format)]
 
 
-def widths(hidden: int, dtype: torch.dtype, wire: Wire) -> list[tuple[int, torch.dtype]]:
+def widths(hidden: int, dtype: torch.dtype, form: Form) -> list[tuple[int, torch.dtype]]:
     """Width and dtype of each of these parts, for `unpack`."""
-    if wire == "same":
+    if form == "same":
         return [(hidden, dtype)]
-    return [(hidden, torch.float8_e4m3fn), (-(-hidden // 128), torch.uint8)]
+    return [(hidden, torch.float8_e4m3fn), (-(-hidden // 128), torch.uint8 if form == "fp8" else torch.float32)]
 
 
 def unloaded(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The tokens again."""
+    """The tokens again, of what travels on a wire."""
     return parts[0] if len(parts) == 1 else from_exponents(parts[0], parts[1], dtype)
+
+
+def operand(parts: Sequence[Tensor]) -> Fp8Tensor:
+    """What products in e4m3 take, of rows that may lie apart; the scales are copied to where a row follows a row."""
+    data, rows = parts
+    scale = empty_scale(rows, (rows.shape[0], rows.shape[1]), (1, 128))
+    return Fp8Tensor(data, scale.copy_(rows))

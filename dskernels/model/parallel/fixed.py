@@ -97,16 +97,21 @@ class FixedTrip:
         split = [part.contiguous().chunk(self.mail.ranks) for part in parts]
         self._begin([_message([part[rank] for part in split]) for rank in range(self.mail.ranks)])
 
-    def returned(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-        """The sum over the ranks of each token's rows, ``[tokens, width]``, in fp32 in their order, part by part."""
+    def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
+        """The sum over the ranks of each token's rows, ``[tokens, width]``, in fp32 in their order, part by part.
+
+        Args:
+            columns: width and dtype of each part.
+            residual: ``[tokens, width]``, added to the first part behind the rows of all ranks.
+        """
         (sent, _), mail = self.pending.pop(), self.mail
         by_rank = [mail.from_rank(sent, rank) for rank in range(mail.ranks)]
-        first = by_rank[0][0]
-        sums = [first.new_empty(self.tokens, first.shape[1])]
+        rows = [parts[0][: self.tokens] for parts in by_rank] + ([] if residual is None else [residual.contiguous()])
+        sums = [rows[0].new_empty(rows[0].shape)]
         for piece in mail.arriving(sent):
             start, stop, _ = piece.indices(self.tokens)
             if start < stop:
-                sum_ranks([parts[0][start:stop] for parts in by_rank], out=sums[0][start:stop])
+                sum_ranks([part[start:stop] for part in rows], out=sums[0][start:stop])
         if len(columns) > 1:  # weights: each choice is one rank's, and zero on the others
             tails = torch.stack([parts[1][: self.tokens] for parts in by_rank]).sum(0)
             sums += unpack(tails, columns[1:])

@@ -89,25 +89,27 @@ def _plus(total, p_part, o, m):
 
 
 @triton.jit
-def sum_kernel(p_out, p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, size, RANKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Elementwise sum of up to 8 tensors in fp32, in their order, rounded once."""
+def sum_kernel(p_out, p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, p_8, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Elementwise sum of up to 9 tensors in fp32, in their order, rounded once."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     total = tl.load(p_0 + o, mask=m, other=0).to(tl.float32)
-    if RANKS > 1:
+    if PARTS > 1:
         total = _plus(total, p_1, o, m)
-    if RANKS > 2:
+    if PARTS > 2:
         total = _plus(total, p_2, o, m)
-    if RANKS > 3:
+    if PARTS > 3:
         total = _plus(total, p_3, o, m)
-    if RANKS > 4:
+    if PARTS > 4:
         total = _plus(total, p_4, o, m)
-    if RANKS > 5:
+    if PARTS > 5:
         total = _plus(total, p_5, o, m)
-    if RANKS > 6:
+    if PARTS > 6:
         total = _plus(total, p_6, o, m)
-    if RANKS > 7:
+    if PARTS > 7:
         total = _plus(total, p_7, o, m)
+    if PARTS > 8:
+        total = _plus(total, p_8, o, m)
     tl.store(p_out + o, cast(total, p_out.dtype.element_ty), mask=m)
 
 
@@ -115,12 +117,12 @@ def sum_ranks(parts: Sequence[Tensor], *, out: Tensor) -> None:
     """Writes the sum of tensors, contiguous and of one shape and dtype, in fp32 in their order, to `out`."""
     if out.numel() == 0:
         return
-    if len(parts) > 8 or not (out.is_cuda or INTERPRETED.value):
+    if len(parts) > 9 or not (out.is_cuda or INTERPRETED.value):
         total = torch.zeros(out.shape, device=out.device)
         for part in parts:
             total += part
         out.copy_(total)
         return
-    eight = [*parts, *[parts[0]] * (8 - len(parts))]
+    nine = [*parts, *[parts[0]] * (9 - len(parts))]
     grid = (ceil_div(out.numel(), SUM_BLOCK),)
-    launch(sum_kernel, grid, out, *eight, out.numel(), RANKS=len(parts), BLOCK=SUM_BLOCK, num_warps=8)
+    launch(sum_kernel, grid, out, *nine, out.numel(), PARTS=len(parts), BLOCK=SUM_BLOCK, num_warps=8)
