@@ -19,8 +19,10 @@ from triton.language.extra import libdevice
 
 from dskernels.cuda.driver import Plan, Pointer, recorder
 from dskernels.device import capability
+from dskernels.triton_cache import name_what_is_cut_off
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+name_what_is_cut_off()
 
 # A compiled kernel of these versions runs when it is called with grid, stream, function, metadata, two hooks and every
 # argument of the source; and they specialise on dtypes, integers and the alignment of addresses alone. With others,

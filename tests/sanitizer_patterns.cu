@@ -84,6 +84,12 @@ KERNEL(next_write_elsewhere, for (int r = 0; r < ROUNDS; ++r) { store(mine + r %
 KERNEL(wrong_no_barrier, store(mine, t); wrong = load(other) - read_from;)
 KERNEL(wrong_half_of_a_warp, store(mine, t); if (lane < 16) asm volatile("bar.sync 1, 128;" ::: "memory");)
 
+// ---- all lanes of a warp write the same place: the same number, one or four words at once, as Triton's changes of layout do; other numbers ----
+KERNEL(all_lanes_one_word, store(addr_of(&words[0][t / 32 * 4]), t / 32); __syncthreads(); wrong = load(addr_of(&words[0][(t / 32 ^ 5) * 4])) - (t / 32 ^ 5);)
+KERNEL(all_lanes_four_words, asm volatile("st.shared.v4.f32 [%0], {%1, %1, %1, %1};" ::"r"(addr_of(&words[0][t / 32 * 4])), "f"((float)(t / 32)) : "memory");
+    __syncthreads(); wrong = load(addr_of(&words[0][(t / 32 ^ 5) * 4 + t % 4])) - (t / 32 ^ 5);)
+KERNEL(wrong_lanes_other_numbers, store(addr_of(&words[0][t / 32 * 4]), t); __syncthreads(); wrong = load(addr_of(&words[0][(t / 32 ^ 5) * 4])) - (t / 32 ^ 5) * 32;)
+
 struct Named {
     const char* name;
     void (*run)(float*);
@@ -91,7 +97,8 @@ struct Named {
 #define NAMED(x) {#x, x}
 const Named kernels[] = {NAMED(one_instruction), NAMED(an_instruction_each), NAMED(an_instruction_each_unaligned), NAMED(two_barriers_crosswise), NAMED(arrive_to_sync),
                          NAMED(arrive_to_sync_to_and_fro), NAMED(one_lane_forth), NAMED(all_lanes_forth), NAMED(one_lane_back), NAMED(all_lanes_back),
-                         NAMED(all_lanes_to_and_fro), NAMED(wrong_next_write), NAMED(next_write_elsewhere), NAMED(wrong_no_barrier), NAMED(wrong_half_of_a_warp)};
+                         NAMED(all_lanes_to_and_fro), NAMED(wrong_next_write), NAMED(next_write_elsewhere), NAMED(wrong_no_barrier), NAMED(wrong_half_of_a_warp),
+                         NAMED(all_lanes_one_word), NAMED(all_lanes_four_words), NAMED(wrong_lanes_other_numbers)};
 
 int main(int argc, char** argv) {
     for (const Named& kernel : kernels) {

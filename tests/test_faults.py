@@ -176,6 +176,18 @@ try:
     print("damaged:", compile() == before)
 except Exception as error:
     print("damaged:", type(error).__name__)
+path = next(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.cubin"))
+load = lambda: triton.knobs.runtime.kernel_load_start_hook(None, None, "update_bias", {path.name: str(path)}, "hash")
+load()
+whole = path.read_bytes()
+path.write_bytes(whole[:-1])
+for _ in range(2):
+    try:
+        load()
+        print("not seen")
+    except OSError as error:
+        print("cut off:", error.filename == str(path.parent))
+    path.write_bytes(whole)  # what was read before is in memory
 """
 
 
@@ -183,9 +195,10 @@ def test_a_cache_of_tritons_on_a_full_disk_and_damaged(tmp_path):
     """Triton's own: an error that Python can catch, and nothing cut off that is taken for the whole."""
     code, out, error = ended(start(COMPILE + FULL_AND_DAMAGED, tmp_path / "cache"))
     assert code == 0, error
-    *lines, damaged = out.splitlines()
+    *lines, damaged, once, again = out.splitlines()
     assert lines == ["full: 27", "afterwards: True"]
     assert damaged != "damaged: False"  # 3.7.1 compiles anew
+    assert once == again == "cut off: True"
 
 
 HOPPER = """
@@ -223,15 +236,18 @@ FULL += "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
 
 
 @pytest.mark.gpu
-def test_after_a_damaged_cache_of_tritons_kernels_one_that_is_emptied_is_right(tmp_path):
-    """A cubin that is cut off there ends the process, in the driver, with SIGSEGV (3.6): Triton loads what it finds.
-    Nothing of ours leaves one (a full disk does not, above); whoever has one has to empty the folder."""
+def test_a_kernel_that_is_cut_off_in_tritons_cache_is_named(tmp_path):
+    """Triton (3.6) loads what it finds, by which the driver ends the process with SIGSEGV."""
     code = HOPPER.replace("hopper", "triton")
     assert ended(start(code, tmp_path))[1] == "right\n"
     files = list(tmp_path.rglob("*.cubin"))
     assert files
     for path in files:
         path.write_bytes(path.read_bytes()[:1000])
+    status, _, error = ended(start(code, tmp_path))
+    assert status == 1
+    assert "Triton's cache holds a part of the kernel" in error
+    assert any(str(path.parent) in error for path in files)
     shutil.rmtree(tmp_path)
     assert ended(start(code, tmp_path))[1] == "right\n"
 
