@@ -1,9 +1,8 @@
-"""A plugin of vLLM: block-scaled fp8 linear layers and the grouped router of DeepSeek's models on these operations.
+"""A plugin of vLLM: block-scaled fp8 linear layers, experts and the grouped router on these operations.
 
 vLLM finds it where dskernels is installed (entry point ``vllm.general_plugins``), and it does something where the
 variable ``VLLM_PLUGINS``, the list of the plugins that vLLM loads, names ``dskernels``: whoever installs these
-operations for something else keeps vLLM's own. Written against vLLM 0.33. Its experts stay its own: it takes no kernels
-for them from outside.
+operations for something else keeps vLLM's own. Written against vLLM 0.33.
 """
 
 from __future__ import annotations
@@ -17,10 +16,12 @@ import torch
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.types import Fp8Tensor
+from dskernels.types import Fp8Tensor, Routing
 
 KERNELS = "vllm.model_executor.kernels.linear"
-ROUTER = "vllm.model_executor.layers.fused_moe.router.grouped_topk_router"
+MOE = "vllm.model_executor.layers.fused_moe"
+ROUTER = f"{MOE}.router.grouped_topk_router"
+CHOICES = {f"{MOE}.oracle.fp8": "Fp8MoeBackend", f"{MOE}.oracle.unquantized": "UnquantizedMoeBackend"}
 BLOCK = (128, 128)
 
 
@@ -40,6 +41,11 @@ def register() -> None:
         kernels.register_linear_kernel(kernel, platform, "fp8_block")
         candidates = kernels._POSSIBLE_FP8_BLOCK_KERNELS[platform]
         candidates.insert(0, candidates.pop())  # the first that can is taken, and registering appends
+    for name, backends in CHOICES.items():
+        choice: Any = importlib.import_module(name)
+        if not getattr(choice.backend_to_kernel_cls, "of_dskernels", False):
+            triton = getattr(choice, backends).TRITON
+            choice.backend_to_kernel_cls = _ours_before(choice.backend_to_kernel_cls, triton)
     router: Any = importlib.import_module(ROUTER)
     if not getattr(router.grouped_topk, "of_dskernels", False):
         router.grouped_topk = _or_ours(router.grouped_topk)
@@ -85,6 +91,123 @@ def linear_kernel() -> type:
             return ds.fp8_gemm(ds.quantize(A.contiguous()), weight, out_dtype=self.config.out_dtype)
 
     return DskernelsFp8BlockScaledMMKernel
+
+
+@functools.cache
+def experts_kernel() -> type:
+    """The class of expert kernels that vLLM chooses from, made when vLLM is there."""
+    modular: Any = importlib.import_module(f"{MOE}.modular_kernel")
+    keys: Any = importlib.import_module("vllm.model_executor.layers.quantization.utils.quant_utils")
+    silu = importlib.import_module(f"{MOE}.activation").MoEActivation.SILU
+    summed = importlib.import_module(f"{MOE}.topk_weight_and_reduce").TopKWeightAndReduceNoOP
+
+    class DskernelsExperts(modular.FusedMoEExpertsModular):
+        """`dskernels.fused_experts` for plain weights, and for e4m3 in 128x128 blocks."""
+
+        # The operation quantises its input itself, in the layout that its products read.
+        expects_unquantized_inputs = True
+
+        @staticmethod
+        def is_supported_config(
+            cls: Any, moe_config: Any, weight_key: Any, activation_key: Any, activation_format: Any
+        ) -> tuple[bool, str | None]:
+            """What vLLM asks of every kernel, and no change of the SwiGLU, of which it asks nobody."""
+            can, reason = modular.FusedMoEExperts.is_supported_config(
+                cls, moe_config, weight_key, activation_key, activation_format
+            )
+            if not can:
+                return can, reason
+            for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
+                if getattr(moe_config, name) is not None:
+                    return False, f"dskernels: {name} is {getattr(moe_config, name)}, expected the plain SwiGLU"
+            return (False, "dskernels: experts have a bias") if moe_config.has_bias else (True, None)
+
+        @staticmethod
+        def activation_format() -> Any:
+            return modular.FusedMoEActivationFormat.Standard
+
+        @staticmethod
+        def _supports_current_device() -> bool:
+            return _capability() >= 80
+
+        @staticmethod
+        def _supports_no_act_and_mul() -> bool:
+            return False
+
+        @staticmethod
+        def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+            if weight_key is None and activation_key is None:
+                return True
+            blocks = weight_key == keys.kFp8Static128BlockSym and activation_key == keys.kFp8Dynamic128Sym
+            return blocks and _capability() >= 89
+
+        @staticmethod
+        def _supports_activation(activation: Any) -> bool:
+            return activation == silu
+
+        @staticmethod
+        def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+            # Messages between ranks carry e4m3 and scales in the layout of vLLM's own experts.
+            return not moe_parallel_config.use_all2all_kernels
+
+        def finalize_weight_and_reduce_impl(self) -> Any:
+            """The operation weights and sums."""
+            return summed()
+
+        def workspace_shapes(self, M: int, N: int, K: int, *rest: Any) -> tuple[tuple[int, ...], ...]:
+            """No scratch memory of vLLM's, and a row of output for each token."""
+            return (0,), (0,), (M, K)
+
+        def apply(
+            self,
+            output: Tensor,
+            hidden_states: Tensor,
+            w1: Tensor,
+            w2: Tensor,
+            topk_weights: Tensor,
+            topk_ids: Tensor,
+            activation: Any,
+            global_num_experts: int,
+            expert_map: Tensor | None,
+            a1q_scale: Tensor | None,
+            a2_scale: Tensor | None,
+            workspace13: Tensor,
+            workspace2: Tensor,
+            expert_tokens_meta: Any,
+            apply_router_weight_on_input: bool,
+        ) -> None:
+            """Experts of this rank for all tokens; ids of other ranks' experts, -1 in `expert_map`, are dropped."""
+            if self.post_gemm2_hook is not None:
+                raise NotImplementedError("dskernels: post_gemm2_hook wants rows before they are summed")
+            experts = topk_ids if expert_map is None else expert_map[topk_ids.long()]
+            weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+            w13: Tensor | Fp8Tensor = w1
+            down: Tensor | Fp8Tensor = w2
+            if self.w1_scale is not None:
+                w13, down = Fp8Tensor(w1, self.w1_scale, BLOCK), Fp8Tensor(w2, self.w2_scale, BLOCK)
+            routing = Routing(weights.float(), experts, experts, experts)  # of its load nobody asks
+            output.copy_(ds.fused_experts(hidden_states, w13, down, routing))
+
+    return DskernelsExperts
+
+
+def _capability() -> int:
+    """Of the GPU, 90 for sm_90; 0 where vLLM runs on something else."""
+    platform = importlib.import_module("vllm.platforms").current_platform
+    capability = platform.get_device_capability() if platform.is_cuda() else None
+    return 0 if capability is None else capability.to_int()
+
+
+def _ours_before(original: Any, triton: Any) -> Any:
+    """`backend_to_kernel_cls` of vLLM, which names the kernels of a backend: ours stand before its Triton experts."""
+
+    @functools.wraps(original)
+    def backend_to_kernel_cls(backend: Any) -> list[type]:
+        kernels = original(backend)
+        return [experts_kernel(), *kernels] if backend == triton else kernels
+
+    backend_to_kernel_cls.of_dskernels = True  # type: ignore[attr-defined]
+    return backend_to_kernel_cls
 
 
 def _or_ours(original: Any) -> Any:
