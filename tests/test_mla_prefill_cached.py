@@ -1,5 +1,6 @@
 """Prefill over the latent cache: against fp64, any chunks, poisoned caches, bad input, registration."""
 
+import functools
 import math
 
 import pytest
@@ -9,13 +10,17 @@ from hypothesis import strategies as st
 
 import dskernels as ds
 from dskernels import parity
-from dskernels.mla.prefill import cached
+from dskernels.mla.prefill import absorbed, cached, config
 from dskernels.parity import mla_prefill as cases
 from dskernels.parity.paging import paged_cache
 from dskernels.reference import mla as reference
 from registering import check_registration
 
 CACHED_CASES = [case for case in cases.CASES if case.op == "mla_prefill_cached"]
+LENGTHS_AND_NEW = [
+    ([40, 0, 9, 25], [3, 2, 9, 0]),  # nothing cached: nothing seen; all of it new; nothing new
+    ([6, 30], [10, 1]),  # more new tokens than cached positions
+]
 SMALL = (32, 24, 16, 40)  # latent, without rope, with it, value: all different, so that no swap can pass
 
 
@@ -52,18 +57,58 @@ def check(inputs, impl, tolerance=2e-5):
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("chunk", [13, 64, None])
-@pytest.mark.parametrize(
-    ("lengths", "new"),
-    [
-        ([40, 0, 9, 25], [3, 2, 9, 0]),  # nothing cached: nothing seen; all of it new; nothing new
-        ([6, 30], [10, 1]),  # more new tokens than cached positions
-    ],
-)
+@pytest.mark.parametrize(("lengths", "new"), LENGTHS_AND_NEW)
 def test_any_lengths_in_chunks_of_any_size(device, monkeypatch, impl, chunk, lengths, new):
     inputs = make_inputs(device, lengths, new, 2, 8)
     if chunk is not None:
         monkeypatch.setattr(cached, "CHUNK_BYTES", chunk * inputs[1].shape[0] * 4)
     check(inputs, impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_some_heads_at_a_time(device, monkeypatch, impl):
+    """Of 5 heads 2, 2 and 1, with the keys and values of all positions."""
+    inputs = make_inputs(device, [40, 0, 9, 25], [3, 2, 9, 0], 5, 8)
+    _, kv_b, _, table, *_ = inputs
+    monkeypatch.setattr(cached, "CHUNK_BYTES", 2 * table.numel() * 8 * kv_b.shape[0] // 5 * 4)
+    monkeypatch.setattr(config, "ROUNDS", 0)
+    check(inputs, impl)
+
+
+def test_how_many_heads_at_a_time():
+    choose = functools.partial(config.heads_at_a_time, most_bytes=2**29, multiprocessors=132)
+    assert choose(128, 8192 * 512, tiles=8) == 128  # all of them
+    assert choose(128, 32768 * 512, tiles=32) == 32
+    assert choose(128, 50000 * 512, tiles=32) == 19  # seven times, as evenly as may be; 20 would fit
+    assert choose(128, 131072 * 512, tiles=4) == 0  # 32 tiles of 8 heads would leave most of the GPU idle
+    assert choose(16, 2**30, tiles=1000) == 0  # not even a single head
+    assert choose(16, 0, tiles=0) == 16  # nothing cached
+
+
+@pytest.mark.parametrize(("lengths", "new"), LENGTHS_AND_NEW)
+@pytest.mark.parametrize("group", [1, 3])
+def test_groups_of_new_tokens(device, lengths, new, group):
+    """Each token has a place in a group of its request, whose last token sees what it should."""
+    _, _, _, table, lengths_d, cu = make_inputs(device, lengths, new, 2, 8)
+    tokens = sum(new)
+    got, want = (
+        torch.ops.dskernels.group_tokens(table, lengths_d, cu, tokens, group, 8, impl)
+        for impl in ("triton", "reference")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    token, place, rows, seen, count = (x.cpu() for x in got)
+    assert torch.equal(token[place.long()], torch.arange(tokens, dtype=torch.int32))
+    request = torch.repeat_interleave(torch.arange(len(new)), torch.tensor(new))
+    assert torch.equal(rows[place.long() // group], table.cpu()[request])
+    ends = torch.cat([torch.arange(n - m + 1, n + 1) for n, m in zip(lengths, new, strict=True)])
+    i = place.long() // group
+    assert torch.equal((seen[i] - count[i] + 1 + place % group).clamp(min=0), ends.clamp(min=0).int())
+
+
+@pytest.mark.parametrize(("impl", "heads", "case"), [("reference", 40, 0), ("reference", 2, 1), ("triton", 40, 0)])
+def test_absorbed(device, monkeypatch, impl, heads, case):
+    monkeypatch.setattr(cached, "is_absorbed", lambda *args: True)
+    check(make_inputs(device, *LENGTHS_AND_NEW[case], heads, 8), impl)
 
 
 @settings(max_examples=6)
@@ -174,23 +219,39 @@ def test_empty(device, impl, requests, columns, pages, new):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["hopper", "triton"])
+@pytest.mark.parametrize(
+    ("impl", "way"),
+    [
+        ("hopper", "positions"),
+        ("triton", "positions"),
+        ("hopper", "heads"),
+        ("hopper", "whole"),
+        ("hopper", "absorbed"),
+    ],
+)
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.uint8])
-def test_model_shapes(device, monkeypatch, impl, cache_dtype):
-    """In chunks of 1,000, of which one holds the ends of several requests, and one nothing that is cached."""
+def test_model_shapes(device, monkeypatch, impl, way, cache_dtype):
+    """In chunks of 1,000, of which one holds the ends of several requests, and one nothing that is cached; some heads
+    at a time; in one; absorbed."""
     dims = (512, 128, 64, 128)
     inputs = make_inputs(device, [3000, 0, 64, 1500], [700, 3, 64, 1], 16, 64, dims, torch.bfloat16, cache_dtype)
     exact = [x.double() if x.is_floating_point() else x for x in inputs]
     want = reference.mla_prefill_cached(*exact, scale=192**-0.5)
-    monkeypatch.setattr(cached, "CHUNK_BYTES", 1000 * inputs[1].shape[0] * 2)
+    addressable = inputs[3].numel() * 64
+    if way in ("positions", "heads"):
+        chunk = 1000 * inputs[1].shape[0] if way == "positions" else 7 * addressable * 256
+        monkeypatch.setattr(cached, "CHUNK_BYTES", chunk * 2)
+        monkeypatch.setattr(config, "ROUNDS", 0 if way == "heads" else 10**9)
+    monkeypatch.setattr(absorbed, "MOST_TOKENS", 1000 if way == "absorbed" else 0)
     got = ds.mla_prefill_cached(*inputs, scale=192**-0.5, impl=impl)
     assert parity.difference(got[0], want[0]) < 2e-5
     torch.testing.assert_close(got[1].double(), want[1], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["hopper", "triton"])
-def test_a_graph_replays_with_other_lengths(device, impl):
+@pytest.mark.parametrize(("impl", "most"), [("hopper", 128), ("hopper", 0), ("triton", 0)])
+def test_a_graph_replays_with_other_lengths(device, monkeypatch, impl, most):
+    monkeypatch.setattr(absorbed, "MOST_TOKENS", most)
     inputs = make_inputs(device, [300, 80], [20, 12], 4, 64, (512, 128, 64, 128), torch.bfloat16)
     *_, lengths, cu_q = inputs
 
@@ -290,6 +351,9 @@ def test_registration():
     cu, out, lse = offsets([4, 3]), torch.randn(7, 2, 40), torch.randn(2, 7)
     k, v, k_rope = torch.randn(9, 2, 24), torch.randn(9, 2, 40), torch.randn(9, 16)
     check_registration(onto, (Q, k, k_rope, v, cu, offsets([5, 4]), 0.1, out, lse))
+    some = torch.ops.dskernels.mla_prefill_some.default
+    check_registration(some, (Q[:, :1], k[:, :1], k_rope, v[:, :1], cu, offsets([5, 4]), 0.1, out[:, :1], lse[:1]))
+    check_registration(torch.ops.dskernels.group_tokens.default, (TABLE, LENGTHS, CU_Q, 7, 3, 8))
     gather = torch.ops.dskernels.gather_latents.default
     table, first = TABLE.clamp(0, 1), torch.zeros(2, dtype=torch.int32)
     check_registration(gather, (CACHE.nan_to_num(), table, offsets([20, 3]), first, 2, 21, 32, 16, torch.float32))

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation, differentiating
 from dskernels.reference import mla as reference
+from dskernels.repeated import repeated
 from dskernels.validate import HALF_OR_SINGLE, check_bool, check_float, check_tensor
 
 FLOATS = (*HALF_OR_SINGLE, torch.float64)
 
 
+@repeated
 def mla_prefill(
     q: Tensor,
     k: Tensor,

@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dskernels.device import multiprocessors
 from dskernels.dispatch import Operation
 from dskernels.mla.cache.layout import check_latent_cache, fp8_row_bytes
+from dskernels.mla.prefill.absorbed import absorbed, is_absorbed
 from dskernels.mla.prefill.api import FLOATS, mla_prefill_op
+from dskernels.mla.prefill.config import QUERY_TILE, heads_at_a_time
 from dskernels.reference import mla as reference
-from dskernels.validate import check_float, check_tensor
+from dskernels.repeated import repeated
+from dskernels.validate import ceil_div, check_float, check_tensor
 
-# Of keys and values that are written out at a time: 8,192 tokens of 128 heads.
+# Of keys and values that are written out at a time: 8,192 tokens of 128 heads, or 32,768 of 32.
 CHUNK_BYTES = 2**29
 
 
+@repeated
 def mla_prefill_cached(
     q: Tensor,
     kv_b: Tensor,
@@ -52,7 +57,7 @@ def mla_prefill_cached(
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, strides or devices do not fit.
+        ValueError: shapes, strides or devices do not fit, or `scale` is not finite.
 
     Lengths are taken between 0 and what the table holds, page ids between 0 and the last page, cu_seqlens_q as by
     :func:`mla_prefill`. Nothing waits for the device. Not differentiable.
@@ -97,10 +102,71 @@ def _prefill_cached(
     scale: float,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
+    addressable = block_table.numel() * cache.shape[1] if cache.shape[0] else 0
+    rope_dim = _rope_dim(cache, kv_b.shape[1])
+    if addressable and is_absorbed(q, kv_b, cache, block_table, lengths, rope_dim, scale, impl):
+        return absorbed(q, kv_b, cache, block_table, lengths, cu_q, rope_dim, scale, impl)
+    heads, bytes_of_head = q.shape[1], addressable * kv_b.shape[0] // q.shape[1] * kv_b.element_size()
+    tiles = ceil_div(q.shape[0], QUERY_TILE)
+    together = heads_at_a_time(heads, bytes_of_head, CHUNK_BYTES, tiles, multiprocessors(q.device))
+    attend = _by_heads if together else _by_positions
+    return attend(q, kv_b, cache, block_table, lengths, cu_q, scale, addressable, together, impl)
+
+
+def _by_heads(
+    q: Tensor,
+    kv_b: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_q: Tensor,
+    scale: float,
+    addressable: int,
+    together: int,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of all positions, of some heads at a time: nothing has to be merged."""
+    tokens, heads, head_dim = q.shape
+    latent_dim, rope_dim = kv_b.shape[1], _rope_dim(cache, kv_b.shape[1])
+    capacity = block_table.shape[1] * cache.shape[1] if addressable else 0
+    cu = pad(lengths.clamp(0, capacity).cumsum(0, dtype=torch.int32), (1, 0))
+    first = torch.zeros_like(lengths)
+    row = _gather(cache, block_table, cu, first, 0, addressable, latent_dim, rope_dim, q.dtype, impl=impl)
+    latent, k_rope = row.tensor_split([latent_dim], 1)
+    of_head = kv_b.shape[0] // heads
+
+    def project(start: int, count: int) -> tuple[Tensor, ...]:
+        kv = latent @ kv_b[start * of_head : (start + count) * of_head].t()
+        return kv.unflatten(1, (count, of_head)).tensor_split([head_dim - rope_dim], -1)
+
+    if together == heads:
+        k, v = project(0, heads)
+        return mla_prefill_op(q, k, k_rope, v, cu_q, cu, scale, True, q.dtype, impl=impl)
+    out = q.new_empty(tokens, heads, of_head - head_dim + rope_dim)
+    lse = q.new_empty((heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    for start in range(0, heads, together):
+        some = slice(start, min(start + together, heads))
+        k, v = project(start, some.stop - start)
+        _prefill_some(q[:, some], k, k_rope, v, cu_q, cu, scale, out[:, some], lse[some], impl=impl)
+        del k, v  # before the next ones are made
+    return out, lse
+
+
+def _by_positions(
+    q: Tensor,
+    kv_b: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_q: Tensor,
+    scale: float,
+    addressable: int,
+    together: int,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
     """First the new tokens among themselves, causal; then the positions before them, which all of them see."""
     tokens, heads, head_dim = q.shape
     latent_dim, rope_dim = kv_b.shape[1], _rope_dim(cache, kv_b.shape[1])
-    addressable = block_table.numel() * cache.shape[1] if cache.shape[0] else 0
     capacity = block_table.shape[1] * cache.shape[1] if addressable else 0
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32  # parts are rounded once, when all are merged
 
@@ -124,6 +190,22 @@ def _prefill_cached(
         keys = project(cu_past, torch.zeros_like(past), start, chunk)
         _prefill_onto(q, *keys, cu_q, (cu_past - start).clamp(0, chunk), scale, out, lse, impl=impl)
     return out.to(q.dtype), lse
+
+
+def _some_reference(
+    q: Tensor,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    part = reference.mla_prefill(q, k, v, cu_q, cu_k, scale=scale, k_rope=k_rope)
+    for x, y in zip((out, lse), part, strict=True):
+        x.copy_(y)
 
 
 def _onto_reference(
@@ -184,6 +266,14 @@ _mla_prefill_cached = Operation(
     "float scale) -> (Tensor, Tensor)",
     composite=_prefill_cached,
     fake=_fake,
+)
+# Causal attention of some of the heads, into their part of what is that of all.
+_prefill_some = Operation(
+    "mla_prefill_some(Tensor q, Tensor k, Tensor? k_rope, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "float scale, Tensor(a!) out, Tensor(b!) lse) -> ()",
+    reference=_some_reference,
+    triton="dskernels.mla.prefill.triton:mla_prefill_some",
+    hopper="dskernels.mla.prefill.hopper:mla_prefill_some",
 )
 # Attention to some keys, not causal, merged into what attention to others gave.
 _prefill_onto = Operation(

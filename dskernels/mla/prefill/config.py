@@ -1,9 +1,11 @@
-"""Tile choice of the portable prefill kernels: pure functions of head dimensions, element size and GPU."""
+"""Tile choice of the portable prefill kernels, and how a cached prefill is cut: pure functions of sizes and GPU."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from dskernels.validate import ceil_div
 
 Kernel = Literal["forward", "dq", "dk_dv"]
 
@@ -120,3 +122,29 @@ def key_parts(width: int, rope: int) -> tuple[int, int]:
 def padded(width: int) -> int:
     """Width of a tile that holds `width` columns: a power of two, at least the 16 that a product takes; 0 for none."""
     return max(16, 1 << (width - 1).bit_length()) if width else 0
+
+
+# ---- over the cache -------------------------------------------------------------------------------------------------
+
+QUERY_TILE = 128  # queries of a head that the Hopper kernel computes together
+ROUNDS = 4  # of tiles that a multiprocessor is to have at least: fewer, and some of them wait for the last
+
+
+def heads_at_a_time(heads: int, bytes_of_head: int, most_bytes: int, tiles: int, multiprocessors: int) -> int:
+    """How many of the `heads` have all of their keys and values, `bytes_of_head`, written out together.
+
+    0 where too few would fit into `most_bytes` to keep the GPU busy with their `tiles` of queries: then it is some of
+    the positions, of all heads. Heads apart need no merging, which reads and writes fp32 results, and one pass over the
+    new tokens and those before them needs no place for both.
+    """
+    most = heads if bytes_of_head == 0 else most_bytes // bytes_of_head
+    if most >= heads:
+        return heads
+    together = ceil_div(heads, ceil_div(heads, most)) if most else 0
+    return together if together * tiles >= ROUNDS * multiprocessors else 0
+
+
+def absorbed_group(heads: int) -> int:
+    """How many new tokens of a request are attended to together in absorbed form: 128 query rows, two blocks of the
+    Hopper kernel of decode, which load cached rows for each other."""
+    return ceil_div(128, heads)

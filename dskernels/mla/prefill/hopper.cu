@@ -68,6 +68,7 @@ struct Barriers {
 
 struct Heads {
     int count, group, together;  // query heads; how many share a key; how many are computed at one time
+    int of_row;                  // from one row of `out` to the next: of all heads, where these are some of them
 };
 
 // Item `item` of the work: the tiles of the first heads, then those of the next. What there is no more of has no rows.
@@ -316,7 +317,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
             if (lane % 4 == 0 && row < part.rows) to[row] = total * LN_2;
         }
         scale_rows(sums, ours);
-        store(out + ((long long)part.row * heads.count + part.head) * V_DIM, (long long)heads.count * V_DIM, sums, theirs, part.rows, warp, lane);
+        store(out + ((long long)part.row * heads.of_row + part.head) * V_DIM, (long long)heads.of_row * V_DIM, sums, theirs, part.rows, warp, lane);
     };
 
     if (group == 1) pass_turn();

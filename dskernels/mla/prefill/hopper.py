@@ -44,7 +44,7 @@ class _Sizes(ctypes.Structure):
 
 
 class _Heads(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("count", "group", "together")]
+    _fields_ = [(name, ctypes.c_int) for name in ("count", "group", "together", "of_row")]
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
@@ -70,6 +70,25 @@ def mla_prefill(
             return out.zero_(), lse.fill_(-math.inf)
         _launch(q, k, k_rope, v, cu_q, cu_k, scale, causal, False, out, lse)
     return out, lse
+
+
+def mla_prefill_some(
+    q: Tensor,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Causal attention of some heads: their part of `out` [T, H, V], whose rows are those of all, and `lse` [H, T]."""
+    if out.numel() and k.shape[0]:
+        _launch(q, k, k_rope, v, cu_q, cu_k, scale, True, False, out, lse)
+    else:
+        out.zero_()
+        lse.fill_(-math.inf)
 
 
 def mla_prefill_onto(
@@ -158,7 +177,7 @@ def _attend(
             Pointer("out"),
             Pointer("lse"),
             ctypes.c_int(tokens),
-            _Heads(heads, group, ceil_div(heads, rounds)),
+            _Heads(heads, group, ceil_div(heads, rounds), out.stride(0) // VALUE_DIM),
             ctypes.c_float(scale * LOG2_E),
             ctypes.c_int(causal),
             ctypes.c_int(k_rope is not None),
@@ -235,6 +254,28 @@ def mla_prefill_supports(
     if max(q.shape[0], k.shape[0]) >= RAGGED_ROWS or _most_tiles(q, cu_q) * q.shape[1] >= 2**31:
         return f"the kernel takes fewer than 2^30 rows and 2^31 tiles, got {q.shape[0]} and {k.shape[0]} rows"
     return reason_against_cuda()
+
+
+def mla_prefill_some_supports(
+    q: Tensor,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> str | None:
+    """Why this kernel does not take these arguments, or None."""
+    if (
+        out.stride()[1:] != (VALUE_DIM, 1)
+        or out.stride(0) % VALUE_DIM
+        or out.data_ptr() % 16
+        or not lse.is_contiguous()
+    ):
+        return f"the kernel writes rows of whole heads, the strides of out are {out.stride()}, of lse {lse.stride()}"
+    return mla_prefill_supports(q, k, k_rope, v, cu_q, cu_k, scale, True, out.dtype)
 
 
 def mla_prefill_onto_supports(

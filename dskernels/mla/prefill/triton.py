@@ -242,8 +242,25 @@ def mla_prefill(
     tokens, heads, _ = q.shape
     out = q.new_empty((tokens, heads, v.shape[2]), dtype=out_dtype)
     lse = q.new_empty((heads, tokens), dtype=torch.float32)
+    _launch(q, k, k_rope, v, cu_q, cu_k, scale, causal, out, lse)
+    return out, lse
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    tokens, heads, _ = q.shape
     if tokens == 0 or heads == 0:
-        return out, lse
+        return
     parts = Parts.of(q, k, k_rope, v)
     config = choose_config("forward", parts.blocks, q.element_size(), architecture(q.device))
     sequences = cu_q.shape[0] - 1
@@ -271,7 +288,6 @@ def mla_prefill(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return out, lse
 
 
 def mla_prefill_supports(q: Tensor, k: Tensor, k_rope: Tensor | None, v: Tensor, *rest: object) -> str | None:
@@ -284,6 +300,38 @@ def mla_prefill_supports(q: Tensor, k: Tensor, k_rope: Tensor | None, v: Tensor,
     if sum(blocks) > 512:
         return f"it takes 512 columns of key and value, not {' + '.join(map(str, blocks))}, as they are when padded"
     return None
+
+
+def mla_prefill_some(
+    q: Tensor,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Causal attention of some heads: their part of `out` [T, H, V], whose rows are those of all, and `lse` [H, T]."""
+    _launch(q, k, k_rope, v, cu_q, cu_k, scale, True, out, lse)
+
+
+def mla_prefill_some_supports(
+    q: Tensor,
+    k: Tensor,
+    k_rope: Tensor | None,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> str | None:
+    """Why the kernels do not take these arguments, or None."""
+    if out.stride(2) != 1 or not lse.is_contiguous():
+        return f"rows of out, and all of lse, must be contiguous, their strides are {out.stride()} and {lse.stride()}"
+    return mla_prefill_supports(q, k, k_rope, v)
 
 
 def mla_prefill_onto(

@@ -1,0 +1,127 @@
+"""Few new tokens over a long cache, absorbed: attention to the latents as they lie, instead of projecting all of them.
+
+A cached position and a head cost 2 * 512 * 256 operations to write out key and value, and then 640 for each new token;
+absorbed it is 2,176 for each new token, whose query and result are projected instead. So up to about 150 new tokens of
+a request (a turn of a conversation, over what was said before) cost less absorbed, and 8 a sixteenth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dskernels.device import capability
+from dskernels.dispatch import OPERATIONS, Operation
+from dskernels.mla.decode.api import mla_decode
+from dskernels.mla.prefill.config import absorbed_group
+
+# New tokens of a request, on average, up to which it is done so.
+MOST_TOKENS = 128
+
+
+def is_absorbed(
+    q: Tensor,
+    kv_b: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    rope_dim: int,
+    scale: float,
+    impl: str | None,
+) -> bool:
+    """Whether that is faster: what was measured is decode's Hopper kernel beside prefill's."""
+    (tokens, heads, _), requests, latent_dim = q.shape, lengths.shape[0], kv_b.shape[1]
+    if not 0 < tokens <= MOST_TOKENS * requests or impl not in (None, "hopper"):
+        return False
+    if not q.is_cuda or capability(q.device) != (9, 0):
+        return False
+    group = absorbed_group(heads)
+    queries = q.new_empty(1).expand(_groups(tokens, requests, group), group, heads, latent_dim + rope_dim)
+    arguments = queries, cache, block_table, lengths, lengths, scale, latent_dim
+    return OPERATIONS["mla_decode"].choose(arguments).impl == "hopper"
+
+
+@torch.no_grad()
+def absorbed(
+    q: Tensor,
+    kv_b: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_q: Tensor,
+    rope_dim: int,
+    scale: float,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention output [T, H, V] and log-sum-exp [H, T]."""
+    (tokens, heads, head_dim), latent_dim = q.shape, kv_b.shape[1]
+    w_uk, w_uv = kv_b.unflatten(0, (heads, -1)).tensor_split([head_dim - rope_dim], 1)  # [H, nope, L], [H, V, L]
+    group = absorbed_group(heads)
+    token, place, table, seen, count = _group_tokens(
+        block_table, lengths, cu_q, tokens, group, cache.shape[1], impl=impl
+    )
+
+    queries = q.new_empty(tokens, heads, latent_dim + rope_dim)
+    torch.bmm(q[..., : head_dim - rope_dim].transpose(0, 1), w_uk, out=queries[..., :latent_dim].transpose(0, 1))
+    queries[..., latent_dim:] = q[..., head_dim - rope_dim :]
+    queries = queries.index_select(0, token).unflatten(0, (-1, group))
+    latents, lse = mla_decode(
+        queries, cache, table, seen, scale=scale, value_dim=latent_dim, q_lengths=count, impl=impl
+    )
+    out = q.new_empty(len(token), heads, w_uv.shape[1])
+    torch.bmm(latents.flatten(0, 1).transpose(0, 1), w_uv.mT, out=out.transpose(0, 1))
+    return out.index_select(0, place), lse.transpose(0, 1).flatten(1).index_select(1, place)
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+
+def _groups(tokens: int, requests: int, group: int) -> int:
+    """Groups that there may be: the last one of every request, and of what is outside of all of them, may be short."""
+    return tokens // group + requests + 2
+
+
+def _group_tokens_reference(
+    block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, tokens: int, group: int, page_size: int
+) -> tuple[Tensor, ...]:
+    requests, columns = block_table.shape
+
+    def count_up(n: int) -> Tensor:
+        return torch.arange(n, dtype=torch.int32, device=lengths.device)
+
+    groups = _groups(tokens, requests, group)
+    edges = torch.cat((lengths.new_zeros(1), cu_seqlens_q.clamp(0, tokens), lengths.new_full((1,), tokens)))
+    numbers = count_up(groups)
+    span = torch.searchsorted(edges[:-1] // group + count_up(requests + 2), numbers, right=True) - 1
+    start, length = edges[span], edges[span + 1] - edges[span]
+    first = (numbers - start // group - span.int()) * group
+    count = (length - first).clamp(0, group)
+    request = (span - 1).clamp(0, requests - 1)
+    seen = lengths[request].clamp(0, columns * page_size) - length + first + count
+    seen = torch.where((span >= 1) & (span <= requests), seen.clamp(min=0), 0)
+    slots = count_up(group)
+    real = slots < count[:, None]
+    token = torch.where(real, (start + first)[:, None] + slots, 0).clamp(0, tokens - 1).flatten()
+    place = lengths.new_zeros(tokens)
+    place[token[real.flatten()].long()] = count_up(groups * group)[real.flatten()]
+    return token, place, block_table[request], seen.int(), count.int()
+
+
+def _group_tokens_fake(
+    block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, tokens: int, group: int, page_size: int
+) -> tuple[Tensor, ...]:
+    groups = _groups(tokens, block_table.shape[0], group)
+    sizes = (groups * group,), (tokens,), (groups, block_table.shape[1]), (groups,), (groups,)
+    return tuple(lengths.new_empty(size) for size in sizes)
+
+
+# Packed new tokens in groups of up to `group` of one request. Of each place in a group its token, and the other way
+# round; of each group its row of the table, how many positions the last of its tokens sees, and how many tokens it has.
+_group_tokens = Operation(
+    "group_tokens(Tensor block_table, Tensor lengths, Tensor cu_seqlens_q, int tokens, int group, int page_size) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=_group_tokens_reference,
+    triton="dskernels.mla.prefill.triton_groups:group_tokens",
+    hopper="dskernels.mla.prefill.triton_groups:group_tokens",  # it moves a few integers
+    fake=_group_tokens_fake,
+)
