@@ -35,7 +35,7 @@ from dskernels.model.moe import MoE
 from dskernels.model.parallel.copies import CopyEngines
 from dskernels.model.parallel.decode import DecodeExperts
 from dskernels.model.parallel.engines import reach_each_other
-from dskernels.model.parallel.exchange import Trip, Wire, loaded, unloaded, widths
+from dskernels.model.parallel.exchange import Form, Trip, loaded, operand, unloaded, widths
 from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.fixed import FixedTrip, largest_message
 from dskernels.model.parallel.mail import Collective, Mail
@@ -54,6 +54,7 @@ class Bench:
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self.device, self.repeats = device, repeats
+        self.meeting = torch.zeros(1, device=device)
 
     def time(self, function: Callable[[], Any], calls: int = 1, wait: int = WAIT) -> float:
         """Seconds of a call, the median of the slowest rank."""
@@ -92,6 +93,7 @@ class Bench:
         torch.cuda.synchronize()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(wait)
+        dist.all_reduce(self.meeting)  # the ranks begin together, else one would wait for the other's messages
         begin.record()
         for _ in range(calls):
             function()
@@ -114,7 +116,8 @@ def mail_of(group: dist.ProcessGroup, tokens: int, hidden: int, top_k: int) -> M
 def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, experts: int, top_k: int) -> dict:
     """Dispatch and combine, fixed and counted, beside an all-to-all of as many bytes.
 
-    A dispatch ends when the rows may be read where they came; "kept", when they are copied from there for a gradient.
+    A dispatch ends when the rows may be read where they came; "kept", when they are copied from there for a gradient;
+    "fp8", when they are tokens again; "operand", when products in e4m3 can read them.
     """
     device = bench.device
     routing = routing_of(tokens, experts, top_k, device)
@@ -122,10 +125,13 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
     mail = mail_of(group, tokens, hidden, top_k)
     columns = [(top_k, torch.float32), (top_k, torch.int32)]
 
-    def dispatch(trip: Trip | FixedTrip, wire: Wire = "same", lend: bool = True) -> None:
-        trip.send([*loaded(x, wire), routing.weights, routing.experts], lend=lend)
-        *parts, _, _ = trip.arrived(widths(hidden, x.dtype, wire) + columns)
-        unloaded(parts, x.dtype)
+    def dispatch(trip: Trip | FixedTrip, form: Form = "same", lend: bool = True) -> None:
+        trip.send([*loaded(x, form), routing.weights, routing.experts], lend=lend)
+        *parts, _, _ = trip.arrived(widths(hidden, x.dtype, form) + columns)
+        if form == "operand":
+            operand(parts)
+        else:
+            unloaded(parts, x.dtype)
         trip.release()
 
     def combine(trip: Trip | FixedTrip, y: Tensor) -> None:
@@ -146,6 +152,7 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
         "dispatch_kept": lambda: dispatch(fixed(), lend=False),
         "combine": lambda: combine(fixed(), every),
         "dispatch_fp8": lambda: dispatch(fixed(), "fp8"),
+        "dispatch_operand": lambda: dispatch(fixed(), "operand"),
         "counted_dispatch": lambda: dispatch(counted),
         "counted_combine": lambda: combine(counted, y),
     }

@@ -181,6 +181,9 @@ class AtOnce:
     def __init__(self, *_):
         pass
 
+    def keep(self, tensor):
+        pass
+
     of = current = classmethod(lambda cls, _: cls())
 
     def record(self, on):

@@ -68,9 +68,10 @@ class CopyEngines(Mail):
         # Slots, and for each slot and rank how far it has sent, and how far it has read what is sent to it.
         self.memory, self.addresses, self.keeps = memory
         self.count, self.unread = 0, set[int]()
-        # What goes to this rank itself, where all of a message is to lie together, waits for no link.
-        self.out, self.near = (torch.cuda.Stream(self.memory.device, priority=-1) for _ in range(2))
-        self.on_out, self.on_near, self.now = Engine.of(self.out), Engine.of(self.near), Moment(self.memory.device)
+        # First parts travel one behind the other; what is small, or for this rank itself, goes beside them.
+        device = self.memory.device
+        self.out, self.near = (Engine.of(torch.cuda.Stream(device, priority=-1)) for _ in range(2))
+        self.now, self.beside = Moment(device), Moment(device)
 
     @staticmethod
     def needed(ranks: int, size: int) -> int:
@@ -95,16 +96,13 @@ class CopyEngines(Mail):
         self.unread.add(self.count)
         self.count += 1
         self.now.record(self._current())
-        for stream, on, ranks in (
-            (self.out, self.on_out, self._others()),
-            (self.near, self.on_near, [self.rank] if together else []),
-        ):
-            if ranks:
-                on.follow(self.now)
-            for rank in ranks:
-                self._deliver(sent, rank, outgoing[rank], on)
-                for tensor in outgoing[rank]:
-                    tensor.record_stream(stream)
+        if together or len(parts) > 1:
+            self.near.follow(self.now)
+            self._send_beside(sent, outgoing, together)
+        self.out.follow(self.now)
+        for rank in self._others():
+            self._until_read(sent, rank, self.out)
+            self._send_first(sent, rank, outgoing[rank][0])
         return sent
 
     def arriving(self, sent: Copied) -> Iterator[slice]:
@@ -135,25 +133,46 @@ class CopyEngines(Mail):
         for rank in self._others():
             on.write(self._flag(rank, slot, self.rank, read=True), turn + 1)
 
-    def _deliver(self, sent: Copied, rank: int, tensors: Sequence[Tensor], on: Engine) -> None:
-        """What one rank gets; the first part last, piece by piece."""
-        slot, turn = self._slot_and_turn(sent)
-        if turn and rank != self.rank:  # what was there has been read; here, by what the stream waits for anyway
-            on.wait(self._flag(self.rank, slot, rank, read=True), turn)
-        base = self.addresses[rank] + slot * self.ranks * self.size
-        first, *others = (
-            (base + part.begin + self.rank * _bytes(tensor), tensor)
-            for part, tensor in zip(sent.parts, tensors, strict=True)
-        )
-        for target, tensor in others:
-            on.copy(target, tensor.data_ptr(), _bytes(tensor))
-        target, tensor = first
-        row = _bytes(tensor[:1])
+    def _send_beside(self, sent: Copied, outgoing: Sequence[Sequence[Tensor]], together: bool) -> None:
+        """What goes beside the first part, and all of what is for this rank itself."""
+        on = self.near
+        if len(sent.parts) > 1:
+            for rank in self._others():
+                self._until_read(sent, rank, on)
+                for place, tensor in enumerate(outgoing[rank][1:], start=1):
+                    self._copy(sent, rank, place, tensor, on)
+            self.beside.record(on)
+        if together:  # what was there has been read, by what the stream waits for anyway
+            for place, tensor in enumerate(outgoing[self.rank]):
+                self._copy(sent, self.rank, place, tensor, on)
+            self._mark(sent, self.rank, 0, on)
+
+    def _send_first(self, sent: Copied, rank: int, tensor: Tensor) -> None:
+        """The first part of what a rank gets, piece by piece; before it knows of one, the others are there."""
         for i in range(sent.pieces):
-            piece = sent.piece(i)
-            begin, end = piece.start * row, piece.stop * row
-            on.copy(target + begin, tensor.data_ptr() + begin, end - begin)
-            on.write(self._flag(rank, slot, self.rank, read=False), _reached(turn, i))
+            self._copy(sent, rank, 0, tensor, self.out, sent.piece(i))
+            if i == 0 and len(sent.parts) > 1:
+                self.out.follow(self.beside)
+            self._mark(sent, rank, i, self.out)
+
+    def _copy(self, sent: Copied, rank: int, place: int, tensor: Tensor, on: Engine, rows: slice | None = None) -> None:
+        """Rows of a part, or all, to where a rank has them."""
+        begin, end = (0, _bytes(tensor)) if rows is None else (_bytes(tensor[:at]) for at in (rows.start, rows.stop))
+        slot, _ = self._slot_and_turn(sent)
+        part = slot * self.ranks * self.size + sent.parts[place].begin + self.rank * _bytes(tensor)
+        on.copy(self.addresses[rank] + part + begin, tensor.data_ptr() + begin, end - begin)
+        on.keep(tensor)
+
+    def _until_read(self, sent: Copied, rank: int, on: Engine) -> None:
+        """What was in the slot has been read by a rank, by cyclic comparison of how often."""
+        slot, turn = self._slot_and_turn(sent)
+        if turn:
+            on.wait(self._flag(self.rank, slot, rank, read=True), turn)
+
+    def _mark(self, sent: Copied, rank: int, piece: int, on: Engine) -> None:
+        """A rank may know that a piece is there."""
+        slot, turn = self._slot_and_turn(sent)
+        on.write(self._flag(rank, slot, self.rank, read=False), _reached(turn, piece))
 
     def _current(self) -> Engine:
         return Engine.current(self.memory.device)

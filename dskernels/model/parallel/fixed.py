@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dskernels.model.parallel.exchange import pack, unpack
 from dskernels.model.parallel.mail import Mail, message_bytes
 from dskernels.model.parallel.symmetric_triton import sum_ranks
 
@@ -56,7 +55,7 @@ class FixedTrip:
         missing = self.capacity - self.tokens
         if missing:
             parts = [pad(part, (0, 0, 0, missing), value=-1 if part.dtype == torch.int32 else 0) for part in parts]
-        self._begin([_message(parts)] * self.mail.ranks, lend=lend)
+        self._begin([[part.contiguous() for part in parts]] * self.mail.ranks, lend=lend)
 
     def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
         """The rows of all ranks, part by part, ``[rows, width]``."""
@@ -64,12 +63,12 @@ class FixedTrip:
         if lent:
             for _ in mail.arriving(sent):
                 pass
-            first, *tails = mail.whole(sent)
+            parts = mail.whole(sent)
             self.lent = sent
         else:
-            first, *tails = self._copied(sent)
+            parts = self._copied(sent)
             mail.finished(sent)
-        return [first.view(columns[0][1]), *(part for tail in tails for part in unpack(tail, columns[1:]))]
+        return [part.view(dtype) for part, (_, dtype) in zip(parts, columns, strict=True)]
 
     def _copied(self, sent: Any) -> list[Tensor]:
         """What came, in memory of its own; the first part while the rest travels."""
@@ -82,8 +81,8 @@ class FixedTrip:
             for rank in range(mail.ranks):
                 if rank != mail.rank:
                     rows[rank, piece].copy_(by_rank[rank][0][piece])
-        tails = [torch.cat(tails) for tails in zip(*(parts[1:] for parts in by_rank), strict=True)]
-        return [rows.flatten(0, 1), *tails]
+        others = zip(*(parts[1:] for parts in by_rank), strict=True)
+        return [rows.flatten(0, 1), *(torch.cat(of_ranks) for of_ranks in others)]
 
     def release(self) -> None:
         """What was lent has been read, by what is on the stream so far."""
@@ -95,7 +94,7 @@ class FixedTrip:
         """Begins to send rows, ``[rows, width]``, to the ranks that they came from."""
         self.release()
         split = [part.contiguous().chunk(self.mail.ranks) for part in parts]
-        self._begin([_message([part[rank] for part in split]) for rank in range(self.mail.ranks)])
+        self._begin([[part[rank] for part in split] for rank in range(self.mail.ranks)])
 
     def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
         """The sum over the ranks of each token's rows, ``[tokens, width]``, in fp32 in their order, part by part.
@@ -112,9 +111,8 @@ class FixedTrip:
             start, stop, _ = piece.indices(self.tokens)
             if start < stop:
                 sum_ranks([part[start:stop] for part in rows], out=sums[0][start:stop])
-        if len(columns) > 1:  # weights: each choice is one rank's, and zero on the others
-            tails = torch.stack([parts[1][: self.tokens] for parts in by_rank]).sum(0)
-            sums += unpack(tails, columns[1:])
+        for place in range(1, len(columns)):  # weights: each choice is one rank's, and zero on the others
+            sums.append(torch.stack([parts[place][: self.tokens] for parts in by_rank]).sum(0))
         mail.finished(sent)
         return sums
 
@@ -126,11 +124,5 @@ class FixedTrip:
 
 def largest_message(tokens: int, hidden: int, top_k: int, dtype: torch.dtype) -> int:
     """Bytes of the largest message of so many tokens, out and back, forward and backward, whatever they travel as."""
-    beside = 8 * top_k + hidden // 128 + 64  # weights, ids, exponents, gaps
-    return message_bytes([(tokens, hidden * dtype.itemsize), (tokens, beside)])
-
-
-def _message(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The first part, which is nearly all of it, as it is; the others side by side."""
-    first, *rest = parts
-    return [first.contiguous(), *([pack(*rest)] if rest else [])]
+    # Beside the tokens weights and ids; scales, of half a byte for each of 16, lie where smaller tokens leave room.
+    return message_bytes([(tokens, hidden * dtype.itemsize), (tokens, 4 * top_k), (tokens, 4 * top_k), (tokens, 4)])
