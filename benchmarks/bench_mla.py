@@ -117,14 +117,13 @@ class DecodeWithPrefix(_Attention):
         return SimpleNamespace(
             q=inputs.bf16(w.b, 1, w.h, ROW_DIM, device=device),
             cache=latent_cache(rows, w.page, fp8=False),
-            prefix_table=pages[:prefix].view(1, -1),
-            prefix_length=torch.tensor([w.prefix], dtype=torch.int32, device=device),
-            own_table=pages[prefix:].view(w.b, own),
-            own_lengths=torch.full((w.b,), w.own, dtype=torch.int32, device=device),
+            block_table=torch.cat((pages[:prefix].expand(w.b, -1), pages[prefix:].view(w.b, own)), 1),
+            lengths=torch.full((w.b,), w.prefix + w.own, dtype=torch.int32, device=device),
+            prefix_pages=prefix,
         )
 
     def ours(self, x, impl) -> Call:
-        job = (x.q, x.cache, x.prefix_table, x.prefix_length, x.own_table, x.own_lengths)
+        job = (x.q, x.cache, x.block_table, x.lengths, x.prefix_pages)
 
         def decode():
             with ds.use_impl(impl):
@@ -134,7 +133,7 @@ class DecodeWithPrefix(_Attention):
 
     def part(self, x):
         few = spread(self.workload.b)
-        own = {name: getattr(x, name)[few] for name in ("q", "own_table", "own_lengths")}
+        own = {name: getattr(x, name)[few] for name in ("q", "block_table", "lengths")}
         return SimpleNamespace(**{**vars(x), **own})
 
     def part_of_output(self, out, x):
@@ -146,9 +145,7 @@ class DecodeWithPrefix(_Attention):
 
     def unshared(self, x) -> Peer:
         """Each request reads the prefix for itself."""
-        table = torch.cat((x.prefix_table.expand(self.workload.b, -1), x.own_table), 1)
-        lengths = x.own_lengths + x.prefix_length
-        return Peer(lambda: ds.mla_decode(x.q, x.cache, table, lengths, scale=SCALE))
+        return Peer(lambda: ds.mla_decode(x.q, x.cache, x.block_table, x.lengths, scale=SCALE))
 
 
 @dataclass(frozen=True)
@@ -289,7 +286,9 @@ class PrefillCached(_Attention):
         return out[0][:, few], out[1][few]
 
     def peers(self, x):
-        return {"uncached": lambda: self.uncached(x)}
+        w = self.workload
+        given = x.q, x.kv_b, x.cache, x.block_table, w.b, w.s, SCALE
+        return {"uncached": lambda: self.uncached(x), "cudnn": lambda: attention_peers.cudnn_prefill_cached(*given)}
 
     def uncached(self, x) -> Peer:
         """`mla_prefill` over keys and values that are all there: without gathering, projecting and merging."""

@@ -25,39 +25,62 @@ def job(batch, q_tokens, heads, prefix_pages, suffix_lengths, page, dims, dtype,
     latent, rope = dims
     own = -(-max(suffix_lengths) // page)
     pages = torch.randperm(prefix_pages + batch * own).int().to(device)
-    cache = torch.randn(len(pages), page, latent + rope, device=device).to(dtype)
+    prefix, suffixes = pages[:prefix_pages].expand(batch, -1), pages[prefix_pages:].view(batch, own)
     return {
         "q": torch.randn(batch, q_tokens, heads, latent + rope, device=device).to(dtype),
-        "cache": cache,
-        "prefix_table": pages[None, :prefix_pages],
-        "prefix_length": torch.tensor([prefix_pages * page], dtype=torch.int32, device=device),
-        "suffix_table": pages[prefix_pages:].view(batch, own),
-        "suffix_lengths": torch.tensor(suffix_lengths, dtype=torch.int32, device=device),
+        "cache": torch.randn(len(pages), page, latent + rope, device=device).to(dtype),
+        "block_table": torch.cat((prefix, suffixes), 1),
+        "lengths": torch.tensor([prefix_pages * page + n for n in suffix_lengths], dtype=torch.int32, device=device),
     }
 
 
-def whole(x, **options):
-    """Each request with all of its pages."""
-    table = torch.cat((x["prefix_table"].expand(len(x["q"]), -1), x["suffix_table"]), 1)
-    return ds.mla_decode(x["q"], x["cache"], table, x["prefix_length"] + x["suffix_lengths"], **options)
+def pieces_of(monkeypatch, x, prefix_pages, options, want):
+    """How many requests each decode has that the recipe makes, which is to give `want`."""
+    made, decode = [], ds.mla_decode
+
+    def counted(q, *args, **options):
+        made.append(len(q))
+        return decode(q, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ds, "mla_decode", counted)
+        got = prefix_sharing.decode_with_prefix(**x, prefix_pages=prefix_pages, **options)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    return made
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-@pytest.mark.parametrize("most_rows", [4096, 12, 1], ids=["one group", "groups", "a request each"])
-def test_it_is_decode(device, monkeypatch, impl, most_rows):
+@pytest.mark.parametrize(
+    ("most_rows", "made"), [(4096, [1, 4]), (12, [2, 4]), (1, [4, 4])], ids=["one group", "groups", "a request each"]
+)
+def test_it_is_decode(device, monkeypatch, impl, most_rows, made):
     monkeypatch.setattr(prefix_sharing, "MOST_ROWS", most_rows)
     x = job(4, 2, 3, 2, [2, 9, 3, 6], 4, (32, 16), torch.float32, device)
     options = {"scale": 48**-0.5, "value_dim": 32}
     with ds.use_impl(impl):
-        got, want = prefix_sharing.decode_with_prefix(**x, **options), whole(x, **options)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        want = ds.mla_decode(**x, **options)
+        assert pieces_of(monkeypatch, x, 2, options, want) == made
+
+
+@pytest.mark.parametrize(
+    ("q_tokens", "heads", "prefix_pages", "shares"),
+    [(1, 64, 2, False), (1, 60, 2, False), (2, 24, 2, True), (1, 3, 0, False)],
+)
+def test_where_it_shares(device, monkeypatch, q_tokens, heads, prefix_pages, shares):
+    """Rows that fill five sixths of their blocks of 64 are left alone, and so is what has nothing in common."""
+    x = job(2, q_tokens, heads, prefix_pages, [3, 2], 4, (32, 16), torch.float32, device)
+    options = {"scale": 48**-0.5, "value_dim": 32}
+    with ds.use_impl("reference"):
+        want = ds.mla_decode(**x, **options)
+        assert pieces_of(monkeypatch, x, prefix_pages, options, want) == ([1, 2] if shares else [2])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "q_tokens", "heads"), [(64, 1, 16), (64, 1, 128), (6, 4, 16)])
+@pytest.mark.parametrize(("batch", "q_tokens", "heads"), [(64, 1, 16), (64, 1, 128), (6, 4, 24)])
 def test_model_shapes(device, batch, q_tokens, heads):
     lengths = torch.randint(q_tokens, 200, (batch,)).tolist()
     x = job(batch, q_tokens, heads, 40, lengths, 64, (512, 64), torch.bfloat16, device)
-    got, want = prefix_sharing.decode_with_prefix(**x, scale=576**-0.5), whole(x, scale=576**-0.5)
+    got = prefix_sharing.decode_with_prefix(**x, prefix_pages=40, scale=576**-0.5)
+    want = ds.mla_decode(**x, scale=576**-0.5)
     assert parity.difference(got[0], want[0]) < 1e-5
     torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-4)

@@ -115,6 +115,31 @@ def cudnn_prefill_backward(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, batch
     )
 
 
+def cudnn_prefill_cached(
+    q: Tensor, kv_b: Tensor, cache: Tensor, block_table: Tensor, batch: int, cached: int, scale: float
+) -> Peer:
+    """Gather the pages, project them, and cuDNN twice: over the positions before the new ones, not causal, and over
+    these; merged in eager torch. Every request has `cached` positions and as many new tokens as the others."""
+    attend = torch.ops.aten._scaled_dot_product_cudnn_attention
+    pages, (tokens, heads, head_dim), latent_dim = block_table.long(), q.shape, kv_b.shape[1]
+    past, q = cached - tokens // batch, q.unflatten(0, (batch, -1)).transpose(1, 2)
+    nope_dim = head_dim - cache.shape[2] + latent_dim
+
+    def part(k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = attend(q, k.transpose(1, 2), v.transpose(1, 2), None, True, 0.0, causal, False, scale=scale)
+        return out, lse.view(*q.shape[:3], 1)
+
+    def run() -> Tensor:
+        rows = cache[pages].flatten(1, 2)[:, :cached]
+        k_nope, v = (rows[..., :latent_dim] @ kv_b.t()).unflatten(-1, (heads, -1)).tensor_split([nope_dim], -1)
+        k = torch.cat((k_nope, rows[:, :, None, latent_dim:].expand(-1, -1, heads, -1)), -1)
+        before, lse_before = part(k[:, :past], v[:, :past], causal=False)
+        new, lse_new = part(k[:, past:], v[:, past:], causal=True)
+        return torch.lerp(before.float(), new.float(), torch.sigmoid(lse_new - lse_before)).to(q.dtype)
+
+    return Peer(run, packed)
+
+
 def packed(x: Tensor) -> Tensor:
     """``[B, H, S, D]`` back to ``[T, H, D]``."""
     return x.transpose(1, 2).flatten(0, 1)
