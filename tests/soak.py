@@ -2,8 +2,8 @@
 
 Two things take turns. Operations: valid calls as `fuzz` draws them, on a GPU most of them at the models' sizes, by each
 implementation that runs here, against the reference; a quarter of what only the device knows is hostile. What was right
-is called three times more, twice at other addresses, for the same bits, as later calls go another way than the first.
-Then something about it is spoiled. Generation: soak_load.py.
+is called three times more, twice at other addresses, for the same bits, as later calls go another way than the first,
+and once with other numbers in the same places. Then something about it is spoiled. Generation: soak_load.py.
 
 Memory is read after each round, once garbage is collected: the last quarter of the rounds may not stand above the
 second. A call or a text that is wrong is kept, with what it takes to draw it again, and the run goes on; it fails in
@@ -39,7 +39,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import soak_results  # noqa: E402
-from fuzz.drawing import Call, Draw, leaves, replaced  # noqa: E402
+from fuzz.drawing import FLOATS, Call, Draw, leaves, replaced  # noqa: E402
 from fuzz.judging import Memory, WrongError, attempt, flat, judge  # noqa: E402
 from fuzz.spoiling import revalued, spoil  # noqa: E402
 from fuzz.test_operations import CALLS  # noqa: E402
@@ -134,6 +134,8 @@ def calls(name: str, run: Run, examples: int, impls: list[str]) -> None:
             return
         if outcome == "right":
             count(impl, f"{run.guarded(what, lambda: repeated(first, impl))}, again")
+            turn(first)
+            count(impl, f"{run.guarded(what, lambda: judge(first, impl, valid=True))}, other numbers")
         spoil(draw, call)
         spoiled = moved(call, run.device)
         if call.notes:
@@ -173,6 +175,13 @@ def repeated(call: Call, impl: str) -> str:
             if call.function != "grouped_gemm_masked" and not torch.equal(bits(got), bits(want)):
                 raise WrongError(f"impl={impl!r}, result {j}: other bits in call {i + 2}")
     return "right"
+
+
+def turn(call: Call) -> None:
+    """Other numbers in the same places, which a launch that remembers what they were does not see."""
+    for path, x in leaves(call.arguments):
+        if x.dtype in FLOATS and x.dim() and x.shape[0] > 1 and not path.endswith("scale"):
+            x.detach().copy_(x.detach().roll(1, 0))
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
