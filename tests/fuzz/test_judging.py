@@ -131,3 +131,15 @@ def test_an_infinite_scale_gives_nan_or_infinity_and_nothing_else():
     _compare(call, [nan.clone().fill_(float("inf"))], [nan], "triton")
     with pytest.raises(WrongError, match="NaN where"):
         _compare(call, [nan.clone().fill_(1e30)], [nan], "triton")
+
+
+def test_attention_may_lose_more_where_its_scale_is_greater_and_is_finite_all_the_same():
+    want = torch.randn(2, 1, 4, 16)
+
+    def judged(scale, got):
+        _compare(Call("mla_decode", {"q": want, "cache": want, "scale": scale}, loose=8.0), [got], [want], "triton")
+
+    judged(2.0**70, want.flip(0))
+    for scale, got in ((1.0, want + 1e-3), (2.0**70, want / 0)):
+        with pytest.raises(WrongError):
+            judged(scale, got)
