@@ -1,13 +1,14 @@
-"""The judge of networks in e4m3: what is as right as the reference passes, what is wrong in one number does not."""
+"""The judge of networks in e4m3 and of attention: what is right passes, what is wrong in one number does not."""
 
 from unittest import mock
 
 import pytest
 import torch
 
+import dskernels as ds
 from dskernels.reference.fp8 import quantize, swiglu
 from dskernels.types import Fp8Tensor
-from fuzz.allowing import SUMS, feed_forward
+from fuzz.allowing import SUMS, feed_forward, mla_prefill_cached
 from fuzz.drawing import Call
 from fuzz.judging import WrongError, _compare
 
@@ -143,3 +144,35 @@ def test_attention_may_lose_more_where_its_scale_is_greater_and_is_finite_all_th
     for scale, got in ((1.0, want + 1e-3), (2.0**70, want / 0)):
         with pytest.raises(WrongError):
             judged(scale, got)
+
+
+@pytest.mark.parametrize("wrong", [None, {"lost": 3}, {"scale": 2.0}, {"scale": 0.5}], ids=str)
+def test_absorbed_is_as_right_as_projected_and_a_lost_or_misscaled_key_is_found(wrong):
+    tokens, keys, heads, latent, nope, rope = 17, 48, 4, 512, 128, 64
+    q, cache = torch.randn(tokens, heads, nope + rope).bfloat16(), torch.randn(3, 16, latent + rope).bfloat16()
+    kv_b = (torch.randn(heads * 2 * nope, latent) * 0.3).bfloat16()
+    given = {
+        "q": q,
+        "kv_b": kv_b,
+        "cache": cache,
+        "block_table": torch.arange(3, dtype=torch.int32)[None],
+        "lengths": torch.tensor([keys], dtype=torch.int32),
+        "cu_seqlens_q": torch.tensor([0, tokens], dtype=torch.int32),
+        "scale": 1.0,
+    }
+    rows, weights = cache.flatten(0, 1).float(), kv_b.float().unflatten(0, (heads, -1))
+    rows[5, :128] *= (wrong or {}).get("scale", 1.0)
+    absorbed = torch.einsum("thn,hnl->htl", q[..., :nope].float(), weights[:, :nope]).bfloat16().float()
+    score = absorbed @ rows[:, :latent].T + q[..., nope:].float().transpose(0, 1) @ rows[:, latent:].T
+    hidden = torch.arange(keys) >= (keys - tokens + 1 + torch.arange(tokens))[:, None]
+    hidden |= torch.arange(keys) == (wrong or {}).get("lost", -1)
+    score = score.masked_fill(hidden, -torch.inf)
+    latents = (score.softmax(-1).bfloat16().float() @ rows[:, :latent]).bfloat16().float()
+    got = [(latents @ weights[:, nope:].mT).transpose(0, 1).bfloat16(), score.logsumexp(-1)]
+    want = list(ds.mla_prefill_cached(**given, impl="reference"))
+    call = Call("mla_prefill_cached", given, loose=4.0, apart=mla_prefill_cached)
+    if wrong is None:
+        _compare(call, got, want, "hopper")
+    else:
+        with pytest.raises(WrongError, match="off by"):
+            _compare(call, got, want, "hopper")
