@@ -113,7 +113,10 @@ class Inputs:
 
 
 def graph_of(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same work as one CUDA graph; its result is written over by every call."""
+    """The same work as one CUDA graph; its result is written over by every call.
+
+    Captured on the stream that it ran on before: accumulators of gradients belong to the one that made them.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -121,7 +124,7 @@ def graph_of(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         out = step()
 
     def replay() -> Tensor:

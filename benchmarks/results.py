@@ -37,6 +37,7 @@ class Row(SavedRow):
         roofs: Roofs,
         peers: dict[str, float],
         host_us: float | None = None,
+        rounds: tuple[float, float, float] | None = None,
     ) -> Row:
         """Rates and shares from measured times."""
         return cls(
@@ -52,11 +53,12 @@ class Row(SavedRow):
             peers=peers,
             host_us=host_us,
             drift=times.drift,
+            rounds=rounds,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The row as the file has it; `host_us` only if it was measured."""
-        row = {
+        """The row as the file has it; `rounds` and `host_us` only if they were measured."""
+        row: dict[str, Any] = {
             "op": self.op,
             "workload": self.workload,
             "impl": self.impl,
@@ -70,6 +72,8 @@ class Row(SavedRow):
             "vs_best_peer": rounded(self.vs_best_peer),
             "drift": rounded(self.drift),
         }
+        if self.rounds is not None:
+            row["rounds"] = [rounded(ratio) for ratio in self.rounds]
         if self.host_us is not None:
             row["host_us"] = rounded(self.host_us)
         return row

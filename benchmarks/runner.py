@@ -17,7 +17,7 @@ from benchmarks import peers
 from benchmarks.cases import Call, Case, difference
 from benchmarks.results import Failure, Row
 from benchmarks.roofline import Roofs
-from benchmarks.timing import Times
+from benchmarks.timing import Prepared, Times, ratios
 
 LEFT_BEHIND = 1 << 30  # bytes; of a case that leaves less, nothing has to be looked for
 
@@ -110,11 +110,18 @@ class Runner:
         with outcome.spending("peers"):
             rivals = self._peers(case, x, expected, outcome.notes)
         with outcome.spending("timing"):
-            times = self.time({**ours, **{f"peer {name}": call for name, call in rivals.items()}})
+            calls = {**ours, **{f"peer {name}": call for name, call in rivals.items()}}
+            if case.rounds:
+                calls = {name: Prepared(lambda: None, call, case.rounds) for name, call in calls.items()}
+            times = self.time(calls)
             against = {name: times[f"peer {name}"].us for name in rivals}
+            best = min(against, key=against.__getitem__, default=None) if case.rounds else None
             for name, call in ours.items():
+                timed = times[name].samples and best
+                apart = ratios(times[name], times[f"peer {best}"]) if timed else None
                 host = None if self.host_cost is None or case.waits else self.host_cost(call)
-                row = Row.of(case.op, case.workload.name, name, times[name], case.work(), self.roofs, against, host)
+                what = case.op, case.workload.name, name, times[name]
+                row = Row.of(*what, case.work(), self.roofs, against, host, apart)
                 outcome.results.append(row)
 
     def _wait(self) -> None:

@@ -21,6 +21,7 @@ OURS_WITHOUT = ("plain", "uncached", "unshared")  # dskernels too, without what 
 LABELS = {
     "torch": "eager torch",
     "torch_compile": "torch.compile",
+    "torch_compile_graph": "torch.compile, as a graph",
     "cublaslt": "cuBLASLt",
     "cudnn": "cuDNN",
     "grouped_mm": "grouped_mm bf16",  # torch's
@@ -35,7 +36,11 @@ LABELS = {
 
 @dataclass(frozen=True)
 class SavedRow:
-    """One line of a saved file; fields that an older file does not have are None."""
+    """One line of a saved file; fields that an older file does not have are None.
+
+    `rounds`, where ours and peers ran in turns for that, is how many times as fast as the fastest peer ours was in each
+    round: the median, and what 20% and 80% of the rounds stayed below.
+    """
 
     op: str
     workload: str
@@ -49,6 +54,7 @@ class SavedRow:
     peers: Mapping[str, float] = field(default_factory=dict)
     host_us: float | None = None
     drift: float | None = None
+    rounds: tuple[float, float, float] | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -73,6 +79,8 @@ class SavedRow:
     @property
     def vs_best_peer(self) -> float | None:
         """How many times as fast as the fastest peer."""
+        if self.rounds is not None:
+            return self.rounds[0]
         return None if self.best_peer is None else self.peers[self.best_peer] / self.us
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -47,13 +47,14 @@ class Times:
     """Microseconds of one call: the median, and what 20% and 80% of the runs stayed below.
 
     `drift` is the median of the second half of the runs over that of the first: where it is far from 1 the machine
-    changed its clock, or was not warm, while it was looked at.
+    changed its clock, or was not warm, while it was looked at. `samples` are the runs, in order.
     """
 
     us: float
     p20: float
     p80: float
     drift: float = 1.0
+    samples: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of(cls, samples: list[float]) -> Times:
@@ -62,7 +63,7 @@ class Times:
         first, second = sorted(samples[:half]), sorted(samples[len(samples) - half :])
         drift = quantile(second, 0.5) / quantile(first, 0.5) if half else 1.0
         us, p20, p80 = (quantile(ordered, q) for q in (0.5, 0.2, 0.8))
-        return cls(us, p20, p80, drift)
+        return cls(us, p20, p80, drift, tuple(samples))
 
 
 def quantile(ordered: list[float], q: float) -> float:
@@ -71,6 +72,13 @@ def quantile(ordered: list[float], q: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def ratios(first: Times, second: Times) -> tuple[float, float, float]:
+    """How many times as long the second took in each round: the median, what 20% and what 80% of them stayed below."""
+    each = sorted(there / here for here, there in zip(first.samples, second.samples, strict=True))
+    median, p20, p80 = (quantile(each, q) for q in (0.5, 0.2, 0.8))
+    return median, p20, p80
 
 
 def schedule(runs: Mapping[str, int]) -> list[list[str]]:

@@ -181,6 +181,16 @@ def test_saved_file_has_the_schema(tmp_path, monkeypatch):
     assert memory_bound["tflops"] is None
 
 
+def test_rounds_have_ratios_of_their_own():
+    """A machine that slows down in the middle changes both, and not how far they are apart."""
+    rounds = timing.ratios(Times.of([10.0, 20.0, 10.0, 20.0]), Times.of([13.0, 26.0, 12.0, 24.0]))
+    assert rounds == pytest.approx((1.25, 1.2, 1.3))
+    row = a_row(rounds=rounds)
+    assert row.vs_best_peer == rounds[0]
+    assert row.to_json()["rounds"] == [1.25, 1.2, 1.3]
+    assert "rounds" not in a_row().to_json()
+
+
 def test_host_cost_is_kept_only_where_it_was_measured():
     assert a_row(host_us=12.3).to_json()["host_us"] == 12.3
     assert "host_us" not in a_row().to_json()
