@@ -138,6 +138,34 @@ def test_report_says_why():
     assert "1 x router" in text
 
 
+def test_parts_that_are_nearly_ours_are_left_alone(v3):
+    """Experts with a gate of their own and no activation beside it (as MiniMax-M3 and HY-V4 have them), and latent
+    attention that does something more (as in DeepSeek-V3.2)."""
+    experts, attention = v3.model.layers[1].mlp.experts, v3.model.layers[0].self_attn
+
+    class Experts(type(experts)):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate.clamp(max=7.0)) * up
+
+    class Attention(type(attention)):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    experts.__class__, attention.__class__ = Experts, Attention
+    del experts.act_fn
+    tokens, _ = prompts()
+    with torch.no_grad():
+        expected = v3(tokens).logits
+        with accelerate(v3, verbose=False) as acceleration:
+            close(v3(tokens).logits, expected)
+    assert dict(acceleration.report.kept) == {
+        ("experts", "it gates in its own way"): 1,
+        ("attention", "of latents, but not as in DeepSeek-V3 or V2"): 1,
+    }
+    assert acceleration.report.replaced["latent attention"] == 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["V3, yarn, no q_lora", "V2"])
 def test_pieces_of_a_prompt(family):

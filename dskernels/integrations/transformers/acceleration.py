@@ -225,7 +225,9 @@ def _replace_attention(model: nn.Module, patches: Patches, report: Report, fp8: 
     for module in model.modules():
         kind = part_of(module)
         if kind not in ("latent attention", "complex latent attention"):
-            if hasattr(module, "q_proj") and hasattr(module, "o_proj"):
+            if hasattr(module, "kv_b_proj"):
+                report.kept["attention", "of latents, but not as in DeepSeek-V3 or V2"] += 1
+            elif hasattr(module, "q_proj") and hasattr(module, "o_proj"):
                 report.kept["attention", "its cache is not one of latents"] += 1
             continue
         if reason := reason_against_attention(module):

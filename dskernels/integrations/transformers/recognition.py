@@ -82,11 +82,11 @@ def reason_against_experts(experts: Any) -> str | None:
     """Why stacked experts are not what `dskernels.fused_experts` computes, or None."""
     if not experts.has_gate or not experts.is_concatenated or experts.is_transposed or experts.has_bias:
         return "expected gate and up stacked one after the other, [E, 2I, H], without a bias"
-    if reason := reason_against_activation(experts):
-        return reason
     default = importlib.import_module("transformers.integrations.moe")._default_apply_gate
     if type(experts)._apply_gate is not default and not _is_plain_fp8_gate(experts):
         return "it gates in its own way"
+    if reason := reason_against_activation(experts):
+        return reason
     if getattr(experts, "has_post_expert_norm", False) or getattr(experts, "_is_expert_parallel", False):
         return "its experts are spread over processes, or normed"
     return None
@@ -101,7 +101,7 @@ def _is_plain_fp8_gate(experts: Any) -> bool:
 
 def reason_against_activation(module: Any) -> str | None:
     """Why the activation of a gated network is not SiLU, or None."""
-    activation = module.act_fn
+    activation = getattr(module, "act_fn", None)
     name = type(activation).__name__.lower()
     if isinstance(activation, nn.SiLU) or name.removesuffix("activation") in SILU or activation is nn.functional.silu:
         return None
