@@ -77,10 +77,18 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 2e-3,
     final_learning_rate: Annotated[float | None, typer.Option(help="At the end; by default a tenth.")] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="By default a tenth of the steps, 20 at most.")] = None,
-    decay_from: Annotated[float, typer.Option(help="Part of the steps after which the rate falls along a cosine.")] = 10
-    / 14.8,
-    settle_from: Annotated[float, typer.Option(help="Part after which rate and router biases stay as they are.")] = 14.3
-    / 14.8,
+    decay_from: Annotated[
+        float,
+        typer.Option(
+            help="Part of the steps after which the rate falls along a cosine.", show_default="10 / 14.8, the report's"
+        ),
+    ] = 10 / 14.8,
+    settle_from: Annotated[
+        float,
+        typer.Option(
+            help="Part after which rate and router biases stay as they are.", show_default="14.3 / 14.8, likewise"
+        ),
+    ] = 14.3 / 14.8,
     weight_decay: Annotated[float, typer.Option(help="On matrices.")] = 0.1,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
     bias_update_rate: Annotated[float, typer.Option(help="How far a router bias moves a step; 0 leaves them.")] = 0.001,
