@@ -16,6 +16,7 @@ from dskernels.model.model import DeepseekV3
 from dskernels.model.mtp import MTP
 from dskernels.model.sampling import Sampling
 from dskernels.model.steps import advance, chances, place
+from dskernels.validate import ceil_div
 
 STANDS, DRAWN, DRAFTED = 0, 1, 2  # the purposes of random numbers
 
@@ -74,7 +75,8 @@ class Passes:
             else:
                 seen = [n + start + count for n, count in zip(cached, counts, strict=True)]
                 lengths = torch.tensor(seen, dtype=torch.int32, device=device)
-                batch = Batch.extend(cu_seqlens, part.shape[0], lengths, block_table, page_size)
+                in_use = block_table[:, : ceil_div(max(seen), page_size)]  # all that a table holds would be projected
+                batch = Batch.extend(cu_seqlens, part.shape[0], lengths, in_use, page_size)
             hidden, _ = model.trunk(part, batch, self.cache.data)
             last_rows = cu_seqlens[1:].long() - 1
             if start + piece < total:
