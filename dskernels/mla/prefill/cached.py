@@ -129,8 +129,9 @@ def _by_heads(
     tokens, heads, head_dim = q.shape
     latent_dim, rope_dim = kv_b.shape[1], _rope_dim(cache, kv_b.shape[1])
     capacity = block_table.shape[1] * cache.shape[1] if addressable else 0
-    cu = pad(lengths.clamp(0, capacity).cumsum(0, dtype=torch.int32), (1, 0))
-    first = torch.zeros_like(lengths)
+    requests = len(lengths)
+    cu, first = lengths.new_zeros(2 * requests + 1).tensor_split([requests + 1])
+    torch.cumsum(lengths.clamp(0, capacity), 0, dtype=torch.int32, out=cu[1:])
     row = _gather(cache, block_table, cu, first, 0, addressable, latent_dim, rope_dim, q.dtype, impl=impl)
     latent, k_rope = row.tensor_split([latent_dim], 1)
     of_head = kv_b.shape[0] // heads
