@@ -31,8 +31,8 @@ UNSEEN = object()  # what `Operation.again` says of arguments that it has not se
 _STRAIGHT_DEVICES = ("cuda",)  # where the host's share of a call matters
 
 _library = torch.library.Library("dskernels", "FRAGMENT")
-_forced: ContextVar[str | None] = ContextVar("forced implementation", default=None)
-_recording: ContextVar[list[Choice] | None] = ContextVar("choices of explain()", default=None)
+forced: ContextVar[str | None] = ContextVar("forced implementation", default=None)
+choices: ContextVar[list[Choice] | None] = ContextVar("choices of explain()", default=None)
 
 
 class Choice(NamedTuple):
@@ -122,7 +122,7 @@ class Operation:
         if found is None:
             result = self.overload(*args, impl)
             if meets_nothing_else(tensors):
-                self._straight.keep(tensors, also, self._bound(args, impl or _forced.get()))
+                self._straight.keep(tensors, also, self._bound(args, impl or forced.get()))
             return result
         launch, addresses = found
         result = launch(addresses, args)
@@ -169,13 +169,13 @@ class Operation:
                 tensors = tuple([x for x in given if x is not None])
                 absent = tuple([x is None for x in given])
                 break
-        if type(tensors[0]) not in PLAIN or _recording.get() is not None:
+        if type(tensors[0]) not in PLAIN or choices.get() is not None:
             return tensors, None
         for i in self._floats:
             if type(args[i]) is not float:  # the dispatcher makes it one
                 return tensors, None
         device = torch._C._cuda_getDevice() if several_gpus() else 0
-        return tensors, (impl, _forced.get(), device, torch.is_grad_enabled(), absent, self._values(args))
+        return tensors, (impl, forced.get(), device, torch.is_grad_enabled(), absent, self._values(args))
 
     def _bound(self, args: tuple, impl: str | None) -> Callable[[Sequence[int], tuple], Any]:
         """What runs arguments of this metadata, given the addresses of the tensors among them, and them."""
@@ -204,7 +204,7 @@ class Operation:
 
         def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
             args, impl = self._split(inputs)
-            ctx.impl = impl or _forced.get()
+            ctx.impl = impl or forced.get()
             save(ctx, args, output)
             saved = getattr(ctx, "to_save", ())
             for name, x in zip(names, args, strict=False):
@@ -239,14 +239,14 @@ class Operation:
         return args[: self.arity], args[self.arity] if len(args) > self.arity else None
 
     def _run(self, *args: Any) -> Any:
-        impl = _forced.get()
+        impl = forced.get()
         if len(args) > self.arity:
             args, impl = args[:-1], args[-1] or impl
         if self.composite is not None:
             return self.composite(*args, impl=impl)
-        recording = _recording.get()
-        if recording is not None:
-            recording.append(self.choose(args, impl))
+        told = choices.get()
+        if told is not None:
+            told.append(self.choose(args, impl))
             return self.fake(*args)
         device = self._device_of(args)
         function = self._chosen(args, impl, device)
@@ -316,20 +316,15 @@ class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
         self.impl = impl
 
     def __enter__(self) -> None:
-        self._token = _forced.set(self.impl)
+        self._token = forced.set(self.impl)
 
     def __exit__(self, *exc_info: object) -> None:
-        _forced.reset(self._token)
-
-
-def is_explaining() -> bool:
-    """Whether :func:`explain` runs a function, which is to launch nothing."""
-    return _recording.get() is not None
+        forced.reset(self._token)
 
 
 def forced_impl() -> str | None:
     """What :class:`use_impl` asks for here, None outside of it."""
-    return _forced.get()
+    return forced.get()
 
 
 def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
@@ -355,13 +350,13 @@ def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list
             Choice(op.name, "composite", {}) if op.composite else _choose_by_device(op, probe.device)
             for op in OPERATIONS.values()
         ]
-    choices: list[Choice] = []
-    token = _recording.set(choices)
+    told: list[Choice] = []
+    token = choices.set(told)
     try:
         function(*args, **kwargs)
     finally:
-        _recording.reset(token)
-    return choices
+        choices.reset(token)
+    return told
 
 
 def _check_impl(impl: Any) -> None:

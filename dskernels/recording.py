@@ -62,7 +62,7 @@ class Recorded:
     def __call__(self, *args: Any) -> Any:
         """Run it."""
         tensors = tuple([x for x in args if isinstance(x, Tensor)])
-        if not _plain(tensors):
+        if not may_be_recorded(tensors):
             return self.function(*args)
         values = tuple([None if isinstance(x, Tensor) else (x,) for x in args])
         modes = torch._C._cuda_getDevice() if several_gpus() else 0, torch.is_grad_enabled()
@@ -77,7 +77,7 @@ class Recorded:
     def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
         """What runs arguments of this metadata, given the addresses of the tensors among them, and them."""
         tensors = tuple([x for x in args if isinstance(x, Tensor)])
-        if not _plain(tensors):
+        if not may_be_recorded(tensors):
             return lambda addresses, args: self.function(*args)
         kind = Kind(self.function, Recorder, tensors[0].get_device())
 
@@ -117,9 +117,6 @@ class Kind:
         if not recording.fits(addresses):
             idle.insert(0, recording)
             return self._record(tensors, args, kwargs or {})
-        if not recording.may_write(tensors):
-            idle.append(recording)
-            return self.function(*args, **(kwargs or {}))
         result = recording.launch(addresses, tensors)
         idle.append(recording)  # not after an error
         for i in recording.written:
@@ -296,8 +293,8 @@ def _memory(device: int) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def _plain(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether a call of these may be recorded: real ones of the current GPU, and nobody watches."""
+def may_be_recorded(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether a call of these may be: real ones of the current GPU, and nobody watches."""
     return bool(
         tensors
         and not dispatch_modes()

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
+from dskernels import recording
 from dskernels.device import PLAIN, dispatch_modes, several_gpus
-from dskernels.dispatch import forced_impl, is_explaining, meets_nothing_else
+from dskernels.dispatch import choices, forced, meets_nothing_else
 from dskernels.metadata import ByMetadata
 from dskernels.recording import Kind, Recorder, Returned
 from dskernels.types import Fp8Tensor, Permuted, Routing
@@ -40,27 +41,29 @@ class Known:
         self.kinds = ByMetadata()
 
 
-KNOWN: dict[str, Known] = {}  # by the functions' names
-
-
 def repeated(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, which launches again what it has launched for arguments of the same kind.
 
     It may do nothing but what its operations do, and depend on nothing but its arguments, `use_impl`, and what
-    `Recorder.keep` is told of.
+    `Recorder.keep` is told of. What is known of its calls is its attribute `known`.
     """
-    known = KNOWN[function.__name__] = Known()
+    known = Known()
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_dynamo_compiling() or dispatch_modes() or profiler._is_profiler_enabled or is_explaining():
+        if (
+            torch.compiler.is_dynamo_compiling()
+            or dispatch_modes()
+            or profiler._is_profiler_enabled
+            or choices.get() is not None
+        ):
             return function(*args, **kwargs)
         tensors: list[Tensor] = []
         values: list[Any] = list(kwargs)
         if not _taken_apart((*args, *kwargs.values()), tensors, values) or not tensors:
             return function(*args, **kwargs)
         device = torch._C._cuda_getDevice() if several_gpus() else 0
-        modes = forced_impl(), device, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        modes = forced.get(), device, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         also = tuple(values), modes
         given = tuple(tensors)
         found = known.kinds.find(given, also)
@@ -68,11 +71,19 @@ def repeated(function: Callable[P, R]) -> Callable[P, R]:
             kind, addresses = found
             return kind(addresses, given, args, kwargs)
         result = function(*args, **kwargs)
-        if meets_nothing_else(given) and all(x.is_cuda for x in given):
-            known.kinds.keep(given, also, Kind(function, PublicRecorder, given[0].get_device()))
+        if meets_nothing_else(given):
+            known.kinds.keep(given, also, _kind(function, given))
         return result
 
+    call.known = known  # type: ignore[attr-defined]
     return call
+
+
+def _kind(function: Callable, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """What runs calls of such tensors from now on, given their addresses, them, and all arguments."""
+    if recording.may_be_recorded(tensors):
+        return Kind(function, PublicRecorder, tensors[0].get_device())
+    return lambda addresses, tensors, args, kwargs: function(*args, **kwargs)
 
 
 def _taken_apart(given: Iterable[Any], tensors: list[Tensor], values: list[Any]) -> bool:
@@ -87,6 +98,9 @@ def _taken_apart(given: Iterable[Any], tensors: list[Tensor], values: list[Any])
             values.append(Tensor)
         elif kind in _ATOMS:
             values += kind, x
+        elif kind is Fp8Tensor and _is_usual(x):
+            tensors += x[:2]
+            values += kind, x[2]
         elif kind in _TUPLES:
             values += kind, len(x)
             if not _taken_apart(x, tensors, values):
@@ -94,6 +108,14 @@ def _taken_apart(given: Iterable[Any], tensors: list[Tensor], values: list[Any])
         else:
             return False
     return True
+
+
+def _is_usual(x: Fp8Tensor) -> bool:
+    """Whether it is of tensors and a pair of integers: nothing else equals what it is taken apart into."""
+    data, scale, block = x
+    if type(data) not in PLAIN or type(scale) not in PLAIN or type(block) is not tuple or len(block) != 2:
+        return False
+    return type(block[0]) is type(block[1]) is int
 
 
 class PublicRecorder(Recorder):

@@ -2,6 +2,7 @@
 
 import collections
 import ctypes
+import functools
 import sys
 import threading
 import types
@@ -11,10 +12,12 @@ import pytest
 import torch
 
 import dskernels as ds
-from dskernels import dispatch
+from dskernels import dispatch, relaunching
+from dskernels import recording as recordings
 from dskernels.cuda import driver
 from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, scale_map
 from dskernels.cuda.graph import _Node
+from dskernels.device import dispatch_modes
 from dskernels.gemm import hopper
 from dskernels.metadata import ByMetadata
 
@@ -390,6 +393,7 @@ def hopper_on_the_cpu(fake, monkeypatch):
     operation = dispatch.OPERATIONS["fp8_gemm"]
     monkeypatch.setattr(operation, "_candidates", {(None, CPU): ["dskernels.gemm.hopper:fp8_gemm"]})
     monkeypatch.setattr(operation, "_straight", ByMetadata())
+    monkeypatch.setattr(ds.fp8_gemm.known, "kinds", ByMetadata())
     monkeypatch.setattr(dispatch, "_STRAIGHT_DEVICES", ("cpu",))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     return fake
@@ -412,10 +416,18 @@ def test_fp8_gemm_hands_over_its_addresses(hopper_on_the_cpu):
     assert len(hopper_on_the_cpu.encoded) == 5  # one plan: maps of a, of its last rows, its scale, b and out
 
 
-def test_calls_of_one_fp8_gemm(hopper_on_the_cpu):
-    """What a call costs the host is mostly Python: here 16 functions of Python are entered, and 30 of C from them."""
+def test_calls_of_one_fp8_gemm(hopper_on_the_cpu, monkeypatch):
+    """What a call costs the host is mostly Python: it enters 11 functions, and 28 of C."""
+    monkeypatch.setattr(recordings, "may_be_recorded", lambda tensors: not dispatch_modes())
+    monkeypatch.setattr(recordings, "_memory", lambda device: 1 << 30)
+    monkeypatch.setattr(relaunching, "reason_against_graphs", lambda: None)
+    empty = torch._C._dynamo.guards._empty_strided_cpu
+    like = functools.partial(functools.partial, empty)
+    monkeypatch.setattr(relaunching, "like_this", lambda x: like(tuple(x.shape), x.stride(), x.dtype))
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
     a, b = ds.quantize(torch.randn(300, 256)), ds.quantize(torch.randn(128, 256), (128, 128))
-    ds.fp8_gemm(a, b)
+    for _ in range(3):
+        ds.fp8_gemm(a, b)
     entered = collections.Counter()
     ours = str(Path(ds.__file__).parent)
 
@@ -429,5 +441,5 @@ def test_calls_of_one_fp8_gemm(hopper_on_the_cpu):
         ds.fp8_gemm(a, b)
     finally:
         sys.setprofile(before)
-    assert entered["call"] <= 18
-    assert entered["c_call"] <= 36
+    assert entered["call"] <= 12, entered
+    assert entered["c_call"] <= 32, entered

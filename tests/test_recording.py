@@ -33,7 +33,7 @@ def on_the_cpu(fake, monkeypatch, request):  # noqa: F811
     monkeypatch.setattr(relaunching, "FEWEST_IN_GRAPH", request.param)
     monkeypatch.setattr(relaunching, "reason_against_graphs", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: False, raising=False)
-    monkeypatch.setattr(recording, "_plain", lambda tensors: not devices.dispatch_modes())
+    monkeypatch.setattr(recording, "may_be_recorded", lambda tensors: not devices.dispatch_modes())
     monkeypatch.setattr(recording, "_memory", lambda device: 80_000)
     return fake
 
@@ -264,7 +264,7 @@ def random_block(t, e=16, h=256, i=128, k=4, fp8=True, shared=0, n_shared=0, giv
 def as_written(operation, monkeypatch):
     """The implementations of an operation without what is recorded."""
     monkeypatch.setattr(recording, "MOST_TRIES", 0)
-    monkeypatch.setattr(recording, "_plain", lambda tensors: False)
+    monkeypatch.setattr(recording, "may_be_recorded", lambda tensors: False)
     monkeypatch.setattr(operation, "_straight", ByMetadata())
 
 

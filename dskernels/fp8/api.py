@@ -7,9 +7,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import UNSEEN, Operation
+from dskernels.dispatch import Operation
 from dskernels.fp8.layout import empty_quantized
 from dskernels.reference import fp8 as reference
+from dskernels.repeated import repeated
 from dskernels.types import Block, Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_float, check_tensor
 
@@ -17,6 +18,7 @@ BLOCKS: tuple[Block, ...] = ((1, 128), (128, 128), (128, 1))
 SCALE_FORMATS = ("fp32", "ue8m0")
 
 
+@repeated
 def quantize(
     x: Tensor,
     block: Block = (1, 128),
@@ -50,10 +52,6 @@ def quantize(
     A NaN or infinity makes its whole tile NaN on dequantising. An empty matrix gives an empty result.
     Source: DeepSeek-V3 report (arXiv 2412.19437), section 3.3.2.
     """
-    if isinstance(x, Tensor) and type(block) is tuple and block in BLOCKS and _known(scale_format, transpose):
-        again = _quantize.again(x, *block, scale_format == "ue8m0", transpose, impl=impl)
-        if again is not UNSEEN:
-            return Fp8Tensor(again[0], again[1], (block[1], block[0]) if transpose else block)
     check_choice("block", block, BLOCKS)
     check_choice("scale_format", scale_format, SCALE_FORMATS)
     check_bool("transpose", transpose)
@@ -63,11 +61,7 @@ def quantize(
     return Fp8Tensor(data, scale, (block[1], block[0]) if transpose else block)
 
 
-def _known(scale_format: Any, flag: Any) -> bool:
-    """Whether these options, which an operation is not told as they are, are valid ones."""
-    return type(flag) is bool and type(scale_format) is str and scale_format in SCALE_FORMATS
-
-
+@repeated
 def quantize_both(
     x: Tensor, *, block: Block = (1, 128), scale_format: str = "fp32", impl: str | None = None
 ) -> tuple[Fp8Tensor, Fp8Tensor]:
@@ -102,6 +96,7 @@ def quantize_both(
     return Fp8Tensor(data, scale), Fp8Tensor(data_t, scale_t)
 
 
+@repeated
 def swiglu_quantize(
     gate_up: Tensor, *, scale_format: str = "fp32", transpose: bool = False, impl: str | None = None
 ) -> Fp8Tensor:
@@ -125,16 +120,13 @@ def swiglu_quantize(
     A NaN in a tile makes all of it NaN on dequantising. No tokens give an empty result.
     Source: Shazeer, arXiv 2002.05202; DeepSeek-V3 report, section 3.3.3.
     """
-    if isinstance(gate_up, Tensor) and _known(scale_format, transpose):
-        again = _swiglu_quantize.again(gate_up, scale_format == "ue8m0", transpose, impl=impl)
-        if again is not UNSEEN:
-            return Fp8Tensor(*again)
     check_choice("scale_format", scale_format, SCALE_FORMATS)
     check_bool("transpose", transpose)
     _check_gate_up(gate_up)
     return Fp8Tensor(*_swiglu_quantize(gate_up, scale_format == "ue8m0", transpose, impl=impl))
 
 
+@repeated
 def swiglu_quantize_backward(
     dy: Tensor, gate_up: Tensor, *, scale_format: str = "fp32", impl: str | None = None
 ) -> tuple[Fp8Tensor, Fp8Tensor]:
@@ -205,6 +197,7 @@ def rmsnorm_quantize(
     scale_format: str = ...,
     impl: str | None = ...,
 ) -> tuple[Fp8Tensor, Tensor, Tensor]: ...
+@repeated
 def rmsnorm_quantize(
     x: Tensor,
     weight: Tensor,
@@ -241,15 +234,6 @@ def rmsnorm_quantize(
     goes beside the norm to what multiplies it, see :func:`dskernels.fp8_linear`.
     Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4; DeepSeek-V3 report, section 3.3.
     """
-    if (
-        type(eps) is float
-        and isinstance(x, Tensor)
-        and isinstance(weight, Tensor)
-        and _known(scale_format, with_normed)
-    ):
-        again = _rmsnorm_quantize.again(x, weight, eps, residual, scale_format == "ue8m0", with_normed, impl=impl)
-        if again is not UNSEEN:
-            return _normed(x, again, residual is None, with_normed)
     check_choice("scale_format", scale_format, SCALE_FORMATS)
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
     check_tensor("weight", weight, dtype=HALF_OR_SINGLE, shape=(x.shape[1],), like=x)
@@ -273,6 +257,7 @@ def _normed(
     return quantized if alone else (quantized, total)
 
 
+@repeated
 def rmsnorm_backward(
     dy: Tensor,
     x: Tensor,

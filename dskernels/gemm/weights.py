@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from dskernels.cuda.driver import recorder
 from dskernels.fp8 import quantize, quantize_both
 from dskernels.types import Fp8Tensor
 
@@ -39,9 +42,19 @@ _owners: dict[tuple, TensorWeakRef] = {}
 def weight_operand(weight: Tensor, scale: Tensor | None, transpose: bool, impl: str | None) -> Fp8Tensor:
     """`weight` [E?, N, K] in 128x128 blocks, or its transpose; one without a scale is quantised first."""
     if scale is None:
-        return quantized_weight(weight, transpose=transpose, impl=impl)
+        recording = recorder.get()
+        if recording is None or weight.is_inference():
+            return quantized_weight(weight, transpose=transpose, impl=impl)
+        data, scale = recording.keep(weight, _parts_of(transpose, impl))
+        return Fp8Tensor(data, scale, (128, 128))
     quantized = Fp8Tensor(weight, scale, (128, 128))
     return transposed(quantized) if transpose else quantized
+
+
+@functools.cache
+def _parts_of(transpose: bool, impl: str | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What gives data and scale of a weight's copy, always the same function for the same copy."""
+    return lambda weight: quantized_weight(weight, transpose=transpose, impl=impl)[:2]
 
 
 def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp8Tensor:

@@ -15,10 +15,12 @@ from dskernels.reference.grouped_gemm import grouped_gemm as reference_gemm
 from dskernels.reference.grouped_gemm import grouped_gemm_masked as reference_masked
 from dskernels.reference.grouped_gemm import grouped_wgrad as reference_wgrad
 from dskernels.reference.grouped_gemm import quantize_grouped as reference_quantize
+from dskernels.repeated import repeated
 from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_tensor, check_written
 
 
+@repeated
 def grouped_gemm(
     a: Tensor | Fp8Tensor,
     b: Tensor | Fp8Tensor,
@@ -69,6 +71,7 @@ def grouped_gemm(
     return out
 
 
+@repeated
 def grouped_gemm_masked(
     a: Tensor | Fp8Tensor,
     b: Tensor | Fp8Tensor,
@@ -118,6 +121,7 @@ def grouped_gemm_masked(
     return out
 
 
+@repeated
 def grouped_wgrad(
     dy: Tensor | Fp8Tensor,
     x: Tensor | Fp8Tensor,
@@ -181,6 +185,7 @@ def grouped_wgrad(
     return out
 
 
+@repeated
 def quantize_grouped(x: Tensor, offsets: Tensor, *, scale_format: str = "fp32", impl: str | None = None) -> Fp8Tensor:
     """Quantise ``x.T`` along the tokens of each group, the operand of :func:`grouped_wgrad`.
 

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation, differentiating
 from dskernels.reference import loss as reference
+from dskernels.repeated import repeated
 from dskernels.validate import HALF_OR_SINGLE, check_tensor
 
 FLOATS = (*HALF_OR_SINGLE, torch.float64)
 
 
+@repeated
 def cross_entropy(logits: Tensor, targets: Tensor, *, impl: str | None = None) -> Tensor:
     """Nats of each token's target: ``log(sum over v of exp(logits[t, v])) - logits[t, targets[t]]``.
 

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import UNSEEN, Operation, differentiating
+from dskernels.dispatch import Operation, differentiating
 from dskernels.later import waiting_for
 from dskernels.moe.config import MAX_EXPERTS
 from dskernels.moe.network import (
     BLOCK,
-    HOW_KEPT,
     check_network,
     check_options,
     flat,
@@ -24,12 +23,14 @@ from dskernels.moe.split import split
 from dskernels.reference import experts as experts_reference
 from dskernels.reference import moe as reference
 from dskernels.reference.experts import with_shared
+from dskernels.repeated import repeated
 from dskernels.types import Fp8Tensor, Permuted, Routing
 from dskernels.validate import HALF_OR_SINGLE, check_bool, check_int, check_tensor
 
 IDS = (torch.int32, torch.int64)
 
 
+@repeated
 def permute(x: Tensor, experts: Tensor, n_experts: int, *, impl: str | None = None) -> Permuted:
     """Copy each token's row once for every expert it goes to, sorted by expert.
 
@@ -59,6 +60,7 @@ def permute(x: Tensor, experts: Tensor, n_experts: int, *, impl: str | None = No
     return Permuted(*_permute(x, experts, n_experts, impl=impl))
 
 
+@repeated
 def combine(y: Tensor, permuted: Permuted, weights: Tensor, *, impl: str | None = None) -> Tensor:
     """Sum the outputs of each token's experts: ``out[t] = sum over j of weights[t, j] * y[index[t, j]]``.
 
@@ -92,6 +94,7 @@ def combine(y: Tensor, permuted: Permuted, weights: Tensor, *, impl: str | None 
     return _combine(y, permuted.offsets, permuted.index, weights, impl=impl)
 
 
+@repeated
 def fused_experts(
     x: Tensor,
     w13: Tensor | Fp8Tensor,
@@ -152,9 +155,6 @@ def fused_experts(
     Source: DeepSeek-V3 report (arXiv 2412.19437), eq. 12 and figure 6; Shazeer, arXiv 2002.05202; for the backward,
     SonicMoE (arXiv 2512.14080).
     """
-    again = _again(x, w13, w2, routing, shared, n_shared, quantized, fp8, recompute, keep, impl)
-    if again is not UNSEEN:
-        return again[0]
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
     if shared is not None and not (isinstance(shared, tuple) and len(shared) == 2):
         raise TypeError(f"shared: expected None or a tuple (w13, w2), got {type(shared).__name__}")
@@ -184,57 +184,6 @@ def fused_experts(
     block = (x, *parts[:4], weights, experts, *(parts[4:] or [None] * 4))
     options = flat_options(x, quantized, fp8, recompute, keep, differentiable)
     return _fused_experts(*block, fp8, *options, n_shared, impl=impl)[0]
-
-
-def _again(
-    x: Any,
-    w13: Any,
-    w2: Any,
-    routing: Any,
-    shared: Any,
-    n_shared: Any,
-    quantized: Any,
-    fp8: Any,
-    recompute: Any,
-    keep: Any,
-    impl: str | None,
-) -> Any:
-    """What the operation returns where it has met such arguments before, and there is no gradient; else UNSEEN.
-
-    What the operation's arguments do not say is looked at here: tiles, and options that do not matter without a
-    gradient. It has not met any that asked for one, as it does not keep those.
-    """
-    if (
-        type(fp8) is not bool
-        or type(n_shared) is not int
-        or type(keep) is not str
-        or keep not in HOW_KEPT
-        or not (recompute is None or type(recompute) is bool)
-    ):
-        return UNSEEN
-    if (
-        type(routing) is not Routing
-        or not isinstance(x, Tensor)
-        or not (shared is None or (type(shared) is tuple and len(shared) == 2))
-    ):
-        return UNSEEN
-    parts: list[Any] = [x]
-    for weight in (w13, w2) if shared is None else (w13, w2, *shared):
-        if type(weight) is Fp8Tensor and weight[2] == (128, 128):
-            parts += weight[:2]
-            fp8 = True
-        else:
-            parts += weight, None
-    parts[5:5] = routing[:2]
-    if shared is None:
-        parts += None, None, None, None
-    if quantized is None:
-        tokens: tuple[Any, ...] = None, None
-    elif type(quantized) is Fp8Tensor and quantized[2] == (1, 128) and fp8:
-        tokens = quantized[:2]
-    else:
-        return UNSEEN
-    return _fused_experts.again(*parts, fp8, 0, *tokens, n_shared, impl=impl)
 
 
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------

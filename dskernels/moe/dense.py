@@ -11,10 +11,12 @@ from dskernels.later import waiting_for
 from dskernels.moe.network import NETWORK, check_network, check_options, flat, flat_options, needs_gradient
 from dskernels.moe.packed import KEPT, PACKED, empty_kept
 from dskernels.reference import experts as reference
+from dskernels.repeated import repeated
 from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_bool, check_tensor
 
 
+@repeated
 def feed_forward(
     x: Tensor,
     w13: Tensor | Fp8Tensor,

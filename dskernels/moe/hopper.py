@@ -9,7 +9,7 @@ Triton kernels, which reach memory speed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -151,42 +151,6 @@ PACKING = replace(FP8, kept=packed, hidden_and_kept=_hidden_and_kept, gradient=_
 KINDS = Kinds(PLAIN, FP8, PACKING)
 
 
-class _Block(Recorded):
-    """A forward without a gradient is recorded; weights that are to be quantised are so before, and kept.
-
-    Args:
-        function: the forward.
-        weights: where weights stand among its arguments, each with its scale behind it.
-        fp8: where it is told whether to multiply in e4m3, and behind that what is kept for a backward.
-    """
-
-    def __init__(self, function: Callable, weights: Sequence[int], fp8: int) -> None:
-        super().__init__(function)
-        self._weights, self._fp8 = weights, fp8
-
-    def __call__(self, *args: Any) -> Any:
-        if args[self._fp8 + 1]:
-            return self.function(*args)
-        return super().__call__(*(self._quantized(args) if self._plain_weights(args) else args))
-
-    def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
-        """What runs arguments of this metadata."""
-        if args[self._fp8 + 1] or self._plain_weights(args):
-            return lambda addresses, args: self(*args)
-        return super().bound(args)
-
-    def _plain_weights(self, args: tuple) -> bool:
-        return args[self._fp8] and any(args[i] is not None and args[i + 1] is None for i in self._weights)
-
-    def _quantized(self, args: tuple) -> list[Any]:
-        """The arguments with the copies that are kept of weights."""
-        given = list(args)
-        for i in self._weights:
-            if args[i] is not None and args[i + 1] is None:
-                given[i : i + 2] = weight_operand(args[i], None, False, None)[:2]
-        return given
-
-
 @Recorded
 def _routed(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> Tensor:
     """What routed experts of plain weights add to `residual`."""
@@ -196,34 +160,28 @@ def _routed(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, re
     return weighted_sum(y, index, weights, residual)
 
 
-class _Experts(_Block):
-    """Likewise. Of plain weights the shared network is torch's two products, and what follows is recorded."""
+def fused_experts(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward. Of plain weights the shared network is torch's two products, and what follows is recorded."""
+    return _in_two(*args) if _has_products_of_torch(args) else _forward(*args)
 
-    def __call__(self, *args: Any) -> Any:
-        return self._in_two(*args) if self._has_products_of_torch(args) else super().__call__(*args)
 
-    def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
-        """What runs arguments of this metadata."""
-        return (lambda addresses, args: self(*args)) if self._has_products_of_torch(args) else super().bound(args)
+def _has_products_of_torch(args: tuple) -> bool:
+    x, w13, shared_w13, fp8, keep, n_shared = (args[i] for i in (0, 1, 7, 11, 12, 15))
+    if fp8 or keep or n_shared or shared_w13 is None or x.shape[0] <= MOST_TOKENS:
+        return False
+    return shared_w13.data_ptr() != w13.data_ptr() + w13.numel() * w13.element_size()  # see `experts._one_stack`
 
-    def _has_products_of_torch(self, args: tuple) -> bool:
-        x, w13, shared_w13, fp8, keep, n_shared = (args[i] for i in (0, 1, 7, 11, 12, 15))
-        if fp8 or keep or n_shared or shared_w13 is None or x.shape[0] <= MOST_TOKENS:
-            return False
-        return shared_w13.data_ptr() != w13.data_ptr() + w13.numel() * w13.element_size()  # see `experts._one_stack`
 
-    def _in_two(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, w13, _, w2, _, weights, ids, *shared = args[:11]
-        network = Network(*shared)
-        residual, _ = experts.network_forward(PLAIN, x, network, Batch(x.shape[0]), x.dtype, False)
-        out = _routed(x, w13, w2, weights, ids, residual)
-        return out, *(empty(x, (0, w.shape[-2]), x.dtype) for w in (w13, network.w13))
+def _in_two(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, w13, _, w2, _, weights, ids, *shared = args[:11]
+    network = Network(*shared)
+    residual, _ = experts.network_forward(PLAIN, x, network, Batch(x.shape[0]), x.dtype, False)
+    out = _routed(x, w13, w2, weights, ids, residual)
+    return out, *(empty(x, (0, w.shape[-2]), x.dtype) for w in (w13, network.w13))
 
 
 _forward, fused_experts_backward = experts.operations(KINDS)
-fused_experts = _Experts(_forward, weights=(1, 3, 7, 9), fp8=11)
-_dense_forward, feed_forward_backward = experts.dense_operations(KINDS)
-feed_forward = _Block(_dense_forward, weights=(1, 3), fp8=5)
+feed_forward, feed_forward_backward = experts.dense_operations(KINDS)
 fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(KINDS)
 
 

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dskernels.dispatch import UNSEEN, Operation, differentiating
+from dskernels.dispatch import Operation, differentiating
 from dskernels.reference import routing as reference
+from dskernels.repeated import repeated
 from dskernels.types import Routing
 from dskernels.validate import HALF_OR_SINGLE, check_choice, check_float, check_int, check_tensor
 
 SCORES = ("sigmoid", "softmax")
 
 
+@repeated
 def route(
     logits: Tensor,
     bias: Tensor | None = None,
@@ -69,15 +71,6 @@ def route(
     Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 12-16, and sections 3.4.1 and 3.4.2 for experts with copies;
     DeepSeek-V2 (arXiv 2405.04434), section 2.2.2, for softmax.
     """
-    if (
-        physical is None
-        and isinstance(logits, Tensor)
-        and (bias is None or isinstance(bias, Tensor))
-        and _known(top_k, n_groups, top_groups, score, normalize, scale)
-    ):
-        again = _route.again(logits, bias, top_k, n_groups, top_groups, score == "softmax", normalize, scale, impl=impl)
-        if again is not UNSEEN:
-            return Routing(*again)
     check_logits(logits)
     options = _checked(logits, bias, physical, logits.shape[1], top_k, n_groups, top_groups, score, normalize, scale)
     if physical is None:
@@ -86,6 +79,7 @@ def route(
     return Routing(weights, placed, load, nonfinite)
 
 
+@repeated
 def route_hidden(
     x: Tensor,
     weight: Tensor,
@@ -130,34 +124,12 @@ def route_hidden(
     token whose hidden state is not finite has logits that are not finite either, which of them is left open.
     Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 12-16.
     """
-    if (
-        isinstance(x, Tensor)
-        and isinstance(weight, Tensor)
-        and (bias is None or isinstance(bias, Tensor))
-        and (physical is None or isinstance(physical, Tensor))
-        and _known(top_k, n_groups, top_groups, score, normalize, scale)
-    ):
-        options = top_k, n_groups, top_groups, score == "softmax", normalize, scale
-        again = _route_hidden.again(x, weight, bias, physical, *options, impl=impl)
-        if again is not UNSEEN:
-            return _routing(again, physical)
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
     check_tensor("weight", weight, dtype=HALF_OR_SINGLE, shape=("E", x.shape[1]), like=x)
     if weight.shape[0] == 0 or x.shape[1] == 0:
         raise ValueError(f"weight: expected at least one expert and one column, got {list(weight.shape)}")
     options = _checked(x, bias, physical, weight.shape[0], top_k, n_groups, top_groups, score, normalize, scale)
     return _routing(_route_hidden(x, weight, bias, physical, *options, impl=impl), physical)
-
-
-def _known(top_k: Any, n_groups: Any, top_groups: Any, score: Any, normalize: Any, scale: Any) -> bool:
-    """Whether these are of the types that an operation is told, so that equal ones mean the same."""
-    return (
-        type(top_k) is type(n_groups) is type(top_groups) is int
-        and type(normalize) is bool
-        and type(scale) is float
-        and type(score) is str
-        and score in SCORES
-    )
 
 
 def _routing(results: tuple[Tensor, ...], physical: Tensor | None) -> tuple[Routing, Tensor]:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation, differentiating
 from dskernels.reference import routing as reference
+from dskernels.repeated import repeated
 from dskernels.routing.api import SCORES, check_logits, check_top_k, like_logits, score_name
 from dskernels.types import LoadStatistics
 from dskernels.validate import check_choice, check_float, check_tensor, check_written
 
 
+@repeated
 def update_bias(
     bias: Tensor, load: Tensor, rate: float, group: dist.ProcessGroup | None = None, *, impl: str | None = None
 ) -> Tensor:
@@ -55,6 +57,7 @@ def update_bias(
     return bias
 
 
+@repeated
 def balance_loss(
     logits: Tensor,
     *,

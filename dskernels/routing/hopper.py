@@ -9,8 +9,8 @@ and 6.4 for 8,192, 85.8 and 16.5 for 32,768; the gradient 5.9 and 2.9, 9.3 and 4
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
-from dskernels.cuda.driver import Plan, Planned, Pointer
-from dskernels.device import empty, like_this, multiprocessors
-from dskernels.metadata import ByMetadata
+from dskernels.cuda.driver import Plan, Planned, Pointer, Word
+from dskernels.device import empty, multiprocessors
+from dskernels.recording import Recorded
 from dskernels.routing.config import (
     MAX_EXPERTS,
     MAX_HOPPER_CHOICES,
@@ -57,22 +57,6 @@ def _slot(device: int) -> int:
     return slot
 
 
-class _Returning:
-    """An operation that returns new tensors: `bind(args)` says how to launch arguments of such metadata.
-
-    `Operation` asks for `bound` as it does of a `Planned`.
-    """
-
-    def __init__(self, bind: Callable[..., Callable[[Sequence[int], tuple], Any]]) -> None:
-        self.bind = bind
-
-    def __call__(self, *args: Any) -> Any:
-        return self.bind(*args)([x.data_ptr() for x in args if isinstance(x, Tensor)], args)
-
-    def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
-        return self.bind(*args)
-
-
 # ---- forward ---------------------------------------------------------------------------------------------------------
 
 
@@ -93,9 +77,8 @@ def _launch_route(
     sums: Tensor | None,
     load: Tensor,
     nonfinite: Tensor,
-    slot: Tensor,
 ) -> Plan:
-    """Fill the results. Instead of the address of `slot` a launch is given the number of its word of `arrivals`.
+    """Fill the results.
 
     `logits` is [T, E], or with `sums` [parts, T, E] of which the sum goes there.
     """
@@ -121,7 +104,7 @@ def _launch_route(
         kernel(SOURCE, "route", chosen, 0, logits.device.index),
         arguments=(
             *map(Pointer, ("logits", "bias", "physical", "weights", "experts", "placed", "sums", "load", "nonfinite")),
-            Pointer("slot"),
+            ctypes.c_ulonglong(0) if config.blocks == 1 else Word(functools.partial(_slot, logits.device.index)),
             ctypes.c_longlong(logits.stride(-2)),
             *map(ctypes.c_int, (T, config.rows, parts, 0 if physical is None else physical.shape[1])),
             ctypes.c_float(scale),
@@ -183,80 +166,38 @@ def _vector(n_experts: int, n_groups: int, logits: Tensor, *others: Tensor | Non
     return vector
 
 
-def _bind(
-    logits: Tensor, bias: Tensor | None, physical: Tensor | None, *values: Any, parts: bool = False
-) -> Callable[[Sequence[int], tuple], tuple]:
-    """How to launch, given the addresses of these tensors, and them; of the results not all are always there."""
-    (T, E), top_k, device = logits.shape[-2:], values[0], logits.device.index
-    rows = T, top_k
+def _routed(logits: Tensor, bias: Tensor | None, physical: Tensor | None, values: tuple, *, parts: bool) -> tuple:
+    """(weights, experts, placed, sums, load, nonfinite); `placed` and `sums` are not always there."""
+    (T, E), top_k = logits.shape[-2:], values[0]
     results = (
-        empty(logits, rows, torch.float32),
-        empty(logits, rows, torch.int32),
-        None if physical is None else empty(logits, rows, torch.int32),
+        empty(logits, (T, top_k), torch.float32),
+        empty(logits, (T, top_k), torch.int32),
+        None if physical is None else empty(logits, (T, top_k), torch.int32),
         empty(logits, (T, E), torch.float32) if parts else None,
         empty(logits, (E,), torch.int32, (1,)),
         empty(logits, (), torch.int32, ()),
     )
-    has_bias, has_physical = bias is not None, physical is not None
-    launch = _launch_route.bound((logits, bias, physical, *values, *results, logits))
-    alone = choose_hopper_config(T, 1, 1).blocks == 1
-    make = [None if x is None else like_this(x) for x in results]
-
-    def run(addresses: Sequence[int], tensors: tuple) -> tuple:
-        out = [None if allocate is None else allocate() for allocate in make]
-        own = [x.data_ptr() for x in out if x is not None]
-        like = tensors[0]
-        args = (like, tensors[1] if has_bias else None, tensors[2] if has_physical else None, *values, *out, like)
-        launch([*addresses, *own, 0 if alone else _slot(device)], args)
-        return tuple(out)
-
-    return run
+    _launch_route(logits, bias, physical, *values, *results)
+    return results
 
 
-_bindings = ByMetadata()
-
-
-def _bound(
-    tensors: tuple[Tensor, Tensor | None, Tensor | None], values: tuple, *, parts: bool
-) -> tuple[Callable[[Sequence[int], tuple], tuple], list[int]]:
-    """What `_bind` says of logits, bias and physical places, kept; and their addresses."""
-    given = tuple([x for x in tensors if x is not None])
-    also = values, parts, tensors[1] is None, tensors[2] is None
-    found = _bindings.find(given, also)
-    if found is None:
-        found = _bind(*tensors, *values, parts=parts), [x.data_ptr() for x in given]
-        _bindings.keep(given, also, found[0])
-    return found
-
-
-@_Returning
-def route(
-    logits: Tensor, bias: Tensor | None, *values: Any
-) -> Callable[[Sequence[int], tuple], tuple[Tensor, Tensor, Tensor, Tensor]]:
+@Recorded
+def route(logits: Tensor, bias: Tensor | None, *values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(weights, experts, load, nonfinite) of `logits` [T, E]."""
-    launch = _bind(logits, bias, None, *values)
-
-    def run(addresses: Sequence[int], args: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights, experts, _, _, load, nonfinite = launch(addresses, args)
-        return weights, experts, load, nonfinite
-
-    return run
+    weights, experts, _, _, load, nonfinite = _routed(logits, bias, None, values, parts=False)
+    return weights, experts, load, nonfinite
 
 
-@_Returning
+@Recorded
 def route_replicated(
     logits: Tensor, bias: Tensor | None, physical: Tensor, *values: Any
-) -> Callable[[Sequence[int], tuple], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(weights, experts, load, nonfinite, placed)."""
-    launch = _bind(logits, bias, physical, *values)
-
-    def run(addresses: Sequence[int], args: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        weights, experts, placed, _, load, nonfinite = launch(addresses, args)
-        return weights, experts, load, nonfinite, placed
-
-    return run
+    weights, experts, placed, _, load, nonfinite = _routed(logits, bias, physical, values, parts=False)
+    return weights, experts, load, nonfinite, placed
 
 
+@Recorded
 def route_hidden(
     x: Tensor, weight: Tensor, bias: Tensor | None, physical: Tensor | None, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -264,9 +205,7 @@ def route_hidden(
     parts = gate_parts(x, weight)
     whole = parts.shape[0] == 1
     logits = parts[0] if whole else parts
-    tensors = logits, bias, physical
-    launch, addresses = _bound(tensors, values, parts=not whole)
-    weights, experts, placed, sums, load, nonfinite = launch(addresses, tensors)
+    weights, experts, placed, sums, load, nonfinite = _routed(logits, bias, physical, values, parts=not whole)
     if placed is None:
         placed = empty(x, (0,), torch.int32, (1,))
     return weights, experts, load, nonfinite, logits if whole else sums, placed
@@ -363,20 +302,12 @@ def _row_vector(n_experts: int, rows: Tensor) -> int:
     return vector
 
 
-@_Returning
-def route_backward(
-    grad: Tensor, logits: Tensor, weights: Tensor, experts: Tensor, *values: Any
-) -> Callable[[Sequence[int], tuple], Tensor]:
+@Recorded
+def route_backward(grad: Tensor, logits: Tensor, weights: Tensor, experts: Tensor, *values: Any) -> Tensor:
     """Gradient to `logits` [T, E] of the `weights` [T, k] of `experts`."""
-    given, like = (grad, logits, weights, experts), empty(logits, tuple(logits.shape), logits.dtype)
-    launch, allocate = _launch_backward.bound((*given, *values, like)), like_this(like)
-
-    def run(addresses: Sequence[int], args: tuple) -> Tensor:
-        dlogits = allocate()
-        launch([*addresses, dlogits.data_ptr()], (*args, dlogits))
-        return dlogits
-
-    return run
+    dlogits = empty(logits, tuple(logits.shape), logits.dtype)
+    _launch_backward(grad, logits, weights, experts, *values, dlogits)
+    return dlogits
 
 
 def route_backward_supports(

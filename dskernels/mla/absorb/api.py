@@ -7,11 +7,13 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation
 from dskernels.reference import mla as reference
+from dskernels.repeated import repeated
 from dskernels.validate import HALF_OR_SINGLE, check_tensor
 
 FLOATS = (*HALF_OR_SINGLE, torch.float64)
 
 
+@repeated
 def mla_decode_queries(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, *, impl: str | None = None) -> Tensor:
     """Turn the queries of new tokens into those that :func:`mla_decode` takes: W^UK absorbed, the rope part rotated.
 

@@ -7,10 +7,12 @@ from torch import Tensor
 from dskernels.dispatch import Operation
 from dskernels.fp8.layout import empty_quantized
 from dskernels.reference import mla as reference
+from dskernels.repeated import repeated
 from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_tensor
 
 
+@repeated
 def mla_values_quantize(latents: Tensor, w_uv: Tensor, *, impl: str | None = None) -> Fp8Tensor:
     """Multiply what :func:`mla_decode` returns by each head's W^UV, and quantise it for the output projection.
 

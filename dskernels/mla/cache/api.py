@@ -8,11 +8,13 @@ from torch import Tensor
 from dskernels.dispatch import Operation
 from dskernels.mla.cache.layout import check_latent_cache
 from dskernels.reference import mla as reference
+from dskernels.repeated import repeated
 from dskernels.validate import HALF_OR_SINGLE, check_float, check_tensor, check_written
 
 FLOATS = (*HALF_OR_SINGLE, torch.float64)
 
 
+@repeated
 def write_latent_cache(
     kv: Tensor,
     k_rope: Tensor,
@@ -56,8 +58,6 @@ def write_latent_cache(
     Other rows of the cache are not touched. No token is no work. Not differentiable.
     Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 1 and 3; RoFormer (arXiv 2104.09864), eq. 34.
     """
-    if _write_latent_cache.repeat(kv, k_rope, norm_weight, cos, sin, cache, slots, eps, impl=impl):
-        return cache
     check_tensor("kv", kv, dtype=FLOATS, shape=("T", "latent"))
     tokens, latent_dim = kv.shape
     check_tensor("k_rope", k_rope, dtype=kv.dtype, shape=(tokens, "rope"), like=kv)

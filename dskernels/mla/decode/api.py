@@ -8,9 +8,11 @@ from torch import Tensor
 from dskernels.dispatch import Operation
 from dskernels.mla.cache.layout import check_latent_cache
 from dskernels.reference import mla as reference
+from dskernels.repeated import repeated
 from dskernels.validate import HALF_OR_SINGLE, check_float, check_int, check_tensor
 
 
+@repeated
 def mla_decode(
     q: Tensor,
     cache: Tensor,

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation, differentiating
 from dskernels.reference import mla as reference
+from dskernels.repeated import repeated
 from dskernels.validate import HALF_OR_SINGLE, check_tensor
 
 
+@repeated
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:

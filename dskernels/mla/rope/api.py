@@ -7,11 +7,13 @@ from torch import Tensor
 
 from dskernels.dispatch import Operation
 from dskernels.reference import mla as reference
+from dskernels.repeated import repeated
 from dskernels.validate import HALF_OR_SINGLE, check_tensor, check_written
 
 FLOATS = (*HALF_OR_SINGLE, torch.float64)
 
 
+@repeated
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor | None = None, impl: str | None = None) -> Tensor:
     """Rotate the adjacent pairs of the last dimension by their token's angles, and leave them adjacent.
 
