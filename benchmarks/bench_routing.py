@@ -17,7 +17,7 @@ from benchmarks import peers, roofline, workloads
 from benchmarks.cases import Call, Case
 from benchmarks.models import graph_of
 from benchmarks.peers import moe as moe_peers
-from dskernels.dispatch import OPERATIONS
+from dskernels.choice import OPERATIONS
 
 SCALE = 2.5
 COMPILED = (4096, 32768)  # tokens

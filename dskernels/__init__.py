@@ -1,6 +1,6 @@
 """GPU kernels for models built like DeepSeek-V3, each with a plain PyTorch reference that means the same."""
 
-from dskernels.dispatch import explain, use_impl
+from dskernels.choice import explain, use_impl
 from dskernels.fp8 import (
     quantize,
     quantize_both,

@@ -3,7 +3,7 @@
 Every operation has up to three implementations that mean the same: ``hopper`` (sm_90 only), ``triton`` (any Triton GPU)
 and ``reference`` (PyTorch, anywhere). ``impl=None`` takes the first of these, in this order, that the tensors' device
 and the arguments allow. An explicit ``impl=``, or :class:`use_impl`, is obeyed or raises: nothing falls back silently.
-:func:`explain` says what would run, and why not the others.
+:func:`dskernels.explain` says what would run, and why not the others (dskernels.choice).
 """
 
 from __future__ import annotations
@@ -14,37 +14,19 @@ import importlib
 import importlib.util
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from dskernels.device import PLAIN, capability, default_device, dispatch_modes, has_triton, interpreting, several_gpus
+from dskernels.choice import IMPLEMENTATIONS, OPERATIONS, Choice, check_impl, choices, forced, reason_of_device
+from dskernels.device import PLAIN, dispatch_modes, several_gpus
 from dskernels.metadata import ByMetadata
 
-IMPLEMENTATIONS = ("hopper", "triton", "reference")
-OPERATIONS: dict[str, Operation] = {}
-
-UNSEEN = object()  # what `Operation.again` says of arguments that it has not seen
 _STRAIGHT_DEVICES = ("cuda",)  # where the host's share of a call matters
 
 _library = torch.library.Library("dskernels", "FRAGMENT")
-forced: ContextVar[str | None] = ContextVar("forced implementation", default=None)
-choices: ContextVar[list[Choice] | None] = ContextVar("choices of explain()", default=None)
-
-
-class Choice(NamedTuple):
-    """What runs for one operation, and why each implementation before it does not."""
-
-    operation: str
-    impl: str
-    rejected: dict[str, str]
-
-    def __str__(self) -> str:
-        rejected = "; ".join(f"not {impl}: {reason}" for impl, reason in self.rejected.items())
-        return f"{self.operation}: {self.impl}" + (f" ({rejected})" if rejected else "")
 
 
 class Operation:
@@ -107,7 +89,7 @@ class Operation:
         ``x.add_(1)`` takes 12).
         """
         if impl is not None:
-            _check_impl(impl)
+            check_impl(impl)
         if (
             torch.compiler.is_dynamo_compiling()
             or self._straight is None
@@ -129,36 +111,6 @@ class Operation:
         if self.writes:
             self._note_writes(args)
         return result
-
-    def again(self, *args: Any, impl: str | None = None) -> Any:
-        """What the operation returns, if arguments of the same metadata were run before: if so, they were valid.
-
-        `UNSEEN`, with nothing done, says that they are new, and are to be looked at. It spares a public function the
-        validation of what it has validated: 10 us of the 25 that `route` took where ``x.add_(1)`` takes 8. The function
-        has to look at what metadata and the values handed to it here do not say, such as the type of its arguments.
-        """
-        if impl is not None:
-            _check_impl(impl)
-        if (
-            torch.compiler.is_dynamo_compiling()
-            or self._straight is None
-            or dispatch_modes()
-            or profiler._is_profiler_enabled
-        ):
-            return UNSEEN
-        tensors, also = self._seen(args, impl)
-        found = None if also is None else self._straight.find(tensors, also)
-        if found is None:
-            return UNSEEN
-        launch, addresses = found
-        result = launch(addresses, args)
-        if self.writes:
-            self._note_writes(args)
-        return result
-
-    def repeat(self, *args: Any, impl: str | None = None) -> bool:
-        """Run an operation that only writes, if arguments of the same metadata were run before; whether they were."""
-        return self.again(*args, impl=impl) is not UNSEEN
 
     def _seen(self, args: tuple, impl: str | None) -> tuple[tuple[Tensor, ...], Hashable]:
         """The tensors, and what else decides what runs; None for that where it must be decided anew."""
@@ -284,7 +236,7 @@ class Operation:
             for name, target in self.targets.items()
             if isinstance(target, str)
             and impl in (None, name)
-            and _reason_of_device(name, device, asked_for=impl is not None) is None
+            and reason_of_device(name, device, asked_for=impl is not None) is None
         ]
 
     def _reason_against(self, impl: str, args: Sequence[Any], asked_for: bool) -> str | None:
@@ -293,7 +245,7 @@ class Operation:
             return "there is no such kernel for this operation"
         if impl == "reference":
             return None
-        reason = _reason_of_device(impl, _device_of(args), asked_for)
+        reason = reason_of_device(impl, _device_of(args), asked_for)
         if reason is None and (supports := _supports(target)) is not None:
             reason = supports(*args)
         return reason
@@ -301,68 +253,6 @@ class Operation:
     def _function(self, impl: str) -> Callable:
         target = self.targets[impl]
         return _load(target) if isinstance(target, str) else target  # type: ignore[return-value]
-
-
-class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
-    """Run every operation inside ``with use_impl("reference"):`` by that implementation, or raise where it cannot.
-
-    A call's own ``impl=`` wins over it. Backward passes run what their forward was asked for. It holds for the current
-    thread.
-    """
-
-    def __init__(self, impl: str | None) -> None:
-        if impl is not None and impl not in IMPLEMENTATIONS:
-            raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {impl!r}")
-        self.impl = impl
-
-    def __enter__(self) -> None:
-        self._token = forced.set(self.impl)
-
-    def __exit__(self, *exc_info: object) -> None:
-        forced.reset(self._token)
-
-
-def forced_impl() -> str | None:
-    """What :class:`use_impl` asks for here, None outside of it."""
-    return forced.get()
-
-
-def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
-    """Say which implementation would run, and why not the others, without running any kernel.
-
-    ``explain(dskernels.fp8_gemm, a, b)`` answers for these arguments (which are validated as usual), ``explain()`` for
-    every operation on this machine's default device.
-
-    Args:
-        function: a public operation, or whatever calls some; none for all operations.
-        args: what it is called with.
-        kwargs: likewise.
-
-    Returns:
-        One :class:`Choice` for each registered operation that the call makes, in their order.
-
-    Raises:
-        TypeError, ValueError: as the function does, also for an explicit `impl` that cannot run.
-    """
-    if function is None:
-        probe = torch.empty(0, device=default_device())
-        return [
-            Choice(op.name, "composite", {}) if op.composite else _choose_by_device(op, probe.device)
-            for op in OPERATIONS.values()
-        ]
-    told: list[Choice] = []
-    token = choices.set(told)
-    try:
-        function(*args, **kwargs)
-    finally:
-        choices.reset(token)
-    return told
-
-
-def _check_impl(impl: Any) -> None:
-    """Check that it is a name; `choose` says whether of an implementation."""
-    if not isinstance(impl, str):
-        raise TypeError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {type(impl).__name__}")
 
 
 @contextlib.contextmanager
@@ -404,39 +294,11 @@ def _picker(positions: Sequence[int]) -> Callable[[tuple], tuple]:
     return lambda args: tuple([args[i] for i in positions])
 
 
-def _choose_by_device(op: Operation, device: torch.device) -> Choice:
-    rejected = {}
-    for impl in IMPLEMENTATIONS[:-1]:
-        if op.targets[impl] is None:
-            rejected[impl] = "there is no such kernel for this operation"
-        elif reason := _reason_of_device(impl, device, asked_for=False):
-            rejected[impl] = reason
-        else:
-            return Choice(op.name, impl, rejected)
-    return Choice(op.name, "reference", rejected)
-
-
 def _device_of(args: Sequence[Any]) -> torch.device:
     for arg in args:
         if isinstance(arg, Tensor):
             return arg.device
     raise ValueError("an operation needs a tensor argument")
-
-
-def _reason_of_device(impl: str, device: torch.device, asked_for: bool) -> str | None:
-    """Why `impl` does not run on `device`, whatever the arguments."""
-    if impl == "hopper":
-        if device.type != "cuda" or capability(device) != (9, 0):
-            return "it needs an sm_90 GPU"
-    elif impl == "triton":
-        if not has_triton():
-            return "Triton is not installed"
-        if device.type == "cpu":
-            if not interpreting():
-                return "the tensors are on the CPU, and TRITON_INTERPRET=1 is not set"
-            if not asked_for:
-                return "the tensors are on the CPU, and the interpreter runs only when asked for by impl='triton'"
-    return None
 
 
 @functools.cache

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from dskernels.choice import Choice, explain
 from dskernels.device import default_device
-from dskernels.dispatch import Choice, explain
 
 PACKAGES = ("dskernels", "torch", "triton", "cupy", "safetensors", "transformers", "tokenizers", "matplotlib")
 DISTRIBUTIONS = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}

@@ -202,7 +202,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Our own operations run inside; of torch's, those that write memory are not recorded."""
         if func.namespace == "dskernels":
-            from dskernels.dispatch import OPERATIONS
+            from dskernels.choice import OPERATIONS
 
             operation = OPERATIONS[func._opname]
             with self:

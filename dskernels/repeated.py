@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from dskernels import recording
+from dskernels.choice import choices, forced
 from dskernels.device import PLAIN, dispatch_modes, several_gpus
-from dskernels.dispatch import choices, forced, meets_nothing_else
+from dskernels.dispatch import meets_nothing_else
 from dskernels.metadata import ByMetadata
 from dskernels.recording import Kind, Recorder, Returned
 from dskernels.types import Fp8Tensor, Permuted, Routing

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dskernels import __version__, cli, parity
-from dskernels.dispatch import OPERATIONS
+from dskernels.choice import OPERATIONS
 
 
 @pytest.fixture
@@ -103,6 +103,17 @@ def test_a_wrong_option_is_one_line_too(run, arguments, message):
     assert status == 2
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchruns_report_says_what_was_wrong(run, tmp_path, monkeypatch, rank):
+    """It comes last, behind the lines of all ranks, of which the first says the same."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", str(rank))
+    status, _, error = run("train", "demo", "--steps", "0")
+    assert status == 1
+    assert (error == "") is (rank == 1)
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == "error: steps: expected at least 1, got 0"
 
 
 def test_no_command_shows_the_help(run):

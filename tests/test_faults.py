@@ -42,13 +42,13 @@ def test_a_forced_implementation_is_of_its_thread_alone():
     def forced():
         with ds.use_impl("reference"):
             ready.wait()
-            seen["inside"] = ds.dispatch.forced_impl()
+            seen["inside"] = ds.choice.forced_impl()
             done.wait()
 
     thread = threading.Thread(target=forced)
     thread.start()
     ready.wait()
-    seen["outside"] = ds.dispatch.forced_impl()
+    seen["outside"] = ds.choice.forced_impl()
     done.wait()
     thread.join()
     assert seen == {"inside": "reference", "outside": None}

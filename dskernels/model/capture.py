@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dskernels.dispatch import forced_impl
+from dskernels.choice import forced_impl
 
 
 class capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph

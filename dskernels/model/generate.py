@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from dskernels.dispatch import forced_impl
+from dskernels.choice import forced_impl
 from dskernels.model.cache import LatentCache, page_keys
 from dskernels.model.chance import streams
 from dskernels.model.model import DeepseekV3

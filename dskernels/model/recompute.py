@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import dskernels as ds
-from dskernels.dispatch import forced_impl
+from dskernels.choice import forced_impl
 
 
 def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dskernels.choice import forced_impl
 from dskernels.device import default_device
-from dskernels.dispatch import forced_impl
 from dskernels.model import train_state
 from dskernels.model.config import Config
 from dskernels.model.data import Corpus

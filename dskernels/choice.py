@@ -1,0 +1,125 @@
+"""Which implementation was asked for, what a device rules out, and :func:`explain`, which says what would run and why.
+
+`dskernels.dispatch` chooses by these at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from dskernels.device import capability, default_device, has_triton, interpreting
+
+if TYPE_CHECKING:
+    from dskernels.dispatch import Operation
+
+IMPLEMENTATIONS = ("hopper", "triton", "reference")
+OPERATIONS: dict[str, Operation] = {}
+
+forced: ContextVar[str | None] = ContextVar("forced implementation", default=None)
+choices: ContextVar[list[Choice] | None] = ContextVar("choices of explain()", default=None)
+
+
+class Choice(NamedTuple):
+    """What runs for one operation, and why each implementation before it does not."""
+
+    operation: str
+    impl: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        rejected = "; ".join(f"not {impl}: {reason}" for impl, reason in self.rejected.items())
+        return f"{self.operation}: {self.impl}" + (f" ({rejected})" if rejected else "")
+
+
+class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
+    """Run every operation inside ``with use_impl("reference"):`` by that implementation, or raise where it cannot.
+
+    A call's own ``impl=`` wins over it. Backward passes run what their forward was asked for. It holds for the current
+    thread.
+    """
+
+    def __init__(self, impl: str | None) -> None:
+        if impl is not None and impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {impl!r}")
+        self.impl = impl
+
+    def __enter__(self) -> None:
+        self._token = forced.set(self.impl)
+
+    def __exit__(self, *exc_info: object) -> None:
+        forced.reset(self._token)
+
+
+def forced_impl() -> str | None:
+    """What :class:`use_impl` asks for here, None outside of it."""
+    return forced.get()
+
+
+def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
+    """Say which implementation would run, and why not the others, without running any kernel.
+
+    ``explain(dskernels.fp8_gemm, a, b)`` answers for these arguments (which are validated as usual), ``explain()`` for
+    every operation on this machine's default device.
+
+    Args:
+        function: a public operation, or whatever calls some; none for all operations.
+        args: what it is called with.
+        kwargs: likewise.
+
+    Returns:
+        One :class:`Choice` for each registered operation that the call makes, in their order.
+
+    Raises:
+        TypeError, ValueError: as the function does, also for an explicit `impl` that cannot run.
+    """
+    if function is None:
+        probe = torch.empty(0, device=default_device())
+        return [
+            Choice(op.name, "composite", {}) if op.composite else _by_device(op, probe.device)
+            for op in OPERATIONS.values()
+        ]
+    told: list[Choice] = []
+    token = choices.set(told)
+    try:
+        function(*args, **kwargs)
+    finally:
+        choices.reset(token)
+    return told
+
+
+def _by_device(op: Operation, device: torch.device) -> Choice:
+    rejected = {}
+    for impl in IMPLEMENTATIONS[:-1]:
+        if op.targets[impl] is None:
+            rejected[impl] = "there is no such kernel for this operation"
+        elif reason := reason_of_device(impl, device, asked_for=False):
+            rejected[impl] = reason
+        else:
+            return Choice(op.name, impl, rejected)
+    return Choice(op.name, "reference", rejected)
+
+
+def check_impl(impl: Any) -> None:
+    """Check that it is a name; `choose` says whether of an implementation."""
+    if not isinstance(impl, str):
+        raise TypeError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {type(impl).__name__}")
+
+
+def reason_of_device(impl: str, device: torch.device, asked_for: bool) -> str | None:
+    """Why `impl` does not run on `device`, whatever the arguments."""
+    if impl == "hopper":
+        if device.type != "cuda" or capability(device) != (9, 0):
+            return "it needs an sm_90 GPU"
+    elif impl == "triton":
+        if not has_triton():
+            return "Triton is not installed"
+        if device.type == "cpu":
+            if not interpreting():
+                return "the tensors are on the CPU, and TRITON_INTERPRET=1 is not set"
+            if not asked_for:
+                return "the tensors are on the CPU, and the interpreter runs only when asked for by impl='triton'"
+    return None
