@@ -1,5 +1,7 @@
 // The core of the block-scaled e4m3 products for few rows on sm_90a: C = A @ B.T with A in 1x128 tiles and B in 128x128 blocks. B is
 // streamed once, and bytes in flight are all that counts. A kernel includes this file and brings its own order of tiles, see below.
+// With HALF the operands are bf16 or fp16 and have no scales: a block of K is 128 bytes all the same, 64 elements, and sums stay in the
+// tensor cores' registers.
 //
 // The operands are swapped: a CTA takes TILE rows of B as the 64-row operand of the tensor cores, and TOKENS rows of A as the narrow
 // one. One warp loads: for each 128 of K the tiles of B and A and the scales of A's rows go to one of `stages` buffers in shared memory,
@@ -16,21 +18,25 @@
 //   b_row()         of B, where it begins
 //   column()        of C, where it begins
 //   b_scales(s, i)  where in the matrix `s` of scales those of the tile's row i of B are, or of any row of B where valid() is false
-//   block()         of K, 128 wide, where this CTA's share of the sum begins; blocks(): how many, the same for all tiles
+//   block()         of K, BLOCK_K elements wide, where this CTA's share of the sum begins; blocks(): how many, the same for all tiles
 //
 // Before it includes this file it says, by a constant ANY_ROW, whether tiles may begin at rows of A that are not multiples of 4.
 //
 // Options (-D): TILE 64 to 256, TOKENS 8 to 128 (a power of two), SPLIT 1 to 8, OUT 0 (bf16), 1 (fp16), 2 (fp32), BIAS 0 (none), 1 (bf16),
-// 2 (fp16), 3 (fp32), ACCUMULATE 0 or 1.
+// 2 (fp16), 3 (fp32), ACCUMULATE 0 or 1, HALF 0 (e4m3, which it is where nothing is said), 1 (bf16), 2 (fp16).
 #pragma once
+
+#ifndef HALF
+#define HALF 0
+#endif
 
 #include "element.cuh"
 #include "wgmma.cuh"
 
-constexpr int BLOCK_K = 128, CONSUMERS = 2 * TILE, WARPS = CONSUMERS / 32;
-constexpr int B_BYTES = TILE * BLOCK_K, A_BYTES = TOKENS * BLOCK_K;
+constexpr int K_BYTES = 128, BLOCK_K = HALF ? 64 : 128, CONSUMERS = 2 * TILE, WARPS = CONSUMERS / 32;
+constexpr int B_BYTES = TILE * K_BYTES, A_BYTES = TOKENS * K_BYTES;
 // The accelerator reads from multiples of 16 bytes and writes to multiples of 128.
-constexpr int SA_BYTES = (ANY_ROW ? TOKENS + 4 : TOKENS) * 4, SA_PITCH = (SA_BYTES + 127) / 128 * 128;
+constexpr int SA_BYTES = HALF ? 0 : (ANY_ROW ? TOKENS + 4 : TOKENS) * 4, SA_PITCH = (SA_BYTES + 127) / 128 * 128;
 constexpr int GROUPS = TOKENS / 8, SHARE = (GROUPS + SPLIT - 1) / SPLIT;  // 8 rows of C each; those that one CTA adds up
 constexpr int PART = TOKENS < 64 ? TOKENS : 64, PARTS = TOKENS / PART;  // two products, so that one runs while the other is promoted
 constexpr int C_ROWS = SHARE < 8 ? SHARE * 8 : 64;  // of C in shared memory at a time
@@ -97,10 +103,10 @@ template <class Tiles> struct Loader {
     __device__ __forceinline__ void load() {
         const int k = tiles.block() + at;
         const u32 full = memory.full(into);
-        barrier_expect(full, B_BYTES + rows_a * BLOCK_K + SA_BYTES);
+        barrier_expect(full, B_BYTES + rows_a * K_BYTES + SA_BYTES);
         tma_load_evict_first(memory.rows + into * B_BYTES, map_b, full, k * BLOCK_K, tiles.b_row());
         tma_load(memory.tokens + into * A_BYTES, map_a, full, k * BLOCK_K, tiles.row());
-        tma_load(memory.scales + into * SA_PITCH, map_sa, full, ANY_ROW ? tiles.row() & ~3 : tiles.row(), k);
+        if (!HALF) tma_load(memory.scales + into * SA_PITCH, map_sa, full, ANY_ROW ? tiles.row() & ~3 : tiles.row(), k);
         if (++into == stages) into = 0;
         if (++at == blocks) {
             at = 0;
@@ -125,6 +131,24 @@ template <class Tiles> struct Loader {
     }
 };
 
+// The next 8 rows of an operand lie at + 64 of its descriptor.
+constexpr int PART_STEP = PART / 8 * 64;
+
+#if HALF
+// total += the product of the stage at `rows` and `tokens`.
+__device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 rows, u32 tokens, u32 empty, int lane) {
+    const u64 b = operand_k_major(rows), a = operand_k_major(tokens);
+    registers_fence(total);
+    wgmma_begin();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) multiply_half<HALF == 2, 0, 0>(total, b + 2 * j, a + 2 * j, 1);
+    wgmma_commit();
+    registers_fence(total);
+    wgmma_wait<0>();
+    registers_fence(total);
+    if (lane == 0) barrier_arrive(empty);
+}
+#else
 // total += the product of the stage at `rows`, `tokens` and `columns` (the scales of this thread's first columns), times `scale` and those.
 __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 rows, u32 tokens, u32 columns, float scale, u32 empty, int lane) {
     const u64 b = operand_k_major(rows), a = operand_k_major(tokens);
@@ -135,7 +159,7 @@ __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 r
 #pragma unroll
     for (int h = 0; h < PARTS; ++h) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) multiply(part[h], b + 2 * j, a + h * (PART * BLOCK_K / 16) + 2 * j, j != 0);
+        for (int j = 0; j < 4; ++j) multiply(part[h], b + 2 * j, a + h * PART_STEP + 2 * j, j != 0);
         wgmma_commit();
     }
 #pragma unroll
@@ -164,6 +188,7 @@ __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 r
         }
     }
 }
+#endif
 
 // The share of this CTA of the cluster's tile, added up: rows 8 * SHARE * rank to 8 * SHARE * (rank + 1) of the tile of C. The same thread
 // of every CTA holds the same elements.
@@ -274,7 +299,7 @@ __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memor
     auto scales_from = [&](const Tiles& of, int block) {
         return __ldg(of.b_scales(sb, group * 64) + of.block() + max(min(block + lane, blocks - 1), 0));
     };
-    float scales_next = scales_from(tiles, 0);
+    float scales_next = HALF ? 0.f : scales_from(tiles, 0);
     int stage = 0;
     u32 phase = 0;
     do {
@@ -285,14 +310,18 @@ __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memor
 #pragma unroll
         for (int i = 0; i < TOKENS / 2; ++i) total[i] = 0.f;
         for (int first = 0; first < blocks; first += 32) {
-            const float scales_now = scales_next;
+            [[maybe_unused]] const float scales_now = scales_next;
             const bool last = first + 32 >= blocks;
-            scales_next = last ? scales_from(following, 0) : scales_from(tiles, first + 32);
+            if (!HALF) scales_next = last ? scales_from(following, 0) : scales_from(tiles, first + 32);
             const int count = min(blocks - first, 32);
             for (int i = 0; i < count; ++i) {
                 barrier_wait(memory.full(stage), phase);
-                multiply_block(total, memory.rows + stage * B_BYTES + group * 64 * BLOCK_K, memory.tokens + stage * A_BYTES,
-                               columns + stage * SA_PITCH, __shfl_sync(0xffffffffu, scales_now, i), memory.empty(stage), lane);
+                const u32 rows = memory.rows + stage * B_BYTES + group * 64 * K_BYTES, tokens = memory.tokens + stage * A_BYTES;
+#if HALF
+                multiply_block(total, rows, tokens, memory.empty(stage), lane);
+#else
+                multiply_block(total, rows, tokens, columns + stage * SA_PITCH, __shfl_sync(0xffffffffu, scales_now, i), memory.empty(stage), lane);
+#endif
                 if (++stage == stages) {
                     stage = 0;
                     phase ^= 1;

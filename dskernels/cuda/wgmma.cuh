@@ -62,6 +62,7 @@ DEFINE_PRODUCTS(192, 96, 96, 97, 98)
         else HALF_PRODUCT("bf16", N, R, A, B, KEEP, F, G);                                                                \
     }
 
+DEFINE_HALF_PRODUCTS(8, 4, 4, 5, 6, 7, 8)
 DEFINE_HALF_PRODUCTS(16, 8, 8, 9, 10, 11, 12)
 DEFINE_HALF_PRODUCTS(32, 16, 16, 17, 18, 19, 20)
 DEFINE_HALF_PRODUCTS(64, 32, 32, 33, 34, 35, 36)

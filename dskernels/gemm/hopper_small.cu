@@ -1,5 +1,5 @@
-// C[M, N] = A[M, K] @ B[N, K].T for few rows M, e4m3 A in 1x128 tiles and B in 128x128 blocks, on sm_90a. The core, with its options, is in
-// cuda/fp8_gemm_small.cuh; here is the order of the tiles.
+// C[M, N] = A[M, K] @ B[N, K].T for few rows M, e4m3 A in 1x128 tiles and B in 128x128 blocks, or both of bf16 or fp16, on sm_90a. The core,
+// with its options, is in cuda/fp8_gemm_small.cuh; here is the order of the tiles. `map_sa` and `sb` are of e4m3 alone.
 
 constexpr bool ANY_ROW = false;
 #include "fp8_gemm_small.cuh"

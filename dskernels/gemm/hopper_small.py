@@ -1,4 +1,4 @@
-"""Launcher of hopper_small.cu, the block-scaled e4m3 GEMM for few rows on sm_90a.
+"""Launchers of hopper_small.cu, the products for few rows on sm_90a: of block-scaled e4m3, of bf16 and of fp16.
 
 Reading the weights is all that counts there: with one row the kernel takes 0.74 to 0.86 of cuBLASLt's time. CUDA C++,
 as Triton 3.6's Gluon has neither clusters nor L2 policies: without evict-first, loads of B write back what others left
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel
-from dskernels.cuda.driver import Plan, Pointer, TensorMap, scale_map
+from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, scale_map
 from dskernels.device import multiprocessors
-from dskernels.gemm.config import SHARED_LIMIT, SmallConfig
+from dskernels.gemm.config import SHARED_LIMIT, SmallConfig, choose_small_config
 
 SOURCE = Path(__file__).with_name("hopper_small.cu")
 OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+HALF = {torch.bfloat16: 1, torch.float16: 2}
 BIAS = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # Up to here a CTA asks for whole rows of B at once, and the L2 fetches in pieces as large as it is asked for: 32768x512
 # took 12.7 us with a row and 13.5 with 64; in pieces of 256 bytes 13.7 and 14.7. At K = 1536 and more it is the same.
@@ -51,6 +52,39 @@ def plan(
             Pointer("bias"),
             Pointer("out"),
             *map(ctypes.c_int, (m, n, k, b_scale.stride(0), out.stride(0), stages)),
+        ),
+        grid=config.grid(m, n, processors),
+        threads=2 * config.tile + 32,
+        shared=config.shared_bytes(stages, config.tiles(m, n, processors)),
+        device=a.device,
+        programmatic=True,
+    )
+
+
+@Planned
+def half_gemm(a: Tensor, b: Tensor, out: Tensor) -> Plan:
+    """Fill `out` [M, N] with ``a @ b.T``, `a` [M, K] and `b` [N, K] being bf16 or fp16: blocks of K of as many bytes as
+    those of e4m3, and tiles as for these."""
+    (m, k), n = a.shape, b.shape[0]
+    return plan_half(choose_small_config(m, n, 2 * k, multiprocessors(a.device)), a, b, out)
+
+
+def plan_half(config: SmallConfig, a: Tensor, b: Tensor, out: Tensor) -> Plan:
+    """The launch of a given config."""
+    (m, k), n = a.shape, b.shape[0]
+    processors = multiprocessors(a.device)
+    stages = config.stages(m, n, 2 * k, processors)
+    options = options_of(config, OUT[out.dtype], 0, 0) | {"HALF": HALF[a.dtype]}
+    a_map = TensorMap("a", a, (min(config.tokens, m), 64), swizzle=True)
+    return Plan(
+        kernel(SOURCE, "fp8_gemm_small", options, SHARED_LIMIT, a.device.index),
+        arguments=(
+            a_map,
+            TensorMap("b", b, (config.tile, 64), swizzle=True),
+            a_map,
+            *[ctypes.c_void_p(None)] * 2,
+            Pointer("out"),
+            *map(ctypes.c_int, (m, n, k, 0, out.stride(0), stages)),
         ),
         grid=config.grid(m, n, processors),
         threads=2 * config.tile + 32,
