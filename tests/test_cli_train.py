@@ -159,6 +159,7 @@ def test_data_that_is_no_text_is_named(run, tmp_path, name, content, message):
         (["--ema", 1.5], "ema: expected a decay in [0, 1), got 1.5"),
         (["--resume"], "has no checkpoint to go on from"),
         (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used"),
+        (["--device", "cpu", "--cuda-graph"], "--cuda-graph: needs a GPU, the model would run on cpu"),
     ],
 )
 def test_wrong_options_are_one_line(run, text, tmp_path, options, message):
@@ -166,6 +167,7 @@ def test_wrong_options_are_one_line(run, text, tmp_path, options, message):
     assert status == 1
     assert message in " ".join(error.split())
     assert error.count("\n") == 1
+    assert not (tmp_path / "run" / "tokens").exists()  # said before the text is read
 
 
 def test_missing_packages_are_one_line(run, text, tmp_path, monkeypatch):
@@ -175,6 +177,7 @@ def test_missing_packages_are_one_line(run, text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     status, _, error = run("train", "tiny", "--data", text, "--out", tmp_path / "run", "--tensorboard", *SIZES)
     assert (status, "pip install 'dskernels[tensorboard]'" in " ".join(error.split())) == (1, True)
+    assert not (tmp_path / "run" / "tokens").exists()
 
 
 def test_plot_says_what_it_cannot_draw(run, tmp_path):

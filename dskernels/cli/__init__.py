@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from dskernels import __version__
-from dskernels.cli import training
+from dskernels.cli import together, training
 from dskernels.cli.generation import EXAMPLES, generate
 
 app = typer.Typer(
@@ -184,4 +184,6 @@ def main() -> None:
 
 def _say(text: str) -> None:
     line = " ".join(text.split())
+    if together.tell_torchrun(line) and not together.speaks():
+        return  # most often all ranks would say the same
     Console(stderr=True).print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -95,6 +96,9 @@ def generate(
 
     if prompt is not None and batch is not None:
         raise ValueError("--prompt: expected without --batch")
+    alone = together.ranks() == 1
+    if not alone and (str(batch) == "-" or (prompt is None and batch is None)):
+        raise ValueError("--prompt: expected it, or --batch with a file, as ranks cannot share stdin")
     if out is not None and batch is None:
         raise ValueError("--out: expected with --batch")
     limits = (("--max-new-tokens", max_new_tokens, 1), ("--max-batch", max_batch, 1), ("--draft", draft, 0))
@@ -133,7 +137,6 @@ def generate(
         },
         seed,
     )
-    alone = together.ranks() == 1
     interactive = alone and writer.template is not None and batch is None and sys.stdin.isatty() and sys.stdout.isatty()
     if batch is not None:
         prompts = read_prompts(batch, writer.template, template, tokenizer, writer.messages)
@@ -141,7 +144,7 @@ def generate(
             one.check(max_new_tokens, config.max_position_embeddings)
         with _opened(out) as file:
             if prompts:
-                writer.model = _load(path, where, settings)
+                writer.model = _load(path, where, settings) if alone else together.load(path, device, settings, console)
                 writer.work_through(prompts, file)
         return
     if prompt is None and not interactive:
@@ -153,7 +156,7 @@ def generate(
     tokens = [] if prompt is None else writer.tokens(prompt)
     if prompt is not None:
         Prompt("--prompt", {}, tokens).check(max_new_tokens, config.max_position_embeddings)
-    writer.model = _load(path, where, settings)
+    writer.model = _load(path, where, settings) if alone else together.load(path, device, settings, console)
     if interactive:
         writer.talk(prompt)
     else:
@@ -313,11 +316,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _load(path: Path, device: torch.device, settings: dict[str, Any]) -> DeepseekV3:
-    """Reads the model behind a bar; under torchrun each rank has a part of it."""
+    """Reads the model behind a bar."""
     from dskernels.model import load
-
-    if together.ranks() > 1:
-        return together.load(path, settings, console)
 
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     # A bar that is not drawn would still leave its line break.
@@ -330,10 +330,12 @@ def _load(path: Path, device: torch.device, settings: dict[str, Any]) -> Deepsee
 
 @contextmanager
 def _opened(out: Path | None) -> Iterator[TextIO]:
-    """The file that is written to, or stdout."""
+    """The file that is written to, or stdout; the first of many ranks writes."""
     if out is None:
         yield sys.stdout
         return
+    if not together.speaks():
+        out = Path(os.devnull)
     with out.open("w", encoding="utf-8") as file:
         yield file
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import json
 import os
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,20 @@ if TYPE_CHECKING:
 def ranks() -> int:
     """How many ranks torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def speaks() -> bool:
+    """Whether this rank writes and says things: the first, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tell_torchrun(error: str) -> bool:
+    """Hands what ended this rank to torchrun, whose report on all ranks comes last; false without torchrun."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is not None:
+        said = {"message": f"error: {error}", "timestamp": int(time.time())}
+        Path(file).write_text(json.dumps(said), encoding="utf-8")
+    return file is not None
 
 
 def parse_plan(text: str | None, count: int) -> Plan:
@@ -84,7 +100,6 @@ def train(
     from dskernels.model.parallel.training import train as run
     from dskernels.model.plot import plot_run
     from dskernels.model.progress import TrainingProgress
-    from dskernels.model.train_state import checkpoints
 
     console = training.console
     split = parse_plan(plan, ranks())
@@ -93,23 +108,20 @@ def train(
         recipe = dataclasses.replace(recipe, microbatches=least)
     team = start(split, device, console)
     chief = dist.get_rank() == 0
-    shape = training._shape(config)
-    split.check(shape, ranks())
-    found = next(iter(checkpoints(out)), None) if resume is not False else None
+    split.check(training.shape_of(config), ranks())
     if not chief:  # the first makes the tokens, which the others then read
         dist.barrier()
-        data, found = [out / training.TOKENS] if not (data and len(data) == 1 and _tokens(data[0])) else data, None
-    corpus, tokens, about = training._text(data, out, tokenizer, held_out, recipe.seed, again=found is not None)
-    model_config = training._with_vocabulary(shape, config, about)
+        data = [out / training.TOKENS] if not (data and len(data) == 1 and _tokens(data[0])) else data
+    begun = training.begin(config, data, out, tokenizer, held_out, init, recipe, resume, writes=chief)
     if chief:
-        training._write_json(out / "train.json", {"config": config, **dataclasses.asdict(recipe)})
         dist.barrier()
     numbers = ", ".join(f"{n} {getattr(split, n)}" for n in ("data", "expert", "pipeline") if getattr(split, n) > 1)
     console.print(f"{ranks()} ranks: {numbers}; {recipe.microbatches} micro-batches a step.", highlight=False)
     with ExitStack() as stack:
         progress = stack.enter_context(TrainingProgress(recipe.steps, console)) if chief else None
         options: dict[str, Any] = dict(init=init, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
-        history = run(model_config, corpus, recipe, team, out=out, progress=progress, tokenizer_from=tokens, **options)
+        options |= dict(out=out, progress=progress, tokenizer_from=begun.tokens)
+        history = run(begun.model, begun.corpus, recipe, team, **options)
     looks = [line["validation_loss"] for line in history if "validation_loss" in line]
     if chief and looks:
         pictures = plot_run(history, out)
@@ -117,13 +129,13 @@ def train(
         console.print(f"{said} Model, metrics, {', '.join(pictures)}: {out}.", highlight=False, soft_wrap=True)
 
 
-def load(path: Path, settings: dict[str, Any], console: Console) -> DeepseekV3:
+def load(path: Path, device: str | None, settings: dict[str, Any], console: Console) -> DeepseekV3:
     """A model of which each rank has its part, to generate with."""
     from dskernels.model import load as read
     from dskernels.model.parallel.decode import parallelize_decode
     from dskernels.model.parallel.plan import Plan
 
-    team = start(Plan(tensor=ranks()), None, console)
+    team = start(Plan(tensor=ranks()), device, console)
     return parallelize_decode(read(path, device="cpu", **settings), team)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from dskernels.cli import together
 if TYPE_CHECKING:
     from dskernels.model import Config
     from dskernels.model.data import Corpus
+    from dskernels.model.train_config import TrainConfig
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -129,14 +130,19 @@ def train(
     """
     from dskernels.cli.generation import _device
     from dskernels.model.plot import plot_run, require_matplotlib
-    from dskernels.model.progress import TensorBoardLog, TrainingProgress
+    from dskernels.model.progress import TensorBoardLog, TrainingProgress, require_tensorboard
     from dskernels.model.train import Interrupted
     from dskernels.model.train import train as run
     from dskernels.model.train_config import TrainConfig
-    from dskernels.model.train_state import checkpoints, read_about
+    from dskernels.model.train_state import read_about
 
-    require_matplotlib()  # before the training, not after it
+    # What is missing is said before the text is read, which may take minutes.
+    require_matplotlib()
+    if tensorboard:
+        require_tensorboard()
     where = _device(device)
+    if cuda_graph and where.type != "cuda":
+        raise ValueError(f"--cuda-graph: needs a GPU, the model would run on {where.type}")
     config, tokenizer = _of_init(init, config, tokenizer, out if resume is not False else None)
     recipe = TrainConfig(
         steps=steps,
@@ -168,19 +174,8 @@ def train(
         where_to: dict[str, Any] = dict(init=init, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
         together.train(config, data, out, tokenizer, held_out, recipe, plan, device, **where_to)
         return
-    shape = _shape(config)
-    found = next(iter(checkpoints(out)), None) if resume is not False else None
-    if resume and found is None:
-        raise ValueError(f"--resume: {out} has no checkpoint to go on from")
-    corpus, tokens, about = _text(data, out, tokenizer, held_out, seed, again=found is not None)
-    model_config = _with_vocabulary(shape, config, about)
-    if init is not None:
-        _same_tokenizer(init, tokens)
-    if found is None:
-        begun = {} if init is None else {"init": str(init)}
-        _write_json(out / "train.json", {"config": config, **begun, **asdict(recipe)})
-    else:
-        console.print(f"Going on from {found}.", highlight=False, soft_wrap=True)
+    begun = begin(config, data, out, tokenizer, held_out, init, recipe, resume)
+    found = begun.checkpoint
     # What imports have made stays: to look through it again and again would cost time in every step.
     gc.collect()
     gc.freeze()
@@ -197,8 +192,8 @@ def train(
 
         try:
             history = run(
-                model_config,
-                corpus,
+                begun.model,
+                begun.corpus,
                 recipe,
                 out=out,
                 device=where,
@@ -207,7 +202,7 @@ def train(
                 checkpoint_every=checkpoint_every,
                 keep=keep,
                 resume=resume,
-                tokenizer_from=tokens,
+                tokenizer_from=begun.tokens,
                 cuda_graph=cuda_graph,
             )
         except Interrupted as interrupted:
@@ -265,6 +260,46 @@ def plot(
     console.print(f"{out}", highlight=False, soft_wrap=True)
 
 
+class Begun(NamedTuple):
+    """What a run is begun with, or gone on with from a checkpoint."""
+
+    model: Config
+    corpus: Corpus
+    tokens: Path
+    checkpoint: Path | None
+
+
+def begin(
+    config: str,
+    data: list[Path] | None,
+    out: Path,
+    tokenizer: str,
+    held_out: float,
+    init: Path | None,
+    recipe: TrainConfig,
+    resume: bool | None,
+    *,
+    writes: bool = True,
+) -> Begun:
+    """Finds or makes all that a run needs, says what it is, and writes it down where the run is new."""
+    from dskernels.model.train_state import checkpoints
+
+    shape = shape_of(config)
+    found = next(iter(checkpoints(out)), None) if resume is not False else None
+    if resume and found is None:
+        raise ValueError(f"--resume: {out} has no checkpoint to go on from")
+    corpus, tokens, about = _text(data, out, tokenizer, held_out, recipe.seed, again=found is not None)
+    model = _with_vocabulary(shape, config, about)
+    if init is not None:
+        _same_tokenizer(init, tokens)
+    if found is not None:
+        console.print(f"Going on from {found}.", highlight=False, soft_wrap=True)
+    elif writes:
+        first = {} if init is None else {"init": str(init)}
+        _write_json(out / "train.json", {"config": config, **first, **asdict(recipe)})
+    return Begun(model, corpus, tokens, found)
+
+
 def _of_init(init: Path | None, config: str | None, tokenizer: str | None, again: Path | None) -> tuple[str, str]:
     """Which model and which tokenizer, where those of the first weights are meant; a run that goes on in ``again`` with
     a model that is named needs them no more."""
@@ -287,7 +322,8 @@ def _same_tokenizer(init: Path, tokens: Path) -> None:
         raise ValueError(f"--init: {theirs} is not the tokenizer of {tokens}")
 
 
-def _shape(config: str) -> Config:
+def shape_of(config: str) -> Config:
+    """The model that is meant: a folder or file, or a preset."""
     from dskernels.model import Config
 
     return Config.from_hf(config) if Path(config).exists() else Config.from_name(config)

@@ -94,6 +94,14 @@ class TrainingProgress:
         return ["-" if record.get(name) is None else write(record[name]) for name, (_, write) in COLUMNS.items()]
 
 
+def require_tensorboard() -> None:
+    """Raises an ImportError that says what to install, where the package `tensorboard` is missing."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise ImportError("--tensorboard needs the package: pip install 'dskernels[tensorboard]'") from None
+
+
 class TensorBoardLog:
     """Writes the numbers of a run for TensorBoard; hand it to `train` as ``progress``, or call it beside another.
 
@@ -106,10 +114,9 @@ class TensorBoardLog:
     """
 
     def __init__(self, run: str | Path, step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ImportError("--tensorboard needs the package: pip install 'dskernels[tensorboard]'") from None
+        require_tensorboard()
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=step + 1 if step else None)
 
     def __call__(self, record: dict[str, Any]) -> None:
