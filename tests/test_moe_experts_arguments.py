@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dskernels as ds
+from dskernels.moe.packed import KEPT
 from registering import check_registration
 from test_moe_experts import network
 
@@ -79,6 +80,11 @@ def test_registration():
     kept = (torch.randn(12, 16), torch.randn(6, 32))
     needs = [True, False, True, True, False, True]
     check_registration(ops.fused_experts_backward.default, (torch.randn(6, 24), *flat, *kept, False, needs))
+    check_registration(ops.feed_forward.default, (x, s13, None, s2, None, False, KEPT, None, None))
+    quantized = ds.quantize(S13.detach(), (128, 128)), ds.quantize(S2.detach(), (128, 128))
+    check_registration(ops.feed_forward.default, (X, *quantized[0][:2], *quantized[1][:2], True, 0, None, None))
+    network = (X, S13, None, S2, None, torch.randn(6, 32), False, [True, True, True])
+    check_registration(ops.feed_forward_backward.default, (torch.randn(6, 24), *network))
 
 
 def test_compiles_whole():
