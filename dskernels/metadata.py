@@ -38,7 +38,7 @@ class ByMetadata:
         """The value that was kept for these, and the addresses of the tensors; None if there is none."""
         candidates = self._kept.get((len(tensors), tensors[0].shape, also))
         if candidates is None:
-            return None
+            return self._find_once(tensors, also)
         for check, odd, value in candidates:
             if check(*tensors):
                 addresses = list(map(_data_ptr, tensors))
@@ -46,14 +46,23 @@ class ByMetadata:
                     return value, addresses
                 if odd == [address & 15 for address in addresses]:
                     return value, addresses
-        distinct = _distinct(tensors)
-        return None if distinct is tensors else self.find(distinct, also)
+        return self._find_once(tensors, also)
+
+    def _find_once(self, tensors: tuple[Tensor, ...], also: Hashable) -> tuple[Any, list[int]] | None:
+        """The same where a tensor is given more than once."""
+        places = _places(tensors)
+        if places is None:
+            return None
+        found = self.find(tuple({id(x): x for x in tensors}.values()), (also, places))
+        return None if found is None else (found[0], [found[1][i] for i in places])
 
     def keep(self, tensors: tuple[Tensor, ...], also: Hashable, value: Any) -> None:
         """Keep a value for these."""
         if self._n >= self._most:
             self._n, self._kept = 0, {}
-        tensors = _distinct(tensors)
+        places = _places(tensors)
+        if places is not None:
+            tensors, also = tuple({id(x): x for x in tensors}.values()), (also, places)
         sizes: list[Any] = [list(x.shape) for x in tensors]
         strides: list[Any] = [list(x.stride()) for x in tensors]
         guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -64,8 +73,7 @@ class ByMetadata:
         self._kept.setdefault((len(tensors), tensors[0].shape, also), []).append(entry)
 
 
-def _distinct(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The same tensors as different objects: guards are never met by one that is given twice."""
-    if len({id(x) for x in tensors}) == len(tensors):
-        return tensors
-    return tuple(x.detach() if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors))
+def _places(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
+    """Where each stands among the different ones; None if all are: guards are never met by one that is given twice."""
+    first = {id(x): i for i, x in enumerate({id(x): x for x in tensors}.values())}
+    return None if len(first) == len(tensors) else tuple([first[id(x)] for x in tensors])

@@ -204,3 +204,39 @@ def test_where_it_is_used():
     assert not use_small(256, 4096, 7168, MULTIPROCESSORS)
     assert not use_small(256, 7168, 2048, MULTIPROCESSORS)
     assert not use_small(257, 2112, 7168, MULTIPROCESSORS)
+
+
+@pytest.mark.parametrize("config", [SmallConfig(64, 32, 4, 2), SmallConfig(64, 128, 2, 1)], ids=str)
+def test_halves_compile_without_spills(config):
+    options = hopper_small.options_of(config, 0, 0, 0) | {"HALF": 1}
+    report = compile_cuda(hopper_small.SOURCE, options, 0)
+    assert_clean([report], max_registers=96)
+    assert report.count("HGMMA") >= 4, report
+    assert report.count("UTMALDG") == 4, report  # before the loop and in it: B, A
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [
+        (1, 130, 8),  # the least it takes
+        (9, 576, 7168),
+        (33, 131, 104),  # rows of C that cannot be written in 16 bytes, a last block of K cut short
+        (64, 32768, 512),  # several tiles for a CTA
+        (83, 2112, 3872),
+        (129, 576, 512),  # one row past the tokens of a tile
+    ],
+)
+def test_halves(sm_90, m, n, k, dtype):
+    torch.manual_seed(0)
+    a, b = (torch.randn(rows, k + 8, device="cuda").to(dtype)[:, :k] for rows in (m, n))
+    room = torch.full((m + 2, n), float("nan"), device="cuda", dtype=dtype)
+    assert hopper_small.takes_half(a, b)
+    hopper_small.half_gemm(a, b, room[1:-1])
+    want = a.double() @ b.double().T
+    assert ((room[1:-1].double() - want).abs() <= want.abs() * 2.0**-8 + k**0.5 * 2.0**-16).all()
+    assert room[[0, -1]].isnan().all()
+    again = torch.empty_like(room[1:-1])
+    hopper_small.half_gemm(a, b, again)
+    assert torch.equal(again, room[1:-1])

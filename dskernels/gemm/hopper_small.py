@@ -69,6 +69,13 @@ def half_gemm(a: Tensor, b: Tensor, out: Tensor) -> Plan:
     return plan_half(choose_small_config(m, n, 2 * k, multiprocessors(a.device)), a, b, out)
 
 
+def takes_half(a: Tensor, b: Tensor) -> bool:
+    """Whether `half_gemm` takes these: their rows are contiguous, and aligned to 16 bytes."""
+    if a.dtype not in HALF or b.dtype != a.dtype or a.numel() == 0 or b.numel() == 0:
+        return False
+    return all(x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (a, b))
+
+
 def plan_half(config: SmallConfig, a: Tensor, b: Tensor, out: Tensor) -> Plan:
     """The launch of a given config."""
     (m, k), n = a.shape, b.shape[0]

@@ -65,17 +65,16 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
     and a trainable weight inside a CUDA graph changes between replays without its version moving: both are quantised
     at each call.
     """
-    frozen = not weight.requires_grad
-    capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-    if weight.is_inference() or (capturing and not frozen):
-        return quantize(weight, (128, 128), transpose=transpose, impl=impl)
     quick = _quick.get(id(weight))
-    if quick is not None and quick[0]() is weight:
+    if quick is not None and quick[0]() is weight and not (weight.requires_grad and _is_capturing(weight)):
         kept = quick[1]()
         if kept is not None and kept.state == (weight.data_ptr(), weight._version, impl):
             found = kept.transposed if transpose else kept.rows
             if found is not None:
                 return found
+    capturing = _is_capturing(weight)
+    if weight.is_inference() or (capturing and weight.requires_grad):
+        return quantize(weight, (128, 128), transpose=transpose, impl=impl)
     owner = _owner_of(weight)
     state = (owner.data_ptr(), owner._version, impl)
     kept = _kept.get(owner)
@@ -94,6 +93,10 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
                 _quick.clear()
             _quick[id(weight)] = TensorWeakRef(weight), weakref.ref(kept)
     return kept.transposed if transpose else kept.rows  # type: ignore[return-value]
+
+
+def _is_capturing(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _owner_of(weight: Tensor) -> Tensor:
