@@ -350,6 +350,9 @@ def _delta(dout: Tensor, dlse: Tensor, out: Tensor) -> Tensor:
             BLOCK_V=padded(value_dim),
             BLOCK_M=block_m,
             num_warps=4,
+            # Fused, each lane adds its own product unrounded to its neighbours' rounded ones: the lanes of a narrow row
+            # end up a bit apart, and which of them is stored is a race.
+            enable_fp_fusion=False,
         )
     return delta
 
