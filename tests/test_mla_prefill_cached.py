@@ -71,7 +71,6 @@ def test_some_heads_at_a_time(device, monkeypatch, impl):
     inputs = make_inputs(device, [40, 0, 9, 25], [3, 2, 9, 0], 5, 8)
     _, kv_b, _, table, *_ = inputs
     monkeypatch.setattr(cached, "CHUNK_BYTES", 2 * table.numel() * 8 * kv_b.shape[0] // 5 * 4)
-    monkeypatch.setattr(config, "ROUNDS", 0)
     check(inputs, impl)
 
 
@@ -79,7 +78,7 @@ def test_how_many_heads_at_a_time():
     choose = functools.partial(config.heads_at_a_time, most_bytes=2**29, multiprocessors=132)
     assert choose(128, 8192 * 512, tiles=8) == 128  # all of them
     assert choose(128, 32768 * 512, tiles=32) == 32
-    assert choose(128, 50000 * 512, tiles=32) == 19  # seven times, as evenly as may be; 20 would fit
+    assert choose(128, 32768 * 512, tiles=10) == 26  # 10 rounds of tiles; 32 would take 12
     assert choose(128, 131072 * 512, tiles=4) == 0  # 32 tiles of 8 heads would leave most of the GPU idle
     assert choose(16, 2**30, tiles=1000) == 0  # not even a single head
     assert choose(16, 0, tiles=0) == 16  # nothing cached
@@ -241,7 +240,7 @@ def test_model_shapes(device, monkeypatch, impl, way, cache_dtype):
     if way in ("positions", "heads"):
         chunk = 1000 * inputs[1].shape[0] if way == "positions" else 7 * addressable * 256
         monkeypatch.setattr(cached, "CHUNK_BYTES", chunk * 2)
-        monkeypatch.setattr(config, "ROUNDS", 0 if way == "heads" else 10**9)
+        monkeypatch.setattr(config, "LEAST_FILL", 0 if way == "heads" else 2)
     monkeypatch.setattr(absorbed, "MOST_TOKENS", 1000 if way == "absorbed" else 0)
     got = ds.mla_prefill_cached(*inputs, scale=192**-0.5, impl=impl)
     assert parity.difference(got[0], want[0]) < 2e-5
@@ -249,7 +248,7 @@ def test_model_shapes(device, monkeypatch, impl, way, cache_dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("impl", "most"), [("hopper", 128), ("hopper", 0), ("triton", 0)])
+@pytest.mark.parametrize(("impl", "most"), [("hopper", 160), ("hopper", 0), ("triton", 0)])
 def test_a_graph_replays_with_other_lengths(device, monkeypatch, impl, most):
     monkeypatch.setattr(absorbed, "MOST_TOKENS", most)
     inputs = make_inputs(device, [300, 80], [20, 12], 4, 64, (512, 128, 64, 128), torch.bfloat16)

@@ -107,7 +107,8 @@ def _prefill_cached(
     if addressable and is_absorbed(q, kv_b, cache, block_table, lengths, rope_dim, scale, impl):
         return absorbed(q, kv_b, cache, block_table, lengths, cu_q, rope_dim, scale, impl)
     heads, bytes_of_head = q.shape[1], addressable * kv_b.shape[0] // q.shape[1] * kv_b.element_size()
-    tiles = ceil_div(q.shape[0], QUERY_TILE)
+    requests = max(len(lengths), 1)
+    tiles = requests * ceil_div(q.shape[0], requests * QUERY_TILE)
     together = heads_at_a_time(heads, bytes_of_head, CHUNK_BYTES, tiles, multiprocessors(q.device))
     attend = _by_heads if together else _by_positions
     return attend(q, kv_b, cache, block_table, lengths, cu_q, scale, addressable, together, impl)
