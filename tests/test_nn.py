@@ -53,6 +53,11 @@ def test_fp8_linear_learns():
         assert (got - expected).norm() < 0.1 * expected.norm()
 
 
+def test_only_modules_are_converted():
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got Tensor"):
+        convert_linear_to_fp8(torch.zeros(1))
+
+
 def test_convert_linear_to_fp8():
     class Derived(nn.Linear):
         pass

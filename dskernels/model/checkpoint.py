@@ -86,6 +86,9 @@ def load(
             some and they are not (``transformers`` leaves them out when it saves).
         progress: called with the number of bytes read and their total.
 
+    Returns:
+        The model; `save` writes it as it was read.
+
     Raises:
         FileNotFoundError: the folder, ``config.json``, the weights or one of their shards is not there.
         ValueError: a file is damaged, a tensor is missing, unknown, of another shape or of an unreadable type, or the

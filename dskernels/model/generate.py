@@ -89,14 +89,18 @@ def generate(
     host: a weight that changes between two tokens counts one step later, and a text that ends early (`abort`) is run a
     step further, for nobody.
 
+    Returns:
+        The generation, of which nothing has been computed yet: iterate over it, or call its `Generation.finish`.
+
     Raises:
+        TypeError: prompts are not tokens.
         ValueError: no prompt or an empty one, an unknown token, more tokens than the model's context or the cache hold,
             drafting without an MTP module, graphs without a GPU, or a number out of range.
         RuntimeError: while it goes on: a step cannot be made a graph, and why.
     """
     return Generation(
         model,
-        [[int(token) for token in prompt] for prompt in prompts],
+        _listed(prompts),
         Sampling(temperature, top_k, top_p, min_p),
         seed=seed,
         generator=generator,
@@ -362,6 +366,22 @@ class Generation:
         """How many of the first pages of a prompt may be shared: if texts are not to depend on it, whole pieces."""
         piece = self.prefill_tokens // self.cache.page_size
         return pages // piece * piece if self.batch_invariant else pages
+
+
+def _listed(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts as lists of ints, whatever sequences they are."""
+    listed = []
+    for i, prompt in enumerate(prompts):
+        try:
+            if isinstance(prompt, str | bytes):
+                raise TypeError
+            listed.append([int(token) for token in prompt])
+        except (TypeError, ValueError):
+            got = type(prompt).__name__
+            raise TypeError(
+                f"prompts: expected a list of tokens for each, prompt {i} is {got} (of text: generate_text)"
+            ) from None
+    return listed
 
 
 def _check(model: DeepseekV3, prompts: list[list[int]], drafts: int, max_new_tokens: int) -> None:

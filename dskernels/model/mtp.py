@@ -49,16 +49,30 @@ class MTP(Block):
 
 
 def shift(tokens: Tensor, cu_seqlens: Tensor, k: int) -> Tensor:
-    """The token ``k`` further on in the same sequence, for each packed token; the last one where there is none."""
+    """The token ``k`` further on in the same sequence, for each packed token; the last one where there is none.
+
+    Args:
+        tokens: integer ``[T]``, the sequences one after the other.
+        cu_seqlens: int32 ``[B + 1]``, where they begin and end.
+        k: how far.
+
+    Returns:
+        ``[T]``, like `tokens`.
+    """
     index, end = _ends(tokens, cu_seqlens)
     return tokens[torch.minimum(index + k, end - 1).clamp(min=0)]
 
 
 def targets(tokens: Tensor, cu_seqlens: Tensor, k: int = 1) -> Tensor:
-    """What row i is to predict: the token ``k`` further on, int64 ``[T]``, -100 (ignored by cross entropy) past the
-    end.
+    """What row i is to predict: the token ``k`` further on.
 
-    ``k = 1`` goes with ``logits``, ``k = 2`` with ``mtp_logits[0]``, and so on.
+    Args:
+        tokens: see `shift`.
+        cu_seqlens: likewise.
+        k: 1 goes with ``logits``, 2 with ``mtp_logits[0]``, and so on.
+
+    Returns:
+        int64 ``[T]``, -100 past the end of a sequence, which cross entropy ignores.
     """
     index, end = _ends(tokens, cu_seqlens)
     return torch.where(index + k < end, shift(tokens, cu_seqlens, k).long(), -100)

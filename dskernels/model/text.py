@@ -36,6 +36,9 @@ def stream_text(
         stop: strings that end a text; the text ends before the first of them, and its place goes to the next prompt.
         **options: those of `generate`.
 
+    Returns:
+        The stream, of which nothing has been computed yet.
+
     Raises:
         TypeError: an unknown option.
         ValueError: an empty stop string, or what `generate` refuses.
@@ -55,7 +58,22 @@ def generate_text(
     stop: str | Sequence[str] = (),
     **options: Any,
 ) -> list[str]:
-    """The text after each prompt; arguments and errors as for `stream_text`."""
+    """Continues each prompt to its end.
+
+    Args:
+        model: see `stream_text`, likewise the others.
+        tokenizer: for the model.
+        prompts: text or tokens.
+        stop: strings that end a text.
+        **options: those of `generate`.
+
+    Returns:
+        For each prompt the text after it.
+
+    Raises:
+        TypeError: as `stream_text`.
+        ValueError: likewise.
+    """
     return stream_text(model, tokenizer, prompts, stop=stop, **options).finish()
 
 

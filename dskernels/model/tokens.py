@@ -84,6 +84,13 @@ def tokenizer_of(folder: str | Path, config: Config) -> Tokenizer:
     """The tokenizer of a checkpoint: its ``tokenizer.json``, else its ``tiktoken.model``; without them, bytes where the
     vocabulary is that of bytes.
 
+    Args:
+        folder: of the checkpoint.
+        config: of its model.
+
+    Returns:
+        What has ``encode(text) -> tokens`` and ``decode(tokens) -> text``.
+
     Raises:
         FileNotFoundError: there is neither and the vocabulary is not that of bytes.
         ValueError: it is damaged, or it has tokens that the model does not have.

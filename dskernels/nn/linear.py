@@ -116,7 +116,12 @@ def convert_linear_to_fp8(
 
     Returns:
         The names of what was replaced. Layers of classes derived from `torch.nn.Linear` stay: they do something else.
+
+    Raises:
+        TypeError: `model` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     wanted = filter or _large
     found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear and name]
     replaced = []

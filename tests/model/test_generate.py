@@ -315,6 +315,12 @@ def test_generate_refuses(model, prompts, options, message):
         generate(model, prompts, **options)
 
 
+@pytest.mark.parametrize("prompts", [["12"], "12", [1, 2], [[1], None]], ids=str)
+def test_prompts_are_tokens(model, prompts):
+    with pytest.raises(TypeError, match=r"prompts: expected a list of tokens for each, prompt \d is"):
+        generate(model, prompts)
+
+
 def test_generate_refuses_what_the_cache_cannot_hold(model):
     cache = LatentCache(model.config, pages=2, page_size=8)
     with pytest.raises(ValueError, match="cache: prompt 1 needs 3 pages, there are 2"):
