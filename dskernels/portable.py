@@ -6,10 +6,11 @@ if they were integers. `cast` and `dot` hide that; on a GPU they compile to the 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -193,7 +194,28 @@ def _launches_directly() -> bool:
 
 def _is_hooked() -> bool:
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    calls = runtime.launch_enter_hook.calls
+    return bool(runtime.launch_exit_hook.calls or (calls and any(call not in _watchers for call in calls)))
+
+
+_watchers: list[Callable] = []  # hooks of `refusing`
+
+
+@contextlib.contextmanager
+def refusing(recording: Any) -> Iterator[None]:
+    """Tell a recorder of this thread to refuse when Triton itself launches a kernel, as of ``kernel[grid]()``."""
+
+    def refuse(*args: Any) -> None:
+        if recorder.get() is recording:
+            recording.refuse("a kernel is launched through Triton")
+
+    _watchers.append(refuse)
+    triton.knobs.runtime.launch_enter_hook.add(refuse)
+    try:
+        yield
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(refuse)
+        _watchers.remove(refuse)
 
 
 @triton.jit

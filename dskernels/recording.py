@@ -13,9 +13,9 @@ implementation of a part may be: a function that is decorated with `Recorded`.
 What makes it safe:
 
 - A call is recorded only if all it did was to allocate without filling, to view, and to launch by `driver.Planned` or
-  by `portable.launch`: a dispatch mode sees every operation of torch. Anything else (a copy, a fill, a kernel of
-  torch's) and any address from elsewhere (a table) means that it runs as it is written each time. What is kept of an
-  argument is asked for at each launch (`keep`).
+  by `portable.launch`: a dispatch mode sees every operation of torch, a hook what Triton launches by itself. Anything
+  else (a copy, a fill, a kernel of torch's) and any address from elsewhere (a table) means that it runs as it is
+  written each time. What is kept of an argument is asked for at each launch (`keep`).
 - Streams, CUDA graphs and several threads: memory comes from torch's allocator and launches go to the current stream,
   as ever, where that is captured one by one; a recording is of one stream and with one thread at a time, and a thread
   that finds none runs the function.
@@ -24,6 +24,7 @@ What makes it safe:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -34,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dskernels.cuda import driver
 from dskernels.cuda.driver import Plan
-from dskernels.device import PLAIN, dispatch_modes, several_gpus
+from dskernels.device import PLAIN, dispatch_modes, has_triton, several_gpus
 from dskernels.metadata import ByMetadata
 from dskernels.relaunching import Kept, Noted, Place, Recording
 
@@ -161,7 +162,7 @@ class Recorder(TorchDispatchMode):
         """What the function returns."""
         token = driver.recorder.set(self)
         try:
-            with self:
+            with self, _watching_triton(self):
                 return function(*args, **kwargs)
         finally:
             driver.recorder.reset(token)
@@ -282,6 +283,15 @@ class Recorder(TorchDispatchMode):
     def written(self) -> list[int]:
         """Arguments that were written to, whose versions the caller raises."""
         return []
+
+
+def _watching_triton(recorder: Recorder) -> contextlib.AbstractContextManager:
+    """Kernels that Triton launches by itself are seen."""
+    if not has_triton():
+        return contextlib.nullcontext()
+    from dskernels.portable import refusing
+
+    return refusing(recorder)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
