@@ -5,6 +5,7 @@ import torch
 
 import dskernels as ds
 from dskernels import parity
+from dskernels.gemm import weights
 from dskernels.gemm.weights import quantized_weight
 from dskernels.parity import gemm as cases
 from dskernels.parity.inputs import quantized, spread
@@ -165,6 +166,29 @@ def test_quantised_weight_is_kept_until_the_weight_changes():
     assert torch.equal(quantized_weight(weight, transpose=True, impl=None).scale, second.scale.T)
     weight.data = torch.randn(128, 256)
     assert not torch.equal(quantized_weight(weight, transpose=False, impl=None).scale, second.scale)
+
+
+def test_a_capture_has_its_own_copies_of_a_trained_weight(monkeypatch):
+    """One pass for both products of a step: not what was there before, nor what another capture has made."""
+    weight = torch.randn(128, 256, requires_grad=True)
+    for transpose in (False, True):
+        before = quantized_weight(weight, transpose=transpose, impl=None)
+    copies = []
+    for capture in (1, 1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "_is_capturing", lambda weight: True)
+            patch.setattr(weights, "capture_id", lambda device, capture=capture: capture)
+            copies.append([quantized_weight(weight, transpose=t, impl=None) for t in (False, True)])
+            assert copies[-1][0].data is quantized_weight(weight, transpose=False, impl=None).data
+    first, same, other = copies
+    assert all(a.data is b.data for a, b in zip(first, same, strict=True))
+    assert all(a.data is not b.data for a, b in zip(first, other, strict=True))
+    assert torch.equal(first[1].data.float(), first[0].data.float().T)
+    assert quantized_weight(weight, transpose=True, impl=None).data is before.data
+    with torch.no_grad():
+        weight *= 2
+    quantized_weight(weight, transpose=False, impl=None)
+    assert weights._captured._capture is None  # a graph's memory is let go of
 
 
 def test_linear_in_inference_mode():

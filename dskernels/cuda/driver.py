@@ -395,6 +395,18 @@ def _driver(kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
     return library
 
 
+def capture_id(device: torch.device) -> int | None:
+    """What tells the capture that the current stream is part of from all others; None where there is none, or no driver
+    to say it."""
+    if not torch.cuda.is_current_stream_capturing() or torch.version.hip:
+        return None
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    what = (stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    check(_driver().cuStreamGetCaptureInfo_v2(*what), "cuStreamGetCaptureInfo")
+    return number.value
+
+
 @functools.cache
 def _primary_context(device: int) -> ctypes.c_void_p:
     """The context in which torch works on this device."""
