@@ -51,6 +51,13 @@ def test_parity_of_a_family(run):
     assert all(row["impl"] == "triton" for row in report["rows"])
 
 
+def test_parity_says_what_there_is_and_what_cannot_run(run, monkeypatch):
+    assert all(family in run("parity", "--help")[1] for family in parity.FAMILIES)
+    monkeypatch.setattr("dskernels.device.default_device", lambda: torch.device("cpu"))
+    status, _, error = run("parity", "gemm", "--impl", "hopper")
+    assert (status, error) == (1, "error: --impl: hopper cannot run here: it needs an sm_90 GPU\n")
+
+
 def test_parity_fails_where_a_kernel_is_wrong(run, monkeypatch):
     monkeypatch.setattr(parity, "check", lambda case, device, impl: parity.Outcome(1.0, False))
     status, out, _ = run("parity", "gemm")

@@ -73,7 +73,8 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def parity(
     families: Annotated[
-        list[str] | None, typer.Argument(help="Families to check, such as gemm; all by default.")
+        list[str] | None,
+        typer.Argument(help="Some of fp8, gemm, grouped_gemm, moe, routing, mla_decode, mla_prefill; all by default."),
     ] = None,
     impl: Annotated[str, typer.Option(help="Implementation to check: triton or hopper.")] = "triton",
     as_json: Json = False,
@@ -86,6 +87,7 @@ def parity(
     """
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported, which is after this
+    from dskernels.choice import reason_of_device
     from dskernels.device import default_device
     from dskernels.parity import FAMILIES, all_cases, check
 
@@ -93,8 +95,10 @@ def parity(
         raise ValueError(f"--impl: expected triton or hopper, got {impl!r}")
     if unknown := set(families or ()) - set(FAMILIES):
         raise ValueError(f"families: expected some of {', '.join(FAMILIES)}, got {', '.join(sorted(unknown))}")
-    cases = all_cases(families or FAMILIES)
     device = default_device()
+    if reason := reason_of_device(impl, device, asked_for=True):
+        raise ValueError(f"--impl: {impl} cannot run here: {reason}")
+    cases = all_cases(families or FAMILIES)
     rows: list[dict[str, Any]] = []
     bar = Progress(
         TextColumn("{task.description}"),
