@@ -56,6 +56,8 @@ def test_links_lead_somewhere(path):
         assert where.exists(), f"{name(path)}: {target}"
         if where.suffix == ".md" and anchor:
             assert anchor in anchors(where), f"{name(path)}: {target}"
+    for file in re.findall(r"`((?:dskernels|reference|tests|benchmarks|docs|examples|tools)/[\w/.]+\.\w+)", text):
+        assert (ROOT / file).exists(), f"{name(path)}: {file}"
 
 
 def test_every_public_name_is_documented():
