@@ -219,7 +219,7 @@ class Recorder(TorchDispatchMode):
             if self._bytes * MOST_MEMORY > _memory(self._device):
                 self.refuse("it takes more memory than is to be kept at once")
                 self._made.clear()
-        elif not func.is_view:
+        elif not (func.is_view and _is_view_of(result, args[0])):  # `contiguous` and `reshape` may be one, or copy
             self.refuse(f"{func} is no launch of ours")
         return result
 
@@ -311,6 +311,19 @@ def may_be_recorded(tensors: tuple[Tensor, ...]) -> bool:
         and not torch.compiler.is_dynamo_compiling()
         and all(type(x) in PLAIN and x.is_cuda for x in tensors)
     )
+
+
+def _is_view_of(result: Any, x: Any) -> bool:
+    """Whether all of a result lies in the memory of `x`."""
+    parts = result if isinstance(result, (tuple, list)) else (result,)
+    place = x.untyped_storage().data_ptr()
+    return all(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == place for part in parts)
+
+
+def _is_in_memory_of(x: Any, result: Any) -> bool:
+    """Whether tensors lie where `x` does."""
+    views = result if isinstance(result, (tuple, list)) else (result,)
+    return all(y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for y in views)
 
 
 def _extent(x: Tensor) -> int:

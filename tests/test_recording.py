@@ -14,7 +14,7 @@ from dskernels import device as devices
 from dskernels import dispatch, portable, recording, relaunching
 from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
 from dskernels.metadata import ByMetadata
-from dskernels.recording import Recorded
+from dskernels.recording import Recorded, Recorder
 from test_cuda_driver import CPU, INVALID_VALUE, fake  # noqa: F401 - a fixture
 
 
@@ -117,6 +117,17 @@ def test_what_is_more_than_launches_runs_as_it_is_written(on_the_cpu, monkeypatc
     for _ in range(6):
         run(torch.empty(4, 32))
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("layout", ["copied", "as it is"])
+def test_a_view_that_is_a_copy_is_no_view(on_the_cpu, layout):
+    """Inside an operation `contiguous` arrives whole, as a view; the address of what it copied was taken for that of a
+    result which got its memory (soak: rows of `permute` by ids with gaps between them, from the third call on)."""
+    x = torch.empty(4, 32)
+    recorder = Recorder([x])
+    with torch._C._AutoDispatchBelowAutograd():
+        recorder.run(lambda x: (x.t() if layout == "copied" else x).contiguous().view(-1).split(64), (x,), {})
+    assert (recorder.reason is None) == (layout == "as it is")
 
 
 def test_results_without_elements_and_nothing(on_the_cpu):
