@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import triton
 
 import dskernels as ds
 from dskernels import dispatch, recording
@@ -127,6 +128,34 @@ def test_a_part_that_is_written_to_is_not_recorded(repeating):
     for _ in range(4):
         run(torch.empty(3, 32), torch.empty(4, 32))
     assert len(calls) == 4
+
+
+def copied(x, out):
+    first(x.t().contiguous(), out)
+
+
+_copied = Operation("test_repeated_copied(Tensor x, Tensor(a!) out) -> ()", reference=copied)
+
+
+@pytest.mark.parametrize("what", ["a copy that torch calls a view", "a kernel that Triton launches"])
+def test_what_nobody_notes_is_not_recorded(repeating, what):
+    """Below autograd a mode sees `contiguous` itself, not the copy that it makes."""
+    calls = []
+
+    @repeated
+    def run(x):
+        calls.append(1)
+        out = x.new_empty(x.shape)
+        if what == "a copy that torch calls a view":
+            _copied(x, out, impl="reference")
+        else:
+            first(x, out)
+            triton.knobs.runtime.launch_enter_hook(None)  # as its launcher does
+        return out
+
+    for _ in range(8):
+        run(torch.empty(4, 32))
+    assert len(calls) == 8
 
 
 def test_what_is_kept_of_an_argument_is_asked_for_each_time(repeating):
