@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import dskernels as ds
 from dskernels import device as devices
-from dskernels import dispatch, portable, recording, relaunching
+from dskernels import portable, recording, relaunching
 from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
 from dskernels.metadata import ByMetadata
-from dskernels.recording import Recorded, Recorder
+from dskernels.recording import Recorded
 from test_cuda_driver import CPU, INVALID_VALUE, fake  # noqa: F401 - a fixture
 
 
@@ -117,17 +117,6 @@ def test_what_is_more_than_launches_runs_as_it_is_written(on_the_cpu, monkeypatc
     for _ in range(6):
         run(torch.empty(4, 32))
     assert len(calls) == 6
-
-
-@pytest.mark.parametrize("layout", ["copied", "as it is"])
-def test_a_view_that_is_a_copy_is_no_view(on_the_cpu, layout):
-    """Inside an operation `contiguous` arrives whole, as a view; the address of what it copied was taken for that of a
-    result which got its memory (soak: rows of `permute` by ids with gaps between them, from the third call on)."""
-    x = torch.empty(4, 32)
-    recorder = Recorder([x])
-    with torch._C._AutoDispatchBelowAutograd():
-        recorder.run(lambda x: (x.t() if layout == "copied" else x).contiguous().view(-1).split(64), (x,), {})
-    assert (recorder.reason is None) == (layout == "as it is")
 
 
 def test_results_without_elements_and_nothing(on_the_cpu):
@@ -272,17 +261,17 @@ def random_block(t, e=16, h=256, i=128, k=4, fp8=True, shared=0, n_shared=0, giv
     return (x, weight(e, 2 * i, h), weight(e, h, i), routing), options
 
 
-def as_written(operation, monkeypatch):
-    """The implementations of an operation without what is recorded."""
+def as_written(function, monkeypatch):
+    """A public function, and what it calls, without what is recorded."""
     monkeypatch.setattr(recording, "MOST_TRIES", 0)
     monkeypatch.setattr(recording, "may_be_recorded", lambda tensors: False)
-    monkeypatch.setattr(operation, "_straight", ByMetadata())
+    monkeypatch.setattr(function.known, "kinds", ByMetadata())
 
 
-def is_recorded(operation):
-    """Whether the latest kind of calls of an operation has been recorded."""
-    launch = [entry[-1][2] for entry in operation._straight._kept.values()][-1]
-    return bool(launch._idle)
+def is_recorded(function):
+    """Whether the latest kind of calls has been recorded."""
+    kind = [entry[-1][2] for entry in function.known.kinds._kept.values()][-1]
+    return bool(kind.idle)
 
 
 KINDS = [
@@ -303,8 +292,7 @@ KINDS = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(f"{k}{v}" for k, v in kind.items()))
 def test_recorded_experts_are_those_as_written(sm_90, monkeypatch, kind):
-    operation = dispatch.OPERATIONS["fused_experts"]
-    monkeypatch.setattr(operation, "_straight", ByMetadata())
+    monkeypatch.setattr(ds.fused_experts.known, "kinds", ByMetadata())
     calls = [random_block(**kind) for _ in range(3)]
     calls += calls[1:]
     outs = []
@@ -313,8 +301,8 @@ def test_recorded_experts_are_those_as_written(sm_90, monkeypatch, kind):
             rubbish = torch.full((1 << 22,), float("nan"), device="cuda")  # where the next call's memory may come from
             del rubbish
             outs.append(ds.fused_experts(*args, **options))
-        assert is_recorded(operation)
-        as_written(operation, monkeypatch)
+        assert is_recorded(ds.fused_experts)
+        as_written(ds.fused_experts, monkeypatch)
         for (args, options), out in zip(calls, outs, strict=True):
             assert torch.equal(ds.fused_experts(*args, **options), out)
     assert outs[0].isfinite().all()
@@ -322,8 +310,7 @@ def test_recorded_experts_are_those_as_written(sm_90, monkeypatch, kind):
 
 @pytest.mark.gpu
 def test_a_recording_in_a_graph_and_beside_it(sm_90, monkeypatch):
-    operation = dispatch.OPERATIONS["fused_experts"]
-    monkeypatch.setattr(operation, "_straight", ByMetadata())
+    monkeypatch.setattr(ds.fused_experts.known, "kinds", ByMetadata())
     args, options = random_block(40)
     with torch.no_grad():
         for _ in range(3):
@@ -384,12 +371,12 @@ def test_recorded_quantising(sm_90, monkeypatch, rows):
     }
     xs = [torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16) for _ in range(5)]
     for name, call in calls.items():
-        operation = dispatch.OPERATIONS[name]
+        function = getattr(ds, name)
         with monkeypatch.context() as patch:
-            patch.setattr(operation, "_straight", ByMetadata())
+            patch.setattr(function.known, "kinds", ByMetadata())
             got = [call(x) for x in xs]
-            assert rows % 16 == 0 or name == "quantize_both" or is_recorded(operation), name
-            as_written(operation, patch)
+            assert is_recorded(function) or (name == "quantize_both" and rows % 16), name
+            as_written(function, patch)
             for x, out in zip(xs, got, strict=True):
                 for a, b in zip(tensors_in(call(x)), tensors_in(out), strict=True):
                     assert torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8)), name
@@ -414,11 +401,11 @@ def test_routes_are_new_tensors(sm_90):
 
 @pytest.mark.gpu
 def test_plain_weights_with_a_shared_network(sm_90):
-    """The products of torch stand beside what is recorded, and give what all of it together gives."""
+    """Of many tokens its products are torch's, which stand beside what is recorded."""
     from dskernels.moe import hopper
 
-    for _ in range(5):
-        (x, w13, w2, routing), options = random_block(40, fp8=False, shared=1)
+    for tokens in (40, 40, 40, 40, 300, 300, 300, 300):
+        (x, w13, w2, routing), options = random_block(tokens, fp8=False, shared=1)
         flat = (x, w13, None, w2, None, routing.weights, routing.experts, options["shared"][0], None)
         with torch.no_grad():
             out = ds.fused_experts(x, w13, w2, routing, **options)
