@@ -320,12 +320,6 @@ def _is_view_of(result: Any, x: Any) -> bool:
     return all(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == place for part in parts)
 
 
-def _is_in_memory_of(x: Any, result: Any) -> bool:
-    """Whether tensors lie where `x` does."""
-    views = result if isinstance(result, (tuple, list)) else (result,)
-    return all(y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for y in views)
-
-
 def _extent(x: Tensor) -> int:
     """Bytes from the first element to the end of the last."""
     if x.numel() == 0:
