@@ -203,6 +203,12 @@ def test_small_kernels_compile_without_spills():
                     signature={"p_parts": "*fp32", "p_out": "*bf16", "n": "i32", "parts": "i32"},
                     constants={"BLOCK": 1024},
                 ),
+                Compile(
+                    "dskernels.routing.hopper_gate:pieces_kernel",
+                    signature={"p_x": "*fp32", "p_out": "*bf16", "n": "i32", "E": "i32"},
+                    constants={"PIECES": 3, "BLOCK": 1024},
+                    targets=("sm_90",),
+                ),
             ]
         )
     )

@@ -124,6 +124,20 @@ def test_gradients(device, impl, score, x_dtype, weight_dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [2113, 16384])
+def test_gradients_by_products_of_pieces(sm_90, tokens):
+    """On Hopper the fp32 gradient is three matrices of bf16; numbers of all sizes, that each of them counts."""
+    x, weight = hidden(tokens, 72, 16, "cuda", torch.bfloat16, torch.bfloat16)
+    dlogits = torch.randn(tokens, 16, device="cuda") * 10 ** torch.randn(tokens, 1, device="cuda")
+    got = torch.ops.dskernels.gate_backward(dlogits, x, weight, True, True, "hopper")
+    want = dlogits.double() @ weight.double(), dlogits.double().T @ x.double()
+    for g, w in zip(got, want, strict=True):
+        assert parity.difference(g, w) < 1e-5
+    again = torch.ops.dskernels.gate_backward(dlogits, x, weight, True, True, "hopper")
+    assert all(torch.equal(g, a) for g, a in zip(got, again, strict=True))
+
+
+@pytest.mark.gpu
 def test_the_gradient_of_the_weight_along_many_tokens(device):
     """Enough tokens for the tile that sums along them in many parts; the last part is ragged."""
     x, weight = hidden(2113, 72, 12, device, torch.bfloat16, torch.bfloat16)

@@ -302,6 +302,7 @@ _gate_backward = Operation(
     "gate_backward(Tensor dlogits, Tensor x, Tensor weight, bool needs_x, bool needs_weight) -> (Tensor, Tensor)",
     reference=_gate_backward_reference,
     triton="dskernels.routing.triton_gate:gate_backward",
+    hopper="dskernels.routing.hopper_gate:gate_backward",
     fake=_empty_gate_gradients,
 )
 
@@ -337,14 +338,14 @@ def _differentiate_route_hidden(ctx: Any, *grads: Tensor | None) -> tuple[Tensor
     needs = ctx.needs_input_grad[:2]
     if dlogits is None or not any(needs):
         return (None,) * ctx.arity
-    gradients = _gate_backward(dlogits.contiguous(), x, weight, *needs, impl=_portable(ctx.impl))
+    gradients = _gate_backward(dlogits.contiguous(), x, weight, *needs, impl=_unless_hopper(ctx.impl))
     dx, dweight = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
     return dx, dweight, *[None] * (ctx.arity - 2)
 
 
-def _portable(impl: str | None) -> str | None:
-    """The implementation of a product that `hopper` leaves to the portable kernel."""
-    return "triton" if impl == "hopper" else impl
+def _unless_hopper(impl: str | None) -> str | None:
+    """The implementation of a product that Hopper's leaves to the portable kernel where that is faster."""
+    return None if impl == "hopper" else impl
 
 
 _route.register_autograd(_differentiate_route, _save_route)
