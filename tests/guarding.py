@@ -53,7 +53,7 @@ class Guards:
 def guarded() -> Iterator[Guards]:
     """Put guards around all that is allocated uninitialised."""
     guards = Guards()
-    empty, new_empty = torch.empty, Tensor.new_empty
+    empty, new_empty, matmul = torch.empty, Tensor.new_empty, Tensor.__matmul__
     dynamo = torch._C._dynamo.guards
 
     def guard(name: str, like: Tensor) -> Tensor:
@@ -68,7 +68,13 @@ def guarded() -> Iterator[Guards]:
     def of_new_empty(self, *args, **kwargs):
         return guard("new_empty", new_empty(self, *args, **kwargs))
 
+    def of_matmul(a, b):
+        if a.dim() != 2 or b.dim() != 2 or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+            return matmul(a, b)
+        return torch.mm(a, b, out=guard("product", new_empty(a, (a.shape[0], b.shape[1]))))
+
     patches = [mock.patch.object(torch, "empty", of_empty), mock.patch.object(Tensor, "new_empty", of_new_empty)]
+    patches.append(mock.patch.object(Tensor, "__matmul__", of_matmul))  # whose result torch allocates by itself
     for owner, name in ((torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty_strided")):
         patches.append(mock.patch.object(owner, name, _after(getattr(owner, name), name, guard)))
     if hasattr(dynamo, "_empty_strided_cuda"):
