@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 import dskernels as ds
+from dskernels.mla.rope.gradient import rotated_from
 from dskernels.model import few
 from dskernels.model.batch import Batch
 from dskernels.model.config import Config
 from dskernels.model.layers import FP8_BLOCK, Activation, Linear, RMSNorm
 from dskernels.model.recompute import recomputed
-from dskernels.model.rope import rotated_from, softmax_scale
+from dskernels.model.rope import softmax_scale
 from dskernels.types import Fp8Tensor
 
 

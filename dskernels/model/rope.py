@@ -1,15 +1,13 @@
-"""Rotary positions: YaRN's frequencies, the softmax scale that belongs to them, and the rotation of adjacent pairs."""
+"""Rotary positions: YaRN's frequencies, and the softmax scale that belongs to them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import dskernels as ds
 from dskernels.model.config import Config, Yarn
 
 
@@ -76,46 +74,3 @@ class Rope(nn.Module):
         angles = positions[:, None] * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if self.scale == 1.0 else (cos * self.scale, sin * self.scale)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates adjacent pairs of the last dimension and leaves them adjacent, in fp32, returned in the dtype of ``x``.
-
-    DeepSeek's weights lay the pairs next to each other. Hugging Face's code moves them into halves first; queries
-    and keys move alike, so that the scores are the same.
-    """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
-
-
-def rotated_from(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
-    """``x`` ``[T, heads, width]`` with its columns from ``start`` on rotated, as `dskernels.apply_rope` does it.
-
-    Differentiable; two copies less than to cut, rotate and join.
-    """
-    if torch.compiler.is_compiling():
-        turned = rotate(x[..., start:], cos[:, None], sin[:, None])
-        return turned if start == 0 else torch.cat((x[..., :start], turned), -1)
-    return _Rotated.apply(x, cos, sin, start)
-
-
-class _Rotated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.start = start
-        return _Rotated.turned(x, cos, sin, start)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _Rotated.turned(dy, cos, -sin, ctx.start), None, None, None
-
-    @staticmethod
-    def turned(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
-        if start == 0:
-            return ds.apply_rope(x, cos, sin)
-        out = x.clone(memory_format=torch.contiguous_format)
-        last = out[..., start:]
-        ds.apply_rope(last, cos, sin, out=last)
-        return out

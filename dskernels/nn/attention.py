@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dskernels as ds
-
-
-class Norm(nn.Module):
-    """RMSNorm."""
-
-    def __init__(self, size: int, eps: float, **options: object) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size, **options))  # type: ignore[call-overload]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises ``[..., size]``."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+from dskernels.mla.rope.gradient import rotated_from
 
 
 class LatentAttention(nn.Module):
@@ -61,6 +48,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_rank, self.nope, self.rope, self.value = heads, kv_rank, nope, rope, value
         self.scale = (nope + rope) ** -0.5 if scale is None else scale
+        self.eps = eps
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=False, device=device, dtype=dtype)
@@ -69,11 +57,11 @@ class LatentAttention(nn.Module):
             self.q_proj = linear(hidden_size, heads * (nope + rope))
         else:
             self.q_a_proj = linear(hidden_size, q_rank)
-            self.q_a_layernorm = Norm(q_rank, eps, device=device, dtype=dtype)
+            self.q_a_layernorm = nn.RMSNorm(q_rank, eps, device=device, dtype=dtype)
             self.q_b_proj = linear(q_rank, heads * (nope + rope))
         self.q_rank = q_rank
         self.kv_a_proj_with_mqa = linear(hidden_size, kv_rank + rope)
-        self.kv_a_layernorm = Norm(kv_rank, eps, device=device, dtype=dtype)
+        self.kv_a_layernorm = nn.RMSNorm(kv_rank, eps, device=device, dtype=dtype)
         self.kv_b_proj = linear(kv_rank, heads * (nope + value))
         self.o_proj = linear(heads * value, hidden_size)
 
@@ -115,17 +103,17 @@ class LatentAttention(nn.Module):
         if cache is not None:
             if slots is None:
                 raise ValueError("slots: expected them with a cache, got None")
-            norm = self.kv_a_layernorm
+            norm, keys = self.kv_a_layernorm.weight, k_rope.detach()
             with torch.no_grad():
-                ds.write_latent_cache(kv.detach(), k_rope.detach(), norm.weight, cos, sin, cache, slots, eps=norm.eps)
+                ds.write_latent_cache(kv.detach(), keys, norm, cos, sin, cache, slots, eps=self.eps)
         if block_table is None:
             k, v = (
                 self.kv_b_proj(self.kv_a_layernorm(kv))
                 .unflatten(-1, (self.heads, -1))
                 .split((self.nope, self.value), -1)
             )
-            q = torch.cat((q[..., : self.nope], _rotated(q[..., self.nope :], cos, sin)), -1)
-            k_rope = _rotated(k_rope[:, None], cos, sin)[:, 0]
+            q = rotated_from(q, cos, sin, self.nope)
+            k_rope = rotated_from(k_rope[:, None], cos, sin, 0)[:, 0]
             out, _ = ds.mla_prefill(q, k, v, cu_seqlens, cu_seqlens, scale=self.scale, k_rope=k_rope)
         elif cache is None or lengths is None:
             raise ValueError("block_table: expected a cache and lengths with it")
@@ -151,9 +139,3 @@ class LatentAttention(nn.Module):
         q = ds.mla_decode_queries(q, w_uk, cos, sin).unflatten(0, (requests, -1))
         out, _ = ds.mla_decode(q, cache, table, lengths, scale=self.scale, value_dim=self.kv_rank)
         return torch.einsum("thl,hvl->thv", out.flatten(0, 1), w_uv)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)

@@ -14,6 +14,7 @@ import dskernels as ds
 from dskernels.integrations.transformers.cache import LatentLayer, Places
 from dskernels.integrations.transformers.patches import STATE
 from dskernels.integrations.transformers.weights import Copy, dense_weight, is_fp8_linear, is_linear, weight_of
+from dskernels.mla.rope.gradient import rotated_from
 from dskernels.types import Fp8Tensor
 
 
@@ -112,20 +113,16 @@ def absorbed(
 
 def rotated_query(self: Any, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``[T, heads, nope + rope]`` with its last part rotated: in place where nothing is differentiated."""
-    nope, rope = q.split((self.qk_nope_head_dim, self.qk_rope_head_dim), -1)
     if torch.is_grad_enabled():
-        return torch.cat((nope, rotated(rope, cos, sin)), -1)
+        return rotated_from(q, cos, sin, self.qk_nope_head_dim)
+    rope = q[..., self.qk_nope_head_dim :]
     ds.apply_rope(rope, cos, sin, out=rope)
     return q
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``[T, heads, rope]``, adjacent pairs rotated and left adjacent: queries and keys alike, so that scores agree."""
-    if not torch.is_grad_enabled():
-        return ds.apply_rope(x, cos, sin)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
+    return rotated_from(x, cos, sin, 0) if torch.is_grad_enabled() else ds.apply_rope(x, cos, sin)
 
 
 def expanded_keys(self: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
