@@ -170,6 +170,23 @@ def test_rows(device, config, sizes):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("e4m3", [True, False], ids=["e4m3", "bf16"])
+def test_rows_of_no_group_are_left(device, e4m3):
+    sizes, n, k = [640, 0, 517, 1321], 576, 400
+    a, b, offsets = operands(sizes, 2000, n, k, device)
+    if e4m3:
+        given = a.data, a.scale, b.data, b.scale
+    else:
+        given = torch.randn(a.shape, device=device).to(BRAIN), None, torch.randn(b.shape, device=device).to(BRAIN), None
+    want, out = (torch.full((sum(sizes) + 2000, n), NAN, device=device, dtype=BRAIN) for _ in range(2))
+    hopper.grouped_gemm_out(*given, offsets, want)
+    hopper.grouped_gemm_leaving(*given, offsets, out)
+    assert torch.equal(out[: sum(sizes)], want[: sum(sizes)])
+    assert not want.isnan().any()
+    assert out[sum(sizes) :].isnan().all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "offsets",
     [

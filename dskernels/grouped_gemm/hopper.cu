@@ -3,7 +3,7 @@
 // is in cuda/fp8_gemm.cuh; here are the groups, whose sizes only the device knows, and the order of the tiles.
 //
 // One more option (-D):
-//   MASKED    0: group e is rows offsets[e] to offsets[e + 1], and rows of C after the last group become zero
+//   MASKED    0: group e is rows offsets[e] to offsets[e + 1], and rows of C after the last group become zero, of the first `cleared`
 //             1: group e is the first offsets[e] of `rows` rows from e * rows on
 
 constexpr bool ANY_ROW = B_ROWS == 128;
@@ -14,7 +14,7 @@ constexpr bool ANY_ROW = B_ROWS == 128;
 // ---- rows in groups ----------------------------------------------------------------------------------------------
 
 struct Shape {
-    int rows, N, K, b_step, stride_sbe, stride_sbn;  // b_step: rows of B from one matrix to the next
+    int rows, N, K, b_step, stride_sbe, stride_sbn, cleared;  // b_step: rows of B from one matrix to the next
     __device__ __forceinline__ int wide() const { return (N + CLUSTER_N - 1) / CLUSTER_N; }
     __device__ __forceinline__ static int tall(int rows) { return (rows + CLUSTER_M - 1) / CLUSTER_M; }
 };
@@ -72,7 +72,7 @@ struct Tiles {
     __device__ __forceinline__ void spare_warp(const Output& out, int lane) const {
         if (MASKED) return;
         const int bytes = shape.N * (int)sizeof(Element);
-        for (int r = table.at(table.groups).x + blockIdx.x; r < shape.rows; r += gridDim.x) {
+        for (int r = table.at(table.groups).x + blockIdx.x; r < shape.cleared; r += gridDim.x) {
             u8* c = (u8*)(out.c + (long long)r * out.stride);
             for (int i = lane * 16; i + 16 <= bytes; i += 32 * 16) *(int4*)(c + i) = make_int4(0, 0, 0, 0);
             for (int i = bytes / 16 * 16 + lane * 2; i < bytes; i += 32 * 2) *(u16*)(c + i) = 0;
@@ -87,11 +87,11 @@ __cluster_dims__(CLUSTER, 1, 1)
 __launch_bounds__(THREADS, 1)
 grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
              const __grid_constant__ TensorMap map_c, const float* __restrict__ sb, const int* __restrict__ offsets, Element* c, int groups, int rows, int N,
-             int K, int b_step, int stride_sbe, int stride_sbn, int stride_c) {
+             int K, int b_step, int stride_sbe, int stride_sbn, int stride_c, int cleared) {
     extern __shared__ __align__(1024) u8 smem[];
     const u32 base = smem_addr(smem);
     const GroupTable table{base + OFFSET_TABLE, groups};
-    const Shape shape{rows, N, K, b_step, stride_sbe, stride_sbn};
+    const Shape shape{rows, N, K, b_step, stride_sbe, stride_sbn, cleared};
     plan_groups<THREADS, !MASKED>(table, base + OFFSET_C, MASKED ? offsets : offsets + 1, rows, [&](int size) { return Shape::tall(size) * shape.wide(); });
     const Output out{&map_c, c, nullptr, N, stride_c};
     block_scaled_gemm(Tiles(shape, table, CLUSTER > 1 ? cluster_rank() : 0), base, &map_a, &map_b, &map_sa, &map_sa, sb, out);

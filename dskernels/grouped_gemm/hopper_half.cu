@@ -2,7 +2,7 @@
 // options, is in cuda/half_gemm.cuh; here is the order of the tiles, and what of C has no tile.
 //
 // Further options (-D):
-//   FORM   0 C[r] = B[e] @ A[r] for row r of group e, A [1, T, K], B [E, N, K]; rows of no group become zero
+//   FORM   0 C[r] = B[e] @ A[r] for row r of group e, A [1, T, K], B [E, N, K]; rows of no group become zero, of the first `height`
 //          1 C[e, m] = B[e] @ A[e, m] for m below the group's count, A [E, M, K]
 //          2 C[e] = A[rows of e].T @ B[rows of e], A [T, M], B [T, N], C [E, M, N]; of a group without rows, zero, or untouched
 //   GROUP  pairs of tiles, one below the other, that are walked before the next columns
@@ -123,7 +123,7 @@ grouped_half(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
     plan_groups<THREADS, FORM != 1>(table, base + OFFSET_C, FORM == 1 ? sizes : sizes + 1, batch, [&](int rows) { return shape.pairs(rows); });
     cluster_wait();
     half_gemm(Tiles(shape, table, cluster_rank()), base, &map_a, &map_b, &map_c, [&](int lane) {
-        if (FORM == 0) clear(c, stride_r, columns, table.at(groups).x, batch, lane);
+        if (FORM == 0) clear(c, stride_r, columns, table.at(groups).x, height, lane);
         if (FORM == 2 && !ACCUMULATE) {
             for (int e = 0; e < groups; ++e)
                 if (table.at(e).x == table.at(e + 1).x) clear(c + e * stride_e, stride_r, columns, 0, height, lane);

@@ -78,10 +78,13 @@ def choose_config(groups: int, rows: int, columns: int, multiprocessors: int) ->
 @Planned
 def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> Plan:
     """Fill `out` [T, N] with the product of each row of `a` [T, K] and its group's matrix of `b` [E, N, K]."""
-    rows, (groups, n, _) = a.shape[0], b.shape
-    filled = min(rows, groups)  # at most; how full they are, only the device knows
-    config = choose_config(filled, ceil_div(rows, filled), n, multiprocessors(a.device))
-    return plan(config, a, b, offsets, out)
+    return plan(_config(a, b), a, b, offsets, out)
+
+
+@Planned
+def grouped_gemm_leaving(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> Plan:
+    """The same, but rows that belong to no group stay as they are."""
+    return _plan_rows(_config(a, b), a, b, offsets, out, cleared=0)
 
 
 @Planned
@@ -102,6 +105,17 @@ def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor, accumulat
 
 def plan(config: HalfConfig, a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> Plan:
     """The launch of `grouped_gemm` with a given config."""
+    return _plan_rows(config, a, b, offsets, out, cleared=a.shape[0])
+
+
+def _config(a: Tensor, b: Tensor) -> HalfConfig:
+    rows, (groups, n, _) = a.shape[0], b.shape
+    filled = min(rows, groups)  # at most; how full they are, only the device knows
+    return choose_config(filled, ceil_div(rows, filled), n, multiprocessors(a.device))
+
+
+def _plan_rows(config: HalfConfig, a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, cleared: int) -> Plan:
+    """The launch for rows in one piece, of which those below `cleared` that belong to no group become zero."""
     rows, (groups, n, k) = a.shape[0], b.shape
     return _plan(
         config,
@@ -111,7 +125,7 @@ def plan(config: HalfConfig, a: Tensor, b: Tensor, offsets: Tensor, out: Tensor)
         ragged_map("out", out, (64, 128 // out.element_size())),
         sizes="offsets",
         out=out[None],
-        shape=(groups, rows, 0, n, k),
+        shape=(groups, rows, cleared, n, k),
         pairs=config.pairs(tile_bound(rows, groups, BLOCK_M), 1, n),
     )
 

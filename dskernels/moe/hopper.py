@@ -53,7 +53,7 @@ def _product(rows: Rows, weight: Operand, batch: Batch, dtype: torch.dtype) -> T
     (a, a_scale), (b, b_scale) = parts(rows.data), parts(weight)
     out = empty(a, (batch.rows, b.shape[-2]), dtype)
     if batch.offsets is not None:
-        grouped.grouped_gemm_out(a, a_scale, b, b_scale, batch.offsets, out)
+        grouped.grouped_gemm_leaving(a, a_scale, b, b_scale, batch.offsets, out)
     elif a_scale is not None and b_scale is not None:
         _fp8_gemm(a, a_scale, b, b_scale, 128, None, out, False)
     else:
