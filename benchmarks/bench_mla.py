@@ -13,10 +13,11 @@ from benchmarks.around_mla import DecodeQueries, MergeStates, ValuesQuantize, Wr
 from benchmarks.cases import Call, Case
 from benchmarks.peers import Peer
 from benchmarks.peers import attention as attention_peers
-from benchmarks.prefix_sharing import decode_with_prefix
+from benchmarks.prefix_sharing import decode_with_prefix, decode_with_written_prefix
 from benchmarks.workloads import FP8_ROW_BYTES, LATENT_DIM, NOPE_DIM, QK_DIM, ROW_DIM, VALUE_DIM
 
 SCALE = QK_DIM**-0.5
+ABSORBED = 160  # new tokens of a request up to which nothing is projected
 CHECKED = 2  # requests or heads that the reference is asked for: its score matrix is in fp32, and whole
 
 
@@ -146,6 +147,67 @@ class DecodeWithPrefix(_Attention):
     def unshared(self, x) -> Peer:
         """Each request reads the prefix for itself."""
         return Peer(lambda: ds.mla_decode(x.q, x.cache, x.block_table, x.lengths, scale=SCALE))
+
+
+@dataclass(frozen=True)
+class DecodeWithWrittenPrefix(_Attention):
+    """The other recipe of docs/prefix_sharing.md, beside decode and the projection of what it gives."""
+
+    workload: workloads.SharedPrefix
+    tolerance = 2e-5  # keys, values and absorbed queries are rounded to bf16 as well
+
+    @property
+    def op(self) -> str:
+        return "mla_decode_with_written_prefix"
+
+    def work(self):
+        return roofline.decode_with_written_prefix(self.workload)
+
+    def inputs(self, device):
+        w = self.workload
+        x = DecodeWithPrefix(w).inputs(device)
+        q = inputs.bf16(w.b, 1, w.h, QK_DIM, device=device)
+        kv_b = inputs.bf16(w.h, NOPE_DIM + VALUE_DIM, LATENT_DIM, device=device, scale=LATENT_DIM**-0.5)
+        w_uk, w_uv = kv_b.split((NOPE_DIM, VALUE_DIM), 1)
+        nope, rope = q.split((NOPE_DIM, QK_DIM - NOPE_DIM), -1)
+        rows = x.cache[x.block_table[0, : x.prefix_pages].long()].flatten(0, 1)
+        k, v = (rows[:, :LATENT_DIM] @ kv_b.flatten(0, 1).t()).unflatten(1, (w.h, -1)).split((NOPE_DIM, VALUE_DIM), -1)
+        absorbed = torch.cat((torch.einsum("bqhn,hnl->bqhl", nope, w_uk), rope), -1)
+        return SimpleNamespace(
+            q=q, absorbed=absorbed, w_uv=w_uv, k=k, k_rope=rows[:, LATENT_DIM:], v=v, cache=x.cache,
+            block_table=x.block_table, lengths=x.lengths, pages=x.prefix_pages,
+        )  # fmt: skip
+
+    def ours(self, x, impl) -> Call:
+        own, lengths = x.block_table[:, x.pages :], x.lengths - len(x.k)
+        job = (x.q, x.absorbed, x.w_uv, x.k, x.k_rope, x.v, x.cache, own, lengths)
+
+        def decode():
+            with ds.use_impl(impl):
+                return decode_with_written_prefix(*job, scale=SCALE)
+
+        return decode
+
+    def part(self, x):
+        few = spread(self.workload.b)
+        own = {name: getattr(x, name)[few] for name in ("q", "absorbed", "block_table", "lengths")}
+        return SimpleNamespace(**{**vars(x), **own})
+
+    def part_of_output(self, out, x):
+        few = spread(self.workload.b)
+        return out[few] if isinstance(out, torch.Tensor) else (out[0][few], out[1][:, few])
+
+    def peers(self, x):
+        return {"unshared": lambda: self.unshared(x)}
+
+    def unshared(self, x) -> Peer:
+        """Each request reads the latents of the prefix for itself."""
+
+        def run():
+            latents, _ = ds.mla_decode(x.absorbed, x.cache, x.block_table, x.lengths, scale=SCALE)
+            return torch.einsum("bqhl,hvl->bqhv", latents, x.w_uv)
+
+        return Peer(run, lambda out: out.flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -288,7 +350,9 @@ class PrefillCached(_Attention):
     def peers(self, x):
         w = self.workload
         given = x.q, x.kv_b, x.cache, x.block_table, w.b, w.s, SCALE
-        return {"uncached": lambda: self.uncached(x), "cudnn": lambda: attention_peers.cudnn_prefill_cached(*given)}
+        found = {"cudnn": lambda: attention_peers.cudnn_prefill_cached(*given)}
+        # Few new tokens are attended to absorbed: keys and values that are at hand are another job.
+        return found if w.q <= ABSORBED else {"uncached": lambda: self.uncached(x), **found}
 
     def uncached(self, x) -> Peer:
         """`mla_prefill` over keys and values that are all there: without gathering, projecting and merging."""
@@ -307,6 +371,7 @@ CASES: list[Case] = [
     *(PrefillBackward(w) for w in workloads.PREFILLS),
     *(PrefillCached(w) for w in workloads.CHUNKED_PREFILLS),
     *(DecodeWithPrefix(w) for w in workloads.SHARED_PREFIXES),
+    *(DecodeWithWrittenPrefix(w) for w in workloads.WRITTEN_PREFIXES),
     *(DecodeQueries(w) for w in workloads.DECODE_QUERIES),
     *(ValuesQuantize(w) for w in workloads.DECODE_VALUES),
     *(WriteLatentCache(w) for w in workloads.CACHE_WRITES),

@@ -3,6 +3,7 @@ docs/prefix_sharing.md)."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 import dskernels as ds
@@ -55,3 +56,44 @@ def decode_with_prefix(
     before = out.view(batch, q_tokens, heads, -1), lse.view(batch, q_tokens, heads).transpose(1, 2).contiguous()
     own = ds.mla_decode(q, cache, block_table[:, prefix_pages:], lengths - prefix, scale=scale, value_dim=value_dim)
     return ds.merge_states(*before, *own)
+
+
+def decode_with_written_prefix(
+    q: Tensor,
+    absorbed: Tensor,
+    w_uv: Tensor,
+    k: Tensor,
+    k_rope: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Values attended to by requests that begin with the same full pages, whose keys and values were written out.
+
+    Args:
+        q: ``[B, Q, H, nope + rope]``, contiguous.
+        absorbed: the same queries as `mla_decode` takes them, ``[B, Q, H, L + rope]``.
+        w_uv: ``[H, V, L]``.
+        k: ``[P, H, nope]`` of the P common tokens.
+        k_rope: ``[P, rope]``.
+        v: ``[P, H, V]``.
+        cache: as `mla_decode` takes it.
+        block_table: int32 ``[B, pages]``, of what follows the prefix.
+        lengths: int32 ``[B]``, likewise, at least the Q new tokens.
+        scale: factor of the scores.
+
+    Returns:
+        out ``[B * Q, H, V]`` and lse ``[H, B * Q]``.
+    """
+    batch, q_tokens, heads, _ = q.shape
+    queries, ends = batch * q_tokens, torch.arange(2, dtype=torch.int32, device=q.device)
+    before = ds.mla_prefill(
+        q.flatten(0, 1), k, v, ends * queries, ends * len(k), scale=scale, causal=False, k_rope=k_rope
+    )
+    latents, lse = ds.mla_decode(absorbed, cache, block_table, lengths, scale=scale, value_dim=w_uv.shape[2])
+    own = torch.empty_like(before[0])
+    torch.bmm(latents.flatten(0, 1).transpose(0, 1), w_uv.mT, out=own.transpose(0, 1))
+    return ds.merge_states(*before, own, lse.transpose(0, 1).reshape(heads, queries).contiguous())

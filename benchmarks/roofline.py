@@ -242,6 +242,14 @@ def decode_with_prefix(x: w.SharedPrefix) -> Work:
     return Work(2 * x.h * (ROW_DIM + LATENT_DIM) * x.b * (x.prefix + x.own), moved, "bf16")
 
 
+def decode_with_written_prefix(x: w.SharedPrefix) -> Work:
+    """The prefix's keys and values, the rows of each request's own and W^UV in; values out."""
+    kept = x.prefix * (x.h * (NOPE_DIM + VALUE_DIM) + ROPE_DIM) + x.h * VALUE_DIM * LATENT_DIM
+    queries = x.b * x.h * ((QK_DIM + ROW_DIM + VALUE_DIM) * BF16 + FP32)
+    of_prefix, of_own = (QK_DIM + VALUE_DIM) * x.prefix, (ROW_DIM + LATENT_DIM) * x.own + LATENT_DIM * VALUE_DIM
+    return Work(2 * x.h * x.b * (of_prefix + of_own), (kept + x.b * x.own * ROW_DIM) * BF16 + queries, "bf16")
+
+
 def decode_queries(x: w.Tokens) -> Work:
     """Queries, W^UK, fp32 cos and sin in; absorbed queries out."""
     weights = x.h * NOPE_DIM * LATENT_DIM * BF16
@@ -268,13 +276,14 @@ def prefill_backward(x: w.Prefill) -> Work:
 
 
 def prefill_cached(x: w.ChunkedPrefill) -> Work:
-    """The up-projection of every cached token, then attention of the new ones; the cache and kv_b in once."""
+    """The up-projection of every cached token, then attention of the new ones; or, where that is less, of the new ones
+    alone, whose attention is to the latents. The cache and kv_b in once."""
     pairs = x.b * sum(x.s - (x.q - 1 - j) for j in range(x.q))
-    up = 2 * x.b * x.s * LATENT_DIM * x.h * (NOPE_DIM + VALUE_DIM)
-    attention = 2 * x.h * (QK_DIM + VALUE_DIM) * pairs
+    written = x.s * LATENT_DIM * x.b * (NOPE_DIM + VALUE_DIM) + (QK_DIM + VALUE_DIM) * pairs
+    absorbed = x.q * LATENT_DIM * x.b * (NOPE_DIM + VALUE_DIM) + (ROW_DIM + LATENT_DIM) * pairs
     cached = x.b * x.s * ROW_DIM * BF16 + x.h * (NOPE_DIM + VALUE_DIM) * LATENT_DIM * BF16
     queries = x.b * x.q * x.h * ((QK_DIM + VALUE_DIM) * BF16 + FP32)
-    return Work(up + attention, cached + queries, "bf16")
+    return Work(2 * x.h * min(written, absorbed), cached + queries, "bf16")
 
 
 def write_cache(x: w.Tokens, *, row_bytes: int = ROW_DIM * BF16) -> Work:

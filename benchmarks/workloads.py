@@ -416,8 +416,13 @@ PREFILLS = (Prefill(1, 4096), Prefill(1, 8192), Prefill(4, 4096, h=16))
 # Mixed lengths beside equal ones of about the same mean.
 PACKED_PREFILLS = (PackedPrefill(32768), PackedPrefill(32768, h=16))
 EQUAL_PREFILLS = (Prefill(32, 1024), Prefill(32, 1024, h=16))
-CHUNKED_PREFILLS = (ChunkedPrefill(4, 8192, 1024, h=16), ChunkedPrefill(1, 32768, 4096))
+CHUNKED_PREFILLS = (
+    ChunkedPrefill(4, 8192, 1024, h=16),
+    ChunkedPrefill(1, 32768, 4096),
+    *(ChunkedPrefill(1, 32768, 64), ChunkedPrefill(16, 8192, 32, h=16)),  # turns of conversations
+)
 SHARED_PREFIXES = tuple(SharedPrefix(64, 8192, 512, h=h) for h in (16, HEADS))
+WRITTEN_PREFIXES = (SharedPrefix(64, 8192, 512), SharedPrefix(128, 8192, 512), SharedPrefix(256, 2048, 512))
 CACHE_WRITES = (Tokens(128), Tokens(4096), Tokens(65536))
 DECODE_QUERIES = (*(Tokens(t, HEADS) for t in (1, 16, 64, 128)), Tokens(128, 16))
 DECODE_VALUES = (Tokens(1, HEADS), Tokens(128, HEADS), Tokens(128, 16))

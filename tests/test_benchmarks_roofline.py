@@ -97,8 +97,10 @@ def test_prefill_counts_the_causal_half():
 
 
 def test_prefill_over_a_cache_counts_the_up_projection_and_the_visible_positions():
-    work = roofline.prefill_cached(workloads.ChunkedPrefill(1, 10, 2, h=1))
-    assert work.flops == 2 * 10 * 512 * 256 + 2 * 320 * (9 + 10)
+    work = roofline.prefill_cached(workloads.ChunkedPrefill(1, 300, 200, h=1))
+    assert work.flops == 2 * 300 * 512 * 256 + 2 * 320 * sum(range(101, 301))
+    absorbed = roofline.prefill_cached(workloads.ChunkedPrefill(1, 10, 2, h=1))  # which is less, of few new tokens
+    assert absorbed.flops == 2 * 2 * 512 * 256 + 2 * (576 + 512) * (9 + 10)
 
 
 def test_grouped_counts():

@@ -14,11 +14,12 @@ from dskernels import parity
 PAGE = Path(__file__).parent.parent / "docs" / "prefix_sharing.md"
 
 
-def test_the_page_shows_the_recipe():
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def test_the_page_shows_the_recipes():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     body = re.compile(r'    """.*?    """\n', re.DOTALL)  # the page says in text what the docstring does
-    source = body.sub("", inspect.getsource(prefix_sharing.decode_with_prefix))
-    assert block.strip().endswith(source.strip())
+    recipes = prefix_sharing.decode_with_prefix, prefix_sharing.decode_with_written_prefix
+    for block, recipe in zip(blocks, recipes, strict=True):
+        assert block.strip().endswith(body.sub("", inspect.getsource(recipe)).strip())
 
 
 def job(batch, q_tokens, heads, prefix_pages, suffix_lengths, page, dims, dtype, device):
@@ -73,6 +74,27 @@ def test_where_it_shares(device, monkeypatch, q_tokens, heads, prefix_pages, sha
     with ds.use_impl("reference"):
         want = ds.mla_decode(**x, **options)
         assert pieces_of(monkeypatch, x, prefix_pages, options, want) == ([1, 2] if shares else [2])
+
+
+@pytest.mark.parametrize("q_tokens", [1, 2])
+def test_a_written_prefix(device, q_tokens):
+    """Keys and values of the prefix give what its latents do."""
+    latent, rope, nope, value, heads, page = 32, 16, 24, 40, 3, 4
+    x = job(3, q_tokens, heads, 2, [2, 9, 5], page, (latent, rope), torch.float32, device)
+    kv_b = torch.randn(heads, nope + value, latent, device=device) * latent**-0.5
+    q = torch.randn(3, q_tokens, heads, nope + rope, device=device)
+    x["q"] = torch.cat((torch.einsum("bqhn,hnl->bqhl", q[..., :nope], kv_b[:, :nope]), q[..., nope:]), -1)
+    rows = x["cache"][x["block_table"][0, :2].long()].flatten(0, 1)
+    k, v = torch.einsum("pl,hxl->phx", rows[:, :latent], kv_b).split((nope, value), -1)
+    with ds.use_impl("reference"):
+        latents, lse = ds.mla_decode(**x, scale=0.2, value_dim=latent)
+        got = prefix_sharing.decode_with_written_prefix(
+            q, x["q"], kv_b[:, nope:], k, rows[:, latent:], v, x["cache"], x["block_table"][:, 2:],
+            x["lengths"] - 2 * page, scale=0.2,
+        )  # fmt: skip
+    want = torch.einsum("bqhl,hvl->bqhv", latents, kv_b[:, nope:]).flatten(0, 1)
+    torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[1], lse.transpose(0, 1).flatten(1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
