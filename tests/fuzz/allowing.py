@@ -208,7 +208,7 @@ def mla_prefill_cached(loss: float, q: Tensor, kv_b: Tensor, cache: Tensor, bloc
 
 def _cached(cache: Tensor, block_table: Tensor, lengths: Tensor, b: int, latent: int) -> Tensor:
     """The rows that a request has."""
-    length = min(max(int(lengths[b]), 0), block_table.shape[1] * cache.shape[1])
+    length = min(max(int(lengths[b]), 0), block_table.shape[1] * cache.shape[1] if len(cache) else 0)
     return exact.cached_rows(cache.cpu(), block_table[b].tolist(), length, latent)
 
 
