@@ -212,11 +212,6 @@ class Batches(Iterator[Packed]):
         self._next, self._taken = int(state["next"]), int(state["taken"])
 
 
-def batches(documents: Sequence[Tensor], *, batch_tokens: int, sequence_length: int, seed: int = 0) -> Batches:
-    """Packed batches without end; see `Batches`."""
-    return Batches(documents, batch_tokens=batch_tokens, sequence_length=sequence_length, seed=seed)
-
-
 def document_lengths(documents: Sequence[Tensor]) -> Tensor:
     """Tokens of each document, int64."""
     lengths = getattr(documents, "lengths", None)

@@ -9,7 +9,7 @@ import torch
 
 from dskernels.model.checkpoint import load_weights
 from dskernels.model.config import Config
-from dskernels.model.data import Batches, Corpus, Packed, batches, document_lengths
+from dskernels.model.data import Batches, Corpus, Packed, document_lengths
 from dskernels.model.model import DeepseekV3
 from dskernels.model.token_file import largest_token
 from dskernels.model.train_config import TrainConfig
@@ -34,7 +34,7 @@ def texts(data: Corpus, config: TrainConfig) -> tuple[Batches, list[Packed]]:
     sizes = dict(batch_tokens=tokens, sequence_length=config.sequence_length, seed=config.seed)
     one_pass = -(-int(document_lengths(data.validation).sum()) // tokens)
     looks = min(config.validation_batches, one_pass)
-    return batches(data.train, **sizes), list(itertools.islice(batches(data.validation, **sizes), looks))
+    return Batches(data.train, **sizes), list(itertools.islice(Batches(data.validation, **sizes), looks))
 
 
 def check(model_config: Config, data: Corpus, config: TrainConfig) -> None:

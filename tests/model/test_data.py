@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dskernels.model import data
-from dskernels.model.data import BOUNDARY, batches, decode, encode, find_files, read_corpus, standard_library
+from dskernels.model.data import BOUNDARY, Batches, decode, encode, find_files, read_corpus, standard_library
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def folder(tmp_path):
 def first_pass(documents, batch_tokens, sequence_length, seed=0):
     """The sequences of whole batches that hold every token of the documents at least once."""
     total = sum(map(len, documents))
-    stream = batches(documents, batch_tokens=batch_tokens, sequence_length=sequence_length, seed=seed)
+    stream = Batches(documents, batch_tokens=batch_tokens, sequence_length=sequence_length, seed=seed)
     taken = list(itertools.islice(stream, -(-total // batch_tokens)))
     return [part for tokens, ends in taken for part in tokens.split(ends.diff().tolist())], taken
 
@@ -134,7 +134,7 @@ def test_batches_are_full_and_hold_every_token_once_a_pass(lengths, batch_tokens
 
 def test_the_second_pass_has_another_order():
     documents = list(torch.arange(64, dtype=torch.int16).split(2))
-    stream = batches(documents, batch_tokens=64, sequence_length=2)
+    stream = Batches(documents, batch_tokens=64, sequence_length=2)
     first, second = next(stream).tokens, next(stream).tokens
     assert torch.equal(first.sort().values, second.sort().values)
     assert not torch.equal(first, second)
@@ -142,7 +142,7 @@ def test_the_second_pass_has_another_order():
 
 def test_order_is_that_of_the_seed():
     documents = list(torch.arange(64, dtype=torch.int16).split(2))
-    a, b, c = (next(batches(documents, batch_tokens=64, sequence_length=2, seed=s)).tokens for s in (3, 3, 4))
+    a, b, c = (next(Batches(documents, batch_tokens=64, sequence_length=2, seed=s)).tokens for s in (3, 3, 4))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
@@ -156,10 +156,10 @@ def test_predictions_are_the_tokens_with_a_next_one():
 def test_sizes_must_leave_something_to_predict(name):
     sizes = {"batch_tokens": 8, "sequence_length": 8, name: 1}
     with pytest.raises(ValueError, match=f"{name}: expected at least 2, got 1"):
-        batches([torch.arange(4)], **sizes)
+        Batches([torch.arange(4)], **sizes)
 
 
 @pytest.mark.parametrize("documents", [[], [torch.empty(0, dtype=torch.int16)]])
 def test_batches_of_nothing_are_refused(documents):
     with pytest.raises(ValueError, match="documents: expected at least one token"):
-        batches(documents, batch_tokens=8, sequence_length=8)
+        Batches(documents, batch_tokens=8, sequence_length=8)

@@ -9,7 +9,7 @@ import torch
 
 from dskernels.model import token_file
 from dskernels.model.config import Config
-from dskernels.model.data import batches, document_lengths, find_files, read_corpus
+from dskernels.model.data import Batches, document_lengths, find_files, read_corpus
 from dskernels.model.encoders import ByteEncoder, encoder_of
 from dskernels.model.token_file import fingerprint, is_token_folder, largest_token, read_tokens, write_tokens
 from dskernels.model.tokens import tokenizer_of
@@ -46,7 +46,7 @@ def test_bytes_are_those_of_a_corpus_in_memory(files, tmp_path, monkeypatch, pie
     assert seen[-1] == (sum(path.stat().st_size for path in files),) * 2
     assert is_token_folder(tmp_path / "tokens")
     assert same(read_tokens(tmp_path / "tokens").train, read.train)
-    streams = [batches(corpus.train, batch_tokens=50, sequence_length=16, seed=1) for corpus in (written, read)]
+    streams = [Batches(corpus.train, batch_tokens=50, sequence_length=16, seed=1) for corpus in (written, read)]
     for _ in range(40):  # several passes
         one, other = map(next, streams)
         assert torch.equal(one.tokens, other.tokens)
@@ -56,9 +56,9 @@ def test_bytes_are_those_of_a_corpus_in_memory(files, tmp_path, monkeypatch, pie
 def test_a_stream_goes_on_where_another_stood(files):
     corpus = read_corpus(files)
     sizes = dict(batch_tokens=50, sequence_length=16, seed=1)
-    stream = batches(corpus.train, **sizes)
+    stream = Batches(corpus.train, **sizes)
     for _ in range(25):  # in each place of a pass, and over the end of one
-        later = batches(corpus.train, **sizes)
+        later = Batches(corpus.train, **sizes)
         later.restore(stream.state())
         for _ in range(3):
             assert torch.equal(next(later).tokens, next(stream).tokens)
@@ -109,7 +109,7 @@ def test_large_vocabularies_take_four_bytes(files, tmp_path):
     corpus = write_tokens(files, tmp_path / "tokens", Wide())
     assert largest_token(corpus.train) == 69_999
     total = int(document_lengths(corpus.train).sum())
-    tokens = next(batches(corpus.train, batch_tokens=total, sequence_length=8)).tokens
+    tokens = next(Batches(corpus.train, batch_tokens=total, sequence_length=8)).tokens
     assert (tokens == 69_999).sum() == 2 * len(corpus.train)
     assert json.loads((tmp_path / "tokens" / "tokens.json").read_text())["dtype"] == "uint32"
 

@@ -12,7 +12,7 @@ from tiny import packed, tiny_model
 import dskernels as ds
 from dskernels import reference
 from dskernels.model import Config, DeepseekV3, LatentCache, Output, RouterOutput, generate, load
-from dskernels.model.data import BOUNDARY, Corpus, Packed, batches
+from dskernels.model.data import BOUNDARY, Batches, Corpus, Packed
 from dskernels.model.loss import losses
 from dskernels.model.optimizer import MasterAdamW, clipping
 from dskernels.model.train import MEASURED, TrainConfig, evaluate, train
@@ -366,7 +366,7 @@ def test_thirty_steps_learn_and_leave_a_checkpoint(corpus, tmp_path):
     assert written.steps < 14
 
     # What lies on the disk is the model that was looked at last.
-    held_out = itertools.islice(batches(corpus.validation, batch_tokens=128, sequence_length=32), 2)
+    held_out = itertools.islice(Batches(corpus.validation, batch_tokens=128, sequence_length=32), 2)
     again = evaluate(load(out), list(held_out))
     assert again["validation_loss"] == pytest.approx(looks[-1]["validation_loss"], rel=1e-5)
     assert again["validation_mtp_loss"] == pytest.approx(looks[-1]["validation_mtp_loss"], rel=1e-5)
