@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.portable import cast
+from dskernels.portable import cast, launch
 from dskernels.routing.config import choose_config
 from dskernels.routing.triton import LARGEST, load_affinities, normalized, reason_against, take_best
 
@@ -179,7 +179,7 @@ def update_bias(bias: Tensor, load: Tensor, rate: float) -> None:
     E = bias.shape[0]
     if E == 0:
         return
-    update_bias_kernel[(1,)](bias, load, rate, E=E, COLUMNS=triton.next_power_of_2(E), num_warps=1)
+    launch(update_bias_kernel, (1,), bias, load, rate, E=E, COLUMNS=triton.next_power_of_2(E), num_warps=1)
 
 
 def balance_loss(logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: float, softmax: bool) -> Tensor:

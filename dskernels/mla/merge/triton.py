@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.portable import cast
+from dskernels.portable import cast, launch
+from dskernels.validate import ceil_div
 
 ELEMENTS = 2048  # of one state that a program holds
 
@@ -151,9 +152,8 @@ def _launch(kernel, inputs, results, out: Tensor) -> None:
     rows = out.numel() // value
     block_v = triton.next_power_of_2(value)
     block_r = max(1, ELEMENTS // block_v)
-    kernel[(triton.cdiv(rows, block_r),)](
-        *inputs, *results, rows, queries, heads, VALUE=value, BLOCK_V=block_v, BLOCK_R=block_r, num_warps=4
-    )
+    constants = {"VALUE": value, "BLOCK_V": block_v, "BLOCK_R": block_r, "num_warps": 4}
+    launch(kernel, (ceil_div(rows, block_r),), *inputs, *results, rows, queries, heads, **constants)
 
 
 def merge_states_supports(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> str | None:
