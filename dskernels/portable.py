@@ -6,11 +6,10 @@ if they were integers. `cast` and `dot` hide that; on a GPU they compile to the 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -192,30 +191,21 @@ def _launches_directly() -> bool:
     return checked and torch.version.cuda is not None and not INTERPRETED
 
 
+def _watch(metadata: Any) -> None:
+    """A launch by Triton itself, as of ``kernel[grid]()``: what is recorded around it would be launched without it."""
+    recording = recorder.get()
+    if recording is not None:
+        recording.refuse("a kernel is launched through Triton")
+
+
+# It stays: Triton walks through the list, and would skip the hook of one thread as another takes its own out.
+triton.knobs.runtime.launch_enter_hook.add(_watch)
+
+
 def _is_hooked() -> bool:
+    """Whether somebody else watches Triton's launches."""
     runtime = triton.knobs.runtime
-    calls = runtime.launch_enter_hook.calls
-    return bool(runtime.launch_exit_hook.calls or (calls and any(call not in _watchers for call in calls)))
-
-
-_watchers: list[Callable] = []  # hooks of `refusing`
-
-
-@contextlib.contextmanager
-def refusing(recording: Any) -> Iterator[None]:
-    """Tell a recorder of this thread to refuse when Triton itself launches a kernel, as of ``kernel[grid]()``."""
-
-    def refuse(*args: Any) -> None:
-        if recorder.get() is recording:
-            recording.refuse("a kernel is launched through Triton")
-
-    _watchers.append(refuse)
-    triton.knobs.runtime.launch_enter_hook.add(refuse)
-    try:
-        yield
-    finally:
-        triton.knobs.runtime.launch_enter_hook.remove(refuse)
-        _watchers.remove(refuse)
+    return bool(runtime.launch_exit_hook.calls or any(call is not _watch for call in runtime.launch_enter_hook.calls))
 
 
 @triton.jit

@@ -24,8 +24,8 @@ What makes it safe:
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -160,9 +160,10 @@ class Recorder(TorchDispatchMode):
 
     def run(self, function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """What the function returns."""
+        _watch_triton()
         token = driver.recorder.set(self)
         try:
-            with self, _watching_triton(self):
+            with self:
                 return function(*args, **kwargs)
         finally:
             driver.recorder.reset(token)
@@ -285,13 +286,11 @@ class Recorder(TorchDispatchMode):
         return []
 
 
-def _watching_triton(recorder: Recorder) -> contextlib.AbstractContextManager:
-    """Kernels that Triton launches by itself are seen."""
-    if not has_triton():
-        return contextlib.nullcontext()
-    from dskernels.portable import refusing
-
-    return refusing(recorder)
+@functools.cache
+def _watch_triton() -> None:
+    """Have kernels seen that Triton launches by itself."""
+    if has_triton():
+        importlib.import_module("dskernels.portable")
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
