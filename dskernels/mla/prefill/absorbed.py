@@ -64,10 +64,11 @@ def absorbed(
         block_table, lengths, cu_q, tokens, group, cache.shape[1], impl=impl
     )
 
-    queries = q.new_empty(tokens, heads, latent_dim + rope_dim)
+    q = q.index_select(0, token)
+    queries = q.new_empty(len(token), heads, latent_dim + rope_dim)
     torch.bmm(q[..., : head_dim - rope_dim].transpose(0, 1), w_uk, out=queries[..., :latent_dim].transpose(0, 1))
     queries[..., latent_dim:] = q[..., head_dim - rope_dim :]
-    queries = queries.index_select(0, token).unflatten(0, (-1, group))
+    queries = queries.unflatten(0, (-1, group))
     latents, lse = mla_decode(
         queries, cache, table, seen, scale=scale, value_dim=latent_dim, q_lengths=count, impl=impl
     )
