@@ -68,10 +68,11 @@ class CopyEngines(Mail):
         # Slots, and for each slot and rank how far it has sent, and how far it has read what is sent to it.
         self.memory, self.addresses, self.keeps = memory
         self.count, self.unread = 0, set[int]()
-        # First parts travel one behind the other; what is small, or for this rank itself, goes beside them.
+        self.read: list[tuple[int, int]] = []  # slots, and turns in them, that the others have not been told of
+        # What is for this rank itself waits for no link.
         device = self.memory.device
         self.out, self.near = (Engine.of(torch.cuda.Stream(device, priority=-1)) for _ in range(2))
-        self.now, self.beside = Moment(device), Moment(device)
+        self.now = Moment(device)
 
     @staticmethod
     def needed(ranks: int, size: int) -> int:
@@ -96,13 +97,16 @@ class CopyEngines(Mail):
         self.unread.add(self.count)
         self.count += 1
         self.now.record(self._current())
-        if together or len(parts) > 1:
-            self.near.follow(self.now)
-            self._send_beside(sent, outgoing, together)
+        self.near.follow(self.now)
+        self.tell_read()
+        if together:  # what was there has been read, by what the stream waits for anyway
+            for place, tensor in enumerate(own):
+                self._copy(sent, self.rank, place, tensor, self.near)
+            self._mark(sent, self.rank, 0, self.near)
         self.out.follow(self.now)
         for rank in self._others():
-            self._until_read(sent, rank, self.out)
-            self._send_first(sent, rank, outgoing[rank][0])
+            self._until_read(sent, rank)
+            self._deliver(sent, rank, outgoing[rank])
         return sent
 
     def arriving(self, sent: Copied) -> Iterator[slice]:
@@ -127,32 +131,26 @@ class CopyEngines(Mail):
         return [part.flatten(0, 1) for part in self._parts(sent)]
 
     def finished(self, sent: Copied) -> None:
-        """See `Mail`."""
-        (slot, turn), on = self._slot_and_turn(sent), self._current()
+        """See `Mail`. The others are told with the next message that begins, on a stream where it delays nothing.
+
+        A number that the stream of what is computed writes takes it 3 us: a layer of two micro-batches 35 of 3,110.
+        """
         self.unread.remove(sent.number)
-        for rank in self._others():
-            on.write(self._flag(rank, slot, self.rank, read=True), turn + 1)
+        self.read.append(self._slot_and_turn(sent))
 
-    def _send_beside(self, sent: Copied, outgoing: Sequence[Sequence[Tensor]], together: bool) -> None:
-        """What goes beside the first part, and all of what is for this rank itself."""
-        on = self.near
-        if len(sent.parts) > 1:
+    def tell_read(self) -> None:
+        """Tells the others what has been read here, as far as `near` has come."""
+        for slot, turn in self.read:
             for rank in self._others():
-                self._until_read(sent, rank, on)
-                for place, tensor in enumerate(outgoing[rank][1:], start=1):
-                    self._copy(sent, rank, place, tensor, on)
-            self.beside.record(on)
-        if together:  # what was there has been read, by what the stream waits for anyway
-            for place, tensor in enumerate(outgoing[self.rank]):
-                self._copy(sent, self.rank, place, tensor, on)
-            self._mark(sent, self.rank, 0, on)
+                self.near.write(self._flag(rank, slot, self.rank, read=True), turn + 1)
+        self.read.clear()
 
-    def _send_first(self, sent: Copied, rank: int, tensor: Tensor) -> None:
-        """The first part of what a rank gets, piece by piece; before it knows of one, the others are there."""
+    def _deliver(self, sent: Copied, rank: int, tensors: Sequence[Tensor]) -> None:
+        """What a rank gets; the first part last, piece by piece."""
+        for place, tensor in enumerate(tensors[1:], start=1):
+            self._copy(sent, rank, place, tensor, self.out)
         for i in range(sent.pieces):
-            self._copy(sent, rank, 0, tensor, self.out, sent.piece(i))
-            if i == 0 and len(sent.parts) > 1:
-                self.out.follow(self.beside)
+            self._copy(sent, rank, 0, tensors[0], self.out, sent.piece(i))
             self._mark(sent, rank, i, self.out)
 
     def _copy(self, sent: Copied, rank: int, place: int, tensor: Tensor, on: Engine, rows: slice | None = None) -> None:
@@ -163,11 +161,11 @@ class CopyEngines(Mail):
         on.copy(self.addresses[rank] + part + begin, tensor.data_ptr() + begin, end - begin)
         on.keep(tensor)
 
-    def _until_read(self, sent: Copied, rank: int, on: Engine) -> None:
-        """What was in the slot has been read by a rank, by cyclic comparison of how often."""
+    def _until_read(self, sent: Copied, rank: int) -> None:
+        """What was in the slot has been read by a rank."""
         slot, turn = self._slot_and_turn(sent)
         if turn:
-            on.wait(self._flag(self.rank, slot, rank, read=True), turn)
+            self.out.wait(self._flag(self.rank, slot, rank, read=True), turn)
 
     def _mark(self, sent: Copied, rank: int, piece: int, on: Engine) -> None:
         """A rank may know that a piece is there."""
