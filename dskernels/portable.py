@@ -88,18 +88,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     )
     found = known.compiled.get(key)
     if found is None:
-        found = _launch_first(known, grid, arguments, constants)
+        if recording is not None:  # which the next launch of this kernel is for
+            recording.refuse("a kernel is launched for the first time", later=kinds.all_known)
+        token = recorder.set(None)
+        try:
+            found = _launch_first(known, grid, arguments, constants)
+        finally:
+            recorder.reset(token)
         if kinds.all_known:
             known.compiled[key] = found
-    elif recording is not None and (plan := _plan(found[3], (*grid, 1, 1)[:3], arguments, device)) is not None:
+        return
+    if recording is not None and (plan := _plan(found[3], (*grid, 1, 1)[:3], arguments, device)) is not None:
         recording.add(plan, {known.kernel.params[i].name: values[i] for i in kinds.tensors})
         return
-    else:
-        run, before, after, _ = found
-        x, y, z = (*grid, 1, 1)[:3]
-        run(x, y, z, torch._C._cuda_getCurrentRawStream(device), *before, *values, *after)
     if recording is not None:
         recording.refuse("a kernel is launched through Triton")
+    run, before, after, _ = found
+    x, y, z = (*grid, 1, 1)[:3]
+    run(x, y, z, torch._C._cuda_getCurrentRawStream(device), *before, *values, *after)
 
 
 class _Kinds(NamedTuple):

@@ -39,7 +39,7 @@ from dskernels.device import PLAIN, dispatch_modes, has_triton, several_gpus
 from dskernels.metadata import ByMetadata
 from dskernels.relaunching import Kept, Noted, Place, Recording
 
-MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own, and one may fail at first
+MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own
 MOST_MEMORY = 32  # a part of the GPU's that a recorded call may allocate: what is larger takes longer than the host
 
 Returned = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
@@ -134,7 +134,10 @@ class Kind:
         noted = recorder.noted(result)
         if noted is not None:
             self.idle.setdefault(noted.stream, []).append(Recording(noted))
-        self._tries += not recorder.later
+        if recorder.reason is None:
+            self._tries += 1
+        elif not recorder.later:
+            self._tries = MOST_TRIES
         return result
 
 
@@ -176,9 +179,10 @@ class Recorder(TorchDispatchMode):
     def keep(self, x: Tensor, again: Kept) -> Sequence[Tensor]:
         """What ``again(x)`` keeps of a tensor, two tensors of which metadata depend on that of x; asked for anew at
         each launch."""
-        done = len(self._launches), len(self._made)
+        done, before = (len(self._launches), len(self._made)), (self.reason, self.later)
         given = again(x)
-        if done != (len(self._launches), len(self._made)):
+        if done != (len(self._launches), len(self._made)):  # and what it took to make it does not matter
+            self.reason, self.later = before
             self.refuse("what is kept was not there yet", later=True)
         number = self.number_of(x)
         if number is None:
@@ -226,7 +230,7 @@ class Recorder(TorchDispatchMode):
 
     def noted(self, result: Any) -> Noted | None:
         """What was done, ready to be launched again; None if it cannot be."""
-        if not self._launches:
+        if self.reason is None and not self._launches:
             self.refuse("there is no launch")
         if self.reason is not None:
             return None
