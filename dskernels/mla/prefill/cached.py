@@ -140,7 +140,7 @@ def _by_heads(
     of_head = kv_b.shape[0] // heads
 
     def project(start: int, count: int) -> tuple[Tensor, ...]:
-        kv = latent @ kv_b[start * of_head : (start + count) * of_head].t()
+        kv = _project(latent, kv_b[start * of_head : (start + count) * of_head], cu, impl)
         return kv.unflatten(1, (count, of_head)).tensor_split([head_dim - rope_dim], -1)
 
     if together == heads:
@@ -154,6 +154,10 @@ def _by_heads(
         _prefill_some(q[:, some], k, k_rope, v, cu_q, cu, scale, out[:, some], lse[some], impl=impl)
         del k, v  # before the next ones are made
     return out, lse
+
+
+def _project(latent: Tensor, weight: Tensor, cu: Tensor, impl: str | None) -> Tensor:
+    return latent @ weight.t()
 
 
 def _by_positions(
