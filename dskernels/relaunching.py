@@ -132,9 +132,9 @@ class Recording:
         """Allocate, write the addresses that changed, launch on the current stream; what the call returns."""
         results = [make() for make in self._make]
         now = [*addresses]
-        kept = [again(tensors[i]) for i, again in self._kept]  # which lives until all is enqueued
-        for parts in kept:
-            now += [x.data_ptr() for x in parts]
+        if self._kept:
+            kept = [again(tensors[i]) for i, again in self._kept]  # which lives until all is enqueued
+            now += [x.data_ptr() for parts in kept for x in parts]
         if self._make_own is not None:
             own = self._make_own()  # freed at the end, like every intermediate result: the stream keeps the order
             now.append(own.data_ptr())
