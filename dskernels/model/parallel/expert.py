@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
+from dskernels.later import waiting_for
 from dskernels.model.parallel.exchange import Form, Trip, Wire, loaded, operand, routing_of, unloaded, widths
 from dskernels.model.parallel.fixed import FixedTrip
 from dskernels.model.parallel.mail import Mail
@@ -120,7 +121,10 @@ class ExpertParallel:
         y = ds.fused_experts(arrived, w13, w2, routed, quantized=came, fp8=fp8, keep=keep)
         chain.token = ticket = _LeaveBack.apply(chain.token, y, trip)
         chain.switch()
-        chain.token, out = _ArriveBack.apply(ticket, chain.token, trip, y.shape[1], y.dtype, residual)
+        # A gradient that comes back is read where it came, unless the weights' share of it is for later.
+        weights = [w for w in (w13, w2) if isinstance(w, Tensor) and w.requires_grad]
+        lend_back = y.requires_grad and arrived.requires_grad and waiting_for(*weights) is None
+        chain.token, out = _ArriveBack.apply(ticket, chain.token, trip, y.shape[1], y.dtype, residual, lend_back)
         return out
 
     def _trip(self, x: Tensor, routing: Routing) -> Trip | FixedTrip:
@@ -239,8 +243,10 @@ class _ArriveBack(torch.autograd.Function):
         hidden: int,
         dtype: torch.dtype,
         residual: Tensor | None,
+        lend_back: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.trip, ctx.shape, ctx.residual = trip, (trip.tokens, hidden, dtype), residual is not None
+        ctx.lend_back = lend_back
         ctx.set_materialize_grads(False)
         return ticket.new_zeros(0), trip.returned([(hidden, dtype)], residual)[0]
 
@@ -249,5 +255,5 @@ class _ArriveBack(torch.autograd.Function):
         trip, (tokens, hidden, dtype) = ctx.trip, ctx.shape
         if dout is None:
             dout = torch.zeros(tokens, hidden, dtype=dtype, device=trip.device)
-        trip.send([dout])
-        return *(dout.new_zeros(0),) * 2, None, None, None, dout if ctx.residual else None
+        trip.send([dout], lend=ctx.lend_back)
+        return *(dout.new_zeros(0),) * 2, None, None, None, dout if ctx.residual else None, None

@@ -90,6 +90,11 @@ class FixedTrip:
             self.mail.finished(self.lent)
             self.lent = None
 
+    def __del__(self) -> None:
+        """Where a backward ended before what was lent was sent back."""
+        if getattr(self, "lent", None) is not None:
+            self.release()
+
     def send_back(self, parts: Sequence[Tensor]) -> None:
         """Begins to send rows, ``[rows, width]``, to the ranks that they came from."""
         self.release()
