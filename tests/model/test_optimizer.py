@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import dskernels as ds
 from dskernels.model import optimizer as module
 from dskernels.model.optimizer import MasterAdamW, clipping
 
@@ -18,13 +19,19 @@ def layers(dtype):
 def draw_gradients(model, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
-def test_updates_are_those_of_the_formula(moments):
+def test_updates_are_those_of_the_formula(moments, impl, device):
     """In fp64, with both moments rounded to the dtype that they are kept in after each step."""
-    model = layers(torch.bfloat16)
+    with ds.use_impl(impl):
+        _updates_are_those_of_the_formula(moments, device)
+
+
+def _updates_are_those_of_the_formula(moments, device):
+    model = layers(torch.bfloat16).to(device)
     optimizer = MasterAdamW(model, betas=BETAS, weight_decay=DECAY, moments=moments)
     weights = {name: p.detach().double() for name, p in model.named_parameters()}
     m = {name: torch.zeros_like(w) for name, w in weights.items()}
@@ -87,9 +94,15 @@ def test_pieces_give_the_same_bits(monkeypatch):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_that_is_left_out_changes_nothing(dtype):
-    model = layers(dtype)
+def test_a_step_that_is_left_out_changes_nothing(dtype, impl, device):
+    with ds.use_impl(impl):
+        _a_step_that_is_left_out_changes_nothing(dtype, device)
+
+
+def _a_step_that_is_left_out_changes_nothing(dtype, device):
+    model = layers(dtype).to(device)
     optimizer = MasterAdamW(model, betas=BETAS, weight_decay=DECAY, moments=torch.bfloat16)
     draw_gradients(model, 0)
     optimizer.collect()
@@ -100,7 +113,7 @@ def test_a_step_that_is_left_out_changes_nothing(dtype):
     model[0].weight.grad[0, 0] = torch.nan
     optimizer.collect()
     assert optimizer.norm().isnan()
-    optimizer.step(RATE, clipping(optimizer.norm(), 1.0), torch.ones(()))
+    optimizer.step(RATE, clipping(optimizer.norm(), 1.0), torch.ones((), device=device))
     for tensor, was in zip(kept, before, strict=True):
         assert torch.equal(tensor, was)
 

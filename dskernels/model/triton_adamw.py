@@ -1,0 +1,82 @@
+"""Triton kernel of the optimiser: an update in one pass, each number of master, gradient and moments read once.
+
+Names: `p_` pointer, `o_` offsets, `m_` mask.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dskernels.portable import cast, launch
+from dskernels.validate import ceil_div
+
+BLOCK = 1024
+EPS = 1e-8
+
+
+@triton.jit(do_not_specialize=["n"])
+def adamw_kernel(
+    p_master,
+    p_gradient,
+    p_first,
+    p_second,
+    p_steps,
+    p_rate,
+    p_scale,
+    p_skip,
+    n,
+    beta1,
+    beta2,
+    weight_decay,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    """Masters and both moments after `p_steps` updates and this one.
+
+    Gradients are divided by `p_scale`, if it is given. Nothing changes where `p_skip` holds another number than 0.
+    """
+    left_out = 0.0
+    if p_skip is not None:
+        left_out = tl.load(p_skip)
+    if left_out != 0.0:
+        return
+    steps = tl.load(p_steps) + 1.0
+    rate = tl.load(p_rate)
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < n
+    master = tl.load(p_master + o_n, mask=m_n, other=0.0)
+    gradient = tl.load(p_gradient + o_n, mask=m_n, other=0.0)
+    first = tl.load(p_first + o_n, mask=m_n, other=0.0).to(tl.float32)
+    second = tl.load(p_second + o_n, mask=m_n, other=0.0).to(tl.float32)
+    if p_scale is not None:
+        gradient /= tl.load(p_scale)
+    master -= rate * weight_decay * master
+    first += (gradient - first) * (1.0 - beta1)
+    second += (gradient * gradient - second) * (1.0 - beta2)
+    step = rate / (1.0 - tl.exp2(steps * tl.log2(beta1)))
+    root = tl.sqrt(second) / tl.sqrt(1.0 - tl.exp2(steps * tl.log2(beta2)))
+    tl.store(p_master + o_n, master - step * first / (root + eps), mask=m_n)
+    tl.store(p_first + o_n, cast(first, p_first.dtype.element_ty), mask=m_n)
+    tl.store(p_second + o_n, cast(second, p_second.dtype.element_ty), mask=m_n)
+
+
+def adamw(
+    master: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    steps: Tensor,
+    learning_rate: Tensor,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+) -> None:
+    """See `dskernels.model.optimizer`."""
+    n = master.numel()
+    if n:
+        tensors = master, gradient, exp_avg, exp_avg_sq, steps, learning_rate, scale, skip
+        launch(adamw_kernel, (ceil_div(n, BLOCK),), *tensors, n, beta1, beta2, weight_decay, EPS, BLOCK=BLOCK)
