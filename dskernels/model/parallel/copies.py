@@ -73,6 +73,10 @@ class CopyEngines(Mail):
         device = self.memory.device
         self.out, self.near = (Engine.of(torch.cuda.Stream(device, priority=-1)) for _ in range(2))
         self.now = Moment(device)
+        # What is being sent lives until its slot is used again, behind the copies. (torch's `record_stream` would make
+        # an event for each tensor that is let go.)
+        self.sending: list[Sequence[Sequence[Tensor]]] = [()] * SLOTS
+        self.gone = [Moment(device) for _ in range(SLOTS)]
 
     @staticmethod
     def needed(ranks: int, size: int) -> int:
@@ -96,7 +100,11 @@ class CopyEngines(Mail):
         sent = Copied(self.count, parts, pieces, None if together else own)
         self.unread.add(self.count)
         self.count += 1
-        self.now.record(self._current())
+        slot, here = sent.number % SLOTS, self._current()
+        if self.sending[slot]:
+            here.follow(self.gone[slot])
+        self.sending[slot] = outgoing
+        self.now.record(here)
         self.near.follow(self.now)
         self.tell_read()
         if together:  # what was there has been read, by what the stream waits for anyway
@@ -107,6 +115,7 @@ class CopyEngines(Mail):
         for rank in self._others():
             self._until_read(sent, rank)
             self._deliver(sent, rank, outgoing[rank])
+        self.gone[slot].record(self.out)
         return sent
 
     def arriving(self, sent: Copied) -> Iterator[slice]:
@@ -159,7 +168,6 @@ class CopyEngines(Mail):
         slot, _ = self._slot_and_turn(sent)
         part = slot * self.ranks * self.size + sent.parts[place].begin + self.rank * _bytes(tensor)
         on.copy(self.addresses[rank] + part + begin, tensor.data_ptr() + begin, end - begin)
-        on.keep(tensor)
 
     def _until_read(self, sent: Copied, rank: int) -> None:
         """What was in the slot has been read by a rank."""

@@ -52,11 +52,11 @@ class Engine:
     Args:
         device: of the stream.
         handle: of it, as the driver knows it: torch's own object for the current one takes the host 10 us.
-        stream: torch's object, where there is one.
+        keeps: what has to live as long.
     """
 
-    def __init__(self, device: int, handle: int, stream: torch.cuda.Stream | None = None) -> None:
-        self.device, self.handle, self.stream = device, ctypes.c_void_p(handle), stream
+    def __init__(self, device: int, handle: int, keeps: Any = None) -> None:
+        self.device, self.handle, self.keeps = device, ctypes.c_void_p(handle), keeps
 
     @classmethod
     def of(cls, stream: torch.cuda.Stream) -> Engine:
@@ -67,11 +67,6 @@ class Engine:
     def current(cls, device: torch.device) -> Engine:
         """On torch's current one."""
         return cls(device.index, torch._C._cuda_getCurrentRawStream(device.index))
-
-    def keep(self, tensor: Tensor) -> None:
-        """Its memory is given to nobody else before what is on the stream so far is done."""
-        if self.stream is not None:
-            tensor.record_stream(self.stream)
 
     def follow(self, moment: Moment) -> None:
         """Until what that is behind is done."""
