@@ -1,0 +1,72 @@
+"""A plugin of SGLang: block-scaled fp8 linear layers on these operations.
+
+SGLang finds it where dskernels is installed (entry point ``sglang.srt.plugins``), and it does something where the
+variable ``SGLANG_PLUGINS``, the list of the plugins that SGLang loads, names ``dskernels``. Written against SGLang
+0.5.23. Router and experts stay SGLang's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dskernels as ds
+from dskernels.types import Fp8Tensor
+
+HOOKS = "sglang.srt.plugins.hook_registry"
+DISPATCH = "sglang.srt.layers.quantization.fp8_utils.dispatch_w8a8_block_fp8_linear"
+BLOCK = (128, 128)
+
+
+def register_if_named() -> None:
+    """What SGLang calls in each of its processes: `register`, where ``SGLANG_PLUGINS`` names dskernels."""
+    if "dskernels" in os.environ.get("SGLANG_PLUGINS", "").split(","):
+        register()
+
+
+def register() -> None:
+    """Ask SGLang to have its choice of a block-scaled fp8 linear layer go through `linear_of`."""
+    hooks: Any = importlib.import_module(HOOKS)
+    hooks.HookRegistry.register(DISPATCH, linear_of, hooks.HookType.AROUND)
+
+
+def linear_of(
+    original: Callable[..., Any], weight_block_size: Any = None, act_scale_ue8m0: bool = False, **more: Any
+) -> Callable[..., Tensor]:
+    """What SGLang is to multiply by: on sm_90 `dskernels.fp8_linear` where that computes it, else what it chose itself.
+
+    Args:
+        original: SGLang's choice.
+        weight_block_size: its argument; ours has the blocks of each call.
+        act_scale_ue8m0: whether activations get scales that are powers of two.
+        **more: what else a release of SGLang hands to it.
+    """
+    theirs = original(weight_block_size, act_scale_ue8m0, **more)
+    if not _on_hopper():  # elsewhere SGLang may have changed the scales of weights for its own choice
+        return theirs
+    scale_format = "ue8m0" if act_scale_ue8m0 else "fp32"
+
+    def linear(
+        input: Tensor,
+        weight: Tensor,
+        block_size: list[int],
+        weight_scale: Tensor,
+        input_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        plain = input_scale is None and not more
+        if not plain or tuple(block_size) != BLOCK or weight_scale.dtype != torch.float32:
+            return theirs(input, weight, block_size, weight_scale, input_scale=input_scale, bias=bias, **more)
+        return ds.fp8_linear(input, Fp8Tensor(weight, weight_scale, BLOCK), bias, scale_format=scale_format)
+
+    return linear
+
+
+def _on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
