@@ -35,12 +35,13 @@ from dskernels.model.moe import MoE
 from dskernels.model.parallel.copies import CopyEngines
 from dskernels.model.parallel.decode import DecodeExperts
 from dskernels.model.parallel.engines import reach_each_other
-from dskernels.model.parallel.exchange import Form, Trip, loaded, operand, unloaded, widths
+from dskernels.model.parallel.exchange import Form, Trip, loaded, unloaded, widths
 from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.fixed import FixedTrip, largest_message
 from dskernels.model.parallel.mail import Collective, Mail
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.plan import Plan, Team
+from dskernels.model.parallel.triton_wire import choices
 from dskernels.types import Routing
 
 LINK = 450.0  # GB/s each way, of NVLink on an H100 and an H200
@@ -127,9 +128,9 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
 
     def dispatch(trip: Trip | FixedTrip, form: Form = "same", lend: bool = True) -> None:
         trip.send([*loaded(x, form), routing.weights, routing.experts], lend=lend)
-        *parts, _, _ = trip.arrived(widths(hidden, x.dtype, form) + columns)
+        *parts, weights, ids = trip.arrived(widths(hidden, x.dtype, form) + columns)
         if form == "operand":
-            operand(parts)
+            choices(weights, ids, 0, experts, parts[1])
         else:
             unloaded(parts, x.dtype)
         trip.release()

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.fp8.layout import empty_scale
 from dskernels.model.parallel.triton_wire import choices, unload, unload_supports
 from dskernels.types import Fp8Tensor, Permuted, Routing
 
@@ -71,7 +70,7 @@ def destinations(experts: Tensor, n_ranks: int, per_rank: int, most: int | None 
 
 def choices_here(weights: Tensor, experts: Tensor, first: int, n: int) -> Routing:
     """The choices of n experts from ``first`` on, numbered from 0; others are dropped. No gradient goes through it."""
-    return routing_of(*choices(weights.detach(), experts.int(), first, n))
+    return routing_of(*choices(weights.detach(), experts.int(), first, n)[:2])
 
 
 def routing_of(weights: Tensor, experts: Tensor) -> Routing:
@@ -248,10 +247,3 @@ def widths(hidden: int, dtype: torch.dtype, form: Form) -> list[tuple[int, torch
 def unloaded(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The tokens again, of what travels on a wire."""
     return parts[0] if len(parts) == 1 else from_exponents(parts[0], parts[1], dtype)
-
-
-def operand(parts: Sequence[Tensor]) -> Fp8Tensor:
-    """What products in e4m3 take, of rows that may lie apart; the scales are copied to where a row follows a row."""
-    data, rows = parts
-    scale = empty_scale(rows, (rows.shape[0], rows.shape[1]), (1, 128))
-    return Fp8Tensor(data, scale.copy_(rows))

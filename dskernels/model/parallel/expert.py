@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dskernels as ds
 from dskernels.later import waiting_for
-from dskernels.model.parallel.exchange import Form, Trip, Wire, loaded, operand, routing_of, unloaded, widths
+from dskernels.model.parallel.exchange import Form, Trip, Wire, loaded, routing_of, unloaded, widths
 from dskernels.model.parallel.fixed import FixedTrip
 from dskernels.model.parallel.mail import Mail
 from dskernels.model.parallel.triton_wire import choices
@@ -194,12 +194,9 @@ class _Arrive(torch.autograd.Function):
         hidden, dtype, k = shape
         tail = [(k, torch.float32), (k, torch.int32)]
         *parts, weights, experts = trip.arrived(widths(hidden, dtype, form) + tail)
-        weights, experts = choices(weights, experts, first, n)
-        scale = None
-        if form == "operand":
-            x, scale, _ = operand(parts)
-        else:
-            x = unloaded(parts, dtype)
+        rows = parts[1] if form == "operand" else None
+        weights, experts, scale = choices(weights, experts, first, n, rows)
+        x = parts[0] if form == "operand" else unloaded(parts, dtype)
         if form == "fp8":  # the tokens are no longer where they came
             trip.release()
         ctx.mark_non_differentiable(experts)
