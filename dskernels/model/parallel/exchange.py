@@ -152,15 +152,17 @@ class Trip:
 
         Args:
             columns: width and dtype of each part.
-            residual: ``[tokens, width]``, added as one row more of each token, where there is one part.
+            residual: ``[tokens, width]``, added to the first part as one row more of each token.
         """
-        parts, to = unpack(self._take(), columns), self.to
-        if residual is not None:
-            own = torch.arange(parts[0].shape[0], parts[0].shape[0] + self.tokens, device=self.device)
-            parts = [torch.cat((parts[0], residual))]
-            to = to._replace(index=torch.cat((to.index, own[:, None].int()), 1))
+        first, *others = unpack(self._take(), columns)
+        ones = torch.ones(self.to.index.shape, device=self.device)
+        sums = [ds.combine(part, self.to, ones) for part in others]
+        if residual is None:
+            return [ds.combine(first, self.to, ones), *sums]
+        own = torch.arange(first.shape[0], first.shape[0] + self.tokens, device=self.device)[:, None]
+        to = self.to._replace(index=torch.cat((self.to.index, own.int()), 1))
         ones = torch.ones(to.index.shape, device=self.device)
-        return [ds.combine(part, to, ones) for part in parts]
+        return [ds.combine(torch.cat((first, residual)), to, ones), *sums]
 
     def _take(self) -> Tensor:
         """What came; waits for it (on a GPU the stream does, not the host)."""

@@ -107,7 +107,8 @@ class ExpertParallel:
         # A gradient keeps the tokens that came, unless they are made of what came.
         lend = form != "same" or not torch.is_grad_enabled()
         chosen = routing.weights, routing.experts
-        chain.token = ticket = _Leave.apply(chain.token, x, *chosen, trip, form, lend, quantized)
+        ticket, x = _Leave.apply(chain.token, x, *chosen, trip, form, lend, quantized)
+        chain.token = ticket
         # Under the shared expert travel this message and what the other micro-batch has sent before it.
         residual = None if shared is None else ds.feed_forward(x, *shared, quantized=quantized, fp8=fp8, keep=keep)
         chain.switch()
@@ -148,7 +149,10 @@ def _fewest(routing: Routing, most: int | None) -> Routing:
 
 
 class _Leave(torch.autograd.Function):
-    """Dispatch begins; backward, the gradients of tokens and weights have come back."""
+    """Dispatch begins; backward, the gradients of tokens and weights have come back.
+
+    What it gives of the tokens is for the shared expert, whose gradient of them is added where the ranks' are summed.
+    """
 
     @staticmethod
     def forward(
@@ -161,17 +165,17 @@ class _Leave(torch.autograd.Function):
         form: Form,
         lend: bool,
         quantized: Fp8Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         ctx.trip, ctx.widths = trip, ((x.shape[1], x.dtype), (weights.shape[1], torch.float32))
         ctx.set_materialize_grads(False)
         trip.send([*loaded(x, form, quantized), weights, experts.int()], lend=lend)
-        return x.new_zeros(0)
+        return x.new_zeros(0), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if not ctx.trip.pending:  # nothing downstream had a gradient
-            return (None,) * 8
-        dx, dweights = ctx.trip.returned(ctx.widths)
+    def backward(ctx: Any, _: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
+        dweights = None
+        if ctx.trip.pending:  # else nothing downstream had a gradient
+            dx, dweights = ctx.trip.returned(ctx.widths, dx)
         return None, dx, dweights, None, None, None, None, None
 
 
