@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dskernels as ds
-from dskernels import dispatch
+from dskernels import dispatch, recording
 from dskernels.device import empty
 from dskernels.metadata import ByMetadata
 
@@ -109,6 +109,9 @@ def test_every_target_exists():
 def straight(monkeypatch, device):
     """Let calls go straight to the implementation on the CPU too; return what still goes through torch's dispatcher."""
     through = []
+    monkeypatch.setattr(recording, "may_be_recorded", lambda tensors: False)
+    for name in ("quantize", "fp8_gemm", "rmsnorm_quantize"):
+        monkeypatch.setattr(getattr(ds, name).known, "kinds", ByMetadata())
     if device == "cpu":
         monkeypatch.setattr(dispatch, "_STRAIGHT_DEVICES", ("cpu",))
         monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
