@@ -54,8 +54,8 @@ def test_compiles_without_spills_and_writes_16_bytes_at_a_time():
     numbers = ("slot", "width", "head", "rows_of_rank", "stride_row", "stride_needed_token", "stride_needed_rank")
     signature |= dict.fromkeys(numbers, "i32")
     kernel = "dskernels.model.parallel.symmetric_triton:put_kernel"
-    sums = {"p_out": "*bf16", **{f"p_{i}": "*bf16" for i in range(8)}, "size": "i32"}
-    of_sums = {"RANKS": 8, "BLOCK": SUM_BLOCK}
+    sums = {"p_out": "*bf16", **{f"p_{i}": "*bf16" for i in range(9)}, "size": "i32"}
+    of_sums = {"PARTS": 9, "BLOCK": SUM_BLOCK}
     reports = compile_all(
         [
             Compile(kernel, signature, {"BLOCK": BLOCK}, num_warps=8, targets=["sm_90"]),
