@@ -17,7 +17,7 @@ from torch import Tensor
 
 import dskernels as ds
 from benchmarks import workloads
-from benchmarks.cases import Call, Case
+from benchmarks.cases import Call, Case, kept_within_a_family
 from benchmarks.peers import Peer
 from benchmarks.roofline import Work
 from benchmarks.timing import Prepared
@@ -191,7 +191,7 @@ def passages(count: int) -> list[list[int]]:
     return [text[: LENGTH + 10 * (i % 8)].tolist() for i, text in enumerate(starts)]
 
 
-@functools.cache
+@kept_within_a_family(most=None)
 def model_of(name: str, dtype: torch.dtype, device: torch.device) -> DeepseekV3:
     """The trained model of the demo, or a random one of another preset."""
     if name != workloads.MODEL_DEMO:

@@ -26,9 +26,14 @@ _forgetting: list[Callable[[], None]] = []
 CHUNK = 1 << 25  # elements compared at once: gradients of 32 experts have 0.9 G, which would be 40 GB of fp64
 
 
-def kept_within_a_family(function: Callable) -> Callable:
-    """Keeps what it made last, a model say, for the cases of a family that want the same; `forget` lets go of it."""
-    kept = functools.lru_cache(maxsize=1)(function)
+def kept_within_a_family(function: Callable | None = None, *, most: int | None = 1) -> Callable:
+    """Keeps what it made last, a model say, for the cases of a family that want the same; `forget` lets go of it.
+
+    `most` is how many it keeps, None for all.
+    """
+    if function is None:
+        return functools.partial(kept_within_a_family, most=most)
+    kept = functools.lru_cache(maxsize=most)(function)
     _forgetting.append(kept.cache_clear)
     return kept
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -302,6 +303,17 @@ def test_what_a_family_keeps_is_let_go_after_it(gpu_stand_in):
     assert invoke("gemm").exit_code == 0
     model("b")
     assert made == ["a", "b", "b"]
+
+
+def test_nothing_that_holds_memory_of_the_device_is_kept_for_ever():
+    """What a family or a peer makes and keeps is let go of after it: a peer's model left 73 GiB to the next family."""
+    kept = set()
+    for module in [
+        module for name, module in sys.modules.items() if name.startswith(("benchmarks.bench_", "benchmarks.peers"))
+    ]:
+        kept |= {value for value in vars(module).values() if hasattr(value, "cache_clear")}
+    forgotten = {getattr(clear, "__self__", None) for clear in cases._forgetting}
+    assert {function.__name__ for function in kept - forgotten} == {"corpus", "missing"}
 
 
 def test_what_was_timed_is_kept_where_the_device_is_unusable_afterwards(gpu_stand_in, monkeypatch):

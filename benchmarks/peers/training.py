@@ -8,7 +8,6 @@ as an index, autograd would add up with atomics.
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.cases import kept_within_a_family
 from benchmarks.peers import Peer, torch_grouped_mm
 from dskernels.model import DeepseekV3
 
@@ -155,7 +155,7 @@ class CompiledStep:
         return nats.detach(), loss.detach()
 
 
-@functools.lru_cache(maxsize=1)
+@kept_within_a_family
 def _prepared(model: DeepseekV3, batch: int, alpha: float) -> CompiledStep:
     """Compiled once for all cases of a model; on the CPU, where it is but checked, not at all."""
     return CompiledStep(model, batch, alpha, compiled=model.embed_tokens.weight.is_cuda)
