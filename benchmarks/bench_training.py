@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,10 +122,11 @@ class TrainingStep(Case):
         return out[: min(CHECKED_TOKENS, self.workload.s) - 1]
 
     def ours(self, x, impl) -> Call:
-        step = _under(impl, x.step)
         if impl == "reference" or not x.tokens.is_cuda:
-            return step
-        return models.graph_of(step)
+            return _under(impl, x.step)
+        # Parameters of its own: those that have run on another stream may still be held by what ran, and be captured.
+        model = model_of(self.workload.model, x.tokens.device, fp8=self.fp8, recompute=self.recompute)
+        return models.graph_of(_under(impl, replace(x, model=model).step))
 
     def forward(self, x, impl) -> Call:
         return _under(impl, lambda: x.model(x.tokens, x.cu_seqlens))
