@@ -75,7 +75,11 @@ def plot_pairs(pairs: Mapping[str, tuple[History, History]], path: str | Path, *
                 last = f", held out {held_out[-1]:+.3f}%" if held_out else ""
                 axes.plot(x, y, color=color, linewidth=1.2, alpha=0.7, label=f"{label}{last}")
                 axes.plot(looks, held_out, color=color, linewidth=0.0, marker="o", markersize=5)
-            _finish(axes, f"{of}: training (lines), held-out text (dots)", f"% apart (grey: ±{REPORTED})", [], "best")
+            low, high = axes.get_ylim()
+            axes.set_ylim(low - 0.1 * len(pairs) * (high - low), high)  # room for the legend
+            _finish(
+                axes, f"{of}: training (lines), held-out text (dots)", f"% apart (grey: ±{REPORTED})", [], "lower right"
+            )
 
 
 def difference(first: History, second: History, name: str, parts: int | None) -> tuple[list[float], list[float]]:
