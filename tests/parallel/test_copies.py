@@ -1,7 +1,10 @@
 """Messages by copy engines, between two GPUs or two processes on one, and what is made of them."""
 
 import ctypes
+import functools
+import random
 import types
+import weakref
 
 import pytest
 import torch
@@ -237,6 +240,124 @@ def test_messages_lie_where_they_are_read(monkeypatch, ranks):
         mails[0].send(to[0])
     with pytest.raises(RuntimeError, match="4 messages are under way"):
         mails[0].send(to[0])
+
+
+class Queues:
+    """Streams of several ranks in one process, on the CPU: what is on them is done later, in any order that they allow.
+
+    Stands in the place of `Engine` (`of`, `current`) and, by `Moment`, of the events between streams.
+    """
+
+    def __init__(self, generator):
+        self.generator, self.queues, self.mains, self.rank = generator, [], {}, 0
+
+    def of(self, _):
+        self.queues.append(OnQueue([]))
+        return self.queues[-1]
+
+    def current(self, _):
+        if self.rank not in self.mains:
+            self.mains[self.rank] = self.of(None)
+        return self.mains[self.rank]
+
+    def run(self):
+        """All of it; fails where every stream waits."""
+        while waiting := [queue.work for queue in self.queues if queue.work]:
+            ready = [work for work in waiting if work[0][0]()]
+            assert ready, "all streams wait"
+            self.generator.choice(ready).pop(0)[1]()
+
+
+class OnQueue:
+    """A stream of `Queues`."""
+
+    def __init__(self, work):
+        self.work = work
+
+    def call(self, function, ready=lambda: True):
+        self.work.append((ready, function))
+
+    def copy(self, target, source, size):
+        self.call(lambda: ctypes.memmove(target, source, size))
+
+    def write(self, address, value):
+        self.call(lambda: setattr(ctypes.c_uint32.from_address(address), "value", value))
+
+    def wait(self, address, value):
+        self.call(lambda: None, lambda: ctypes.c_uint32.from_address(address).value >= value)
+
+    def follow(self, moment):
+        number = moment.asked
+        self.call(lambda: None, lambda: moment.reached >= number)
+
+
+class Reached:
+    """In place of `Moment`."""
+
+    def __init__(self, _):
+        self.asked = self.reached = 0
+
+    def record(self, on):
+        self.asked += 1
+        on.call(lambda number=self.asked: setattr(self, "reached", number))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_nothing_is_read_or_written_too_early(monkeypatch, ranks):
+    """Messages are read, slots and memory of what was sent used again, in whatever order streams go on."""
+    generator = random.Random(ranks)
+
+    def compare(found, value):
+        assert (found == value).all(), f"message {value // 100} from {value // 10 % 10} to {(value - 1) % 10}"
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(copies, "Moment", Reached)
+    size, rows = message_bytes([(8, 64), (8, 4)]), 8
+    for _ in range(12):
+        queues = Queues(generator)
+        monkeypatch.setattr(copies, "Engine", queues)
+        memories = [torch.zeros(CopyEngines.needed(ranks, size), dtype=torch.uint8) for _ in range(ranks)]
+        addresses = [memory.data_ptr() for memory in memories]
+        program, unread, number = [], [], 0
+        while number < 4 * SLOTS or unread:
+            if number < 4 * SLOTS and len(unread) < SLOTS and number - SLOTS not in unread and generator.random() < 0.6:
+                program.append(("send", number, generator.random() < 0.5))
+                unread.append(number)
+                number += 1
+            elif unread:
+                program.append(("read", unread.pop(generator.randrange(len(unread))), False))
+        keeps, mails = [], []
+        for rank in range(ranks):
+            queues.rank = rank
+            group = types.SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
+            mail = CopyEngines(group, size, piece=200, memory=PeerMemory(memories[rank], addresses, None))
+            mails.append(mail)
+            main, sent = queues.current(None), {}
+            for what, number, together in program:
+                if what == "send":
+                    parts = [[torch.zeros(rows, 16).int(), torch.zeros(rows, 1).int()] for _ in range(ranks)]
+                    for to, (first, beside) in enumerate(parts):
+                        value = 1 + number * 100 + rank * 10 + to
+                        for part in (first, beside):
+                            memory = part.numpy()
+                            keeps.append(memory)  # which outlives the tensor, as memory of a GPU does
+                            main.call(lambda memory=memory, value=value: memory.fill(value))
+                            # Whoever has it next writes to it at once.
+                            weakref.finalize(part, main.call, lambda memory=memory: memory.fill(-1))
+                    sent[number] = mail.send(parts, together=together)
+                    del parts, first, beside, part
+                else:
+                    one = sent.pop(number)
+                    list(mail.arriving(one))
+                    for source in range(ranks):
+                        value = 1 + number * 100 + source * 10 + rank
+                        for part in mail.from_rank(one, source):
+                            found = part.detach().view(part.shape)  # another view, which is no tensor that was sent
+                            main.call(functools.partial(compare, found, value))
+                    mail.finished(one)
+                    del one, part, found
+        queues.run()
 
 
 def exchanges(rank, gpus):
