@@ -31,7 +31,7 @@ from dskernels import device, parity
 from dskernels.cuda import compiler
 from dskernels.cuda.driver import Planned
 from dskernels.fp8.hopper import swiglu_quantize_rows
-from dskernels.gemm import hopper
+from dskernels.gemm import hopper, hopper_small
 from dskernels.gemm.config import HOPPER_CONFIGS, HopperConfig
 from dskernels.grouped_gemm import config as grouped_config
 from dskernels.grouped_gemm import hopper as grouped_hopper
@@ -92,6 +92,7 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool | None]]]:
         for name, config in each(configs):
             yield f"fp8_gemm {name}, B in {b_rows}x128", functools.partial(many_rows, config, b_rows)
     yield "fp8_gemm, few rows", few_rows
+    yield "product of few rows, bf16", few_half_rows
     yield "quantize_both", quantize_both
     yield "quantize_grouped", quantize_grouped
     yield "quantize_both, a weight", quantize_weight
@@ -133,6 +134,12 @@ def few_rows() -> bool:
     a, b = quantized(0, 5, 2048, (1, 128), CPU), quantized(1, 200, 2048, (128, 128), CPU)
     got = ds.fp8_gemm(*there(a, b), out_dtype=torch.float32, impl="hopper")
     return near(got, ds.reference.fp8_gemm(a, b, out_dtype=torch.float32), parity.E4M3_SUMS)
+
+
+def few_half_rows() -> bool:
+    a, b, out = normal(5, 2040), normal(200, 2040), there(torch.empty(5, 200))
+    hopper_small.half_gemm(*there(a, b), out)
+    return near(out, a.float() @ b.float().T, 1e-5)
 
 
 def quantize_both() -> bool:
