@@ -345,7 +345,7 @@ class PrefillCached(_Attention):
 
     def part_of_output(self, out, x):
         few = spread(self.workload.h)
-        return out[0][:, few], out[1][few]
+        return out[:, few] if isinstance(out, torch.Tensor) else (out[0][:, few], out[1][few])
 
     def peers(self, x):
         w = self.workload

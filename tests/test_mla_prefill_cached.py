@@ -107,7 +107,11 @@ def test_groups_of_new_tokens(device, lengths, new, group):
 @pytest.mark.parametrize(("impl", "heads", "case"), [("reference", 40, 0), ("reference", 2, 1), ("triton", 40, 0)])
 def test_absorbed(device, monkeypatch, impl, heads, case):
     monkeypatch.setattr(cached, "is_absorbed", lambda *args: True)
-    check(make_inputs(device, *LENGTHS_AND_NEW[case], heads, 8), impl)
+    inputs = make_inputs(device, *LENGTHS_AND_NEW[case], heads, 8)
+    check(inputs, impl)
+    # What is said of it runs nothing, and has no index that could be out of bounds.
+    chosen = [choice.operation for choice in ds.explain(ds.mla_prefill_cached, *inputs, scale=0.2, impl=impl)]
+    assert chosen == ["group_tokens", "mla_decode"]
 
 
 @settings(max_examples=6)

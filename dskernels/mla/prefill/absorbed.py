@@ -116,7 +116,8 @@ def _group_tokens_fake(
 ) -> tuple[Tensor, ...]:
     groups = _groups(tokens, block_table.shape[0], group)
     sizes = (groups * group,), (tokens,), (groups, block_table.shape[1]), (groups,), (groups,)
-    return tuple(lengths.new_empty(size) for size in sizes)
+    # Not empty: `explain` goes on with what this returns, and some of it are indices.
+    return tuple(lengths.new_zeros(size) for size in sizes)
 
 
 # Packed new tokens in groups of up to `group` of one request. Of each place in a group its token, and the other way

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dskernels.device import multiprocessors
-from dskernels.dispatch import Operation
+from dskernels.dispatch import OPERATIONS, Operation
+from dskernels.grouped_gemm.api import grouped_gemm
 from dskernels.mla.cache.layout import check_latent_cache, fp8_row_bytes
 from dskernels.mla.prefill.absorbed import absorbed, is_absorbed
 from dskernels.mla.prefill.api import FLOATS, mla_prefill_op
@@ -45,8 +46,9 @@ def mla_prefill_cached(
         kv_b: ``[H * (nope + V), latent]`` in q's dtype: of each head the rows of its key, then those of its value.
         cache: ``[pages, page_size, latent + rope]`` in q's dtype, or uint8 ``[pages, page_size, bytes]`` with e4m3
             rows: see :func:`write_latent_cache`. It already holds the new tokens.
-        block_table: int32 ``[B, pages per request]``. As only the device knows the lengths, as many latents are
-            projected as the table has room for: hand over the columns that are in use.
+        block_table: int32 ``[B, pages per request]``. As only the device knows the lengths, there is memory for as many
+            latents as the table has room for, and all but Hopper's kernels also project so many: hand over the columns
+            that are in use.
         lengths: int32 ``[B]``, cached positions of each request, the new tokens included.
         cu_seqlens_q: int32 ``[B + 1]``, ascending from 0: the new tokens of request b are the rows from
             ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, and its last positions.
@@ -157,6 +159,16 @@ def _by_heads(
 
 
 def _project(latent: Tensor, weight: Tensor, cu: Tensor, impl: str | None) -> Tensor:
+    """[rows, N]; rows from cu[B] on hold anything.
+
+    A grouped product leaves them out, which only the device knows: of a table twice as wide as what is in use 1,024 new
+    tokens over 7,168, four requests of 16 heads, took 745 us, and 906 with cuBLAS. Of one in use both take the same.
+    """
+    if latent.shape[0] and impl in (None, "hopper"):
+        matrices = weight[None]
+        if OPERATIONS["grouped_gemm"].choose((latent, None, matrices, None, cu[:2], latent.dtype)).impl == "hopper":
+            ends = cu if len(cu) == 2 else cu[:: len(cu) - 1].contiguous()
+            return grouped_gemm(latent, matrices, ends)
     return latent @ weight.t()
 
 
@@ -186,7 +198,7 @@ def _by_positions(
     def project(cu: Tensor, first: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """k, k_rope, v of rows `start` to `start + rows` of packed positions, those of request b from first[b] on."""
         row = _gather(cache, block_table, cu, first, start, rows, latent_dim, rope_dim, q.dtype, impl=impl)
-        kv = (row[:, :latent_dim] @ kv_b.t()).unflatten(1, (heads, -1))
+        kv = _project(row[:, :latent_dim], kv_b, (cu - start).clamp(0, rows), impl).unflatten(1, (heads, -1))
         k, v = kv.tensor_split([head_dim - rope_dim], -1)
         return k, row[:, latent_dim:], v
 
