@@ -83,9 +83,13 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool | None]]]:
     """Name each kernel, with what runs it and says whether the result was right; None if it takes no such call."""
 
     def each(configs: tuple[HopperConfig, ...]) -> Iterator[tuple[str, HopperConfig]]:
+        names: set[str] = set()
         for config in configs:
             ahead = f", {config.ahead} ahead" if config.ahead else ""
             name = f"{config.tile}, clusters of {config.cluster}{ahead}, tiles in groups of {config.group}"
+            if name in names:
+                name += f", sharing {'A' if config.shared_a else 'B'}"
+            names.add(name)
             yield name, replace(config, cluster=1, one_reader=True) if racecheck else config
 
     for b_rows, configs in HOPPER_CONFIGS.items():
