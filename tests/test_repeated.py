@@ -9,11 +9,12 @@ import triton
 
 import dskernels as ds
 from dskernels import dispatch, recording
+from dskernels.cuda.driver import Plan, Planned, Pointer, Word
 from dskernels.dispatch import Operation
 from dskernels.recording import Recorder
 from dskernels.repeated import repeated
 from dskernels.types import Fp8Tensor
-from test_cuda_driver import fake  # noqa: F401 - a fixture
+from test_cuda_driver import CPU, fake  # noqa: F401 - a fixture
 from test_recording import arguments_of, first, on_the_cpu, second  # noqa: F401 - fixtures
 
 NOT_RECORDED = {"load_statistics"}  # nothing but torch's
@@ -189,6 +190,31 @@ def test_what_is_kept_of_an_argument_is_asked_for_each_time(repeating):
     out = run(torch.empty(4, 32), other)
     assert arguments_of(repeating, 1) == [(kept[id(other)][1].data_ptr(), out.data_ptr())]
     assert len(calls) == 7
+
+
+def test_a_captured_launch_has_words_of_its_own(repeating, monkeypatch):
+    """Those of a stream's other launches stay, in what is recorded as in its graph."""
+    repeating.kinds, capturing, words, calls = "pl", [False], iter(range(100, 200)), []
+    monkeypatch.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: capturing[0], raising=False)
+    word = Word(lambda: next(words) if capturing[0] else 7)
+
+    @Planned
+    def launch(x, out):
+        return Plan(4321, arguments=(Pointer("out"), word), grid=1, threads=32, shared=0, device=CPU)
+
+    @repeated
+    def run(x):
+        calls.append(1)
+        out = x.new_empty(x.shape)
+        launch(x, out)
+        return out
+
+    for capture, tries, wants in ((False, 4, [7] * 4), (True, 2, [100, 101]), (False, 2, [7, 7])):
+        capturing[0] = capture
+        for _ in range(tries):
+            run(torch.empty(4, 32))
+        assert [word for _, word in arguments_of(repeating, tries)] == wants
+    assert len(calls) == 2
 
 
 def test_nothing_is_known_under_a_mode_or_a_transform(repeating):
