@@ -84,6 +84,18 @@ def test_how_many_heads_at_a_time():
     assert choose(16, 0, tiles=0) == 16  # nothing cached
 
 
+def test_where_absorbing_pays():
+    pays = functools.partial(config.absorbing_pays, most=160, multiprocessors=132)
+    assert pays(160, 1, 128)
+    assert not pays(161, 1, 128)
+    assert pays(16 * 160, 16, 16)
+    assert not pays(16 * 161, 16, 16)
+    assert pays(256, 1, 16)  # 32 tiles would leave three quarters of the GPU idle
+    assert not pays(512, 1, 16)
+    assert not pays(0, 1, 16)
+    assert not pays(0, 0, 16)
+
+
 @pytest.mark.parametrize(("lengths", "new"), LENGTHS_AND_NEW)
 @pytest.mark.parametrize("group", [1, 3])
 def test_groups_of_new_tokens(device, lengths, new, group):

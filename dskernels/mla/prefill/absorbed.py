@@ -10,15 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dskernels.device import capability
+from dskernels.device import capability, multiprocessors
 from dskernels.dispatch import OPERATIONS, Operation
 from dskernels.mla.decode.api import mla_decode
-from dskernels.mla.prefill.config import absorbed_group
+from dskernels.mla.prefill.config import absorbed_group, absorbing_pays
 
-# New tokens of a request, on average, up to which it is done so. Microseconds on an H200 with keys and values written
-# out, and absorbed: over 32,768 positions, 128 heads, of 16 tokens 2,332 and 295, of 64 2,343 and 883, of 160 2,844 and
-# 2,070; four requests of 8,192, 16 heads, of 16 tokens 341 and 99, of 160 384 and 348, of 192 385 and 400; one of
-# 4,096, 128 heads, of 160 365 and 357, of 192 367 and 403.
+# New tokens of a request, on average, up to which it is done so where tiles of queries fill the GPU. Microseconds on an
+# H200 with keys and values written out, and absorbed: over 32,768 positions, 128 heads, of 16 tokens 2,332 and 295, of
+# 64 2,343 and 883, of 160 2,844 and 2,070; four requests of 8,192, 16 heads, of 16 tokens 341 and 99, of 160 384 and
+# 348, of 192 385 and 400; one of 4,096, 128 heads, of 160 365 and 357, of 192 367 and 403.
 MOST_TOKENS = 160
 
 
@@ -34,9 +34,9 @@ def is_absorbed(
 ) -> bool:
     """Whether that is faster: what was measured is decode's Hopper kernel beside prefill's."""
     (tokens, heads, _), requests, latent_dim = q.shape, lengths.shape[0], kv_b.shape[1]
-    if not 0 < tokens <= MOST_TOKENS * requests or impl not in (None, "hopper"):
+    if impl not in (None, "hopper") or not q.is_cuda or capability(q.device) != (9, 0):
         return False
-    if not q.is_cuda or capability(q.device) != (9, 0):
+    if not absorbing_pays(tokens, requests, heads, MOST_TOKENS, multiprocessors(q.device)):
         return False
     group = absorbed_group(heads)
     queries = q.new_empty(1).expand(_groups(tokens, requests, group), group, heads, latent_dim + rope_dim)

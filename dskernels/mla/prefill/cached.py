@@ -38,8 +38,8 @@ def mla_prefill_cached(
     [k_s, v_s] = kv_b c_s for every head and cached latent c_s, and attention as in :func:`mla_prefill`, the cached rope
     part being the shared key. Half a gigabyte of keys and values is written out at a time: those of some heads or,
     where a few heads fill that and not the GPU, of some positions, whose results are merged as by :func:`merge_states`.
-    Up to 160 new tokens of a request, on average, are attended to absorbed where Hopper's kernel of :func:`mla_decode`
-    takes them: W^UK goes to the query and W^UV to the result, and nothing is written out.
+    Up to 160 new tokens of a request, on average (more of few heads), are attended to absorbed where Hopper's kernel of
+    :func:`mla_decode` takes them: W^UK goes to the query and W^UV to the result, and nothing is written out.
 
     Args:
         q: bf16, fp16 or fp32 ``[T, H, nope + rope]``. (fp64 runs on the reference.)
