@@ -2,10 +2,12 @@
 
 import ctypes
 import functools
+import itertools
 import random
 import types
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -262,10 +264,11 @@ class Queues:
 
     def run(self):
         """All of it; fails where every stream waits."""
-        while waiting := [queue.work for queue in self.queues if queue.work]:
-            ready = [work for work in waiting if work[0][0]()]
+        speeds = {id(queue): self.generator.random() ** 4 for queue in self.queues}
+        while waiting := [queue for queue in self.queues if queue.work]:
+            ready = [queue for queue in waiting if queue.work[0][0]()]
             assert ready, "all streams wait"
-            self.generator.choice(ready).pop(0)[1]()
+            self.generator.choices(ready, [speeds[id(queue)] for queue in ready])[0].work.pop(0)[1]()
 
 
 class OnQueue:
@@ -336,17 +339,16 @@ def test_nothing_is_read_or_written_too_early(monkeypatch, ranks):
             main, sent = queues.current(None), {}
             for what, number, together in program:
                 if what == "send":
-                    parts = [[torch.zeros(rows, 16).int(), torch.zeros(rows, 1).int()] for _ in range(ranks)]
-                    for to, (first, beside) in enumerate(parts):
-                        value = 1 + number * 100 + rank * 10 + to
-                        for part in (first, beside):
-                            memory = part.numpy()
-                            keeps.append(memory)  # which outlives the tensor, as memory of a GPU does
-                            main.call(lambda memory=memory, value=value: memory.fill(value))
-                            # Whoever has it next writes to it at once.
-                            weakref.finalize(part, main.call, lambda memory=memory: memory.fill(-1))
+                    parts = [[] for _ in range(ranks)]
+                    for to, width in itertools.product(range(ranks), (16, 1)):
+                        memory = np.zeros((rows, width), np.int32)  # outlives the tensor, as memory of a GPU does
+                        keeps.append(memory)
+                        parts[to].append(torch.from_numpy(memory))
+                        main.call(functools.partial(memory.fill, 1 + number * 100 + rank * 10 + to))
+                        # Whoever has it next writes to it at once.
+                        weakref.finalize(parts[to][-1], main.call, functools.partial(memory.fill, -1))
                     sent[number] = mail.send(parts, together=together)
-                    del parts, first, beside, part
+                    del parts
                 else:
                     one = sent.pop(number)
                     list(mail.arriving(one))
