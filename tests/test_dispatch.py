@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dskernels as ds
 from dskernels import dispatch, recording
 from dskernels.device import empty
+from dskernels.gemm import weights
 from dskernels.metadata import ByMetadata
 
 
@@ -32,6 +33,14 @@ def test_explain_runs_nothing(operands):
 def test_explain_follows_a_composite_operation(operands):
     choices = ds.explain(ds.fp8_linear, torch.randn(3, 128), operands[1])
     assert [choice.operation for choice in choices] == ["quantize", "fp8_gemm"]
+
+
+def test_what_explain_has_not_computed_is_not_kept():
+    """A weight's e4m3 copy: the first call after `explain` multiplied by memory that nobody had written."""
+    x, weight = torch.randn(3, 128), torch.randn(130, 128)
+    ds.explain(ds.fp8_linear, x, weight)
+    kept = weights.quantized_weight(weight, transpose=False, impl=None)
+    assert torch.equal(kept.data.view(torch.uint8), ds.quantize(weight, (128, 128)).data.view(torch.uint8))
 
 
 def test_explain_without_arguments_names_every_operation():

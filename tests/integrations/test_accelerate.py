@@ -7,7 +7,9 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 transformers = pytest.importorskip("transformers", minversion="5.17")
+import dskernels as ds  # noqa: E402
 from dskernels.integrations.transformers import LatentLayer, accelerate, accelerated  # noqa: E402
+from dskernels.integrations.transformers.weights import Copy  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -333,3 +335,10 @@ def test_loaded_inside(v3, tmp_path):
             assert done[0].report.replaced["latent attention"] == 2
     assert vars(transformers.PreTrainedModel)["from_pretrained"] == method
     assert "_dskernels_acceleration" not in vars(v3)
+
+
+def test_what_explain_has_not_computed_is_not_kept():
+    kept, weight = Copy(), torch.randn(128, 128)
+    ds.explain(lambda: kept.of((weight,), lambda: ds.quantize(weight, (128, 128))))
+    made = kept.of((weight,), lambda: ds.quantize(weight, (128, 128)))
+    assert torch.equal(made.data.view(torch.uint8), ds.quantize(weight, (128, 128)).data.view(torch.uint8))
