@@ -11,7 +11,9 @@ TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 PIP   := -c constraints.txt --no-compile
 VENV  := .venv
 BIN   := $(VENV)/bin
+MADE  := $(VENV)/.made
 READY := $(VENV)/.ready
+PAGES := $(VENV)/.pages
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format test-gpu sanitize bench docs report clean fuzz numerics soak portability
@@ -60,18 +62,25 @@ bench: ## time the operations on this machine's GPU, beside their peers
 report: $(READY) ## what is saved in benchmarks/results as a page, pictures and tables of docs/ and README; needs no GPU
 	$(BIN)/python -m benchmarks --report
 
-docs: $(READY) ## build the documentation into site/
-	$(BIN)/python -m pip install -q $(PIP) -r docs/requirements.txt
+docs: $(PAGES) ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean: ## remove .venv and everything that was generated
 	rm -rf $(VENV) build dist site demo run *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt | $(MADE)
+	@echo "Filling $(VENV), once; most of the time goes to downloading torch."
+	$(BIN)/python -m pip install $(PIP) --no-build-isolation -e '.[test,lint,plot,transformers,tiktoken]'
+	@touch $@
+
+# The documentation is built from the sources, and needs nothing of what they import.
+$(PAGES): docs/requirements.txt | $(MADE)
+	$(BIN)/python -m pip install -q $(PIP) -r docs/requirements.txt
+	@touch $@
+
+$(MADE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
-	@echo "Setting up $(VENV), once; most of the time goes to downloading torch."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP) setuptools
-	$(BIN)/python -m pip install $(PIP) --no-build-isolation -e '.[test,lint,plot,transformers,tiktoken]'
 	@touch $@
