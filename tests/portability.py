@@ -236,7 +236,8 @@ def table(results: list[dict[str, Any]]) -> str:
     lines += [
         "",
         "Kernels that read or write e4m3 are left out for sm_80, which has no such type: quantising, products in e4m3",
-        "and the e4m3 cache run there on the reference. Configurations that are not chosen on a GPU, which are for newer",
+        "and the e4m3 cache run there on the reference. Configurations that are not chosen on a GPU, which are for "
+        "newer",
         "ones or for more shared memory, are left out too. The kernels in CUDA C++ are for sm_90 alone.",
     ]
     for where, failed in notes.items():
