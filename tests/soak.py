@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import inspect
 import json
 import os
 import random
@@ -38,6 +39,7 @@ if "cpu" in sys.argv or not torch.cuda.is_available():  # read when a kernel's m
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+import dskernels as ds  # noqa: E402
 import soak_results  # noqa: E402
 from fuzz.drawing import FLOATS, Call, Draw, leaves, replaced  # noqa: E402
 from fuzz.judging import Memory, WrongError, attempt, flat, judge  # noqa: E402
@@ -167,6 +169,10 @@ def repeated(call: Call, impl: str) -> str:
     for i in range(3):
         one = call if i == 0 else moved(call, torch.device("cuda"))
         memory = Memory(one.arguments)
+        function = getattr(ds, one.function)
+        how = {"impl": impl} if "impl" in inspect.signature(function).parameters else {}
+        ds.explain(function, **one.arguments, **how)  # which runs nothing, and leaves nothing behind
+        memory.check(())
         gots = [x.detach().clone() for x in flat(attempt(one, impl))]
         memory.check(one.writes)
         memory.restore()
