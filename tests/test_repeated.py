@@ -80,7 +80,19 @@ def test_results_of_any_shape_and_arguments_among_them(repeating):
         {"x": torch.empty(4, 32, requires_grad=True)},
         {"x": torch._neg_view(torch.empty(4, 32))},
     ],
-    ids=str,
+    # Not by what a tensor holds, which is another thing in every process: test processes compare names.
+    ids=[
+        "factor",
+        "factor as int",
+        "mode",
+        "a float",
+        "a bool",
+        "more options",
+        "shape",
+        "dtype",
+        "gradient",
+        "negated",
+    ],
 )
 def test_what_differs_is_another_kind(repeating, change):
     calls = []
