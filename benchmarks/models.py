@@ -112,7 +112,25 @@ class Inputs:
         return self.model.lm_head(hidden[-1:])
 
 
-def graph_of(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """A CUDA graph, the result that it writes over, and the step that was captured.
+
+    The graph has addresses alone. What of the step was there before (parameters, buffers, targets) is the step's, and
+    would be let go of with it: replays would read what came there next, or memory that the driver has back.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    out: Tensor
+    step: Callable[[], Tensor]
+
+    def __call__(self) -> Tensor:
+        """The result, once the stream is there."""
+        self.graph.replay()
+        return self.out
+
+
+def graph_of(step: Callable[[], Tensor]) -> Replay:
     """The same work as one CUDA graph; its result is written over by every call.
 
     Captured on the stream that it ran on before: accumulators of gradients belong to the one that made them.
@@ -126,9 +144,4 @@ def graph_of(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         out = step()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
+    return Replay(graph, out, step)

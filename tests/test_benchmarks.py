@@ -125,6 +125,31 @@ def test_a_wrong_result_is_reported_and_not_timed():
     assert timed == []
 
 
+class Overwritten(MergeStates):
+    """A case of rounds whose inputs are written over once it was checked, as a graph's may be by peers."""
+
+    rounds = 2
+
+    def ours(self, x, impl):
+        call = super().ours(x, impl)
+        if impl == "reference":
+            return call
+        calls = []
+
+        def right_once():
+            calls.append(call())
+            out, lse = calls[-1]
+            return (out, lse) if len(calls) == 1 else (out + 1.0, lse)
+
+        return right_once
+
+
+def test_what_is_wrong_after_its_rounds_is_reported():
+    (failure,) = a_runner().run(Overwritten(workloads.Tokens(4, 2))).results
+    assert isinstance(failure, Failure)
+    assert failure.reason.startswith("wrong result: calc_diff ")
+
+
 class Raising(MergeStates):
     def ours(self, x, impl):
         if impl == "triton":

@@ -1,6 +1,8 @@
 """Whole models in the benchmark suite: their random weights, their roofs by hand, and transformers on their weights."""
 
 import dataclasses
+import weakref
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -128,3 +130,27 @@ def test_blocks_at_full_dimensions_are_the_references(kind):
             assert same.float().mean() >= 0.5
         assert calc_diff(update[same], want_update[same]) < 5e-3
     models.random_model.cache_clear()
+
+
+def test_a_graph_keeps_what_its_step_reads(monkeypatch):
+    """Parameters and targets that nobody else has: let go of, they were read by a replay after the driver had them
+    back (a training step in bf16 ended in an illegal access)."""
+
+    class Step:
+        def __init__(self):
+            self.read = torch.ones(3)
+
+        def run(self):
+            return self.read + 1
+
+    step = Step()
+    alive = weakref.ref(step.read)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "cuda", MagicMock())
+        replay = models.graph_of(step.run)
+        del step
+        assert alive() is not None
+        assert replay().tolist() == [2, 2, 2]
+        replay.graph.replay.assert_called_once_with()
+    del replay
+    assert alive() is None
