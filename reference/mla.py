@@ -87,7 +87,7 @@ def read_latent_cache(cache: Tensor, block_table: Tensor, lengths: Tensor, laten
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention with its log-sum-exp; a query that sees nothing gives 0 and -inf.
+    """Softmax attention with its log-sum-exp; a query that sees nothing gives 0 and -inf, one with a score of +inf NaN.
 
     ``lse = log sum_s exp(scale q.k_s)``, ``out = sum_s exp(scale q.k_s - lse) v_s`` over the visible s.
     q ``[..., Q, H, D]``, k ``[..., S, G, D]``, v ``[..., S, G, V]``, visible bool ``[..., Q, S]``.
@@ -98,6 +98,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) ->
     lse_GRQ = score_GRQS.logsumexp(-1)
     p_GRQS = torch.exp(score_GRQS - lse_GRQ.masked_fill(lse_GRQ == -math.inf, 0.0)[..., None])
     out_QGRV = torch.einsum("...grqs,...sgv->...qgrv", p_GRQS, v)
+    # The output of an infinite score is inf / inf; `merge_states` would drop it with an lse of +inf.
+    lse_GRQ = lse_GRQ.masked_fill(lse_GRQ == math.inf, math.nan)
     return out_QGRV.flatten(-3, -2), lse_GRQ.flatten(-3, -2)
 
 

@@ -169,6 +169,21 @@ def test_a_number_that_is_not_finite_is_named(value):
         ds.mla_decode(torch.zeros(1, 1, 2, 24), torch.zeros(1, 4, 24), table, lengths, scale=value, value_dim=16)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_an_infinite_score_is_nan_in_both_results_and_in_what_they_are_merged_into(device, impl):
+    """The reference's log-sum-exp was +inf, in `merge_states` a state that saw nothing: the NaN of its out was lost."""
+    q, cache = torch.ones(2, 1, 32, device=device), torch.ones(1, 4, 32, device=device)
+    q[0, 0, 20], kv_b = torch.inf, torch.ones(48, 16, device=device)
+    table, length, cu = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0]], [4], [0, 2]))
+    given = {"scale": 0.2, "impl": impl}
+    decoded = ds.mla_decode(q[None], cache, table, length, value_dim=16, **given)
+    prefilled = ds.mla_prefill(q, cache[0, :, None], cache[0, :, None, :16], cu, 2 * cu, causal=False, **given)
+    cached = ds.mla_prefill_cached(q, kv_b, cache, table, length, cu, **given)
+    for out, lse in ((decoded[0][0], decoded[1][0]), prefilled, cached):
+        for x, y in ((out, lse), ds.merge_states(out, lse, torch.ones_like(out), torch.zeros_like(lse), impl=impl)):
+            assert [bool(z.isnan().all()) for z in (x[0], x[1], y[0, 0], y[0, 1])] == [True, False, True, False]
+
+
 def test_a_copy_of_a_weight_is_of_the_implementation_that_is_asked_for(device):
     """Hopper's kernels, which do not quantise fp16, took the copy that another had made."""
     weight, x = torch.randn(144, 128, device=device, dtype=torch.half), torch.randn(32, 128, device=device).bfloat16()

@@ -50,8 +50,8 @@ def mla_decode(
 
     Returns:
         out ``[B, Q, H, value_dim]`` in q's dtype, and the natural-log log-sum-exp of the scaled scores, fp32
-        ``[B, H, Q]`` (fp64 with q). Padding tokens and tokens that see nothing (length 0) have out 0 and lse -inf.
-        Repeated calls return the same bits.
+        ``[B, H, Q]`` (fp64 with q). Padding tokens and tokens that see nothing (length 0) have out 0 and lse -inf,
+        tokens with a score of +inf NaN for both. Repeated calls return the same bits.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

@@ -51,8 +51,8 @@ def mla_prefill(
 
     Returns:
         out ``[T, H, V]`` in q's dtype, and the natural-log log-sum-exp of the scaled scores, fp32 ``[H, T]`` (fp64 with
-        q). Queries that see nothing, and rows of no sequence, have out 0 and lse -inf. Repeated calls return the same
-        bits.
+        q). Queries that see nothing, and rows of no sequence, have out 0 and lse -inf; queries with a score of +inf
+        have NaN for both. Repeated calls return the same bits.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

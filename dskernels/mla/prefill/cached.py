@@ -58,6 +58,7 @@ def mla_prefill_cached(
     Returns:
         out ``[T, H, V]`` in q's dtype, and the natural-log log-sum-exp of the scaled scores, fp32 ``[H, T]`` (fp64 with
         q). Token i of n sees the positions below lengths[b] - n + 1 + i; where there are none, out is 0 and lse -inf.
+        Where a score is +inf, both are NaN.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
