@@ -42,7 +42,7 @@ from hypothesis import strategies as st  # noqa: E402
 import dskernels as ds  # noqa: E402
 import soak_results  # noqa: E402
 from fuzz.drawing import FLOATS, Call, Draw, leaves, replaced  # noqa: E402
-from fuzz.judging import Memory, WrongError, attempt, flat, judge  # noqa: E402
+from fuzz.judging import Memory, WrongError, attempt, flat, judge, settled  # noqa: E402
 from fuzz.spoiling import revalued, spoil  # noqa: E402
 from fuzz.test_operations import CALLS  # noqa: E402
 from soak_load import Load  # noqa: E402
@@ -173,7 +173,7 @@ def repeated(call: Call, impl: str) -> str:
         how = {"impl": impl} if "impl" in inspect.signature(function).parameters else {}
         ds.explain(function, **one.arguments, **how)  # which runs nothing, and leaves nothing behind
         memory.check(())
-        gots = [x.detach().clone() for x in flat(attempt(one, impl))]
+        gots = [settled(one, x.detach()).clone() for x in flat(attempt(one, impl))]
         memory.check(one.writes)
         memory.restore()
         wants = wants or gots

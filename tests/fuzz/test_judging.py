@@ -7,10 +7,11 @@ import torch
 
 import dskernels as ds
 from dskernels.reference.fp8 import quantize, swiglu
+from dskernels.reference.mla import pack_fp8
 from dskernels.types import Fp8Tensor
 from fuzz.allowing import SUMS, feed_forward, mla_prefill_cached
 from fuzz.drawing import Call
-from fuzz.judging import WrongError, _compare
+from fuzz.judging import WrongError, _compare, settled
 
 TOKENS, HIDDEN, INNER = 9, 256, 384
 
@@ -132,6 +133,77 @@ def test_an_infinite_scale_gives_nan_or_infinity_and_nothing_else():
     _compare(call, [nan.clone().fill_(float("inf"))], [nan], "triton")
     with pytest.raises(WrongError, match="NaN where"):
         _compare(call, [nan.clone().fill_(1e30)], [nan], "triton")
+
+
+@pytest.fixture
+def written():
+    """A call that writes rows of e4m3, two of them to one slot, and what the reference makes of it."""
+    tokens, latent, rope = 5, 256, 64
+    cache = pack_fp8(torch.randn(4, 2, latent), torch.randn(4, 2, rope))
+    arguments = {
+        "kv": torch.randn(tokens, latent),
+        "k_rope": torch.randn(tokens, rope),
+        "norm_weight": torch.randn(latent),
+        "cos": torch.rand(tokens, rope // 2),
+        "sin": torch.rand(tokens, rope // 2),
+        "cache": cache,
+        "slots": torch.tensor([6, 0, -1, 6, 3]),
+        "eps": 1e-6,
+    }
+    want = ds.write_latent_cache(**{**arguments, "cache": cache.clone()}, impl="reference")
+    return Call("write_latent_cache", arguments, writes=("cache",)), want
+
+
+def test_a_step_of_e4m3_and_parts_of_two_tokens_in_one_slot_are_allowed(written):
+    call, want = written
+    got = want.clone()
+    got[0, 0, :256] += torch.where(want[0, 0, :256] % 8 > 0, -1, 1)  # within a power of two
+    got[3, 0] = torch.randint(256, (got.shape[2],), dtype=torch.uint8)
+    _compare(call, [got], [want], "triton")
+
+
+def two_steps(got):
+    got[0, 0, int((got[0, 0, :256] % 8 == 1).nonzero()[0])] += 2
+
+
+def another_scale(got):
+    got[0, 0, 256:260].view(torch.float32).mul_(2)
+
+
+def scales_exchanged(got):
+    got[0, 0, 256:264] = got[0, 0, 256:264].roll(4)
+
+
+def tile_lost(got):
+    got[0, 0, 128:256] = 0
+
+
+def rope_of_another(got):
+    got[0, 0, 264:] = got[1, 1, 264:]
+
+
+def row_of_no_token(got):
+    got[2, 1, 5] ^= 1
+
+
+@pytest.mark.parametrize(
+    "spoil", [two_steps, another_scale, scales_exchanged, tile_lost, rope_of_another, row_of_no_token]
+)
+def test_wrong_rows_of_e4m3_are_found(written, spoil):
+    call, want = written
+    got = want.clone()
+    spoil(got)
+    with pytest.raises(WrongError, match=r"more than a step off|a row that no token"):
+        _compare(call, [got], [want], "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_only_rows_that_several_tokens_go_to_are_left_open(written, dtype):
+    call, want = written
+    got = settled(call, want.to(dtype))
+    assert not got[3, 0].any()
+    got[3, 0] = want[3, 0].to(dtype)
+    assert torch.equal(got, want.to(dtype))
 
 
 def test_attention_may_lose_more_where_its_scale_is_greater_and_is_finite_all_the_same():

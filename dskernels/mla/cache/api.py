@@ -43,7 +43,7 @@ def write_latent_cache(
             e4m3 rows: latent bytes of e4m3, one fp32 scale (max / 448) for each 128 of them, the rope part in bf16 (656
             bytes in DeepSeek-V3).
         slots: int64 ``[T]``, where each token goes: page * page_size + offset. A slot that is negative or beyond the
-            cache is skipped; of equal slots, any one may win.
+            cache is skipped. Slots should differ: a row that several tokens go to may hold parts of each.
         eps: added to the mean square.
         impl: implementation to run, see :mod:`dskernels.dispatch`.
 
