@@ -71,7 +71,8 @@ class Recording:
         for plan in self._plans:
             plan.stream = noted.stream
         self._graph: LaunchGraph | None = None
-        self._alone = len(self._plans) < FEWEST_IN_GRAPH or reason_against_graphs() is not None
+        graph = len(self._plans) >= FEWEST_IN_GRAPH and all(plan.in_graph for plan in self._plans)
+        self._alone = not graph or reason_against_graphs() is not None
         self._related = _related(noted.pieces[: noted.n_tensors])
         self._make = [like_this(x) for x, _ in noted.results]
         self._returned = noted.returned

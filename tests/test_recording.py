@@ -38,11 +38,11 @@ def on_the_cpu(fake, monkeypatch, request):  # noqa: F811
     return fake
 
 
-def planned(a="x", b="out", maps=False):
+def planned(a="x", b="out", maps=False, in_graph=True):
     @Planned
     def launch(x, out):
         arguments = (TensorMap(a, x, (1, 16), swizzle=False), Pointer(b)) if maps else (Pointer(a), Pointer(b))
-        return Plan(4321, arguments=arguments, grid=1, threads=32, shared=0, device=CPU)
+        return Plan(4321, arguments=arguments, grid=1, threads=32, shared=0, device=CPU, in_graph=in_graph)
 
     return launch
 
@@ -85,6 +85,23 @@ def test_the_third_call_launches_what_the_second_recorded(on_the_cpu):
     assert len({x.data_ptr() for x in kept}) == 12
     run(torch.empty(5, 32))
     assert len(calls) == 3  # another kind
+
+
+def test_a_plan_that_is_in_no_graph_keeps_its_recording_out(on_the_cpu, monkeypatch):
+    monkeypatch.setattr(relaunching, "FEWEST_IN_GRAPH", 1)
+    monkeypatch.setattr(relaunching, "LaunchGraph", lambda plans, device: pytest.fail("a graph is made"))
+    apart = planned(in_graph=False)
+
+    @Recorded
+    def run(x):
+        out = x.new_empty(x.shape)
+        first(x, out)
+        apart(x, out)
+        return out
+
+    for _ in range(4):
+        run(torch.empty(4, 32))
+    assert len(on_the_cpu.launches) == 8
 
 
 def test_another_stream(on_the_cpu, monkeypatch):

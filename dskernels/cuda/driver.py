@@ -168,6 +168,7 @@ class Plan:
         cluster: blocks of a cluster, along x; a kernel that says ``__cluster_dims__`` leaves it out.
         programmatic: let the kernel begin before the one in front of it has ended (programmatic dependent launch): it
             has to wait by ``griddepcontrol.wait`` before it touches that one's results.
+        in_graph: whether a recording that has it may launch all it has as a graph (dskernels.relaunching).
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class Plan:
         device: torch.device,
         cluster: int | None = None,
         programmatic: bool = False,
+        in_graph: bool = True,
     ) -> None:
         self._addresses: Sequence[int] = []
         self._cells: list[tuple[int, Any]] = []
@@ -206,6 +208,7 @@ class Plan:
             n_attributes=len(attributes),
         )
         self.config, self.function, self.cluster, self.programmatic = config, function, cluster, programmatic
+        self.in_graph = in_graph
         self.arguments: int = ctypes.addressof(pointers)
         self._device: int = device.index
         self.enqueue = functools.partial(

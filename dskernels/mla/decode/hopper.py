@@ -178,6 +178,7 @@ def combine(work: Tensor, out: Tensor, lse: Tensor) -> Plan:
         shared=0,
         device=out.device,
         programmatic=True,
+        in_graph=False,  # where it begins late: one request of 32,768 takes 40.2 us on an H200, one by one 36.9
     )
 
 
