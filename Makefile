@@ -25,8 +25,8 @@ help: ## print this list
 demo: $(READY) ## train a small DeepSeek-V3 here, save it, load it, generate from it
 	$(BIN)/python -m dskernels.demo $(ARGS)
 
-test: $(READY) ## all tests, with kernels in Triton's interpreter where there is no GPU
-	$(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+test: $(READY) ## all tests, with kernels in Triton's interpreter where there is no GPU; the heaviest in part (THOROUGH=1: whole)
+	DSKERNELS_TEST_IN_PART=$(if $(THOROUGH),0,1) $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -21,6 +21,8 @@ import pytest
 import torch
 from hypothesis import register_random, settings
 
+import in_part
+
 if _PARALLEL:
     torch.set_num_threads(1)
 
@@ -68,6 +70,9 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
+    if in_part.IN_PART and _DEVICE == "cpu":
+        items[:], rest = in_part.chosen(items)
+        config.hook.pytest_deselected(items=rest)
     if _DEVICE == "cpu":
         for item in items:
             if item.get_closest_marker("gpu"):

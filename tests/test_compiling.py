@@ -9,6 +9,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+import compiling
 from compiling import SHARED_LIMIT, Compile, CompileError, assert_clean, compile_all
 
 
@@ -70,7 +71,7 @@ def reports():
         "gluon": Compile("test_compiling:gluon_copy_kernel", {"x": "*fp32", "out": "*fp32"}, {"BLOCK": 1024}),
         "large": product(128, num_warps=8, num_stages=4, targets=["sm_89"]),
     }
-    answers = iter(compile_all(kernels.values()))
+    answers = iter(compile_all(kernels.values(), every_target=True))
     return {name: {target: next(answers) for target in kernel.targets} for name, kernel in kernels.items()}
 
 
@@ -164,6 +165,15 @@ def test_every_failure_is_reported():
     messages = str(failure.value).split("\n\ntest_compiling:")
     for message, (_, expected) in zip(messages, cases, strict=True):
         assert re.search(expected, message), message
+
+
+def test_configurations_take_the_targets_in_turn():
+    kernels = [scale(), product(64), scale(), scale(), scale(), product(64, targets=["sm_90"]), scale()]
+    every = ("sm_80", "sm_90", "sm_100")
+    assert [tuple(kernel.targets) for kernel in compiling._in_turn(kernels)] == [
+        *[every, every],
+        *[("sm_90",), ("sm_100",), ("sm_80",), ("sm_90",), ("sm_90",)],
+    ]
 
 
 def test_nothing_to_compile_is_refused():

@@ -16,6 +16,7 @@ from dskernels.mla.decode.config import (
     choose_config,
     choose_splits,
 )
+from in_part import IN_PART
 
 
 def test_choose_config():
@@ -98,7 +99,7 @@ def test_kernels_compile_without_spills():
     """Every config on every GPU that is given it, with the dimensions of DeepSeek-V3 and of a small model."""
     kernels = {}
     for target, arch in (("sm_80", (8, 0)), ("sm_89", (8, 9)), ("sm_90", (9, 0)), ("sm_100", (10, 0))):
-        for rows, dtype, fp8, page, dims in (
+        kinds = (
             (16, "bf16", False, 64, (512, 64)),
             (32, "bf16", False, 64, (512, 64)),
             (128, "bf16", False, 64, (512, 64)),
@@ -107,7 +108,10 @@ def test_kernels_compile_without_spills():
             (128, "fp16", True, 8, (512, 64)),
             (128, "fp32", False, 64, (512, 64)),
             (64, "bf16", False, 64, (32, 16)),
-        ):
+        )
+        for i, (rows, dtype, fp8, page, dims) in enumerate(kinds):
+            if IN_PART and arch != (9, 0) and i % 2 == (arch == (10, 0)):  # see compile_all
+                continue
             # Of sm_80 and sm_89, which are given the same, the one that has e4m3 for it and the other for the rest;
             # what differs in a dtype or a page alone, once.
             if arch == ((8, 0) if fp8 else (8, 9)) or (dtype == "fp16" and not fp8 and arch != (9, 0)):
