@@ -13,7 +13,7 @@ from torch import Tensor
 from dskernels.device import capability, multiprocessors
 from dskernels.dispatch import OPERATIONS, Operation
 from dskernels.mla.decode.api import mla_decode
-from dskernels.mla.prefill.config import absorbed_group, absorbing_pays
+from dskernels.mla.prefill.config import absorbed_group, absorbing_pays, most_groups
 
 # New tokens of a request, on average, up to which it is done so where tiles of queries fill the GPU. Microseconds on an
 # H200 with keys and values written out, and absorbed: over 32,768 positions, 128 heads, of 16 tokens 2,332 and 295, of
@@ -39,7 +39,7 @@ def is_absorbed(
     if not absorbing_pays(tokens, requests, heads, MOST_TOKENS, multiprocessors(q.device)):
         return False
     group = absorbed_group(heads)
-    queries = q.new_empty(1).expand(_groups(tokens, requests, group), group, heads, latent_dim + rope_dim)
+    queries = q.new_empty(1).expand(most_groups(tokens, requests, group), group, heads, latent_dim + rope_dim)
     arguments = queries, cache, block_table, lengths, lengths, scale, latent_dim
     return OPERATIONS["mla_decode"].choose(arguments).impl == "hopper"
 
@@ -80,11 +80,6 @@ def absorbed(
 # ---- registration ---------------------------------------------------------------------------------------------------
 
 
-def _groups(tokens: int, requests: int, group: int) -> int:
-    """Groups that there may be: the last one of every request, and of what is outside of all of them, may be short."""
-    return tokens // group + requests + 2
-
-
 def _group_tokens_reference(
     block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, tokens: int, group: int, page_size: int
 ) -> tuple[Tensor, ...]:
@@ -93,7 +88,7 @@ def _group_tokens_reference(
     def count_up(n: int) -> Tensor:
         return torch.arange(n, dtype=torch.int32, device=lengths.device)
 
-    groups = _groups(tokens, requests, group)
+    groups = most_groups(tokens, requests, group)
     edges = torch.cat((lengths.new_zeros(1), cu_seqlens_q.clamp(0, tokens), lengths.new_full((1,), tokens)))
     numbers = count_up(groups)
     span = torch.searchsorted(edges[:-1] // group + count_up(requests + 2), numbers, right=True) - 1
@@ -114,7 +109,7 @@ def _group_tokens_reference(
 def _group_tokens_fake(
     block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, tokens: int, group: int, page_size: int
 ) -> tuple[Tensor, ...]:
-    groups = _groups(tokens, block_table.shape[0], group)
+    groups = most_groups(tokens, block_table.shape[0], group)
     sizes = (groups * group,), (tokens,), (groups, block_table.shape[1]), (groups,), (groups,)
     # Not empty: `explain` goes on with what this returns, and some of it are indices.
     return tuple(lengths.new_zeros(size) for size in sizes)

@@ -164,6 +164,11 @@ def absorbing_pays(tokens: int, requests: int, heads: int, most: int, multiproce
     return tokens * (2176 - 640 / fill) <= most * requests * (2176 - 640)
 
 
+def most_groups(tokens: int, requests: int, group: int) -> int:
+    """Groups that there may be: the last one of every request, and of what is outside of all of them, may be short."""
+    return tokens // group + requests + 2
+
+
 def absorbed_group(heads: int) -> int:
     """How many new tokens of a request are attended to together in absorbed form: 128 query rows, two blocks of the
     Hopper kernel of decode, which load cached rows for each other."""

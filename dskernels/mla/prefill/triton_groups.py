@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dskernels.mla.prefill.config import most_groups
 from dskernels.mla.prefill.triton import find_tile
 
 COLUMNS = 512  # of the table that a program copies at a time
@@ -59,7 +60,7 @@ def group_tokens(
 ) -> tuple[Tensor, ...]:
     """Token of each place, place of each token, and of each group its row of the table, what it sees, its tokens."""
     requests, columns = block_table.shape
-    groups = tokens // group + requests + 2
+    groups = most_groups(tokens, requests, group)
     token, seen, count = (lengths.new_empty(n) for n in (groups * group, groups, groups))
     # Each token has its place, unless cu_seqlens does not ascend.
     place = lengths.new_zeros(tokens)
