@@ -342,3 +342,15 @@ def test_what_explain_has_not_computed_is_not_kept():
     ds.explain(lambda: kept.of((weight,), lambda: ds.quantize(weight, (128, 128))))
     made = kept.of((weight,), lambda: ds.quantize(weight, (128, 128)))
     assert torch.equal(made.data.view(torch.uint8), ds.quantize(weight, (128, 128)).data.view(torch.uint8))
+
+
+def test_another_weight_at_the_same_address_is_not_taken_for_the_one_before():
+    # As of a checkpoint that is loaded with `assign=True` where the model was: same place, and no change counted.
+    kept, weight = Copy(), torch.ones(4)
+    numbers, address = weight.numpy(), weight.data_ptr()
+    assert kept.of((weight,), lambda: weight + 1).tolist() == [2.0] * 4
+    del weight
+    numbers[:] = 5
+    weight = torch.from_numpy(numbers)
+    assert weight.data_ptr() == address
+    assert kept.of((weight,), lambda: weight + 1).tolist() == [6.0] * 4

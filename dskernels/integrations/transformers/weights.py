@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 import dskernels as ds
 from dskernels.choice import choices
@@ -23,26 +25,30 @@ class Copy:
     """
 
     def __init__(self) -> None:
-        self._state: tuple | None = None
+        self._parts: list[TensorWeakRef] = []
+        self._state: list[tuple[int, int]] = []
         self._made: Any = None
 
-    def __deepcopy__(self, memo: dict) -> Copy:
+    def __reduce__(self) -> tuple:
         """A copy of a model makes its own."""
-        return Copy()
+        return Copy, ()
 
     def of(self, parts: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
         """What `make` makes of `parts`, without a gradient."""
         if torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
             return make()
-        state = tuple([(part.data_ptr(), part._version) for part in parts])
-        if self._state != state:
+        state = [(part.data_ptr(), part._version) for part in parts]
+        before = [reference() for reference in self._parts]
+        # Another weight may have come to lie where one was, with as many changes.
+        same = len(before) == len(parts) and all(map(is_, before, parts))
+        if not same or self._state != state:
             with torch.no_grad():
                 made = make()
             if choices.get() is not None:
                 return made  # of `explain`, which computes nothing
             if parts[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 return made  # it lives in the graph's memory, and holds what it should only in a replay
-            self._state, self._made = state, made
+            self._parts, self._state, self._made = [TensorWeakRef(part) for part in parts], state, made
         return self._made
 
 
