@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,6 +26,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch 
 import torch
 
 import dskernels as ds
+import sanitize_model
 from dskernels import device, parity
 from dskernels.cuda import compiler
 from dskernels.cuda.driver import Planned
@@ -46,6 +46,7 @@ from dskernels.moe.triton_swiglu import swiglu_backward
 from dskernels.parity.inputs import quantized, spread
 from dskernels.parity.paging import paged_cache
 from guarding import guarded
+from sanitize_kernels import Noted, everywhere
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 IMPLS = "hopper", "reference"  # on these two
@@ -121,6 +122,8 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool | None]]]:
     for tokens in (5, 130):
         yield f"mla_decode_queries, {tokens} tokens", functools.partial(decode_queries, tokens)
     yield "mla_prefill's gradient", prefill_backward
+    for name, run in sanitize_model.kernels():
+        yield name, functools.partial(run, GPU)
     for impl in ("triton", "hopper"):
         for case in parity.all_cases():
             yield f"{impl}: {case.op}, {case.label}", functools.partial(parity_case, case, impl)
@@ -420,9 +423,8 @@ def main() -> None:
     chosen = [(n, run) for n, run in named if any(n == text if asked.exact else text in n for text in texts)]
     if not chosen:
         raise SystemExit(f"no kernel's name contains {texts}; there are: {'; '.join(name for name, _ in named)}")
-    everywhere = [m for m in sys.modules.values() if getattr(m, "multiprocessors", None) is device.multiprocessors]
-    for module in everywhere:  # and, as it is among them, in what is imported from now on
-        module.multiprocessors = lambda *_, **__: MULTIPROCESSORS  # type: ignore[attr-defined]
+    everywhere(device.multiprocessors, lambda *_, **__: MULTIPROCESSORS)
+    noted = Noted()
     torch.manual_seed(0)
     for name, run in chosen:
         print(f"begin {name}", flush=True)
@@ -434,6 +436,8 @@ def main() -> None:
             memory.check()
         if right is False:
             raise SystemExit(f"{name}: wrong")
+        if missing := noted.missing(name):
+            raise SystemExit(f"{name}: wrong, it did not run {', '.join(missing)}")
         print(f"{name}: {'right' if right else 'not taken'}, {time.monotonic() - start:.1f} s", flush=True)
 
 

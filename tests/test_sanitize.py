@@ -1,0 +1,17 @@
+"""What `make sanitize` runs is every kernel of the library."""
+
+import sanitize
+from sanitize_kernels import CASES, library
+
+
+def test_no_kernel_is_forgotten():
+    """A new one needs a case in tests/sanitize.py or sanitize_model.py, and a line in sanitize_kernels.py."""
+    kernels = set(library())
+    assert len(kernels) > 90
+    assert kernels == set(CASES)
+
+
+def test_each_is_named_for_a_case_that_there_is():
+    named = [name for name, _ in sanitize.kernels(racecheck=False)]
+    assert len(named) == len(set(named))
+    assert set(CASES.values()) <= set(named)
