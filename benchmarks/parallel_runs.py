@@ -14,10 +14,9 @@ from benchmarks.pipeline_timeline import Slot, bubble, formula
 from dskernels.model import Config, DeepseekV3
 from dskernels.model.data import Packed
 from dskernels.model.optimizer import MasterAdamW
-from dskernels.model.parallel.optimizer import TeamAdamW
 from dskernels.model.parallel.pipeline import Pipeline
-from dskernels.model.parallel.plan import Plan, Team, parallelize
-from dskernels.model.parallel.training import TeamStepper
+from dskernels.model.parallel.plan import Plan, Team
+from dskernels.model.parallel.training import TeamStepper, spread
 from dskernels.model.train_config import TrainConfig
 from dskernels.model.train_step import Stepper
 
@@ -94,13 +93,7 @@ def _together(config: Config, cfg: TrainConfig, plan: Plan, device: torch.device
     team = Team.start(plan, device)
     torch.manual_seed(1)  # the same weights on every rank
     model = DeepseekV3(config, fp8=cfg.precision == "fp8", recompute=cfg.recompute, device=device, dtype=torch.float32)
-    dtype = None if cfg.precision == "fp32" else cfg.dtype
-    parallelize(model, team, dtype=dtype, tokens=cfg.batch_tokens // cfg.microbatches)
-    optimizer = TeamAdamW(
-        dict(model.named_parameters()), team, replicated=False, betas=cfg.betas, weight_decay=cfg.weight_decay,
-        moments=cfg.moments,
-    )  # fmt: skip
-    return TeamStepper(model, optimizer, cfg, team, None)
+    return TeamStepper(model, spread(model, team, cfg), cfg, team, None)
 
 
 # ---- pipeline -------------------------------------------------------------------------------------------------------

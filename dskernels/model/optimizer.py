@@ -36,6 +36,8 @@ class MasterAdamW:
         exp_avg: first moments, flat likewise.
         exp_avg_sq: second moments.
         steps: how many updates were made, fp32 ``[]``.
+        parts: of ``flat``, from where to where, in the order in which a step updates them; none has both matrices and
+            other parameters.
     """
 
     def __init__(
@@ -61,6 +63,8 @@ class MasterAdamW:
         self._order, self._sizes = order, sizes
         self.masters = self._views(self.flat)
         self._gradients = self._views(self._gradient)
+        ends = (0, self._matrices), (self._matrices, self.flat.numel())
+        self.parts = [(begin, end) for begin, end in ends if begin < end]
         self._collected = False
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -117,14 +121,17 @@ class MasterAdamW:
             if not isinstance(learning_rate, Tensor):
                 learning_rate = torch.full((), learning_rate, device=self.flat.device)
             state = self.flat, self._gradient, self.exp_avg, self.exp_avg_sq
-            matrices, total = self._matrices, self.flat.numel()
-            for begin, end, decay in ((0, matrices, self.weight_decay), (matrices, total, 0.0)):
-                if begin < end:
-                    part = (x[begin:end] for x in state)
-                    _adamw(*part, self.steps, learning_rate, scale, skip, *self.betas, decay)
+            for begin, end in self.parts:
+                part = (x[begin:end] for x in state)
+                decay = self.weight_decay if begin < self._matrices else 0.0
+                _adamw(*part, self.steps, learning_rate, scale, skip, *self.betas, decay)
+                self.updated(begin, end)
             self.steps += 1.0 if skip is None else 1.0 - skip
             self.refresh()
         self._collected = False
+
+    def updated(self, begin: int, end: int) -> None:
+        """This part of the masters is what it is to be in this step; others are still to come."""
 
     @torch.no_grad()
     def refresh(self) -> None:

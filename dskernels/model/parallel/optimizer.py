@@ -1,4 +1,4 @@
-"""The optimiser of what this rank holds: shards of FSDP2, its own experts, or a pipeline's stages."""
+"""The optimiser of what this rank holds of each parameter, such as shards of FSDP2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dskernels.model.optimizer import MasterAdamW
 from dskernels.model.parallel.plan import Team
-from dskernels.model.parallel.shards import local
+from dskernels.model.parallel.shards import bounds, local
 
 EXPERTS = (".experts.w13", ".experts.w2")  # how the names end of what is spread over the expert ranks
 
@@ -27,13 +27,14 @@ class TeamAdamW(MasterAdamW):
     """`MasterAdamW` over the rows that this rank has of each parameter; the norm is that of the whole gradient.
 
     Args:
-        parameters: by name, as the model has them: DTensors of FSDP2, or plain.
+        parameters: by name, as the model has them, DTensors of FSDP2.
         team: the ranks.
-        replicated: whether ranks with other text hold the same parameters, as those of a pipeline do: then their
-            gradients are summed here, by `reduce`.
         betas: see `MasterAdamW`.
         weight_decay: likewise.
         moments: likewise.
+
+    Attributes:
+        whole: these parameters.
     """
 
     def __init__(
@@ -41,13 +42,12 @@ class TeamAdamW(MasterAdamW):
         parameters: Mapping[str, nn.Parameter],
         team: Team,
         *,
-        replicated: bool,
         betas: tuple[float, float],
         weight_decay: float,
         moments: torch.dtype,
     ) -> None:
-        self.team, self.replicated, self.whole = team, replicated, dict(parameters)
-        shards = {name: local(parameter) for name, parameter in parameters.items()}
+        self.team, self.whole = team, dict(parameters)
+        shards = {name: self._local(name) for name in parameters}
         super().__init__(_Locals(shards), betas=betas, weight_decay=weight_decay, moments=moments)
         self.names = list(parameters)
         # MasterAdamW lays parameters that are fp32 into its flat tensor; the model's own follow them in `refresh`.
@@ -56,14 +56,28 @@ class TeamAdamW(MasterAdamW):
             for shard, mine in zip(shards.values(), self.parameters, strict=True)
             if shard.data_ptr() != mine.data_ptr() and shard.numel()
         ]
-        # The norm counts each number once, however many ranks hold it.
-        counts = [self._copies(name) for name in self.names]
-        self._once = [1.0 / count for count in counts]
+        # The norm counts each number once, however many ranks hold it. (Made anew at each step it made the host wait.)
+        self._once = torch.tensor([1.0 / self._copies(name) for name in self.names], device=self.flat.device)
+
+    def place(self, name: str) -> tuple[int, int]:
+        """The first row that this rank updates of a parameter, of all experts where these are spread, and all rows."""
+        team, spread = self.team, name.endswith(EXPERTS)
+        return bounds(self.whole[name], *((team.place("expert"), team.plan.expert) if spread else (0, 1)))
+
+    def writes(self, name: str) -> bool:
+        """Whether this rank writes its rows into a checkpoint: of ranks that hold the same, the first does."""
+        return True
+
+    def _local(self, name: str) -> Tensor:
+        """The rows of a parameter that this rank updates, in its memory."""
+        return local(self.whole[name])
 
     def _copies(self, name: str) -> int:
-        if not self.replicated:
-            return 1
-        return self.team.group("data" if name.endswith(EXPERTS) else "batch").size()
+        """How many ranks update each of them."""
+        return 1
+
+    def last(self) -> None:
+        """The next backward is the last of a step."""
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -75,18 +89,15 @@ class TeamAdamW(MasterAdamW):
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sums the gradients over the ranks with other text, where these hold the same parameters."""
-        if not self._collected:  # nothing reached this rank, and others wait
+        """Ends the gradients of a step: FSDP2 has summed them over the ranks."""
+        if not self._collected:  # nothing reached this rank
             self._gradient.zero_()
             self._collected = True
-        if self.replicated:
-            for name, gradient in self.gradients().items():
-                self.team.total(gradient, "data" if name.endswith(EXPERTS) else "batch")
 
     def norm(self) -> Tensor:
         """Of the whole gradient over all ranks, fp32 ``[]``."""
         squares = torch.stack(torch._foreach_norm(self._gradients)).square()
-        total = (squares * torch.tensor(self._once, device=squares.device)).sum()
+        total = (squares * self._once).sum()
         for name in ("batch", "pipeline"):
             self.team.total(total, name)
         return total.sqrt()

@@ -10,15 +10,14 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor, nn
 
 from dskernels.model.config import Config
 from dskernels.model.data import Corpus, Packed
@@ -26,11 +25,12 @@ from dskernels.model.disk import writing
 from dskernels.model.loss import Losses, losses
 from dskernels.model.model import DeepseekV3, Output
 from dskernels.model.moe import MoE
-from dskernels.model.parallel.optimizer import EXPERTS, TeamAdamW
+from dskernels.model.parallel.optimizer import TeamAdamW
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.pipeline import Pipeline
-from dskernels.model.parallel.plan import Team, parallelize
-from dskernels.model.parallel.shards import Piece, bounds, read_pieces, whole_tensors, write_pieces
+from dskernels.model.parallel.plan import Team, parallelize, spread_experts
+from dskernels.model.parallel.shards import Piece, read_pieces, whole_tensors, write_pieces
+from dskernels.model.parallel.whole import WholeAdamW
 from dskernels.model.train import METRICS_FILE, History
 from dskernels.model.train_begin import check, first_model, texts
 from dskernels.model.train_config import TrainConfig
@@ -151,16 +151,11 @@ class TeamStepper(Stepper):
         at_once = 2 if plan.overlap else 1
         passes = [functools.partial(forward, batch, *share) for batch, share in zip(text, shares, strict=True)]
         for first in range(0, len(passes), at_once):
-            last = first + at_once >= len(passes)
-            gathered = isinstance(model, FSDPModule) and not plan.reshard
-            if isinstance(model, FSDPModule) and gathered:
-                # Weights stay, and gradients add up where they are, in fp32, until the last.
-                model.set_requires_gradient_sync(last)
-                model.set_reshard_after_backward(last)
+            if first + at_once >= len(passes):
+                self.optimizer.last()
             found = overlapped(model, passes[first : first + at_once])
             torch.autograd.backward([loss for loss, _, _ in found])
-            if last or not gathered:
-                self.optimizer.collect()
+            self.optimizer.collect()
             for _, parts, output in found:
                 sums += torch.stack(parts).detach()
                 count(load, output)
@@ -232,7 +227,6 @@ class _Run:
                 f"microbatches: expected at least {least}, {2 * plan.pipeline} for each of {plan.batches} pipelines of "
                 f"{plan.pipeline} ranks, got {config.microbatches}"
             )
-        tokens = config.batch_tokens // config.microbatches
         # The same weights on every rank, from which each keeps its own: on the CPU, so that none holds all on a GPU.
         self.model = first_model(model_config, config, torch.device("cpu"), torch.float32, init)
         self.pipeline: Pipeline | None = None
@@ -240,24 +234,14 @@ class _Run:
             self.pipeline = Pipeline(
                 self.model.to(config.dtype),
                 team,
-                tokens=tokens,
+                tokens=config.batch_tokens // config.microbatches,
                 microbatches=config.microbatches // plan.batches,
                 schedule=schedule,
                 collect=lambda: self.optimizer.collect(),
             )
-            parameters = self.pipeline.named_parameters()
+            self.optimizer = _optimizer(WholeAdamW, self.pipeline.named_parameters(), team, config)
         else:
-            low = config.dtype if config.dtype != torch.float32 else None
-            parallelize(self.model, team, dtype=low, tokens=tokens)
-            parameters = dict(self.model.named_parameters())
-        self.optimizer = TeamAdamW(
-            parameters,
-            team,
-            replicated=self.pipeline is not None,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            moments=config.moments,
-        )
+            self.optimizer = spread(self.model, team, config)
         model = self.model if self.pipeline is None else _parts(self.pipeline, model_config, team.device)
         self.stepper = TeamStepper(model, self.optimizer, config, team, self.pipeline)
         self.text, self.held_out = texts(data, config)
@@ -329,14 +313,12 @@ class _Run:
 
     def _pieces(self, generator: Tensor) -> dict[str, Piece]:
         """All that a step depends on, as far as this rank holds it."""
-        optimizer, team = self.optimizer, self.team
+        optimizer = self.optimizer
         kinds = {"master": optimizer.flat, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
         pieces = {}
         for kind, flat in kinds.items():
             for name, rows in optimizer.named(flat).items():
-                spread = name.endswith(EXPERTS)
-                part, parts = (team.place("expert"), team.plan.expert) if spread else (0, 1)
-                pieces[f"{kind}.{name}"] = Piece(rows, *bounds(optimizer.whole[name], part, parts))
+                pieces[f"{kind}.{name}"] = Piece(rows, *optimizer.place(name))
         models = [self.model] if self.pipeline is None else self.pipeline.stages
         for model in models:
             for name, buffer in model.named_buffers():
@@ -352,9 +334,26 @@ class _Run:
             return self.chief
         if name.startswith("buffer."):
             return team.place("batch") == 0
-        if self.pipeline is None:
-            return True
-        return team.place("data" if name.endswith(EXPERTS) else "batch") == 0
+        return self.optimizer.writes(name.partition(".")[2])
+
+
+def spread(model: DeepseekV3, team: Team, config: TrainConfig) -> TeamAdamW:
+    """Spreads a model in fp32, the same on every rank, over those of a plan without a pipeline; gives its optimiser."""
+    tokens = config.batch_tokens // config.microbatches
+    if team.plan.reshard:
+        parallelize(model, team, dtype=None if config.dtype == torch.float32 else config.dtype, tokens=tokens)
+        return _optimizer(TeamAdamW, dict(model.named_parameters()), team, config)
+    team.plan.check(model.config, dist.get_world_size())
+    spread_experts(model, team, tokens=tokens, dtype=config.dtype)
+    model.to(config.dtype).to(team.device)
+    return _optimizer(WholeAdamW, dict(model.named_parameters()), team, config)
+
+
+def _optimizer(
+    kind: type[TeamAdamW], parameters: Mapping[str, nn.Parameter], team: Team, config: TrainConfig
+) -> TeamAdamW:
+    betas, decay = config.betas, config.weight_decay
+    return kind(parameters, team, betas=betas, weight_decay=decay, moments=config.moments)
 
 
 def _parts(pipeline: Pipeline, config: Config, device: torch.device) -> Any:
