@@ -14,9 +14,10 @@ import torch
 import dskernels as ds
 from dskernels import dispatch, relaunching
 from dskernels import recording as recordings
-from dskernels.cuda import driver
-from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, scale_map
+from dskernels.cuda import driver, libcuda, tensor_map
+from dskernels.cuda.driver import Plan, Planned, Pointer
 from dskernels.cuda.graph import _Node
+from dskernels.cuda.tensor_map import TensorMap, scale_map
 from dskernels.device import dispatch_modes
 from dskernels.gemm import hopper
 from dskernels.metadata import ByMetadata
@@ -180,11 +181,11 @@ class FakeDriver:
 def fake(monkeypatch):
     fake = FakeDriver()
     libraries = {kind: fake.library(kind) for kind in (ctypes.CDLL, ctypes.PyDLL)}
-    monkeypatch.setattr(driver, "_driver", lambda kind=ctypes.CDLL: libraries[kind])
+    monkeypatch.setattr(libcuda, "library", lambda kind=ctypes.CDLL: libraries[kind])
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
-    driver._primary_context.cache_clear()
+    libcuda._primary_context.cache_clear()
     yield fake
-    driver._primary_context.cache_clear()
+    libcuda._primary_context.cache_clear()
 
 
 def plan_of(arguments, **change):
@@ -238,11 +239,11 @@ def test_maps(fake):
 def test_scales_of_one_column(fake):
     """Its stride may be anything, and 4 bytes are none that the accelerator takes."""
     for scale in (torch.ones(33, 1), torch.ones(1, 33).T):
-        driver._encoded(scale_map("a_scale", scale, 128))
+        tensor_map.encoded(scale_map("a_scale", scale, 128))
         assert fake.encoded[-1]["sizes"] == [33, 1]
         assert fake.encoded[-1]["strides"] == [144]
         assert fake.encoded[-1]["box"] == [128, 1]
-    driver._encoded(scale_map("a_scale", torch.ones(3, 40).T, 128))
+    tensor_map.encoded(scale_map("a_scale", torch.ones(3, 40).T, 128))
     assert fake.encoded[-1]["strides"] == [160]
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import dskernels as ds
 from dskernels import device as devices
 from dskernels import portable, recording, relaunching
-from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
+from dskernels.cuda.driver import Plan, Planned, Pointer
+from dskernels.cuda.tensor_map import TensorMap
 from dskernels.metadata import ByMetadata
 from dskernels.recording import Recorded
 from test_cuda_driver import CPU, INVALID_VALUE, fake  # noqa: F401 - a fixture

@@ -36,23 +36,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dskernels.cuda import libcuda
+from dskernels.cuda.tensor_map import MAP_BYTES, Replace, TensorMap, encoded, replacement
 from dskernels.metadata import ByMetadata
-from dskernels.validate import ceil_div
 
-_MAP_BYTES = 128
-_ELEMENT = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}
-_UINT8 = 0
-_SWIZZLE = {False: 0, 64: 2, True: 3}  # True is 1, and stands for 128
-_PROMOTE = {128: 2, 256: 3}
 _CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
-_INVALID_CONTEXT = 201
-
-RAGGED_ROWS = 2**30  # a `ragged_map` is of fewer rows
 
 # Where launches are noted while a call is recorded, see dskernels.recording.
 recorder: ContextVar[Any] = ContextVar("recorder of the call that is running", default=None)
 
-_Replace = Callable[[int], int]
 _Launch = Callable[[Sequence[int], tuple], None]
 
 
@@ -99,59 +91,6 @@ class Word(NamedTuple):
     ask: Callable[[], int]
 
 
-class TensorMap(NamedTuple):
-    """A kernel argument that is a CUtensorMap: how the tensor memory accelerator copies tiles of a matrix.
-
-    Attributes:
-        name: parameter of the `Planned` function that holds the tensor whose address it gets.
-        x: the matrix ``[outer, inner]`` there, or a tensor of up to five dimensions, its inner index contiguous: sizes,
-            strides and dtype count. Elements beyond them are read as zero and not written.
-        box: what one copy takes, (outer, inner) elements, or of so many dimensions as `x` has.
-        swizzle: whether shared memory is swizzled, by 128 bytes, else not at all; 64 if by so many.
-        sizes: in place of those of `x`.
-        strides: in elements, in place of those of `x`.
-        fetch: bytes that the L2 fetches at a time, 128 or 256.
-    """
-
-    name: str
-    x: Tensor
-    box: tuple[int, ...]
-    swizzle: bool | int
-    sizes: tuple[int, ...] | None = None
-    strides: tuple[int, ...] | None = None
-    fetch: int = 256
-
-
-def ragged_map(name: str, x: Tensor, box: tuple[int, int]) -> TensorMap:
-    """Map of a matrix whose rows stand in groups: a copy ends where the group does, wherever its box does.
-
-    Row r of a group that ends before row `end` is, from the innermost coordinate on, (column, 2^30 + r - end, 2^30,
-    end), see `tma_load_ragged` in ptx.cuh: the second and the third add up to the distance from the group's end, as
-    2^30 steps of 2^34 bytes wrap around the 64 bits of an address, and the second is out of bounds from the end on.
-    Triton's ragged descriptors do the same (triton/tools/ragged_tma.py). Rows must be fewer than `RAGGED_ROWS`.
-    """
-    stride = x.stride(0)
-    around = 2**34 // x.element_size() - stride
-    return TensorMap(
-        name,
-        x,
-        (1, 1, *box),
-        swizzle=True,
-        sizes=(x.shape[0] + 1, RAGGED_ROWS + 1, RAGGED_ROWS, x.shape[1]),
-        strides=(stride, around, stride, 1),
-    )
-
-
-def scale_map(name: str, scale: Tensor, rows: int) -> TensorMap:
-    """Map of the scales ``[rows, K / 128]`` of 1x128 tiles, `rows` of one column in a copy.
-
-    The stride of a single column may be anything, as nothing is read by it; the map gets one that the driver takes.
-    """
-    height, columns = scale.shape
-    strides = (scale.stride(1) if columns > 1 else 4 * ceil_div(height, 4), 1)
-    return TensorMap(name, scale.t(), (1, rows), swizzle=False, strides=strides)
-
-
 class Plan:
     """A launch prepared for given shapes, strides and dtypes; `Planned` gives it the addresses.
 
@@ -186,9 +125,9 @@ class Plan:
     ) -> None:
         self._addresses: Sequence[int] = []
         self._cells: list[tuple[int, Any]] = []
-        self._maps: list[tuple[int, _Replace]] = []
+        self._maps: list[tuple[int, Replace]] = []
         self._cells_of: list[tuple[str, Any]] = []
-        self._maps_of: list[tuple[str, _Replace]] = []
+        self._maps_of: list[tuple[str, Replace]] = []
         self.words: list[tuple[Any, Callable[[], int]]] = []
         once = {id(argument): argument for argument in arguments}  # what is given twice is packed and written once
         packed = {key: self._packed(argument) for key, argument in once.items()}
@@ -212,7 +151,7 @@ class Plan:
         self.arguments: int = ctypes.addressof(pointers)
         self._device: int = device.index
         self.enqueue = functools.partial(
-            _driver().cuLaunchKernelEx,
+            libcuda.library().cuLaunchKernelEx,
             *(ctypes.c_void_p(x) for x in (ctypes.addressof(config), function, ctypes.addressof(pointers), None)),
         )
         self._kept = cells, pointers, attribute_array
@@ -232,7 +171,7 @@ class Plan:
             for i, cell in self._cells:
                 cell[0] = addresses[i]
             for i, replace in self._maps:
-                check(replace(addresses[i]), "cuTensorMapReplaceAddress")
+                replace(addresses[i])
             self._addresses = addresses
         if self.words:
             self.ask()
@@ -245,7 +184,7 @@ class Plan:
         for name, cell in self._cells_of:
             cell[0] = addresses.get(name, 0)
         for name, replace in self._maps_of:
-            check(replace(addresses[name]), "cuTensorMapReplaceAddress")
+            replace(addresses[name])
         self.ask()
         self.stream = torch._C._cuda_getCurrentRawStream(self._device)
         if status := self.enqueue():
@@ -267,19 +206,18 @@ class Plan:
 
     def again(self, status: int) -> None:
         """Launch after `enqueue` has returned this status: it is no error where the thread had not called CUDA."""
-        if status == _INVALID_CONTEXT:
-            check(_driver().cuCtxSetCurrent(_primary_context(self._device)), "cuCtxSetCurrent")
+        if status == libcuda.INVALID_CONTEXT:
+            libcuda.give_context(self._device)
             status = self.enqueue()
-        check(status, "cuLaunchKernelEx")
+        libcuda.check(status, "cuLaunchKernelEx")
 
-    def rewired(self, cell_of: Callable[[str], Any]) -> list[tuple[str, Callable[[int], None]]]:
+    def rewired(self, cell_of: Callable[[str], Any]) -> list[tuple[str, Replace]]:
         """Let pointers be read from `cell_of` a name, which may be the same for several launches; return what writes
         the address of each map, which has its own memory."""
         cells, pointers, _ = self._kept
-        writers: list[tuple[str, Callable[[int], None]]] = []
-        writers += [(name, functools.partial(_replaced, replace)) for name, replace in self._maps_of]
+        writers = list(self._maps_of)
         for name, cell in self._cells_of:
-            if ctypes.sizeof(cell) == _MAP_BYTES:
+            if ctypes.sizeof(cell) == MAP_BYTES:
                 writers.append((name, functools.partial(cell.__setitem__, 0)))
                 continue
             for i, given in enumerate(cells):
@@ -291,8 +229,8 @@ class Plan:
     def _packed(self, argument: Any) -> Any:
         """The argument as memory that the driver reads; one of a tensor leaves behind how its address is written."""
         if isinstance(argument, TensorMap):
-            cell = _encoded(argument)
-            replace = _replacement(cell, argument.x.data_ptr())
+            cell = encoded(argument)
+            replace = replacement(cell, argument.x.data_ptr())
             if replace is not None:
                 self._maps_of.append((argument.name, replace))
                 return cell
@@ -363,96 +301,3 @@ class Planned:
             idle.append(plan)
 
         return launch
-
-
-def check(status: int, call: str) -> None:
-    """Raise RuntimeError for a driver call that did not succeed."""
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(text))
-        raise RuntimeError(f"{call}: {(text.value or b'unknown error').decode()} ({status})")
-
-
-def call(name: str, device: int, *arguments: Any) -> None:
-    """A function of the driver, in the context of torch's on a device, which a thread new to CUDA is given first.
-
-    Arguments are ctypes values: the driver is not told what it takes. RuntimeError if it does not succeed.
-    """
-    function = getattr(_driver(), name)
-    status = function(*arguments)
-    if status == _INVALID_CONTEXT:
-        check(_driver().cuCtxSetCurrent(_primary_context(device)), "cuCtxSetCurrent")
-        status = function(*arguments)
-    check(status, name)
-
-
-def _replaced(replace: _Replace, address: int) -> None:
-    check(replace(address), "cuTensorMapReplaceAddress")
-
-
-@functools.cache
-def _driver(kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
-    """The driver. As a CDLL it lets other Python threads run during a call, as a launch may wait for a full queue."""
-    library = kind("libcuda.so.1")
-    library.cuTensorMapReplaceAddress.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    return library
-
-
-def capture_id(device: torch.device) -> int | None:
-    """What tells the capture that the current stream is part of from all others; None where there is none, or no driver
-    to say it."""
-    if not torch.cuda.is_current_stream_capturing() or torch.version.hip:
-        return None
-    status, number = ctypes.c_int(), ctypes.c_uint64()
-    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-    what = (stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
-    check(_driver().cuStreamGetCaptureInfo_v2(*what), "cuStreamGetCaptureInfo")
-    return number.value
-
-
-@functools.cache
-def _primary_context(device: int) -> ctypes.c_void_p:
-    """The context in which torch works on this device."""
-    handle, context = ctypes.c_int(), ctypes.c_void_p()
-    check(_driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
-    check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
-    return context
-
-
-def _encoded(description: TensorMap) -> Any:
-    """The CUtensorMap, at an address divisible by 64 as the driver wants it."""
-    x, box = description.x, description.box
-    sizes, strides = description.sizes or x.shape, description.strides or x.stride()
-    rank = len(sizes)
-    storage = ctypes.create_string_buffer(_MAP_BYTES + 64)
-    cell = (ctypes.c_uint64 * (_MAP_BYTES // 8)).from_buffer(storage, -ctypes.addressof(storage) % 64)
-    status = _driver().cuTensorMapEncodeTiled(
-        ctypes.byref(cell),
-        _ELEMENT.get(x.dtype, _UINT8),
-        rank,
-        ctypes.c_void_p(x.data_ptr()),
-        (ctypes.c_uint64 * rank)(*sizes[::-1]),
-        (ctypes.c_uint64 * (rank - 1))(*(stride * x.element_size() for stride in strides[-2::-1])),
-        (ctypes.c_uint32 * rank)(*box[::-1]),
-        (ctypes.c_uint32 * rank)(*[1] * rank),
-        0,
-        _SWIZZLE[description.swizzle],
-        _PROMOTE[description.fetch],
-        0,
-    )
-    check(status, "cuTensorMapEncodeTiled")
-    return cell
-
-
-def _replacement(cell: Any, address: int) -> _Replace | None:
-    """The driver's function that writes an address into a map; None where it does but assign the first word.
-
-    The function takes 0.6 us through ctypes, the assignment 0.2. What it does is not documented, so this tries it on an
-    address with all other bits: if that comes out as the first word and nothing else changes, that is all of it.
-    """
-    # PyDLL keeps the interpreter's lock: the call is too short to let another thread in.
-    replace = functools.partial(_driver(ctypes.PyDLL).cuTensorMapReplaceAddress, ctypes.addressof(cell))
-    before, other = list(cell), address ^ 0x7FFF_FFFF_FFF0
-    plain = before[0] == address and replace(other) == 0 and list(cell) == [other, *before[1:]]
-    check(replace(address), "cuTensorMapReplaceAddress")
-    return None if plain else replace

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from dskernels.cuda import driver
+from dskernels.cuda import driver, libcuda
 from dskernels.cuda.driver import Plan
 
 _PROGRAMMATIC_EDGE = (ctypes.c_ubyte * 8)(1, 0, 1)  # CUgraphEdgeData: from the kernel's trigger, to its start
@@ -46,17 +46,17 @@ class LaunchGraph:
     """
 
     def __init__(self, plans: Sequence[Plan], device: int) -> None:
-        library, self._device = driver._driver(), device
+        library, self._device = libcuda.library(), device
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        driver.call("cuGraphCreate", device, ctypes.byref(graph), ctypes.c_uint(0))
+        libcuda.call("cuGraphCreate", device, ctypes.byref(graph), ctypes.c_uint(0))
         try:
             nodes = [self._added(graph, plan) for plan in plans]
             for plan, before, node in zip(plans[1:], nodes, nodes[1:], strict=False):
                 edge = ctypes.byref(_PROGRAMMATIC_EDGE) if plan.programmatic else None
                 ends = ctypes.byref(before[0]), ctypes.byref(node[0])
-                driver.call(_ADD_EDGE, device, graph, *ends, edge, ctypes.c_size_t(1))
+                libcuda.call(_ADD_EDGE, device, graph, *ends, edge, ctypes.c_size_t(1))
             flags = ctypes.c_ulonglong(0)
-            driver.call("cuGraphInstantiateWithFlags", device, ctypes.byref(executable), graph, flags)
+            libcuda.call("cuGraphInstantiateWithFlags", device, ctypes.byref(executable), graph, flags)
         finally:  # its nodes are what `update` names, so that it lives as long as what is made of it
             weakref.finalize(self, library.cuGraphDestroy, graph).atexit = False
         weakref.finalize(self, library.cuGraphExecDestroy, executable).atexit = False
@@ -69,11 +69,11 @@ class LaunchGraph:
         config, node = plan.config, ctypes.c_void_p()
         given = _Node(plan.function, config.grid, config.block, config.shared, plan.arguments)
         no_edges = None, ctypes.c_size_t(0)
-        driver.call("cuGraphAddKernelNode_v2", self._device, ctypes.byref(node), graph, *no_edges, ctypes.byref(given))
+        libcuda.call("cuGraphAddKernelNode_v2", self._device, ctypes.byref(node), graph, *no_edges, ctypes.byref(given))
         if plan.cluster is not None:
             value = (ctypes.c_uint * 16)(plan.cluster, 1, 1)
             kind = ctypes.c_int(driver._CLUSTER_DIMENSION)
-            driver.call("cuGraphKernelNodeSetAttribute", self._device, node, kind, ctypes.byref(value))
+            libcuda.call("cuGraphKernelNodeSetAttribute", self._device, node, kind, ctypes.byref(value))
         return node, given
 
     def update(self, i: int) -> None:
@@ -88,13 +88,13 @@ class LaunchGraph:
 
     def _again(self, status: int, name: str, *arguments: Any) -> None:
         """Call what returned this status again, if the thread had not called CUDA before; else raise."""
-        if status != driver._INVALID_CONTEXT:
-            driver.check(status, name)
-        driver.call(name, self._device, *arguments)
+        if status != libcuda.INVALID_CONTEXT:
+            libcuda.check(status, name)
+        libcuda.call(name, self._device, *arguments)
 
 
 @functools.cache
 def reason_against_graphs() -> str | None:
     """Why launches are made one by one, or None."""
-    missing = [name for name in (_ADD_EDGE, _SET_NODE) if not hasattr(driver._driver(), name)]
+    missing = [name for name in (_ADD_EDGE, _SET_NODE) if not hasattr(libcuda.library(), name)]
     return f"the driver has no {missing[0]}" if missing else None

@@ -121,7 +121,7 @@ __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map
         "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(mask)
         : "memory");
 }
-// Rows of a group that ends at row `end`, by a map of `ragged_map` in driver.py: those from `end` on are read as zero. The second coordinate
+// Rows of a group that ends at row `end`, by a map of `ragged_map` in tensor_map.py: those from `end` on are read as zero. The second coordinate
 // is out of bounds from RAGGED on; the third turns what it adds to the address into a multiple of 2^64.
 constexpr int RAGGED = 1 << 30;
 __device__ __forceinline__ void tma_load_ragged(u32 dst, const TensorMap* map, u32 barrier, int x, int row, int end) {

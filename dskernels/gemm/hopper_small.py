@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel
-from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap, scale_map
+from dskernels.cuda.driver import Plan, Planned, Pointer
+from dskernels.cuda.tensor_map import TensorMap, scale_map
 from dskernels.device import multiprocessors
 from dskernels.gemm.config import SHARED_LIMIT, SmallConfig, choose_small_config
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from dskernels.choice import choices
-from dskernels.cuda.driver import capture_id, recorder
+from dskernels.cuda.driver import recorder
+from dskernels.cuda.libcuda import capture_id
 from dskernels.fp8 import quantize, quantize_both
 from dskernels.types import Fp8Tensor
 

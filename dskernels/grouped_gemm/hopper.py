@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
-from dskernels.cuda.driver import RAGGED_ROWS, Plan, Planned, Pointer, TensorMap, ragged_map, scale_map
+from dskernels.cuda.driver import Plan, Planned, Pointer
+from dskernels.cuda.tensor_map import RAGGED_ROWS, TensorMap, ragged_map, scale_map
 from dskernels.device import empty, multiprocessors
 from dskernels.gemm.config import HopperConfig
 from dskernels.gemm.hopper import THREADS, options_of, shared_bytes

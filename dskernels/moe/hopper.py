@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import reason_against_cuda
-from dskernels.cuda.driver import RAGGED_ROWS
+from dskernels.cuda.tensor_map import RAGGED_ROWS
 from dskernels.device import empty
 from dskernels.fp8.api import _quantize, _swiglu_quantize
 from dskernels.fp8.hopper import (

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
-from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
+from dskernels.cuda.driver import Plan, Planned, Pointer
+from dskernels.cuda.tensor_map import TensorMap
 from dskernels.device import empty, multiprocessors
 from dskernels.mla.absorb.config import LATENT, NOPE, ROPE, HopperConfig, choose_hopper
 from dskernels.validate import ceil_div

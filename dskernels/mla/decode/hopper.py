@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
-from dskernels.cuda.driver import Plan, Planned, Pointer, TensorMap
+from dskernels.cuda.driver import Plan, Planned, Pointer
+from dskernels.cuda.tensor_map import TensorMap
 from dskernels.device import multiprocessors
 from dskernels.mla.decode import hopper_rows
 from dskernels.mla.decode.config import (

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda.compiler import kernel, reason_against_cuda
-from dskernels.cuda.driver import RAGGED_ROWS, Plan, Planned, Pointer, TensorMap
+from dskernels.cuda.driver import Plan, Planned, Pointer
+from dskernels.cuda.tensor_map import RAGGED_ROWS, TensorMap
 from dskernels.device import empty, multiprocessors
 from dskernels.validate import ceil_div
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dskernels.cuda.driver import call
+from dskernels.cuda.libcuda import call
 
 _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 
