@@ -46,6 +46,7 @@ from fuzz.judging import Memory, WrongError, attempt, flat, judge, settled  # no
 from fuzz.spoiling import revalued, spoil  # noqa: E402
 from fuzz.test_operations import CALLS  # noqa: E402
 from soak_load import Load  # noqa: E402
+from soak_ways import other_ways  # noqa: E402
 
 HOSTILE = 4  # one in so many of the offsets, ids, slots, tables and lengths holds values that lie anywhere
 
@@ -57,6 +58,7 @@ class Run:
         self.device, self.number = device, number
         self.operations: dict[str, dict[str, int]] = {}  # of an implementation, how many ended how
         self.generation: dict[str, int] = {}
+        self.ways: dict[str, int] = {}  # in which calls were made again
         self.failures: list[dict[str, str]] = []
         self.rounds: list[dict[str, float]] = []
         self.began = time.monotonic()
@@ -94,21 +96,22 @@ class Run:
             "minutes": round((time.monotonic() - self.began) / 60, 2),
             "operations": self.operations,
             "generation": self.generation,
+            "ways": self.ways,
             "failures": self.failures,
             "rounds": self.rounds,
         }
 
 
-def operations(run: Run, examples: int, names: list[str]) -> None:
+def operations(run: Run, examples: int, names: list[str], ways: random.Random | None) -> None:
     """Some calls of some operations, spread over the implementations."""
     impls = ["reference"] * 9 + ["triton"]
     if run.device.type == "cuda":
         impls = ["triton", "hopper"] if torch.cuda.get_device_capability() == (9, 0) else ["triton"]
     for name in names:
-        calls(name, run, examples, impls)
+        calls(name, run, examples, impls, ways)
 
 
-def calls(name: str, run: Run, examples: int, impls: list[str]) -> None:
+def calls(name: str, run: Run, examples: int, impls: list[str], ways: random.Random | None) -> None:
     """Some calls of one operation."""
 
     @seed(1_000_000 * run.number + len(run.rounds))
@@ -134,6 +137,9 @@ def calls(name: str, run: Run, examples: int, impls: list[str]) -> None:
         count(impl, outcome)
         if run.device.type != "cuda":
             return
+        if outcome == "right" and ways is not None:
+            made = run.guarded(what, lambda: other_ways(first, impl, run.device, ways, run.ways))
+            return count(impl, f"{made}, in other ways")
         if outcome == "right":
             count(impl, f"{run.guarded(what, lambda: repeated(first, impl))}, again")
             turn(first)
@@ -221,6 +227,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--only", default="", help="operations whose name contains it, and no generation")
+    parser.add_argument("--ways", action="store_true", help="calls in other ways (soak_ways.py), and no generation")
     parser.add_argument("--merge", type=Path, nargs="+", help="what runs have written: into docs/, with what is there")
     asked = parser.parse_args()
     if asked.merge:
@@ -228,11 +235,12 @@ def main() -> None:
     run, end = Run(torch.device(asked.device), asked.seed), time.monotonic() + 60 * min(asked.minutes, 9.0)
     random.seed(asked.seed)
     names = [name for name in CALLS if asked.only in name]
-    load = None if asked.only else Load(run.device, random.Random(asked.seed), run.generation)
+    ways = random.Random(asked.seed) if asked.ways else None
+    load = None if asked.only or ways else Load(run.device, random.Random(asked.seed), run.generation)
     print(f"seed {asked.seed}", flush=True)
     try:
         while time.monotonic() < end:
-            operations(run, 4 if run.device.type == "cpu" else 6, random.sample(names, min(5, len(names))))
+            operations(run, 4 if run.device.type == "cpu" else 6, random.sample(names, min(5, len(names))), ways)
             for _ in range(5 if load else 0):
                 run.guarded("generation", load.round)  # type: ignore[union-attr]
             if load:
