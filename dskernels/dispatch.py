@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dskernels.choice import OPERATIONS
 from dskernels.cuda import driver
 from dskernels.cuda.driver import Plan
 from dskernels.device import PLAIN, dispatch_modes, has_triton, several_gpus
@@ -208,8 +209,6 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Our own operations run inside; of torch's, those that write memory are not recorded."""
         if func.namespace == "dskernels":
-            from dskernels.choice import OPERATIONS
-
             operation = OPERATIONS[func._opname]
             with self:
                 result = operation._run(*args)

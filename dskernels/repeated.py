@@ -39,10 +39,6 @@ class Known:
     def __init__(self) -> None:
         self.kinds = ByMetadata()
 
-    def forget(self) -> None:
-        """Nothing."""
-        self.kinds = ByMetadata()
-
 
 def repeated(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, which launches again what it has launched for arguments of the same kind.
