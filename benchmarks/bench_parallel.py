@@ -41,7 +41,7 @@ from dskernels.model.parallel.fixed import FixedTrip, largest_message
 from dskernels.model.parallel.mail import Collective, Mail
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.plan import Plan, Team
-from dskernels.model.parallel.triton_wire import choices
+from dskernels.moe.rows import ExpertRows
 from dskernels.types import Routing
 
 LINK = 450.0  # GB/s each way, of NVLink on an H100 and an H200
@@ -128,15 +128,13 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
 
     def dispatch(trip: Trip | FixedTrip, form: Form = "same", lend: bool = True) -> None:
         trip.send([*loaded(x, form), routing.weights, routing.experts], lend=lend)
-        *parts, weights, ids = trip.arrived(widths(hidden, x.dtype, form) + columns)
-        if form == "operand":
-            choices(weights, ids, 0, experts, parts[1])
-        else:
+        *parts, _, _ = trip.arrived(widths(hidden, x.dtype, form) + columns)
+        if form != "operand":
             unloaded(parts, x.dtype)
         trip.release()
 
     def combine(trip: Trip | FixedTrip, y: Tensor) -> None:
-        trip.send_back([y])
+        trip.send_back(ExpertRows(y, None, None))
         trip.returned([(hidden, y.dtype)])
 
     counted = Trip.plan(routing.experts, group, experts // group.size())

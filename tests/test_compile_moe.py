@@ -12,6 +12,7 @@ from dskernels.moe.config import (
     SCAN_BLOCKS,
     SCAN_EXPERTS,
     SORT_BLOCK,
+    SWIGLU_ROWS,
     choose_copy,
     choose_row,
 )
@@ -36,7 +37,7 @@ def test_sort_compiles_without_spills():
         counts = {"BLOCK": SORT_BLOCK, "BINS": bins}
         compare = {"BLOCK": COMPARE_BLOCK, "CHUNK": COMPARE_CHUNK, "BINS": bins, "COUNTED": COMPARE_COUNTED}
         scan = {"BINS": bins, "BLOCKS": SCAN_BLOCKS, "EXPERTS": SCAN_EXPERTS}
-        ids = {"p_experts": "*i64", **integers("size", "E")}
+        ids = {"p_experts": "*i64", **integers("size", "first", "E")}
         results = dict.fromkeys(("p_offsets", "p_index", "p_source"), "*i32")
         sums = dict.fromkeys(("p_totals", "p_before"), "*i32")
         kernels += [
@@ -51,7 +52,8 @@ def test_sort_compiles_without_spills():
 def test_copies_compile_without_spills():
     """Of rows in bf16 and fp32, with a tail of zeros, and of quantised ones, with scales."""
     kernels = []
-    sizes = ("rows", "scales", "E", "H", "tiles", "top_k", "stride_x", "stride_s", "stride_out", "stride_os")
+    sizes = ("rows", "scales", "E", "H", "tiles", "top_k", "stride_x")
+    sizes += ("stride_s_token", "stride_s", "stride_out", "stride_os")
     for dtype, itemsize in (("*u8", 1), ("*bf16", 2), ("*fp32", 4)):
         config = choose_copy(7168, itemsize)
         tensors = {"p_x": dtype, "p_index": "*i32", "p_source": "*i32", "p_out": dtype}
@@ -84,6 +86,7 @@ def test_row_kernels_compile_without_spills():
     kernels = []
     for dtype, width in itertools.product(("*bf16", "*fp32"), (128, 1024)):
         combine = {"p_y": dtype, "p_index": "*i32", "p_weights": "*fp32", "p_residual": dtype, "p_out": dtype}
+        combine |= {"p_came": dtype, "p_places": "*i32"}
         combine_backward = {"p_dout": dtype, "p_y": dtype, "p_offsets": "*i32", "p_index": "*i32"}
         combine_backward |= {"p_weights": "*fp32", "p_dy": dtype, "p_dweights": "*fp32"}
         swiglu_backward = {"p_x": dtype, "p_dhidden": dtype, "p_source": "*i32", "p_weights": "*fp32"}
@@ -92,9 +95,9 @@ def test_row_kernels_compile_without_spills():
             (
                 f"{ROWS}:combine_kernel",
                 combine,
-                ("size", "H", "top_k", "stride_w"),
-                ("y", "residual", "out"),
-                {"HAS_WEIGHTS": True, "HAS_RESIDUAL": True},
+                ("size", "came", "H", "top_k", "places", "stride_w"),
+                ("y", "came", "residual", "out"),
+                {"HAS_WEIGHTS": True, "HAS_CAME": True, "HAS_RESIDUAL": True},
             ),
             (
                 f"{ROWS}:combine_backward_kernel",
@@ -106,9 +109,9 @@ def test_row_kernels_compile_without_spills():
             (
                 f"{SWIGLU}:swiglu_kernel",
                 {"p_x": dtype, "p_offsets": "*i32", "p_out": dtype},
-                ("groups", "width"),
+                ("rows", "groups", "width"),
                 ("x", "out"),
-                {},
+                {"ROWS": SWIGLU_ROWS},
             ),
             (
                 f"{SWIGLU}:swiglu_backward_kernel",

@@ -223,11 +223,13 @@ def network_backward(
     weights: Tensor | None,
     needs: tuple[bool, bool, bool],
     residual: Tensor | None,
+    added_up: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, w13, w2 and the weights, of one network.
 
     `da` and `a` are `dout` and `x` as the products take them, `a` where `gate_up` was not kept; `residual` is added to
-    the gradient of x. Rows of the batch are most of the memory: each is let go as soon as it is done with.
+    the gradient of x, which without `added_up` is that of its rows. Rows of the batch are most of the memory: each is
+    let go as soon as it is done with.
     """
     needs_dx, needs_dw13, needs_dw2 = needs
     if a is not None:
@@ -242,7 +244,7 @@ def network_backward(
         dw2 = steps.wgrad(dy, hidden, batch, network.w2)
     del dy, hidden
     if needs_dx:
-        dx = gradient_of_tokens(steps, operand, network, batch, x.dtype, residual)
+        dx = gradient_of_tokens(steps, operand, network, batch, x.dtype, residual, added_up)
     if needs_dw13:
         dw13 = steps.wgrad(dgate_up, rows_for_wgrad(steps, x, batch), batch, network.w13)
     return dx, dw13, dw2, dweights
@@ -259,11 +261,17 @@ def gradient_of_hidden(steps: Steps, dy: Rows, network: Network, batch: Batch, d
 
 
 def gradient_of_tokens(
-    steps: Steps, dgate_up: Operand, network: Network, batch: Batch, dtype: torch.dtype, residual: Tensor | None
+    steps: Steps,
+    dgate_up: Operand,
+    network: Network,
+    batch: Batch,
+    dtype: torch.dtype,
+    residual: Tensor | None,
+    added_up: bool = True,
 ) -> Tensor:
-    """dX: of the rows, or of the tokens that they are, and of `residual` besides."""
+    """dX: of the rows, or, `added_up`, of the tokens that they are, and of `residual` besides."""
     dx = steps.product(Rows(dgate_up), steps.weight(network.w13, network.w13_scale, True), batch, dtype)
-    return dx if batch.index is None else weighted_sum(dx, batch.index, None, residual)
+    return weighted_sum(dx, batch.index, None, residual) if added_up and batch.index is not None else dx
 
 
 def rows_for_wgrad(steps: Steps, tokens: Tensor, batch: Batch) -> Rows:
@@ -295,9 +303,9 @@ def _with_next(stack: Tensor | None, matrix: Tensor | None) -> Tensor | None:
     return stack.as_strided((stack.shape[0] + 1, *stack.shape[1:]), stack.stride(), stack.storage_offset())
 
 
-def routed_batch(experts: Tensor, network: Network) -> tuple[Batch, Tensor]:
-    """The batch of the routed experts, and its index."""
-    offsets, index, source = sort(experts, network.w13.shape[0])
+def routed_batch(experts: Tensor, network: Network, first: int = 0) -> tuple[Batch, Tensor]:
+    """The batch of the routed experts, whose ids begin at `first`, and its index."""
+    offsets, index, source = sort(experts, network.w13.shape[0], first)
     return Batch(source.shape[0], experts.shape[1], offsets, index, source), index
 
 

@@ -15,6 +15,7 @@ from dskernels.moe.experts import (
     Batch,
     Kinds,
     Network,
+    Operand,
     Rows,
     Steps,
     block_of,
@@ -42,22 +43,35 @@ def backward_inputs(
     """Gradients of x and of the routing weights; then dG and dU, and w * A, of the routed experts and of the shared."""
     da = steps.dispatched(dout)
     a = None if gate_up.shape[0] > 0 else steps.operand(x)
-
-    def run(network, batch, gate_up, weights, residual):
-        if a is not None:
-            gate_up = gate_up_again(steps, a, network, batch, x.dtype)
-        dhidden = gradient_of_hidden(steps, steps.rows(da, batch), network, batch, x.dtype)
-        dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, weights)
-        del gate_up, dhidden
-        dx = gradient_of_tokens(steps, steps.operand(dgate_up), network, batch, x.dtype, residual)
-        return dx, dweights, dgate_up, hidden
-
     dx, of_shared = None, (x.new_empty(0), x.new_empty(0))
     if shared is not None:
-        dx, _, *of_shared = run(shared, steps.every_token(x), shared_gate_up, None, None)
+        dx, _, *of_shared = inputs_of_network(steps, da, x, a, shared, steps.every_token(x), shared_gate_up, None, None)
     batch, _ = routed_batch(experts, routed)
-    dx, dweights, *of_routed = run(routed, batch, gate_up, weights.contiguous(), dx)
+    dx, dweights, *of_routed = inputs_of_network(steps, da, x, a, routed, batch, gate_up, weights, dx)
     return dx, dweights, *of_routed, *of_shared
+
+
+def inputs_of_network(
+    steps: Steps,
+    da: Operand,
+    x: Tensor,
+    a: Operand | None,
+    network: Network,
+    batch: Batch,
+    gate_up: Tensor,
+    weights: Tensor | None,
+    residual: Tensor | None,
+    added_up: bool = True,
+) -> tuple[Tensor, ...]:
+    """Of one network the gradients of x and of its weights, dG and dU, and w * A; see `experts.network_backward`."""
+    if a is not None:
+        gate_up = gate_up_again(steps, a, network, batch, x.dtype)
+    dhidden = gradient_of_hidden(steps, steps.rows(da, batch), network, batch, x.dtype)
+    weights = None if weights is None else weights.contiguous()
+    dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, weights)
+    del gate_up, dhidden
+    dx = gradient_of_tokens(steps, steps.operand(dgate_up), network, batch, x.dtype, residual, added_up)
+    return dx, dweights, dgate_up, hidden
 
 
 def backward_weights(
@@ -74,21 +88,33 @@ def backward_weights(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of w13 and w2, and of both shared weights; empty where one is not needed."""
-
-    def run(network: Network, batch: Batch, dgate_up: Tensor, hidden: Tensor, needs: list[bool]) -> list[Tensor]:
-        dw13 = dw2 = x.new_empty(0)
-        if needs[1]:
-            dw2 = steps.wgrad(rows_for_wgrad(steps, dout, batch), Rows(hidden), batch, network.w2)
-        if needs[0]:
-            dw13 = steps.wgrad(Rows(dgate_up), rows_for_wgrad(steps, x, batch), batch, network.w13)
-        return [dw13, dw2]
-
     gradients = [x.new_empty(0)] * 4
     if any(needs[:2]):
-        gradients[:2] = run(routed, routed_batch(experts, routed)[0], dgate_up, hidden, needs[:2])
+        batch, _ = routed_batch(experts, routed)
+        gradients[:2] = weights_of_network(steps, dout, x, routed, batch, dgate_up, hidden, needs[:2])
     if shared is not None and any(needs[2:]):
-        gradients[2:] = run(shared, steps.every_token(x), shared_dgate_up, shared_hidden, needs[2:])
+        batch = steps.every_token(x)
+        gradients[2:] = weights_of_network(steps, dout, x, shared, batch, shared_dgate_up, shared_hidden, needs[2:])
     return tuple(gradients)
+
+
+def weights_of_network(
+    steps: Steps,
+    dout: Tensor,
+    x: Tensor,
+    network: Network,
+    batch: Batch,
+    dgate_up: Tensor,
+    hidden: Tensor,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Of one network the gradients of w13 and w2; empty where one is not needed."""
+    dw13 = dw2 = x.new_empty(0)
+    if needs[1]:
+        dw2 = steps.wgrad(rows_for_wgrad(steps, dout, batch), Rows(hidden), batch, network.w2)
+    if needs[0]:
+        dw13 = steps.wgrad(Rows(dgate_up), rows_for_wgrad(steps, x, batch), batch, network.w13)
+    return [dw13, dw2]
 
 
 def split_operations(kinds: Kinds) -> tuple[Callable, Callable]:

@@ -33,6 +33,7 @@ from dskernels.grouped_gemm.hopper_quantize import quantize_grouped
 from dskernels.moe import experts, hopper_few, hopper_swiglu, triton_few
 from dskernels.moe.config_matvec import MOST_TOKENS
 from dskernels.moe.experts import Batch, Kinds, Network, Operand, Rows, Steps, parts
+from dskernels.moe.experts_rows import rows_operations
 from dskernels.moe.experts_split import split_operations
 from dskernels.moe.packed import packed_width
 from dskernels.moe.triton import permute_rows, weighted_sum
@@ -197,6 +198,7 @@ def _in_two(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 _forward, fused_experts_backward = experts.operations(KINDS)
 feed_forward, feed_forward_backward = experts.dense_operations(KINDS)
 fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(KINDS)
+expert_rows, expert_rows_backward, expert_rows_backward_inputs, expert_rows_backward_weights = rows_operations(KINDS)
 
 
 def fused_experts_supports(x: Tensor, *args: object) -> str | None:
@@ -234,6 +236,25 @@ def fused_experts_backward_weights_supports(dout: Tensor, x: Tensor, *args: obje
     """Why these kernels do not take its second half, or None."""
     *block, _, _, _, _, _, _, fp8, _ = args
     return fused_experts_backward_supports(dout, x, *block, None, None, fp8, None)
+
+
+def expert_rows_supports(x: Tensor, *args: object) -> str | None:
+    """Why these kernels do not take the block as rows, or None."""
+    *network, ids, _, fp8, _, _, _ = args
+    return _reason_against(x, [*network, None, ids], bool(fp8))
+
+
+def expert_rows_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why these kernels do not take its backward, or None."""
+    return fused_experts_backward_supports(dout, x, *args[:6], None, None, args[8], None)
+
+
+def expert_rows_backward_weights_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why these kernels do not take its second half, or None."""
+    return fused_experts_backward_supports(dout, x, *args[:6], None, None, args[10], None)
+
+
+expert_rows_backward_inputs_supports = expert_rows_backward_supports
 
 
 def _reason_against(x: Tensor, block: Sequence[object], fp8: bool) -> str | None:

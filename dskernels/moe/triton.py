@@ -32,7 +32,18 @@ def zero_tail(p_rows, first, last, start, stride, o_h, m_h):
 
 @triton.jit
 def copy_scales(
-    p_s, p_source, p_out, i_p, rows, tiles, top_k, stride_s, stride_out, ROWS: tl.constexpr, TILES: tl.constexpr
+    p_s,
+    p_source,
+    p_out,
+    i_p,
+    rows,
+    tiles,
+    top_k,
+    stride_s_token,
+    stride_s,
+    stride_out,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Copy TILES scales of each of ROWS rows from their tokens': it is reads, from the L2, that are scattered."""
     blocks = tl.cdiv(tiles, TILES)
@@ -40,7 +51,8 @@ def copy_scales(
     o_c = (i_p % blocks * TILES + tl.arange(0, TILES)).to(tl.int64)
     choice = tl.load(p_source + o_r, mask=o_r < rows, other=-1)
     mask = (o_c < tiles)[:, None] & (choice >= 0)[None, :]
-    scale = tl.load(p_s + o_c[:, None] * stride_s + (choice // top_k)[None, :], mask=mask, other=0.0)
+    token = (choice // top_k).to(tl.int64)[None, :]
+    scale = tl.load(p_s + o_c[:, None] * stride_s + token * stride_s_token, mask=mask, other=0.0)
     tl.store(p_out + o_c[:, None] * stride_out + o_r[None, :], scale, mask=mask)
 
 
@@ -60,6 +72,7 @@ def permute_kernel(
     tiles,
     top_k,
     stride_x,
+    stride_s_token,
     stride_s,
     stride_out,
     stride_os,
@@ -76,7 +89,8 @@ def permute_kernel(
     i_p = tl.program_id(0) - scales
     if HAS_SCALE:  # noqa: SIM102 - decided when compiled: without scales there is no pointer to them
         if i_p < 0:
-            copy_scales(p_s, p_source, p_os, i_p + scales, rows, tiles, top_k, stride_s, stride_os, ROWS, TILES)
+            strides = stride_s_token, stride_s, stride_os
+            copy_scales(p_s, p_source, p_os, i_p + scales, rows, tiles, top_k, *strides, ROWS, TILES)
             return
     columns = tl.cdiv(H, WIDTH)
     i_t = i_p // columns
@@ -90,38 +104,54 @@ def permute_kernel(
         zero_tail(p_out, i_t * top_k, (i_t + 1) * top_k, tl.load(p_offsets + E), stride_out, o_h, m_h)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "came"])
 def combine_kernel(
     p_y,
     p_index,
     p_weights,
+    p_came,
+    p_places,
     p_residual,
     p_out,
     size,
+    came,
     H,
     top_k,
+    places,
     stride_y,
     stride_w,
+    stride_came,
     stride_residual,
     stride_out,
     HAS_WEIGHTS: tl.constexpr,
+    HAS_CAME: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """WIDTH columns of out[t]: the sum over j of weights[t, j] * y[index[t, j]], then + residual[t], all in fp32."""
+    """WIDTH columns of out[t]: the sum over j of weights[t, j] * y[index[t, j]], all in fp32.
+
+    Then come those over i of came[places[t, i]], and residual[t].
+    """
     columns = tl.cdiv(H, WIDTH)
     i_t = (tl.program_id(0) // columns).to(tl.int64)
     o_h = tl.program_id(0) % columns * WIDTH + tl.arange(0, WIDTH)
     m_h = o_h < H
     total = tl.zeros([WIDTH], tl.float32)
     for j in range(top_k):
-        row = tl.load(p_index + i_t * top_k + j)
+        row = i_t
+        if p_index is not None:
+            row = tl.load(p_index + i_t * top_k + j).to(tl.int64)
         # A row is read only for a choice that has one, so that NaN elsewhere stays out of the sum.
         m_y = m_h & (row >= 0) & (row < size)
         y = tl.load(p_y + row.to(tl.int64) * stride_y + o_h, mask=m_y, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
             y = tl.where(m_y, y * tl.load(p_weights + i_t * stride_w + j), 0.0)
         total += y
+    if HAS_CAME:
+        for i in range(places):
+            row = tl.load(p_places + i_t * places + i)
+            m_y = m_h & (row >= 0) & (row < came)
+            total += tl.load(p_came + row.to(tl.int64) * stride_came + o_h, mask=m_y, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(p_residual + i_t * stride_residual + o_h, mask=m_h, other=0.0).to(tl.float32)
     tl.store(p_out + i_t * stride_out + o_h, cast(total, p_out.dtype.element_ty), mask=m_h)
@@ -227,7 +257,7 @@ def _copy(
         tiles,
         top_k,
         x.stride(0),
-        0 if scale is None else scale.stride(1),
+        *(0, 0) if scale is None else scale.stride(),
         out.stride(0),
         0 if out_scale is None else out_scale.stride(1),
         ZERO_TAIL=offsets is not None,
@@ -239,33 +269,62 @@ def _copy(
     )
 
 
-def weighted_sum(y: Tensor, index: Tensor, weights: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """Sum of each token's rows of `y`, weighted if there are weights, and of `residual`; in fp32, rounded once."""
-    (tokens, top_k), width = index.shape, y.shape[1]
-    out = empty(y, (tokens, width), y.dtype)
+def weighted_sum(
+    y: Tensor,
+    index: Tensor | None,
+    weights: Tensor | None,
+    residual: Tensor | None = None,
+    came: Tensor | None = None,
+    places: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Sum of each token's rows of `y`, weighted if there are weights, of its `places` in `came`, and of `residual`; in
+    fp32 in this order, rounded once. Without an index a token has the row of its own number.
+    """
+    (tokens, top_k), width = (y.shape[0], 1) if index is None else index.shape, y.shape[1]
+    out = empty(y, (tokens, width), y.dtype) if out is None else out
     if tokens and width:
         config = choose_row(width)
         launch(
             combine_kernel,
             (tokens * ceil_div(width, config.width),),
             y,
-            index.contiguous(),
+            None if index is None else index.contiguous(),
             weights,
+            came,
+            None if places is None else places.contiguous(),
             residual,
             out,
             y.shape[0],
+            0 if came is None else came.shape[0],
             width,
             top_k,
+            0 if places is None else places.shape[1],
             y.stride(0),
             0 if weights is None else weights.stride(0),
+            0 if came is None else came.stride(0),
             0 if residual is None else residual.stride(0),
             out.stride(0),
             HAS_WEIGHTS=weights is not None,
+            HAS_CAME=came is not None,
             HAS_RESIDUAL=residual is not None,
             WIDTH=config.width,
             num_warps=config.num_warps,
         )
     return out
+
+
+def weighted_sum_into(
+    y: Tensor,
+    index: Tensor | None,
+    weights: Tensor | None,
+    came: Tensor | None,
+    places: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+) -> None:
+    """`weighted_sum` on the operation's arguments."""
+    weighted_sum(y, index, weights, residual, came, places, out)
 
 
 def permute_backward(dy: Tensor, index: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dskernels.fp8.layout import empty_scale
 from dskernels.fp8.triton import quantize
 from dskernels.fp8.triton_swiglu import swiglu_quantize
 from dskernels.gemm.weights import weight_operand
@@ -18,6 +19,7 @@ from dskernels.grouped_gemm.triton import product
 from dskernels.grouped_gemm.triton_wgrad import grouped_wgrad, quantize_grouped
 from dskernels.moe import experts, triton_few
 from dskernels.moe.experts import Batch, Kinds, Operand, Rows, Steps, parts, stack, stacked
+from dskernels.moe.experts_rows import rows_operations
 from dskernels.moe.experts_split import split_operations
 from dskernels.moe.triton_packed import packed
 from dskernels.moe.triton_swiglu import swiglu
@@ -37,6 +39,9 @@ def _offsets(batch: Batch) -> Tensor:
 
 
 def _rows(tokens: Operand, batch: Batch) -> Rows:
+    if isinstance(tokens, Fp8Tensor) and tokens.scale.stride(0) != 1:  # as they come from another GPU
+        scale = empty_scale(tokens.scale, tokens.scale.shape, tokens.block)
+        tokens = Fp8Tensor(tokens.data, scale.copy_(tokens.scale), tokens.block)
     return Rows(tokens, batch.source)
 
 
@@ -107,6 +112,7 @@ KINDS = Kinds(PLAIN, FP8, PACKING)
 fused_experts, fused_experts_backward = experts.operations(KINDS)
 feed_forward, feed_forward_backward = experts.dense_operations(KINDS)
 fused_experts_backward_inputs, fused_experts_backward_weights = split_operations(KINDS)
+expert_rows, expert_rows_backward, expert_rows_backward_inputs, expert_rows_backward_weights = rows_operations(KINDS)
 
 
 def fused_experts_supports(x: Tensor, *args: object) -> str | None:
@@ -137,3 +143,21 @@ def fused_experts_backward_inputs_supports(dout: Tensor, x: Tensor, *args: objec
 def fused_experts_backward_weights_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
     """Why the GPU of `x` cannot run its second half, or None."""
     return reason_against_e4m3(x.device) if args[16] else None
+
+
+def expert_rows_supports(x: Tensor, *args: object) -> str | None:
+    """Why the GPU of `x` cannot run the block as rows, or None."""
+    return reason_against_e4m3(x.device) if args[6] else None
+
+
+def expert_rows_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why the GPU of `x` cannot run its backward, or None."""
+    return reason_against_e4m3(x.device) if args[8] else None
+
+
+def expert_rows_backward_weights_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
+    """Why the GPU of `x` cannot run its second half, or None."""
+    return reason_against_e4m3(x.device) if args[10] else None
+
+
+expert_rows_backward_inputs_supports = expert_rows_backward_supports

@@ -32,9 +32,9 @@ from dskernels.validate import ceil_div
 
 
 @triton.jit
-def load_group(p_experts, o_i, size, E):
-    """Expert of each choice, E for dropped ids, E + 1 after the end."""
-    expert = tl.load(p_experts + o_i, mask=o_i < size, other=0)
+def load_group(p_experts, o_i, size, first, E):
+    """Expert of each choice, counted from `first`; E for dropped ids, E + 1 after the end."""
+    expert = tl.load(p_experts + o_i, mask=o_i < size, other=0) - first
     group = tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
     return tl.where(o_i < size, group, E + 1)
 
@@ -82,13 +82,14 @@ def append_choices_kernel(
     tl.store(p_all_weights + o_t * (top_k + more) + o_j, weight, mask=m_all)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "first"])
 def compare_kernel(
     p_experts,
     p_offsets,
     p_index,
     p_source,
     size,
+    first,
     E,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -99,26 +100,26 @@ def compare_kernel(
     i_b = tl.program_id(0) - 1
     if i_b < 0:
         total = tl.zeros([BINS], tl.int32)
-        for first in range(0, size, COUNTED):
-            total += tl.histogram(load_group(p_experts, first + tl.arange(0, COUNTED), size, E), BINS)
+        for start in range(0, size, COUNTED):
+            total += tl.histogram(load_group(p_experts, start + tl.arange(0, COUNTED), size, first, E), BINS)
         first_rows(total, p_offsets, E, True, BINS)
     else:
         o_i = i_b * BLOCK + tl.arange(0, BLOCK)
-        group = load_group(p_experts, o_i, size, E)
+        group = load_group(p_experts, o_i, size, first, E)
         before = tl.zeros([BLOCK, CHUNK], tl.int32)
-        for first in range(0, size, CHUNK):
-            o_j = first + tl.arange(0, CHUNK)
-            other = load_group(p_experts, o_j, size, E)
+        for start in range(0, size, CHUNK):
+            o_j = start + tl.arange(0, CHUNK)
+            other = load_group(p_experts, o_j, size, first, E)
             earlier = (other[None, :] == group[:, None]) & (o_j[None, :] < o_i[:, None])
             before += ((other[None, :] < group[:, None]) | earlier).to(tl.int32)
         store_places(tl.sum(before, 1), group, o_i, o_i < size, p_index, p_source, E)
 
 
-@triton.jit(do_not_specialize=["size"])
-def count_kernel(p_experts, p_counts, size, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
+@triton.jit(do_not_specialize=["size", "first"])
+def count_kernel(p_experts, p_counts, size, first, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """counts[block, g] = how many ids of this block are g."""
     i_b = tl.program_id(0)
-    group = load_group(p_experts, i_b * BLOCK + tl.arange(0, BLOCK), size, E)
+    group = load_group(p_experts, i_b * BLOCK + tl.arange(0, BLOCK), size, first, E)
     tl.store(p_counts + i_b.to(tl.int64) * BINS + tl.arange(0, BINS), tl.histogram(group, BINS))
 
 
@@ -137,7 +138,7 @@ def scan_kernel(p_counts, p_totals, blocks, BINS: tl.constexpr, BLOCKS: tl.const
     tl.store(p_totals + o_e, total)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "first"])
 def place_kernel(
     p_experts,
     p_totals,
@@ -146,6 +147,7 @@ def place_kernel(
     p_index,
     p_source,
     size,
+    first,
     E,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
@@ -154,7 +156,7 @@ def place_kernel(
     i_b = tl.program_id(0)
     o_i = i_b * BLOCK + tl.arange(0, BLOCK)
     m_i = o_i < size
-    group = load_group(p_experts, o_i, size, E)
+    group = load_group(p_experts, o_i, size, first, E)
     before = tl.load(p_before + i_b.to(tl.int64) * BINS + group, mask=m_i, other=0)
     start = first_rows(tl.load(p_totals + tl.arange(0, BINS)), p_offsets, E, i_b == 0, BINS)
     earlier_equals = (o_i[None, :] < o_i[:, None]) & (group[None, :] == group[:, None])
@@ -189,8 +191,11 @@ def append_choices(experts: Tensor, weights: Tensor, first: int, more: int) -> t
     return appended
 
 
-def sort(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets int32 [E + 1], index int32 [T, k], and source int32 [T * k], the choice of each row."""
+def sort(experts: Tensor, n_experts: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Offsets int32 [E + 1], index int32 [T, k], and source int32 [T * k], the choice of each row.
+
+    The experts are those from `first` on; other ids are dropped.
+    """
     experts = experts.contiguous()
     size = experts.numel()
     offsets = empty(experts, (n_experts + 1,), torch.int32, (1,))
@@ -208,6 +213,7 @@ def sort(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
             index,
             source,
             size,
+            first,
             n_experts,
             BLOCK=COMPARE_BLOCK,
             CHUNK=COMPARE_CHUNK,
@@ -218,7 +224,7 @@ def sort(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         return offsets, index, source
     blocks = ceil_div(size, SORT_BLOCK)
     counts, totals = empty(experts, (blocks, bins), torch.int32), empty(experts, (bins,), torch.int32, (1,))
-    launch(count_kernel, (blocks,), experts, counts, size, n_experts, BLOCK=SORT_BLOCK, BINS=bins, num_warps=4)
+    launch(count_kernel, (blocks,), experts, counts, size, first, n_experts, BLOCK=SORT_BLOCK, BINS=bins, num_warps=4)
     launch(
         scan_kernel,
         (bins // SCAN_EXPERTS,),
@@ -240,6 +246,7 @@ def sort(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
         index,
         source,
         size,
+        first,
         n_experts,
         BLOCK=SORT_BLOCK,
         BINS=bins,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dskernels.moe.config import choose_row
+from dskernels.moe.config import FEWEST_SWIGLU, SWIGLU_ROWS, choose_row
 from dskernels.moe.packed import parts_of, scales_at
 from dskernels.portable import cast, launch
 from dskernels.validate import ceil_div
@@ -18,20 +18,25 @@ from dskernels.validate import ceil_div
 # ---- kernels --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def swiglu_kernel(p_x, p_offsets, p_out, groups, width, stride_x, stride_out, WIDTH: tl.constexpr):
-    """WIDTH columns of silu(gate) * up of one row, gate and up being the halves of a row of 2 * width."""
+@triton.jit(do_not_specialize=["rows"])
+def swiglu_kernel(
+    p_x, p_offsets, p_out, rows, groups, width, stride_x, stride_out, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """WIDTH columns of silu(gate) * up of ROWS rows, gate and up being the halves of a row of 2 * width."""
     columns = tl.cdiv(width, WIDTH)
-    i_r = (tl.program_id(0) // columns).to(tl.int64)
+    i_r = (tl.program_id(0) // columns).to(tl.int64) * ROWS
     if p_offsets is not None:
-        end = tl.load(p_offsets + groups)
-        if i_r >= end:  # after the last group's rows: nobody reads it
+        rows = tl.load(p_offsets + groups)
+        if i_r >= rows:  # after the last group's rows: nobody reads them
             return
     o_c = tl.program_id(0) % columns * WIDTH + tl.arange(0, WIDTH)
-    m_c = o_c < width
-    gate = tl.load(p_x + i_r * stride_x + o_c, mask=m_c, other=0.0).to(tl.float32)
-    up = tl.load(p_x + i_r * stride_x + width + o_c, mask=m_c, other=0.0).to(tl.float32)
-    tl.store(p_out + i_r * stride_out + o_c, cast(gate * tl.sigmoid(gate) * up, p_out.dtype.element_ty), mask=m_c)
+    for row in tl.static_range(ROWS):
+        m_c = (o_c < width) & (i_r + row < rows)
+        p_row = p_x + (i_r + row) * stride_x + o_c
+        gate = tl.load(p_row, mask=m_c, other=0.0).to(tl.float32)
+        up = tl.load(p_row + width, mask=m_c, other=0.0).to(tl.float32)
+        hidden = cast(gate * tl.sigmoid(gate) * up, p_out.dtype.element_ty)
+        tl.store(p_out + (i_r + row) * stride_out + o_c, hidden, mask=m_c)
 
 
 @triton.jit
@@ -111,17 +116,20 @@ def swiglu(gate_up: Tensor, offsets: Tensor | None = None) -> Tensor:
     hidden = gate_up.new_empty(rows, width)
     if hidden.numel():
         config = choose_row(width)
+        together = SWIGLU_ROWS if rows >= FEWEST_SWIGLU else 1
         launch(
             swiglu_kernel,
-            (rows * ceil_div(width, config.width),),
+            (ceil_div(rows, together) * ceil_div(width, config.width),),
             gate_up,
             offsets,
             hidden,
+            rows,
             0 if offsets is None else offsets.shape[0] - 1,
             width,
             gate_up.stride(0),
             hidden.stride(0),
             WIDTH=config.width,
+            ROWS=together,
             num_warps=config.num_warps,
         )
     return hidden

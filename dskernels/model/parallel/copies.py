@@ -139,6 +139,10 @@ class CopyEngines(Mail):
             raise ValueError("sent: expected a message that was sent together")
         return [part.flatten(0, 1) for part in self._parts(sent)]
 
+    def of_all(self, sent: Copied) -> Tensor:
+        """See `Mail`."""
+        return self._parts(sent)[0]
+
     def finished(self, sent: Copied) -> None:
         """See `Mail`. The others are told with the next message that begins, on a stream where it delays nothing.
 

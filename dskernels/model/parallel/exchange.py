@@ -17,6 +17,7 @@ from torch import Tensor
 
 import dskernels as ds
 from dskernels.model.parallel.triton_wire import choices, unload, unload_supports
+from dskernels.moe.rows import ExpertRows
 from dskernels.types import Fp8Tensor, Permuted, Routing
 
 Wire = Literal["same", "fp8"]
@@ -90,6 +91,8 @@ class Trip:
         received: rows that come from each rank.
         choices: the most experts that a received row has here.
         pending: the message under way.
+        own: what this rank's experts made of its own tokens, while the message back is under way.
+        gradients: of the rows that arrived, what the backward made.
     """
 
     group: dist.ProcessGroup
@@ -98,6 +101,8 @@ class Trip:
     received: list[int]
     choices: int
     pending: list[tuple[dist.Work | None, Tensor]] = field(default_factory=list)
+    own: tuple[ExpertRows, list[Tensor]] | None = None
+    gradients: ExpertRows | None = None
 
     @classmethod
     def plan(cls, experts: Tensor, group: dist.ProcessGroup, per_rank: int, most: int | None = None) -> Trip:
@@ -138,31 +143,61 @@ class Trip:
         """The rows that came, part by part, ``[rows, width]``, given the width and dtype of each."""
         return unpack(self._take(), columns)
 
+    @property
+    def rank(self) -> int:
+        """This one."""
+        return self.group.rank()
+
     def release(self) -> None:
         """As nothing is lent, nothing is given back."""
 
-    def send_back(self, parts: Sequence[Tensor]) -> None:
-        """Begins the way back of rows, ``[rows, .]``."""
-        rows = pack(*parts)
-        room = rows.new_empty(self.to.index.numel(), rows.shape[1])  # as `combine` takes it
-        self._begin(rows, room, self.received, self.sent)
+    def send_back(self, made: ExpertRows, more: Sequence[Tensor] = (), *, weights: Tensor | None = None) -> None:
+        """Begins the way back of the sums of all rows that experts have made here, see `FixedTrip.send_back`."""
+        begin, end = self._own(self.received)
+        token = torch.arange(self.rows, device=self.device)
+        others = torch.cat((token[:begin], token[end:]))
+        index = token[:, None].int() if made.index is None else made.index
+        made = made._replace(index=index)
+        of_others = made._replace(index=index[others], weights=None if made.weights is None else made.weights[others])
+        rows = pack(of_others.sums(), *(part[others] for part in more))
+        self.own = made.of(slice(begin, end)), [part[begin:end] for part in more]
+        leaving, coming = ([0 if r == self.rank else n for r, n in enumerate(x)] for x in (self.received, self.sent))
+        self._begin(rows, rows.new_empty(sum(coming), rows.shape[1]), leaving, coming)
 
     def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
-        """The sum of the rows of each token, ``[tokens, width]``, in fp32 in the order of `to.index`, part by part.
-
-        Args:
-            columns: width and dtype of each part.
-            residual: ``[tokens, width]``, added to the first part as one row more of each token.
-        """
+        """The sum of the rows of each token, ``[tokens, width]``, part by part, see `FixedTrip.returned`."""
+        if self.own is None:
+            raise RuntimeError("nothing has been sent back on this trip")
+        (rows, more), self.own = self.own, None
         first, *others = unpack(self._take(), columns)
-        ones = torch.ones(self.to.index.shape, device=self.device)
-        sums = [ds.combine(part, self.to, ones) for part in others]
-        if residual is None:
-            return [ds.combine(first, self.to, ones), *sums]
-        own = torch.arange(first.shape[0], first.shape[0] + self.tokens, device=self.device)[:, None]
-        to = self.to._replace(index=torch.cat((self.to.index, own.int()), 1))
-        ones = torch.ones(to.index.shape, device=self.device)
-        return [ds.combine(torch.cat((first, residual)), to, ones), *sums]
+        begin, end = self._own(self.sent)
+        index = self.to.index
+        # Where each token's row is among those that came, and where among its own rank's, -1 for nowhere.
+        places = torch.where(index < begin, index, torch.where(index < end, -1, index - (end - begin)))
+        here = torch.where((index >= begin) & (index < end), index - begin, -1)
+        here = here.amax(1) if index.shape[1] else here.new_full((self.tokens,), -1)
+
+        def of_token(part: Tensor, nothing: int) -> Tensor:
+            """Its row among those of this rank, which has none of some tokens."""
+            filled = torch.cat((part, part.new_full((1, part.shape[1]), nothing)))
+            return filled[torch.where(here < 0, part.shape[0], here).long()]
+
+        if rows.index is not None:
+            rows = rows._replace(index=of_token(rows.index, -1))
+        if rows.weights is not None:
+            rows = rows._replace(weights=of_token(rows.weights, 0))
+        sums = [rows.sums(came=first.contiguous(), places=places.int().contiguous(), residual=residual)]
+        # Weights: each choice is one rank's, and zero on the others.
+        for part, came in zip(more, others, strict=True):
+            filled = torch.cat((came, came.new_zeros(1, came.shape[1])))
+            row = torch.where(places < 0, came.shape[0], places).long()
+            sums.append(of_token(part, 0) + filled[row].sum(1))
+        return sums
+
+    def _own(self, counts: Sequence[int]) -> tuple[int, int]:
+        """Where the rows of this rank itself begin and end."""
+        begin = sum(counts[: self.rank])
+        return begin, begin + counts[self.rank]
 
     def _take(self) -> Tensor:
         """What came; waits for it (on a GPU the stream does, not the host)."""

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dskernels as ds
-from dskernels.later import waiting_for
-from dskernels.model.parallel.exchange import Form, Trip, Wire, loaded, routing_of, unloaded, widths
+from dskernels.later import Waiting, waiting_for
+from dskernels.model.parallel.exchange import Form, Trip, Wire, loaded, unloaded, widths
 from dskernels.model.parallel.fixed import FixedTrip
 from dskernels.model.parallel.mail import Mail
-from dskernels.model.parallel.triton_wire import choices
+from dskernels.moe.network import flat, needs_gradient
+from dskernels.moe.rows import ExpertRows, Weights, expert_rows, expert_rows_backward
 from dskernels.types import Fp8Tensor, Routing
 
 
@@ -105,26 +106,30 @@ class ExpertParallel:
         if form == "same" and not torch.is_grad_enabled() and (fp8 or Fp8Tensor in (type(w13), type(w2))):
             form, quantized = "operand", ds.quantize(x) if quantized is None else quantized
         # A gradient keeps the tokens that came, unless they are made of what came.
-        lend = form != "same" or not torch.is_grad_enabled()
+        differentiable = torch.is_grad_enabled()
+        lend = form != "same" or not differentiable
         chosen = routing.weights, routing.experts
         ticket, x = _Leave.apply(chain.token, x, *chosen, trip, form, lend, quantized)
         chain.token = ticket
         # Under the shared expert travel this message and what the other micro-batch has sent before it.
         residual = None if shared is None else ds.feed_forward(x, *shared, quantized=quantized, fp8=fp8, keep=keep)
         chain.switch()
-        shape = (x.shape[1], x.dtype, routing.weights.shape[1])
-        here = self.group.rank() * self.per_rank, self.per_rank
-        chain.token, arrived, scale, *chosen_here = _Arrive.apply(ticket, chain.token, trip, shape, form, *here)
+        shape, first = (x.shape[1], x.dtype, routing.weights.shape[1]), self.group.rank() * self.per_rank
+        chain.token, arrived, scale, gates, ids = _Arrive.apply(ticket, chain.token, trip, shape, form, differentiable)
         came = None
         if scale is not None:  # the products read these and no others
             came, arrived = Fp8Tensor(arrived, scale), arrived.new_empty(arrived.shape, dtype=x.dtype)
-        routed = _fewest(routing_of(*chosen_here), trip.choices)
-        y = ds.fused_experts(arrived, w13, w2, routed, quantized=came, fp8=fp8, keep=keep)
-        chain.token = ticket = _LeaveBack.apply(chain.token, y, trip)
+        chosen = _fewest(gates, ids, first, self.per_rank, trip.choices)
+        block = arrived, *flat(w13), *flat(w2), *chosen
+        options = needs_gradient(block), came, fp8, keep
+        y, made = _Experts.apply(*block, first, *options, trip)
+        # What was lent is given back when the others' rows are added up, before this rank's own are.
+        own = None if differentiable else routing.weights
+        chain.token = ticket = _LeaveBack.apply(chain.token, y, trip, made, own)
+        del made
         chain.switch()
         # A gradient that comes back is read where it came, unless the weights' share of it is for later.
-        weights = [w for w in (w13, w2) if isinstance(w, Tensor) and w.requires_grad]
-        lend_back = y.requires_grad and arrived.requires_grad and waiting_for(*weights) is None
+        lend_back = y.requires_grad and arrived.requires_grad and _waiting(w13, w2) is None
         chain.token, out = _ArriveBack.apply(ticket, chain.token, trip, y.shape[1], y.dtype, residual, lend_back)
         return out
 
@@ -134,12 +139,82 @@ class ExpertParallel:
         return FixedTrip(self.mail, x.shape[0], self.tokens, x.device)
 
 
-def _fewest(routing: Routing, most: int | None) -> Routing:
-    """At most so many choices of each row, those that are not dropped in their order; None leaves all."""
-    if most is None or most >= routing.experts.shape[1]:
-        return routing
-    order = (routing.experts < 0).int().argsort(dim=1, stable=True)[:, :most]
-    return routing._replace(weights=routing.weights.gather(1, order), experts=routing.experts.gather(1, order))
+def _fewest(weights: Tensor, experts: Tensor, first: int, n: int, most: int | None) -> tuple[Tensor, Tensor]:
+    """At most so many choices of each row, those of the n experts from `first` on in their order; None leaves all."""
+    if most is None or most >= experts.shape[1]:
+        return weights, experts
+    order = ((experts < first) | (experts >= first + n)).int().argsort(dim=1, stable=True)[:, :most]
+    return weights.gather(1, order), experts.gather(1, order)
+
+
+def _waiting(*weights: Tensor | Fp8Tensor) -> Waiting | None:
+    """Where the gradients of these weights wait, if they do, see `dskernels.later`."""
+    return waiting_for(*(w for w in weights if isinstance(w, Tensor) and w.requires_grad))
+
+
+# ---- what experts make of rows --------------------------------------------------------------------------------------
+
+
+class _Experts(torch.autograd.Function):
+    """The rows of this rank's experts, which nobody adds up yet.
+
+    To autograd the result is ``[rows, H]``, the sums of each row's choices, whose gradient is that of what is added up;
+    nothing is stored there, nor in the gradient of `x`: the rows themselves pass by the trip.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w13: Tensor,
+        w13_scale: Tensor | None,
+        w2: Tensor,
+        w2_scale: Tensor | None,
+        weights: Tensor,
+        experts: Tensor,
+        first: int,
+        differentiable: bool,
+        quantized: Fp8Tensor | None,
+        fp8: bool,
+        keep: str,
+        trip: Trip | FixedTrip,
+    ) -> tuple[Tensor, ExpertRows]:
+        both = _weights(w13, w13_scale, w2, w2_scale)
+        rows, index, kept = expert_rows(
+            x, both, experts, first=first, quantized=quantized, fp8=fp8, differentiable=differentiable, keep=keep
+        )
+        if differentiable:
+            ctx.trip, ctx.first, ctx.fp8, ctx.waiting = trip, first, fp8, _waiting(*both)
+            ctx.save_for_backward(x, w13, w13_scale, w2, w2_scale, weights, experts, index, kept)
+            ctx.set_materialize_grads(False)
+        return _standing_for(x), ExpertRows(rows, index, weights)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        x, *network, weights, experts, index, kept = ctx.saved_tensors
+        result: list[Tensor | None] = [None] * 13
+        if dout is None:
+            return tuple(result)
+        needs = [ctx.needs_input_grad[place] for place in (0, 1, 3, 5)]
+        chosen = weights, experts, ctx.first
+        dx, result[1], result[3], result[5] = expert_rows_backward(
+            dout, x, _weights(*network), chosen, kept, fp8=ctx.fp8, needs=needs, waiting=ctx.waiting
+        )
+        if dx is not None:
+            ctx.trip.gradients, result[0] = ExpertRows(dx, index, None), _standing_for(x)
+        return tuple(result)
+
+
+def _weights(w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None) -> Weights:
+    """As operations take them."""
+    blocks = (128, 128)
+    up = w13 if w13_scale is None else Fp8Tensor(w13, w13_scale, blocks)
+    return up, w2 if w2_scale is None else Fp8Tensor(w2, w2_scale, blocks)
+
+
+def _standing_for(x: Tensor) -> Tensor:
+    """Of its shape, and nothing else: a value that is not there."""
+    return x.new_empty(()).expand(x.shape)
 
 
 # ---- the four ends of two messages, each other's gradients ----------------------------------------------------------
@@ -180,7 +255,7 @@ class _Leave(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """Dispatched tokens and their choices of n experts from `first` on are there; backward, their gradients leave."""
+    """Dispatched tokens and their choices are there; backward, the sums of their gradients leave."""
 
     @staticmethod
     def forward(
@@ -190,18 +265,17 @@ class _Arrive(torch.autograd.Function):
         trip: Trip | FixedTrip,
         shape: tuple[int, torch.dtype, int],
         form: Form,
-        first: int,
-        n: int,
+        differentiable: bool,
     ) -> tuple[Tensor | None, ...]:
         ctx.trip, ctx.shape = trip, shape
         ctx.set_materialize_grads(False)
         hidden, dtype, k = shape
         tail = [(k, torch.float32), (k, torch.int32)]
         *parts, weights, experts = trip.arrived(widths(hidden, dtype, form) + tail)
-        rows = parts[1] if form == "operand" else None
-        weights, experts, scale = choices(weights, experts, first, n, rows)
+        scale = parts[1] if form == "operand" else None
         x = parts[0] if form == "operand" else unloaded(parts, dtype)
-        if form == "fp8":  # the tokens are no longer where they came
+        if form == "fp8" and differentiable:  # the tokens are no longer where they came
+            weights, experts = weights.clone(), experts.clone()
             trip.release()
         ctx.mark_non_differentiable(experts)
         return ticket.new_zeros(0), x, scale, weights, experts
@@ -210,26 +284,30 @@ class _Arrive(torch.autograd.Function):
     def backward(
         ctx: Any, _: Tensor | None, dx: Tensor | None, __: None, dweights: Tensor | None, ___: None
     ) -> tuple[Tensor | None, ...]:
-        (hidden, dtype, k), rows, device = ctx.shape, ctx.trip.rows, ctx.trip.device
-        dx = torch.zeros(rows, hidden, dtype=dtype, device=device) if dx is None else dx
-        dweights = torch.zeros(rows, k, device=device) if dweights is None else dweights
-        ctx.trip.send_back([dx, dweights])
-        return (dx.new_zeros(0),) * 2 + (None,) * 5
+        (hidden, dtype, k), trip = ctx.shape, ctx.trip
+        made, trip.gradients = trip.gradients, None
+        if made is None:
+            made = ExpertRows(torch.zeros(trip.rows, hidden, dtype=dtype, device=trip.device), None, None)
+        dweights = torch.zeros(trip.rows, k, device=trip.device) if dweights is None else dweights
+        trip.send_back(made, [dweights])
+        return (made.rows.new_zeros(0),) * 2 + (None,) * 4
 
 
 class _LeaveBack(torch.autograd.Function):
-    """Combine begins; backward, the gradients of the experts' outputs have come."""
+    """Combine begins; backward, the gradients of what is added up have come."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, y: Tensor, trip: Trip | FixedTrip) -> Tensor:
+    def forward(
+        ctx: Any, token: Tensor, y: Tensor, trip: Trip | FixedTrip, made: ExpertRows, weights: Tensor | None
+    ) -> Tensor:
         ctx.trip, ctx.width = trip, (y.shape[1], y.dtype)
         ctx.set_materialize_grads(False)
-        trip.send_back([y])
+        trip.send_back(made, weights=weights)
         return y.new_zeros(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, ctx.trip.arrived([ctx.width])[0], None
+        return None, ctx.trip.arrived([ctx.width])[0], None, None, None
 
 
 class _ArriveBack(torch.autograd.Function):

@@ -7,6 +7,7 @@ anyway, of R about ``1 - (1 - 1 / R) ** 8`` of them: 90% where there are 4, 66% 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dskernels.model.parallel.mail import Mail, message_bytes
-from dskernels.model.parallel.symmetric_triton import sum_ranks
+from dskernels.moe.rows import ExpertRows
 
 
 class FixedTrip:
@@ -39,6 +40,8 @@ class FixedTrip:
         self.mail, self.tokens, self.capacity, self.device = mail, tokens, capacity, device
         self.pending: list[Any] = []
         self.lent: Any = None  # the message whose rows `arrived` has given where they came
+        self.own: tuple[ExpertRows, list[Tensor]] | None = None  # of this rank's tokens, what its own experts made
+        self.gradients: ExpertRows | None = None  # of the rows that arrived, what the backward made
 
     @property
     def rows(self) -> int:
@@ -95,27 +98,55 @@ class FixedTrip:
         if getattr(self, "lent", None) is not None:
             self.release()
 
-    def send_back(self, parts: Sequence[Tensor]) -> None:
-        """Begins to send rows, ``[rows, width]``, to the ranks that they came from."""
+    def send_back(self, made: ExpertRows, more: Sequence[Tensor] = (), *, weights: Tensor | None = None) -> None:
+        """Begins to send the sums of all rows that experts have made here to the ranks whose tokens they are.
+
+        Those of this rank's own tokens are left to `returned`, which adds them up with what has come.
+
+        Args:
+            made: of all rows that arrived.
+            more: other parts, ``[rows, width]``.
+            weights: of this rank's tokens, for `returned`, where those of `made` are lent.
+        """
+        mail, capacity = self.mail, self.capacity
+        of_ranks = [made.of(slice(rank * capacity, (rank + 1) * capacity)) for rank in range(mail.ranks)]
+        parts = [[] if rank == mail.rank else [rows.sums()] for rank, rows in enumerate(of_ranks)]
         self.release()
-        split = [part.contiguous().chunk(self.mail.ranks) for part in parts]
-        self._begin([[part[rank] for part in split] for rank in range(self.mail.ranks)])
+        split = [part.contiguous().chunk(mail.ranks) for part in more]
+        for rank, part in enumerate(parts):
+            part.extend(chunks[rank] for chunks in split)
+        own = of_ranks[mail.rank].of(slice(0, self.tokens))
+        self.own = own if weights is None else own._replace(weights=weights), parts[mail.rank]
+        nobody = parts[mail.rank - 1][:1] if mail.ranks > 1 else [made.rows.new_empty(capacity, made.rows.shape[1])]
+        parts[mail.rank] = [*nobody, *self.own[1]]  # this rank's own sums do not travel
+        self._begin(parts)
 
     def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
-        """The sum over the ranks of each token's rows, ``[tokens, width]``, in fp32 in their order, part by part.
+        """The sum over the ranks of each token's rows, ``[tokens, width]``, part by part.
+
+        It is in fp32: the rows of this rank's experts one by one, then the sums of the other ranks in their order, then
+        `residual`.
 
         Args:
             columns: width and dtype of each part.
-            residual: ``[tokens, width]``, added to the first part behind the rows of all ranks.
+            residual: ``[tokens, width]``, added to the first part.
         """
-        (sent, _), mail = self.pending.pop(), self.mail
-        by_rank = [mail.from_rank(sent, rank) for rank in range(mail.ranks)]
-        rows = [parts[0][: self.tokens] for parts in by_rank] + ([] if residual is None else [residual.contiguous()])
-        sums = [rows[0].new_empty(rows[0].shape)]
+        (sent, _), mail, own = self.pending.pop(), self.mail, self.own
+        if own is None:
+            raise RuntimeError("nothing has been sent back on this trip")
+        rows, self.own = own[0], None
+        residual = None if residual is None else residual.contiguous()
+        places = _places(self.tokens, self.capacity, mail.ranks, mail.rank, self.device)
+        out = rows.rows.new_empty(self.tokens, columns[0][0])
         for piece in mail.arriving(sent):
             start, stop, _ = piece.indices(self.tokens)
             if start < stop:
-                sum_ranks([part[start:stop] for part in rows], out=sums[0][start:stop])
+                part = slice(start, stop)
+                came = mail.of_all(sent).flatten(0, 1)
+                of_piece = None if residual is None else residual[part]
+                rows.of(part).sums(came=came, places=places[part], residual=of_piece, out=out[part])
+        sums = [out]
+        by_rank = [mail.from_rank(sent, rank) for rank in range(mail.ranks)]
         for place in range(1, len(columns)):  # weights: each choice is one rank's, and zero on the others
             sums.append(torch.stack([parts[place][: self.tokens] for parts in by_rank]).sum(0))
         mail.finished(sent)
@@ -125,6 +156,14 @@ class FixedTrip:
         if self.pending:
             raise RuntimeError("a message of this trip is still under way")
         self.pending.append((self.mail.send(outgoing, together=lend), lend))
+
+
+@functools.lru_cache(maxsize=64)
+def _places(tokens: int, capacity: int, ranks: int, own: int, device: torch.device) -> Tensor:
+    """Where the sums of the other ranks for each token stand among those of all, int32 ``[tokens, R - 1]``."""
+    others = [rank * capacity for rank in range(ranks) if rank != own]
+    token = torch.arange(tokens, device=device, dtype=torch.int32)
+    return torch.stack([token + first for first in others], 1) if others else token.new_empty(tokens, 0)
 
 
 def largest_message(tokens: int, hidden: int, top_k: int, dtype: torch.dtype) -> int:

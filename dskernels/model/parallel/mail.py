@@ -97,6 +97,10 @@ class Mail(ABC):
         return [torch.cat(parts) for parts in zip(*by_rank, strict=True)]
 
     @abstractmethod
+    def of_all(self, sent: Any) -> Tensor:
+        """The first part of all ranks, ``[R, ...]``, valid likewise; where this rank's own would be stands anything."""
+
+    @abstractmethod
     def finished(self, sent: Any) -> None:
         """They have been read, by what is on the stream so far: others may come in their place."""
 
@@ -135,6 +139,10 @@ class Collective(Mail):
     def from_rank(self, sent: Sent, rank: int) -> list[Tensor]:
         """See `Mail`."""
         return sent.own if rank == self.rank else [part.of(sent.buffer[rank]) for part in sent.parts]
+
+    def of_all(self, sent: Sent) -> Tensor:
+        """See `Mail`."""
+        return torch.stack([sent.parts[0].of(message) for message in sent.buffer])
 
     def finished(self, sent: Sent) -> None:
         """See `Mail`."""

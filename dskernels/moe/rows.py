@@ -1,0 +1,228 @@
+"""The expert block in two halves at its seam: rows that experts have made of tokens, and sums of a token's rows.
+
+`fused_experts` does both. Where a token's experts are on several GPUs the sum belongs to whoever reads it: each GPU
+adds up the rows of the others' tokens first, which leave, and those of its own with what has come, in one kernel and
+without rounding in between. Both halves mean what they mean in `fused_experts`, and run the same kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dskernels.dispatch import Operation
+from dskernels.later import Waiting
+from dskernels.moe.network import NETWORK, check_network, check_options, flat, flat_options
+from dskernels.moe.packed import KEPT, PACKED, empty_kept
+from dskernels.reference import rows as reference
+from dskernels.types import Fp8Tensor
+from dskernels.validate import HALF_OR_SINGLE, check_int, check_tensor
+
+Weights = tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor]
+
+
+class ExpertRows(NamedTuple):
+    """Rows that are not added up yet.
+
+    Attributes:
+        rows: ``[T * k, H]``, in the order of the experts; those after the last expert's mean nothing.
+        index: int32 ``[T, k]``, the row of each choice, -1 where it was dropped; None where token t has row t alone.
+        weights: fp32 ``[T, k]``, by which a choice's row is multiplied; None where all are 1.
+    """
+
+    rows: Tensor
+    index: Tensor | None
+    weights: Tensor | None
+
+    def of(self, tokens: slice) -> ExpertRows:
+        """Of some tokens."""
+        if self.index is None:
+            return self._replace(rows=self.rows[tokens])
+        return self._replace(index=self.index[tokens], weights=None if self.weights is None else self.weights[tokens])
+
+    def sums(
+        self,
+        *,
+        came: Tensor | None = None,
+        places: Tensor | None = None,
+        residual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Of each token: ``sum over j of weights[t, j] * rows[index[t, j]] + sum over i of came[places[t, i]] +
+        residual[t]``, in fp32 in this order, rounded once: the same bits at each call.
+
+        Args:
+            came: ``[N, H]`` in the dtype of `rows`, what has come of others.
+            places: int32 ``[T, n]``, contiguous; a place outside `came` adds nothing.
+            residual: ``[T, H]`` in the dtype of `rows`.
+            out: ``[T, H]`` to write to.
+
+        Raises:
+            TypeError: an argument is of another dtype.
+            ValueError: shapes or devices do not fit.
+        """
+        tokens, hidden = (self.rows if self.index is None else self.index).shape[0], self.rows.shape[1]
+        if (came is None) != (places is None):
+            raise ValueError("places: expected with came, and not without")
+        if places is not None:
+            check_tensor("places", places, dtype=torch.int32, shape=(tokens, "n"), like=self.rows)
+        for name, x, rows in (("came", came, "N"), ("residual", residual, tokens), ("out", out, tokens)):
+            if x is not None:
+                check_tensor(name, x, dtype=self.rows.dtype, shape=(rows, hidden), like=self.rows)
+        if out is None and self.index is None and came is None and residual is None:
+            return self.rows  # nothing is to be added up
+        if out is None:
+            out = self.rows.new_empty(tokens, hidden)
+        _sum_rows(self.rows, self.index, self.weights, came, places, residual, out)
+        return out
+
+
+def expert_rows(
+    x: Tensor,
+    weights: Weights,
+    experts: Tensor,
+    *,
+    first: int = 0,
+    quantized: Fp8Tensor | None = None,
+    fp8: bool = False,
+    differentiable: bool = False,
+    keep: str = "input",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows of all choices, ``expert[experts[t, j]](x[t])``, each in the place that the sort by experts gives it.
+
+    Args:
+        x: ``[T, H]``, see `fused_experts`. Of given `quantized` tokens its values are not read.
+        weights: ``w13 [E, 2 * I, H]`` and ``w2 [E, H, I]``, likewise.
+        experts: int32 or int64 ``[T, k]``, counted from `first`; ids outside ``[first, first + E)`` are dropped.
+        first: id of the first expert.
+        quantized: `x` in 1x128 tiles; its scales may lie row by row.
+        fp8: quantise what is not quantised yet, inside.
+        differentiable: whether a backward follows, for which what enters the SwiGLU is kept (not on a CPU).
+        keep: how, see `fused_experts`.
+
+    Returns:
+        rows ``[T * k, H]`` and index ``[T, k]``, see `ExpertRows`, and what is kept.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, tiles, strides or devices do not fit.
+    """
+    check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))
+    check_tensor("experts", experts, dtype=(torch.int32, torch.int64), shape=(x.shape[0], "k"), like=x)
+    check_int("first", first, low=0)
+    fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in weights)
+    check_network(("w13", weights[0]), ("w2", weights[1]), x, fp8, stacked=True)
+    check_options(x, None, None, keep)
+    options = flat_options(x, quantized, fp8, None, keep, differentiable)
+    return _expert_rows(x, *_flat(weights), experts, first, fp8, *options)
+
+
+def expert_rows_backward(
+    dout: Tensor,
+    x: Tensor,
+    weights: Weights,
+    chosen: tuple[Tensor, Tensor, int],
+    kept: Tensor,
+    *,
+    fp8: bool,
+    needs: Sequence[bool],
+    waiting: Waiting | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the rows of x, of w13, w2 and of the routing weights, given that of each token's sum.
+
+    Args:
+        dout: ``[T, H]``, the gradient of ``sum over j of weights[t, j] * rows[index[t, j]]``.
+        x, weights: as in the forward.
+        chosen: weights fp32 and ids ``[T, k]`` of the choices, and the id of the first expert.
+        kept: what the forward kept.
+        fp8: as in the forward.
+        needs: of the four gradients, which are needed.
+        waiting: where those of w13 and w2 wait, see `dskernels.later`; they are None then.
+
+    Returns:
+        The gradient of x as rows ``[T * k, H]``, to be added up with the index of the forward and no weights, and the
+        others; None where not needed.
+    """
+    block, fp8 = _flat(weights), fp8 or any(isinstance(weight, Fp8Tensor) for weight in weights)
+    dout, (gates, experts, first) = dout.contiguous(), chosen
+    if waiting is None:
+        found = _backward(dout, x, *block, gates, experts, first, kept, fp8, list(needs))
+        return tuple(gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
+    dx, dgates, *halves = _backward_inputs(dout, x, *block, gates, experts, first, kept, fp8)
+    among = list(needs[1:3])
+
+    def rest() -> list[Tensor]:
+        gradients = _backward_weights(dout, x, *block, gates, experts, first, kept, *halves, fp8, among)
+        return [gradient for gradient, needed in zip(gradients, among, strict=True) if needed]
+
+    waiting.compute(rest)
+    return dx, None, None, dgates
+
+
+def _flat(weights: Weights) -> list[Tensor | None]:
+    return [part for weight in weights for part in flat(weight)]
+
+
+# ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
+
+
+def _rows_fake(x, w13, w13_scale, w2, w2_scale, experts, first, fp8, keep, *_):
+    rows = experts.numel()
+    kept = empty_kept(x, rows if keep & KEPT else 0, w13.shape[1], fp8 and bool(keep & PACKED))
+    return x.new_empty(rows, x.shape[1]), experts.new_empty(experts.shape, dtype=torch.int32), kept
+
+
+def _backward_fake(dout, x, w13, w13_scale, w2, w2_scale, weights, experts, first, gate_up, fp8, needs):
+    shapes = (experts.numel(), x.shape[1]), w13.shape, w2.shape, weights.shape
+    like = x, w13, w2, weights
+    given = zip(like, shapes, needs, strict=True)
+    return tuple(x.new_empty(shape) if needed else dout.new_empty(0) for x, shape, needed in given)
+
+
+def _inputs_fake(dout, x, w13, w13_scale, w2, w2_scale, weights, experts, *_):
+    rows, width = experts.numel(), w13.shape[1]
+    dx, dgate_up, hidden = (x.new_empty(rows, n) for n in (x.shape[1], width, width // 2))
+    return dx, weights.new_empty(weights.shape), dgate_up, hidden
+
+
+def _weights_fake(dout, x, w13, w13_scale, w2, *args):
+    given = zip((w13, w2), args[-1], strict=True)
+    return tuple(w.new_empty(w.shape) if needed else dout.new_empty(0) for w, needed in given)
+
+
+def _operation(schema: str, **functions: Callable) -> Operation:
+    name = schema.partition("(")[0]
+    kernels = {impl: f"dskernels.moe.{module}:{name}" for impl, module in KERNELS}
+    return Operation(schema, reference=getattr(reference, name), **kernels, **functions)
+
+
+KERNELS = ("triton", "triton_experts"), ("hopper", "hopper")
+CHOSEN = f"{NETWORK}, Tensor weights, Tensor experts, int first, Tensor gate_up"
+
+_expert_rows = _operation(
+    f"expert_rows({NETWORK}, Tensor experts, int first, bool fp8, int keep, Tensor? quantized, Tensor? quantized_scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_rows_fake,
+)
+_backward = _operation(
+    f"expert_rows_backward(Tensor dout, {CHOSEN}, bool fp8, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+)
+_backward_inputs = _operation(
+    f"expert_rows_backward_inputs(Tensor dout, {CHOSEN}, bool fp8) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_inputs_fake,
+)
+_backward_weights = _operation(
+    f"expert_rows_backward_weights(Tensor dout, {CHOSEN}, Tensor dgate_up, Tensor hidden, bool fp8, bool[] needs)"
+    " -> (Tensor, Tensor)",
+    fake=_weights_fake,
+)
+_sum_rows = Operation(
+    "sum_rows(Tensor rows, Tensor? index, Tensor? weights, Tensor? came, Tensor? places, Tensor? residual, "
+    "Tensor(a!) out) -> ()",
+    reference=reference.sum_rows,
+    triton="dskernels.moe.triton:weighted_sum_into",
+)
