@@ -50,13 +50,16 @@ def clock_mhz(product: Call, times: int = 200) -> float | None:
     for _ in range(times):
         product()
     time.sleep(0.1)
-    mhz = _sm_clock(torch.cuda.current_device())
+    mhz = _sm_clock(f"GPU-{torch.cuda.get_device_properties().uuid}")
     torch.cuda.synchronize()
     return mhz
 
 
-def _sm_clock(index: int) -> float | None:
-    """What the driver's own library says at once; nvidia-smi would still be starting when the products are done."""
+def _sm_clock(uuid: str) -> float | None:
+    """What the driver's own library says at once; nvidia-smi would still be starting when the products are done.
+
+    It counts all GPUs of the machine, CUDA_VISIBLE_DEVICES or not: so a GPU is asked for by its name.
+    """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
@@ -65,7 +68,7 @@ def _sm_clock(index: int) -> float | None:
     sm_clock = 1  # NVML_CLOCK_SM
     steps = (
         lambda: nvml.nvmlInit_v2(),
-        lambda: nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)),
+        lambda: nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(device)),
         lambda: nvml.nvmlDeviceGetClockInfo(device, sm_clock, ctypes.byref(mhz)),
     )
     return float(mhz.value) if all(step() == 0 for step in steps) else None

@@ -250,7 +250,7 @@ def test_without_a_driver_nobody_knows_the_clock(monkeypatch):
         raise OSError
 
     monkeypatch.setattr(steadiness.ctypes, "CDLL", absent)
-    assert steadiness._sm_clock(0) is None
+    assert steadiness._sm_clock("GPU-1") is None
 
 
 def test_the_clock_is_what_the_driver_says(monkeypatch):
@@ -260,12 +260,12 @@ def test_the_clock_is_what_the_driver_says(monkeypatch):
 
     driver = SimpleNamespace(
         nvmlInit_v2=lambda: 0,
-        nvmlDeviceGetHandleByIndex_v2=lambda index, device: 0 if index.value == 1 else 6,
+        nvmlDeviceGetHandleByUUID=lambda uuid, device: 0 if uuid == b"GPU-1" else 6,
         nvmlDeviceGetClockInfo=clock,
     )
     monkeypatch.setattr(steadiness.ctypes, "CDLL", lambda name: driver)
-    assert steadiness._sm_clock(1) == 1755
-    assert steadiness._sm_clock(0) is None
+    assert steadiness._sm_clock("GPU-1") == 1755
+    assert steadiness._sm_clock("GPU-0") is None
 
 
 def test_drift_of_the_roofs():
