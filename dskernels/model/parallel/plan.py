@@ -46,7 +46,8 @@ class Plan:
             else by `torch.distributed`. "auto" is "fixed" for at most 4 ranks with such GPUs, where the tokens of a
             rank are known beforehand (`train`, `Pipeline`, ``parallelize(tokens=...)``), else "counted".
         reshard: let go of gathered weights after each block's forward, and gather them again for its backward: less
-            memory, more messages.
+            memory, more messages. Without it `train` leaves whole weights on every rank and spreads what the optimiser
+            keeps of them (`WholeAdamW`), with one sum of gradients and one message of weights a step.
         overlap: train on two micro-batches at a time, so that the messages of one travel under the computation of the
             other, see `overlapped`. It wants twice the memory between forward and backward, and ``reshard=False``.
         sms: how many SMs of a GPU a message of NCCL may take from what is computed beside it; None leaves it to NCCL.
