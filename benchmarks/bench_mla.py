@@ -10,7 +10,7 @@ import torch
 import dskernels as ds
 from benchmarks import inputs, peers, roofline, workloads
 from benchmarks.around_mla import DecodeQueries, MergeStates, ValuesQuantize, WriteLatentCache
-from benchmarks.cases import Call, Case
+from benchmarks.cases import Call, Case, under
 from benchmarks.peers import Peer
 from benchmarks.peers import attention as attention_peers
 from benchmarks.prefix_sharing import decode_with_prefix, decode_with_written_prefix
@@ -18,12 +18,11 @@ from benchmarks.workloads import FP8_ROW_BYTES, LATENT_DIM, NOPE_DIM, QK_DIM, RO
 
 SCALE = QK_DIM**-0.5
 ABSORBED = 160  # new tokens of a request up to which nothing is projected
-CHECKED = 2  # requests or heads that the reference is asked for: its score matrix is in fp32, and whole
 
 
 def spread(n: int) -> list[int]:
-    """The first and the last of `n`."""
-    return sorted({0, n - 1})[:CHECKED]
+    """The first and the last of `n` requests or heads, for the reference: its score matrix is in fp32, and whole."""
+    return sorted({0, n - 1})
 
 
 def latent_cache(rows: torch.Tensor, page: int, *, fp8: bool) -> torch.Tensor:
@@ -125,12 +124,7 @@ class DecodeWithPrefix(_Attention):
 
     def ours(self, x, impl) -> Call:
         job = (x.q, x.cache, x.block_table, x.lengths, x.prefix_pages)
-
-        def decode():
-            with ds.use_impl(impl):
-                return decode_with_prefix(*job, scale=SCALE)
-
-        return decode
+        return under(impl, lambda: decode_with_prefix(*job, scale=SCALE))
 
     def part(self, x):
         few = spread(self.workload.b)
@@ -181,12 +175,7 @@ class DecodeWithWrittenPrefix(_Attention):
     def ours(self, x, impl) -> Call:
         own, lengths = x.block_table[:, x.pages :], x.lengths - len(x.k)
         job = (x.q, x.absorbed, x.w_uv, x.k, x.k_rope, x.v, x.cache, own, lengths)
-
-        def decode():
-            with ds.use_impl(impl):
-                return decode_with_written_prefix(*job, scale=SCALE)
-
-        return decode
+        return under(impl, lambda: decode_with_written_prefix(*job, scale=SCALE))
 
     def part(self, x):
         few = spread(self.workload.b)

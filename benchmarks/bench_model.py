@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import dskernels as ds
 from benchmarks import model_roofline, models, workloads
-from benchmarks.cases import Call, Case
+from benchmarks.cases import Call, Case, under
 from benchmarks.peers import model as model_peers
 
 # What a layer adds is DAMPING of the stream; were it all wrong, that would be 5e-3 of difference. Sums in another order
@@ -44,7 +43,7 @@ class DecodeStep(Case):
         return models.graph_of(call) if x.tokens.is_cuda and impl != "reference" else call
 
     def forward(self, x, impl) -> Call:
-        return _under(impl, x.decode)
+        return under(impl, x.decode)
 
     def peers(self, x):
         # At every step it writes keys and values of all that is cached out: 17 GB a layer for 64 sequences of 4,096.
@@ -77,18 +76,10 @@ class Prefill(Case):
         return models.Inputs.of(self.workload, device)
 
     def ours(self, x, impl) -> Call:
-        return _under(impl, x.prefill)
+        return under(impl, x.prefill)
 
     def peers(self, x):
         return {"transformers": lambda: model_peers.transformers_prefill(x)}
-
-
-def _under(impl: str | None, call: Call) -> Call:
-    def run():
-        with ds.use_impl(impl):
-            return call()
-
-    return call if impl is None else run
 
 
 _ALL = (*(DecodeStep(w) for w in workloads.MODEL_DECODES), *(Prefill(w) for w in workloads.MODEL_PREFILLS))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dskernels as ds
 from benchmarks import models, workloads
-from benchmarks.cases import Call, Case, kept_within_a_family
+from benchmarks.cases import Call, Case, kept_within_a_family, under
 from benchmarks.peers import Peer
 from benchmarks.peers import training as training_peers
 from benchmarks.roofline import BF16, Work
@@ -123,13 +123,13 @@ class TrainingStep(Case):
 
     def ours(self, x, impl) -> Call:
         if impl == "reference" or not x.tokens.is_cuda:
-            return _under(impl, x.step)
+            return under(impl, x.step)
         # Parameters of its own: those that have run on another stream may still be held by what ran, and be captured.
         model = model_of(self.workload.model, x.tokens.device, fp8=self.fp8, recompute=self.recompute)
-        return models.graph_of(_under(impl, replace(x, model=model).step))
+        return models.graph_of(under(impl, replace(x, model=model).step))
 
     def forward(self, x, impl) -> Call:
-        return _under(impl, lambda: x.model(x.tokens, x.cu_seqlens))
+        return under(impl, lambda: x.model(x.tokens, x.cu_seqlens))
 
     def peers(self, x) -> dict[str, Callable[[], Peer]]:
         # The weights themselves, which the models share, are a model in bf16.
@@ -149,14 +149,6 @@ def step_flops(config: Config, w: workloads.Training) -> int:
     pairs = w.s * (w.s + 1) // 2
     width = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
     return 3 * w.b * (2 * w.s * weights + config.num_hidden_layers * 2 * pairs * width)
-
-
-def _under(impl: str | None, call: Call) -> Call:
-    def run():
-        with ds.use_impl(impl):
-            return call()
-
-    return call if impl is None else run
 
 
 HOW = ((True, True), (True, False), (False, False))  # e4m3, recomputation

@@ -6,7 +6,7 @@ weights are kept in bf16, and multiplied as they are or, quantised once, in e4m3
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dskernels as ds
 from benchmarks import model_roofline, workloads
-from benchmarks.cases import Call, Case, kept_within_a_family
+from benchmarks.cases import Call, Case, kept_within_a_family, under
 from benchmarks.models import DAMPING
 from benchmarks.peers import NotApplicable, Peer
 from benchmarks.roofline import Chain
@@ -109,14 +108,13 @@ class Inputs:
             ]
             cache.update(*rows, layer)
         positions = torch.full_like(self.tokens, self.cached)
-        name = "past_key_values"
 
         @torch.no_grad()
         def step() -> Tensor:
             if cache.get_seq_length() > self.cached:
                 cache.crop(-1)
-            options = {"input_ids": self.tokens, "position_ids": positions, name: cache, "use_cache": True}
-            return model(**options).logits[:, -1]
+            out = model(input_ids=self.tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+            return out.logits[:, -1]
 
         return step
 
@@ -147,7 +145,7 @@ class TransformersPrefill(Case):
         return Inputs(models, torch.randint(0, models[0].config.vocab_size, (1, self.workload.s), device=device))
 
     def ours(self, x, impl) -> Call:
-        return _under(impl, lambda: x.prompt(x.models[1 + self.fp8]))
+        return under(impl, lambda: x.prompt(x.models[1 + self.fp8]))
 
     def peers(self, x) -> dict[str, Callable[[], Peer]]:
         return {"transformers": lambda: Peer(lambda: x.prompt(x.models[0]))}
@@ -180,18 +178,10 @@ class TransformersDecode(Case):
         return Inputs(models, tokens, self.workload.s - 1)
 
     def ours(self, x, impl) -> Call:
-        return _under(impl, x.step(x.models[1 + self.fp8]))
+        return under(impl, x.step(x.models[1 + self.fp8]))
 
     def peers(self, x) -> dict[str, Callable[[], Peer]]:
         return {"transformers": lambda: Peer(x.step(x.models[0]))}
-
-
-def _under(impl: str | None, call: Call) -> Call:
-    def run():
-        with ds.use_impl(impl):
-            return call()
-
-    return call if impl is None else run
 
 
 CASES: list[Case] = [

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.peers import Peer
 from benchmarks.roofline import Chain, Work
 from benchmarks.workloads import Workload
-from dskernels import Fp8Tensor
+from dskernels import Fp8Tensor, use_impl
 
 Call = Callable[[], Any]
 _forgetting: list[Callable[[], None]] = []
@@ -109,6 +109,16 @@ class Case:
     def peers(self, x: Any) -> dict[str, Callable[[], Peer]]:
         """For each peer that can do this job, what makes it ready."""
         return {}
+
+
+def under(impl: str | None, call: Call) -> Call:
+    """A call of what takes no `impl` itself, run by that implementation where one is asked for."""
+
+    def run() -> Any:
+        with use_impl(impl):
+            return call()
+
+    return call if impl is None else run
 
 
 def difference(got: Any, expected: Any) -> float:

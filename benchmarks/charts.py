@@ -15,7 +15,7 @@ TICK_ROOM, LABEL_ROOM = 46, 15  # pixels that a tick of x needs, and a label at 
 
 def number(value: float) -> str:
     """Three digits, or all before the point: 0.123, 12.3, 1,234."""
-    digits = max(0, 2 - math.floor(math.log10(value))) if 0 < value < 100 else 0
+    digits = max(0, 2 - math.floor(math.log10(float(f"{value:.2e}")))) if 0 < value < 100 else 0
     return f"{value:,.{digits}f}"
 
 

@@ -18,11 +18,15 @@ INLINE = re.compile(r"(<!-- saved: ([^>]*?) -->)[^<]*(<!-- /saved -->)")
 EACH = "each"
 
 
-def _peer_us(row: SavedRow) -> float:
+def _peer(row: SavedRow) -> str:
     peer = row.rival or row.best_peer
     if peer is None:
         raise saved.NotThere(f"{row.title}: no peer is saved")
-    return row.peers[peer]
+    return peer
+
+
+def _peer_us(row: SavedRow) -> float:
+    return row.peers[_peer(row)]
 
 
 def _host_us(row: SavedRow) -> float:
@@ -43,7 +47,7 @@ KINDS: Mapping[str, tuple[Callable[[SavedRow], float], Callable[[float], str]]] 
     "tflops": (lambda row: row.tflops or 0.0, "{:,.0f}".format),
     "tbs": (lambda row: row.gbs / 1e3, "{:.1f}".format),
     "roof": (lambda row: row.roof_pct, "{:.0f}".format),
-    "times": (lambda row: _peer_us(row) / row.us, "{:.2f}".format),
+    "times": (lambda row: row.times_as_fast(_peer(row)), "{:.2f}".format),
     "peer_us": (_peer_us, charts.number),
     "peer_ms": (lambda row: _peer_us(row) / 1e3, charts.number),
     "call_us": (_call_us, "{:.1f}".format),

@@ -161,7 +161,7 @@ def _cells(rows: Sequence[SavedRow], value: Callable[[SavedRow], tuple[float, st
     unit = value(rows[0])[1]
     peers = [(row, row.rival or row.best_peer) for row in rows]
     names = dict.fromkeys(row.label(peer) for row, peer in peers if peer)
-    ratios = [row.peers[peer] / row.us for row, peer in peers if peer]
+    ratios = [row.times_as_fast(peer) for row, peer in peers if peer]
     return [
         f"{_range([value(row)[0] for row in rows], charts.number)} {unit}".replace(" ", "\u00a0"),
         _range([row.roof_pct for row in rows], "{:.0f}".format),

@@ -152,7 +152,7 @@ def _overview(rows: Sequence[SavedRow]) -> str:
         # Beside rivals where there are any, so that no mean is of both.
         rivals = [row.rival for row in some if row.rival]
         counted = [(row, row.rival if rivals else row.best_peer) for row in some]
-        ratios = [row.peers[peer] / row.us for row, peer in counted if peer]
+        ratios = [row.times_as_fast(peer) for row, peer in counted if peer]
         names = dict.fromkeys(row.label(peer) for row, peer in counted if peer)
         lines.append(
             f'<tr data-title="{escape(op)}">'

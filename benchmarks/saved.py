@@ -76,12 +76,16 @@ class SavedRow:
         """The fastest peer."""
         return min(self.peers, key=self.peers.__getitem__, default=None)
 
+    def times_as_fast(self, peer: str) -> float:
+        """As a peer: the median of the rounds, where the two ran in turns for that."""
+        if self.rounds is not None and peer == self.best_peer:
+            return self.rounds[0]
+        return self.peers[peer] / self.us
+
     @property
     def vs_best_peer(self) -> float | None:
         """How many times as fast as the fastest peer."""
-        if self.rounds is not None:
-            return self.rounds[0]
-        return None if self.best_peer is None else self.peers[self.best_peer] / self.us
+        return None if self.best_peer is None else self.times_as_fast(self.best_peer)
 
     @property
     def rival(self) -> str | None:
@@ -92,7 +96,7 @@ class SavedRow:
     @property
     def vs_rival(self) -> float | None:
         """How many times as fast as that."""
-        return None if self.rival is None else self.peers[self.rival] / self.us
+        return None if self.rival is None else self.times_as_fast(self.rival)
 
     def label(self, peer: str) -> str:
         """What a peer is called in words: eager PyTorch's products are cuBLAS in bf16."""

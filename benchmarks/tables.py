@@ -105,9 +105,9 @@ def summary(families: Mapping[str, Saved]) -> str:
                 f"`{op}`",
                 str(len(some)),
                 percent(geometric_mean(row.roof_pct for row in some)),
-                mean_and_range([row.peers[peer] / row.us for row, peer in peers if peer]),
+                mean_and_range([row.times_as_fast(peer) for row, peer in peers if peer]),
                 ", ".join(names) or NONE,
-                mean_and_range([row.peers["torch"] / row.us for row in eager]),
+                mean_and_range([row.times_as_fast("torch") for row in eager]),
             ]
         )
     return lay_out(["operation", "workloads", "% of roof", "× peer", "which", "× eager torch"], lines)
@@ -174,4 +174,4 @@ def percent(value: float) -> str:
 
 
 def _ratio(row: SavedRow, peer: str | None) -> str:
-    return NONE if peer is None else solid(f"{row.peers[peer] / row.us:.2f} {row.label(peer)}")
+    return NONE if peer is None else solid(f"{row.times_as_fast(peer):.2f} {row.label(peer)}")

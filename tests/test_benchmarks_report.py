@@ -77,7 +77,7 @@ def test_labels_do_not_overlap_and_keep_their_order():
     assert places[-1] <= 110
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.01234, "0.0123"), (1.234, "1.23"), (99.96, "100.0"), (1234.5, "1,234")])
+@pytest.mark.parametrize(("value", "text"), [(0.01234, "0.0123"), (1.234, "1.23"), (99.96, "100"), (1234.5, "1,234")])
 def test_numbers_have_three_digits(value, text):
     assert charts.number(value) == text
 

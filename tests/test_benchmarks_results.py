@@ -186,7 +186,8 @@ def test_rounds_have_ratios_of_their_own():
     rounds = timing.ratios(Times.of([10.0, 20.0, 10.0, 20.0]), Times.of([13.0, 26.0, 12.0, 24.0]))
     assert rounds == pytest.approx((1.25, 1.2, 1.3))
     row = a_row(rounds=rounds)
-    assert row.vs_best_peer == rounds[0]
+    assert row.vs_best_peer == row.vs_rival == rounds[0]  # in every table and sentence
+    assert row.times_as_fast("torch") == pytest.approx(200 / 171.8)
     assert row.to_json()["rounds"] == [1.25, 1.2, 1.3]
     assert "rounds" not in a_row().to_json()
 

@@ -6,8 +6,9 @@ results are kept:
 
 ``cublaslt`` `torch.nn.functional.scaled_mm` with block scales, ``cudnn`` SDPA by cuDNN, ``grouped_mm`` torch's grouped
 matrix product, ``torch`` the same job written in eager PyTorch (bf16 where it is a matrix product), ``torch_compile``
-that compiled, ``uncached`` our attention to keys and values that need no making, ``plain`` our generation without
-drafts or without invariance, and the libraries ``deepgemm``, ``flashmla``, ``flashinfer``, ``vllm``, ``transformers``.
+that compiled, ``torch_compile_graph`` that as a CUDA graph, ``uncached`` our attention to keys and values that need no
+making, ``unshared`` our decode that does not know of a common prefix, ``plain`` our generation without drafts or
+without invariance, and the libraries ``deepgemm``, ``flashmla``, ``flashinfer``, ``vllm``, ``transformers``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.saved import OURS_WITHOUT
 from dskernels import Fp8Tensor
 
 MODULES = {
@@ -31,7 +33,8 @@ MODULES = {
     "vllm": "vllm",
     "transformers": "transformers",
 }
-NAMES = ("cublaslt", "cudnn", "torch", "torch_compile", "grouped_mm", "uncached", "unshared", "plain", *MODULES)
+OF_TORCH = ("cublaslt", "cudnn", "grouped_mm", "torch", "torch_compile", "torch_compile_graph")
+NAMES = (*OF_TORCH, *OURS_WITHOUT, *MODULES)
 
 
 class Peer(NamedTuple):
