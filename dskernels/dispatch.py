@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 
 from dskernels.choice import IMPLEMENTATIONS, OPERATIONS, Choice, check_impl, choices, forced, reason_of_device
 from dskernels.device import PLAIN, dispatch_modes, several_gpus
@@ -96,6 +96,8 @@ class Operation:
             or profiler._is_profiler_enabled
         ):
             return self.overload(*args, impl)
+        if forward_ad._current_level >= 0:
+            self._refuse_tangents(args)
         tensors, also = self._seen(args, impl)
         if also is None:
             return self.overload(*args, impl)
@@ -127,6 +129,15 @@ class Operation:
                 return tensors, None
         device = torch._C._cuda_getDevice() if several_gpus() else 0
         return tensors, (impl, forced.get(), device, torch.is_grad_enabled(), absent, self._values(args))
+
+    def _refuse_tangents(self, args: tuple) -> None:
+        """Forward-mode differentiation: torch would go on without the tangents, as if they were zero."""
+        for argument, x in zip(self.overload._schema.arguments, args, strict=False):
+            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                raise NotImplementedError(
+                    f"{argument.name}: {self.name} has no forward-mode derivative (torch.func.jvp, dual numbers), use "
+                    "torch.autograd.grad or Tensor.backward"
+                )
 
     def _bound(self, args: tuple, impl: str | None) -> Callable[[Sequence[int], tuple], Any]:
         """What runs arguments of this metadata, given the addresses of the tensors among them, and them."""
@@ -165,9 +176,22 @@ class Operation:
                     )
 
         def run_backward(ctx: Any, *grads: Tensor) -> tuple:
-            return (*backward(ctx, *grads), None)
+            with torch.no_grad():
+                results = (*backward(ctx, *grads), None)
+            if torch.is_grad_enabled():
+                return self._differentiable_once(results, (*grads, *ctx.saved_tensors))
+            return results
 
         torch.library.register_autograd(f"dskernels::{self.name}", run_backward, setup_context=setup_context)
+
+    def _differentiable_once(self, results: tuple, inputs: Sequence[Tensor | None]) -> tuple:
+        """Gradients that are to be differentiated again (``create_graph=True``): that raises, whichever of the inputs
+        of the backward it is for, where torch would warn, and go on with zero or a part of it."""
+        behind = [x.flatten()[:0].float().sum() for x in inputs if x is not None and x.requires_grad]
+        zero = sum(behind, torch.zeros(()))  # of which autograd knows what it came from
+        said = f"{self.name}: the gradient of its gradient was asked for, which there is not"
+        asked = [x.detach() + zero.to(x) if isinstance(x, Tensor) else x for x in results]
+        return torch._C._functions.DelayedError(said.encode(), len(asked))(*asked)
 
     def choose(self, args: Sequence[Any], impl: str | None = None) -> Choice:
         """Name the implementation that takes these arguments; raise if the one asked for does not."""

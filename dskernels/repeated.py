@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 
 from dskernels import recording
 from dskernels.choice import choices, forced
@@ -55,6 +55,7 @@ def repeated(function: Callable[P, R]) -> Callable[P, R]:
             or dispatch_modes()
             or profiler._is_profiler_enabled
             or choices.get() is not None
+            or forward_ad._current_level >= 0
         ):
             return function(*args, **kwargs)
         tensors: list[Tensor] = []

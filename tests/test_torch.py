@@ -195,3 +195,25 @@ def test_autocast():
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert linear.weight.grad.dtype == torch.float32
+
+
+def test_derivatives_that_there_are_not_raise():
+    """Torch would go on as if they were zero: tangents are lost without a word, second derivatives with a warning."""
+    x, weight = torch.randn(5, 256, requires_grad=True), torch.randn(128, 256)
+    plain, tangent = x.detach(), torch.ones(5, 256)
+    function = lambda x: ds.fp8_linear(x, weight)  # noqa: E731
+    for again in range(2):
+        with pytest.raises(NotImplementedError, match="x: fp8_linear has no forward-mode derivative"):
+            torch.func.jvp(function, (plain,), (tangent,))
+        assert torch.equal(function(plain), function(x)), again
+        with torch.autograd.forward_ad.dual_level():
+            assert torch.equal(function(plain), function(x))
+    (once,) = torch.autograd.grad(function(x).square().sum(), x)
+    (twice,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    assert torch.equal(once, twice)
+    with pytest.raises(RuntimeError, match="fp8_linear: the gradient of its gradient was asked for"):
+        torch.autograd.grad(twice.sum() + x.sum(), x)
+    nats = ds.cross_entropy(x, torch.zeros(5, dtype=torch.int64)).sum()
+    (gradient,) = torch.autograd.grad(nats, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cross_entropy: the gradient of its gradient"):
+        gradient.square().sum().backward()
