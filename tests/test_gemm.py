@@ -168,6 +168,19 @@ def test_quantised_weight_is_kept_until_the_weight_changes():
     assert not torch.equal(quantized_weight(weight, transpose=False, impl=None).scale, second.scale)
 
 
+def test_another_tensor_of_a_weights_memory_has_its_own_copies():
+    """`weight.data` has a version counter of its own, which alone moves as it is written to."""
+    x, weight = torch.randn(3, 256), torch.nn.Parameter(torch.randn(128, 256))
+    with torch.no_grad():
+        weight *= 1  # so that the counters come to the same number below
+    ds.fp8_linear(x, weight)
+    data = weight.data
+    ds.fp8_linear(x, data)
+    data.mul_(2)
+    assert data._version == weight._version
+    assert torch.equal(ds.fp8_linear(x, data), ds.fp8_linear(x, data.clone()))
+
+
 def test_a_capture_has_its_own_copies_of_a_trained_weight(monkeypatch):
     """One pass for both products of a step: not what was there before, nor what another capture has made."""
     weight = torch.randn(128, 256, requires_grad=True)

@@ -128,14 +128,19 @@ def _is_capturing(weight: Tensor) -> bool:
 
 
 def _owner_of(weight: Tensor) -> Tensor:
-    """The tensor whose copies are those of `weight`: itself, or one that is the same memory."""
+    """The tensor whose copies are those of `weight`: itself, or in a backward one that is the same memory.
+
+    Only there: another tensor of that memory may have a version counter of its own (`weight.data` has), which does not
+    move with this one's.
+    """
     if weight in _kept:
         return weight
     place = (weight.data_ptr(), weight.is_neg(), weight.device, weight.dtype, weight.shape, weight.stride())
-    found = _owners.get(place)
-    owner = None if found is None else found()
-    if owner is not None and owner in _kept and owner.data_ptr() == place[0]:
-        return owner
+    if torch._C._current_graph_task_id() != -1:  # -1 outside of backward passes
+        found = _owners.get(place)
+        owner = None if found is None else found()
+        if owner is not None and owner in _kept and owner.data_ptr() == place[0] and owner._version == weight._version:
+            return owner
     _owners[place] = TensorWeakRef(weight)
     return weight
 
