@@ -68,9 +68,8 @@ def test_threads_meet_new_metadata_at_once():
 
 
 def _child(queue, want):
-    torch.set_num_threads(
-        1
-    )  # OpenMP's threads are not there after a fork, and its first parallel loop would wait for them
+    # OpenMP's threads are not there after a fork, and its first parallel loop would wait for them.
+    torch.set_num_threads(1)
     queue.put(torch.allclose(block(3), want, rtol=1e-5, atol=1e-5))  # fewer threads add up in another order
 
 
