@@ -52,18 +52,22 @@ def expert_rows_backward(
     return tuple(next(gradients) if need else dout.new_empty(0) for need in needs)
 
 
-def expert_rows_backward_inputs(dout, *args) -> tuple[Tensor, ...]:
+def expert_rows_backward_inputs(
+    dout, x, w13, w13_scale, w2, w2_scale, weights, experts, first, gate_up, fp8
+) -> tuple[Tensor, ...]:
     """Gradients of the rows of x and of the weights; what is left to the other half is not read."""
-    _, w13, *_, experts, _, _, _ = args
-    dx, _, _, dweights = expert_rows_backward(dout, *args, [True, False, False, True])
+    block = x, w13, w13_scale, w2, w2_scale, weights, experts, first
+    dx, _, _, dweights = expert_rows_backward(dout, *block, gate_up, fp8, [True, False, False, True])
     nothing = (dout.new_zeros(experts.numel(), n) for n in (w13.shape[1], w13.shape[1] // 2))
     return dx, dweights, *nothing
 
 
-def expert_rows_backward_weights(dout, *args) -> tuple[Tensor, ...]:
+def expert_rows_backward_weights(
+    dout, x, w13, w13_scale, w2, w2_scale, weights, experts, first, gate_up, dgate_up, hidden, fp8, needs
+) -> tuple[Tensor, ...]:
     """Gradients of w13 and w2; of the first half nothing is read."""
-    *block, _, _, fp8, needs = args
-    _, dw13, dw2, _ = expert_rows_backward(dout, *block, fp8, [False, *needs, False])
+    block = x, w13, w13_scale, w2, w2_scale, weights, experts, first
+    _, dw13, dw2, _ = expert_rows_backward(dout, *block, gate_up, fp8, [False, *needs, False])
     return dw13, dw2
 
 

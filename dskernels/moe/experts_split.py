@@ -43,7 +43,7 @@ def backward_inputs(
     """Gradients of x and of the routing weights; then dG and dU, and w * A, of the routed experts and of the shared."""
     da = steps.dispatched(dout)
     a = None if gate_up.shape[0] > 0 else steps.operand(x)
-    dx, of_shared = None, (x.new_empty(0), x.new_empty(0))
+    dx, of_shared = None, [x.new_empty(0), x.new_empty(0)]
     if shared is not None:
         dx, _, *of_shared = inputs_of_network(steps, da, x, a, shared, steps.every_token(x), shared_gate_up, None, None)
     batch, _ = routed_batch(experts, routed)
@@ -62,7 +62,7 @@ def inputs_of_network(
     weights: Tensor | None,
     residual: Tensor | None,
     added_up: bool = True,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Of one network the gradients of x and of its weights, dG and dU, and w * A; see `experts.network_backward`."""
     if a is not None:
         gate_up = gate_up_again(steps, a, network, batch, x.dtype)

@@ -34,7 +34,7 @@ class ExpertRows(NamedTuple):
     """
 
     rows: Tensor
-    index: Tensor | None
+    index: Tensor | None  # type: ignore[assignment]  # which is the name of a method of tuples
     weights: Tensor | None
 
     def of(self, tokens: slice) -> ExpertRows:
@@ -193,23 +193,27 @@ def _weights_fake(dout, x, w13, w13_scale, w2, *args):
     return tuple(w.new_empty(w.shape) if needed else dout.new_empty(0) for w, needed in given)
 
 
-def _operation(schema: str, **functions: Callable) -> Operation:
+def _operation(schema: str, fake: Callable) -> Operation:
     name = schema.partition("(")[0]
-    kernels = {impl: f"dskernels.moe.{module}:{name}" for impl, module in KERNELS}
-    return Operation(schema, reference=getattr(reference, name), **kernels, **functions)
+    return Operation(
+        schema,
+        reference=getattr(reference, name),
+        triton=f"dskernels.moe.triton_experts:{name}",
+        hopper=f"dskernels.moe.hopper:{name}",
+        fake=fake,
+    )
 
 
-KERNELS = ("triton", "triton_experts"), ("hopper", "hopper")
 CHOSEN = f"{NETWORK}, Tensor weights, Tensor experts, int first, Tensor gate_up"
 
 _expert_rows = _operation(
     f"expert_rows({NETWORK}, Tensor experts, int first, bool fp8, int keep, Tensor? quantized, Tensor? quantized_scale)"
     " -> (Tensor, Tensor, Tensor)",
-    fake=_rows_fake,
+    _rows_fake,
 )
 _backward = _operation(
     f"expert_rows_backward(Tensor dout, {CHOSEN}, bool fp8, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_backward_fake,
+    _backward_fake,
 )
 _backward_inputs = _operation(
     f"expert_rows_backward_inputs(Tensor dout, {CHOSEN}, bool fp8) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -218,7 +222,7 @@ _backward_inputs = _operation(
 _backward_weights = _operation(
     f"expert_rows_backward_weights(Tensor dout, {CHOSEN}, Tensor dgate_up, Tensor hidden, bool fp8, bool[] needs)"
     " -> (Tensor, Tensor)",
-    fake=_weights_fake,
+    _weights_fake,
 )
 _sum_rows = Operation(
     "sum_rows(Tensor rows, Tensor? index, Tensor? weights, Tensor? came, Tensor? places, Tensor? residual, "
