@@ -39,6 +39,7 @@ from dskernels.cuda.driver import Plan
 from dskernels.device import PLAIN, dispatch_modes, has_triton, several_gpus
 from dskernels.metadata import ByMetadata
 from dskernels.relaunching import Kept, Noted, Place, Recording
+from dskernels.validate import may_be_written
 
 MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own
 MOST_MEMORY = 32  # a part of the GPU's that a recorded call may allocate: what is larger takes longer than the host
@@ -119,6 +120,10 @@ class Kind:
         if not recording.fits(addresses):
             idle.insert(0, recording)
             return self._record(tensors, args, kwargs or {})
+        for i in recording.written:
+            if not (tensors[i]._base is None or may_be_written(tensors[i])):
+                idle.append(recording)
+                return self.function(*args, **kwargs or {})  # which says so
         result = recording.launch(addresses, tensors)
         idle.append(recording)  # not after an error
         for i in recording.written:
@@ -208,8 +213,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Our own operations run inside; of torch's, those that write memory are not recorded."""
-        if func.namespace == "dskernels":
-            operation = OPERATIONS[func._opname]
+        operation = OPERATIONS.get(func._opname)
+        if operation is not None and func is operation.overload:
             with self:
                 result = operation._run(*args)
             for i in operation.writes:

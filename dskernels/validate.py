@@ -55,8 +55,7 @@ def check_tensor(
 
 def check_written(name: str, x: Tensor) -> None:
     """Check that a kernel may write to `x`, a tensor: autograd lets it, and its elements lie there, each once."""
-    leaf = x if x._base is None else x._base
-    if leaf.requires_grad and leaf.is_leaf and torch.is_grad_enabled():
+    if not may_be_written(x):
         raise ValueError(f"{name}: expected a tensor that requires no gradient, as it is written to in place")
     if torch.compiler.is_dynamo_compiling():
         return  # it cannot trace what follows, and sees writes itself
@@ -71,6 +70,12 @@ def check_written(name: str, x: Tensor) -> None:
             f"{name}: expected elements that do not share memory, as it is written to, got strides {list(x.stride())} "
             f"for shape {list(x.shape)}"
         )
+
+
+def may_be_written(x: Tensor) -> bool:
+    """Whether autograd lets it: it is no leaf that requires a gradient, nor a part of one."""
+    leaf = x if x._base is None else x._base
+    return not (leaf.requires_grad and leaf.is_leaf and torch.is_grad_enabled())
 
 
 def _overlaps(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 import triton
 
 import dskernels as ds
-from dskernels import dispatch, recording
+from dskernels import dispatch, recording, validate
 from dskernels.cuda.driver import Plan, Planned, Pointer, Word
 from dskernels.dispatch import Operation
 from dskernels.recording import Recorder
@@ -128,6 +128,29 @@ def test_what_is_written_to_gets_a_version(repeating):
         assert out._version > before
         assert arguments_of(repeating, 1) == [(x.data_ptr(), out.data_ptr())]
     assert len(calls) == 2
+
+
+def test_a_part_of_what_requires_a_gradient_is_written_by_nobody(repeating):
+    """Its metadata are those of any tensor: where it is written to, it is looked at again."""
+
+    @repeated
+    def run(x, out):
+        validate.check_written("out", out)
+        _write(x, out, impl="reference")
+
+    for _ in range(4):
+        run(torch.empty(4, 32), torch.empty(4, 32))
+    for leaf in (torch.zeros(8, 32), torch.zeros(8, 32, requires_grad=True)):
+        with torch.no_grad():
+            part = leaf[4:]
+            run(torch.empty(4, 32), part)
+        if not leaf.requires_grad:
+            run(torch.empty(4, 32), part)
+            continue
+        n = len(repeating.launches)
+        with pytest.raises(ValueError, match="out: expected a tensor that requires no gradient"):
+            run(torch.empty(4, 32), part)
+        assert len(repeating.launches) == n
 
 
 def test_a_part_that_is_written_to_is_not_recorded(repeating):
