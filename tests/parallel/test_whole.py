@@ -35,13 +35,14 @@ class Model(nn.Module):
         return torch.einsum("tk,ekn->tn", y, self.mlp.experts.w2).square().sum()
 
 
-def text(step, rank, i):
-    return torch.randn(5, 6, generator=torch.Generator().manual_seed(100 * step + 10 * rank + i))
+def text(step, rank, i, like):
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(100 * step + 10 * rank + i))
+    return x.to(like)
 
 
-def check(rank, dtype, late):
-    team = Team.start(Plan(data=2), "cpu")
-    alone = Model()
+def check(rank, dtype, late, device="cpu"):
+    team = Team.start(Plan(data=2), device)
+    alone = Model().to(device)
     together = copy.deepcopy(alone).to(dtype)
     alone.to(dtype)
     one, two = MasterAdamW(alone, **RECIPE), WholeAdamW(dict(together.named_parameters()), team, **RECIPE)
@@ -51,12 +52,12 @@ def check(rank, dtype, late):
     for step in range(STEPS):
         for of_rank in range(2):
             for i in range(MICROBATCHES):
-                alone(text(step, of_rank, i).to(dtype)).backward()
+                alone(text(step, of_rank, i, alone.unused)).backward()
                 one.collect()
         for i in range(MICROBATCHES):
             if i + 1 == MICROBATCHES and not late:
                 two.last()
-            together(text(step, rank, i).to(dtype)).backward()
+            together(text(step, rank, i, alone.unused)).backward()
             two.collect()
         two.reduce()
         torch.testing.assert_close(two.norm(), one.norm())
@@ -79,12 +80,12 @@ def check(rank, dtype, late):
     return [name for name in two.names if two.writes(name)]
 
 
-def checks(rank):
-    whole.BUCKET = 20
+def checks(rank, gpus=False):
+    whole.BUCKET, device = 20, f"cuda:{rank}" if gpus else "cpu"
     found = []
     for dtype, late in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
         with case(f"{dtype}, {late}"):
-            found.append(check(rank, dtype, late))
+            found.append(check(rank, dtype, late, device))
     return found
 
 
@@ -92,6 +93,13 @@ def test_ranks_update_what_one_process_does():
     first, second = run(2, checks)
     assert set(first[0]) == set(dict(Model().named_parameters()))
     assert set(second[0]) == {"first.weight", "mlp.experts.w2", "unused"}  # of the others the first writes all
+
+
+@pytest.mark.gpu
+def test_two_gpus_update_what_one_does_by_copy_engines():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    run(2, checks, True, gpus=True)
 
 
 def test_pipelines_add_up_what_they_have_made_later():

@@ -14,15 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dskernels.model.parallel.optimizer import EXPERTS, TeamAdamW
+from dskernels.model.parallel.engines import reach_each_other
+from dskernels.model.parallel.optimizer import TeamAdamW
 from dskernels.model.parallel.plan import Team
+from dskernels.model.parallel.shares import Collectives, CopiedShares, dimension
 
-# As torch calls them from 2.13 on, and as it did before.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 BUCKET = 1 << 27  # numbers, or more by the last matrix, whose gradients leave together: 512 MiB
 
 
@@ -69,7 +67,7 @@ class WholeAdamW(TeamAdamW):
             name: torch.empty_like(parameter, dtype=torch.float32) if self._spread(name) else mine[name]
             for name, parameter in self.whole.items()
         }
-        self._mine = mine
+        self._mine, self._master = mine, dict(zip(self.names, self.masters, strict=True))
         self._buckets = self._cut()
         self._at = {name: i for i, bucket in enumerate(self._buckets) for name in bucket.names}
         vectors = self.parts[len(self.parts) - (self._matrices < self.flat.numel()) :]
@@ -77,7 +75,12 @@ class WholeAdamW(TeamAdamW):
         self._begun = set[str]()  # those of which this step has a sum
         self._missing: list[set[str]] | None = None  # of each bucket, while the last backward of a step runs
         self._sent = 0  # buckets, from the last on
-        self._works: list[dist.Work] = []
+        shared = [[name for name in bucket.names if self._spread(name)] for bucket in self._buckets]
+        group = team.group("batch")
+        kind = CopiedShares if group.size() > 1 and reach_each_other(group) else Collectives
+        self._shares: Collectives | CopiedShares = kind(team, self.whole, shared)
+        # Weights may have moved.
+        self.parameters, self._apart = [nn.Parameter(self._local(name)) for name in self.names], []
         self._given = False  # the rows that a step has updated
         for name, parameter in self.whole.items():
             if name in self._at:
@@ -106,7 +109,7 @@ class WholeAdamW(TeamAdamW):
         if not self._spread(name):
             return slice(0, total)
         each = total // ranks
-        place = self.team.place(_dimension(name))
+        place = self.team.place(dimension(name))
         return slice(place * each, (place + 1) * each)
 
     def place(self, name: str) -> tuple[int, int]:
@@ -116,7 +119,7 @@ class WholeAdamW(TeamAdamW):
 
     def writes(self, name: str) -> bool:
         """See `TeamAdamW`."""
-        return self._spread(name) or self.team.place(_dimension(name)) == 0
+        return self._spread(name) or self.team.place(dimension(name)) == 0
 
     def _local(self, name: str) -> Tensor:
         return self.whole[name].detach()[self.rows(name)]
@@ -129,7 +132,7 @@ class WholeAdamW(TeamAdamW):
         return ranks > 1 and parameter.dim() > 1 and parameter.shape[0] % ranks == 0
 
     def _ranks(self, name: str) -> int:
-        return self.team.group(_dimension(name)).size()
+        return self.team.group(dimension(name)).size()
 
     # ---- gradients --------------------------------------------------------------------------------------------------
 
@@ -151,20 +154,14 @@ class WholeAdamW(TeamAdamW):
         bucket = self._buckets[-1 - self._sent]
         self._sent += 1
         self._add(bucket.names)
-        for name in bucket.names:
-            self._reduce(name, self._sums[name])
+        self._zero_missing(bucket.names)
+        self._shares.send_gradients(len(self._buckets) - self._sent, self._sums, self._mine)
 
-    def _reduce(self, name: str, total: Tensor) -> None:
-        group = self.team.group(_dimension(name))
-        if name not in self._begun:  # nothing reached this rank, and others wait
-            total.zero_()
-        if self._spread(name):
-            work = _reduce_scatter(self._mine[name], total, group=group, async_op=True)
-        elif group.size() > 1:
-            work = dist.all_reduce(total, group=group, async_op=True)
-        else:
-            return
-        self._works.append(work)
+    def _zero_missing(self, names: Sequence[str]) -> None:
+        """Where nothing reached this rank, and others wait."""
+        for name in names:
+            if name not in self._begun:
+                self._sums[name].zero_()
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -189,49 +186,40 @@ class WholeAdamW(TeamAdamW):
         self.collect()
         while self._sent < len(self._buckets):
             self._send()
-        for name, parameter in self.whole.items():
-            if parameter.dim() < 2 and name not in self._begun:
-                self._sums[name].zero_()
+        self._zero_missing([name for name in self.whole if name not in self._at])
+        for name in self._at:  # matrices that all have
+            if not self._spread(name):
+                self.team.total(self._sums[name], dimension(name))
         vectors = self._gradient[self._matrices :]
         if vectors.numel():
             self.team.total(vectors)
-        self._wait()
+        self._shares.gradients(self._sums, self._mine)
         self._begun.clear()
         self._missing, self._sent, self._collected = None, 0, True
-
-    def _wait(self) -> None:
-        for work in self._works:
-            work.wait()  # on a GPU the stream does, not the host
-        self._works.clear()
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def updated(self, begin: int, end: int) -> None:
         """Rows of these masters go to the other ranks while the next ones are updated."""
-        names = next((bucket.names for bucket in self._buckets if bucket.begin == begin), None)
-        self._give([name for name in self.whole if name not in self._at] if names is None else names)
+        place = next((i for i, bucket in enumerate(self._buckets) if bucket.begin == begin), None)
+        self._give(place)
         self._given = True
 
-    def _give(self, names: Sequence[str]) -> None:
-        masters = dict(zip(self.names, self.masters, strict=True))
+    def _give(self, place: int | None) -> None:
+        """A bucket's; None is what is in none."""
+        names = [name for name in self.whole if name not in self._at] if place is None else self._buckets[place].names
         rows = {name: self._local(name) for name in names}
-        torch._foreach_copy_(list(rows.values()), [masters[name] for name in names])
-        for name in names:
-            if self._spread(name):
-                group, whole = self.team.group(_dimension(name)), self.whole[name].detach()
-                self._works.append(_all_gather(whole, rows[name], group=group, async_op=True))
+        torch._foreach_copy_(list(rows.values()), [self._master[name] for name in names])
+        if place is not None:
+            self._shares.send_weights(place, rows)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Makes the parameters what the masters are, rounded; those that `updated` has given away are on their way."""
         if not self._given:
-            self._give(list(self.whole))
+            for place in (*range(len(self._buckets)), None):
+                self._give(place)
         self._given = False
-        self._wait()
+        self._shares.arrived()
         torch.autograd.graph.increment_version(list(self.whole.values()))
-
-
-def _dimension(name: str) -> str:
-    """Of the mesh: the ranks that have the same of a parameter, and other text."""
-    return "data" if name.endswith(EXPERTS) else "batch"
