@@ -56,6 +56,16 @@ def test_its_kernels_are_its_own(kernel):
             assert dispatch._load(target).__module__.startswith(f"{kernel.__name__}.")
 
 
+def test_its_operations_are_recorded_as_ours_are(kernel, monkeypatch):
+    """They have a namespace of their own; on the CPU what is in the way is torch's operations inside of them alone."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    recording, x = importlib.import_module(f"{kernel.__name__}.recording"), torch.randn(5, 256)
+    monkeypatch.setattr(recording, "_memory", lambda device: 1 << 30)
+    recorder = recording.Recorder((x,))
+    recorder.run(kernel.quantize, (x,), {})
+    assert recorder.reason.startswith("aten.")
+
+
 def test_the_library_loads_it(tmp_path):
     """In a process of its own: operations are registered once in each."""
     pytest.importorskip("kernels", reason="Hugging Face's kernels is not installed")
