@@ -12,7 +12,7 @@ from compiling import Compile, assert_clean, compile_all
 from dskernels.model.parallel.exchange import destinations, exponents, from_exponents, pack, unpack
 from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.mail import Collective
-from dskernels.model.parallel.triton_wire import CHOICES, COLUMNS, ROWS, TILES, choices, unload
+from dskernels.model.parallel.triton_wire import CHOICES, COLUMNS, choices, unload
 from dskernels.types import Routing
 
 E, H, I, K = 8, 64, 32, 3
@@ -164,17 +164,11 @@ def test_what_came_in_e4m3_is_what_was_sent(device, rows, columns):
 @pytest.mark.parametrize(("rows", "k"), [(700, 3), (1, 8), (0, 2)])
 def test_choices_of_a_rank_are_numbered_from_its_first(device, rows, k):
     weights, experts = torch.rand(rows, k, device=device), torch.randint(-1, 20, (rows, k), device=device).int()
-    scales = torch.rand(rows, 70, device=device)
-    *apart, scales_apart = unpack(
-        pack(weights, experts, scales), [(k, torch.float32), (k, torch.int32), (70, torch.float32)]
-    )
-    for given in (None, scales_apart):
-        found = choices(*apart, 5, 6, given)
-        assert torch.equal(found[0], weights)
-        assert torch.equal(found[1], torch.where((experts >= 5) & (experts < 11), experts - 5, -1))
-        assert all(part.is_contiguous() for part in found[:2])
-    assert torch.equal(found[2], scales)
-    assert rows < 2 or found[2].stride(0) == 1
+    apart = unpack(pack(weights, experts), [(k, torch.float32), (k, torch.int32)])
+    found = choices(*apart, 5, 6)
+    assert torch.equal(found[0], weights)
+    assert torch.equal(found[1], torch.where((experts >= 5) & (experts < 11), experts - 5, -1))
+    assert all(part.is_contiguous() for part in found)
 
 
 def test_kernels_of_what_came_compile_without_spills():
@@ -182,10 +176,8 @@ def test_kernels_of_what_came_compile_without_spills():
     tokens = {"p_data": "*fp8e4nv", "p_exponents": "*u8", "p_out": "*bf16", "columns": "i32", "stride_data": "i32"}
     tokens |= {"stride_exponents": "i32"}
     pointers = {"p_weights": "*fp32", "p_experts": "*i32", "p_weights_out": "*fp32", "p_experts_out": "*i32"}
-    pointers |= {"p_rows": "*fp32", "p_scales": "*fp32"}
-    numbers = ("size", "k", "stride_weights", "stride_experts", "first", "n", "rows", "tiles", "stride_rows")
-    numbers += ("stride_tile",)
-    constants = {"CHOICES": CHOICES, "ROWS": ROWS, "TILES": TILES, "HAS_SCALES": True}
+    numbers = ("size", "k", "stride_weights", "stride_experts", "first", "n")
+    constants = {"CHOICES": CHOICES}
     divisible = ("columns", "stride_data")
     options = dict(targets=["sm_89", "sm_90"])
     reports = compile_all(

@@ -71,7 +71,7 @@ def destinations(experts: Tensor, n_ranks: int, per_rank: int, most: int | None 
 
 def choices_here(weights: Tensor, experts: Tensor, first: int, n: int) -> Routing:
     """The choices of n experts from ``first`` on, numbered from 0; others are dropped. No gradient goes through it."""
-    return routing_of(*choices(weights.detach(), experts.int(), first, n)[:2])
+    return routing_of(*choices(weights.detach(), experts.int(), first, n))
 
 
 def routing_of(weights: Tensor, experts: Tensor) -> Routing:
