@@ -1,16 +1,21 @@
 """Weights that ranks have whole: what each updates a part of is what one process updates."""
 
 import copy
+import functools
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from test_copies import Queues, Reached
 from torch import nn
 from world import case, run
 
 from dskernels.model.optimizer import MasterAdamW, clipping
-from dskernels.model.parallel import whole
+from dskernels.model.parallel import shares, whole
+from dskernels.model.parallel.engines import PeerMemory
 from dskernels.model.parallel.plan import Plan, Team
+from dskernels.model.parallel.shares import CopiedShares
 from dskernels.model.parallel.whole import WholeAdamW
 
 STEPS, MICROBATCHES = 3, 2
@@ -124,3 +129,83 @@ def test_pipelines_add_up_what_they_have_made_later():
     for parameter, expected in zip(model.parameters(), wanted.parameters(), strict=True):
         torch.testing.assert_close(parameter, expected)
     assert optimizer.norm() == pytest.approx(float(reference.norm()))
+
+
+def test_shares_are_not_read_or_written_too_early(monkeypatch):
+    """Four ranks, experts shared by two of them, in whatever order their streams go on."""
+    generator, ranks, steps = random.Random(0), 4, 3
+    buckets = [["a.weight", "b.experts.w2"], ["c.weight"]]
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
+    monkeypatch.setattr(shares, "Moment", Reached)
+    monkeypatch.setattr(shares.dist, "get_process_group_ranks", lambda group: group.ranks)
+    for _ in range(6):
+        queues, met = Queues(generator), set()
+        monkeypatch.setattr(shares, "Engine", queues)
+        memories: list[torch.Tensor] = []
+
+        def shared(group, size, memories=memories):
+            if not memories:
+                memories += [torch.zeros(size, dtype=torch.uint8) for _ in range(ranks)]
+            return PeerMemory(memories[group.rank()], [memory.data_ptr() for memory in memories], None)
+
+        def team_of(rank):
+            of = {"batch": [*range(ranks)], "data": [rank % 2, rank % 2 + 2]}
+
+            def group(name):
+                ranks = of[name]
+                return SimpleNamespace(ranks=ranks, size=lambda: len(ranks), rank=lambda: ranks.index(rank))
+
+            return SimpleNamespace(group=group), of
+
+        def value(step, rank, name, row):
+            return 1.0 + 1000 * step + 100 * rank + 10 * row + len(name)
+
+        def fill(tensor, values):
+            tensor.copy_(torch.tensor(values)[:, None].expand_as(tensor))
+
+        def compare(tensor, values, about):
+            assert torch.equal(tensor, torch.tensor(values)[:, None].expand_as(tensor)), about
+
+        for rank in range(ranks):
+            queues.rank = rank
+            team, of = team_of(rank)
+            rows = {"a.weight": 8, "b.experts.w2": 4, "c.weight": 4}
+            weights = {name: nn.Parameter(torch.zeros(n, 3)) for name, n in rows.items()}
+            share = CopiedShares(team, weights, buckets, memory=shared)
+            main = queues.current(None)
+            totals = {name: torch.zeros(n, 3) for name, n in rows.items()}
+            sharing = {name: of[shares.dimension(name)] for name in rows}
+            each = {name: n // len(sharing[name]) for name, n in rows.items()}
+            first = {name: sharing[name].index(rank) * each[name] for name in rows}
+            mine = {name: torch.zeros(each[name], 3) for name in rows}
+
+            def summed(parts, *, out, main=main):
+                main.call(lambda: out.copy_(torch.stack(list(parts)).sum(0)))
+
+            monkeypatch.setattr(shares, "sum_ranks", summed)
+            for step in range(steps):
+                for place in (1, 0):
+                    for name in buckets[place]:
+                        made = [value(step, rank, name, row) for row in range(rows[name])]
+                        main.call(functools.partial(fill, totals[name], made))
+                    share.send_gradients(place, totals, mine)
+                share.gradients(totals, mine)
+                for name in rows:
+                    own = range(first[name], first[name] + each[name])
+                    wanted = [sum(value(step, other, name, row) for other in sharing[name]) for row in own]
+                    main.call(functools.partial(compare, mine[name], wanted, f"{step} {rank} {name}"))
+                main.call(functools.partial(met.add, (step, rank)))  # the norm of the gradient
+                main.call(lambda: None, lambda step=step, met=met: all((step, r) in met for r in range(ranks)))
+                for name in rows:  # those who read them have ended
+                    main.call(functools.partial(totals[name].fill_, -1.0))
+                for place in (0, 1):
+                    given = {name: weights[name].data[first[name] :][: each[name]] for name in buckets[place]}
+                    for name, data in given.items():
+                        made = [value(step, rank, name, row) for row in range(first[name], first[name] + each[name])]
+                        main.call(functools.partial(fill, data, made))
+                    share.send_weights(place, given)
+                share.arrived()
+                for name in rows:
+                    wanted = [value(step, sharing[name][i // each[name]], name, i) for i in range(rows[name])]
+                    main.call(functools.partial(compare, weights[name].data, wanted, f"{step} {rank} {name}"))
+        queues.run()
