@@ -151,8 +151,8 @@ def test_shares_are_not_read_or_written_too_early(monkeypatch):
         def team_of(rank):
             of = {"batch": [*range(ranks)], "data": [rank % 2, rank % 2 + 2]}
 
-            def group(name, of=of):
-                ranks = of[name]
+            def group(way, of=of):
+                ranks = of[way]
                 return SimpleNamespace(ranks=ranks, size=lambda: len(ranks), rank=lambda: ranks.index(rank))
 
             return SimpleNamespace(group=group), of
