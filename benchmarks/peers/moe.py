@@ -68,8 +68,12 @@ def grouped_mm_experts(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> 
     up_t, down_t = w13.transpose(1, 2), w2.transpose(1, 2)
 
     def run() -> Tensor:
-        order = routing.experts.flatten().argsort(stable=True)
-        ends = torch.bincount(routing.experts.flatten(), minlength=n_experts).cumsum(0).int()
+        ids = routing.experts.flatten()
+        order = ids.argsort(stable=True)
+        load = ids.new_zeros(n_experts).scatter_add_(
+            0, ids.long(), torch.ones_like(ids)
+        )  # `bincount` waits for the device
+        ends = load.cumsum(0).int()
         gate, up = product(x[order // k], up_t, offs=ends).chunk(2, dim=-1)
         y = product(F.silu(gate) * up, down_t, offs=ends)
         back = torch.empty_like(y)
