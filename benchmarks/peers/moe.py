@@ -70,9 +70,8 @@ def grouped_mm_experts(x: Tensor, w13: Tensor, w2: Tensor, routing: Routing) -> 
     def run() -> Tensor:
         ids = routing.experts.flatten()
         order = ids.argsort(stable=True)
-        load = ids.new_zeros(n_experts).scatter_add_(
-            0, ids.long(), torch.ones_like(ids)
-        )  # `bincount` waits for the device
+        # Not by `bincount`, which waits for the device.
+        load = ids.new_zeros(n_experts).scatter_add_(0, ids.long(), torch.ones_like(ids))
         ends = load.cumsum(0).int()
         gate, up = product(x[order // k], up_t, offs=ends).chunk(2, dim=-1)
         y = product(F.silu(gate) * up, down_t, offs=ends)

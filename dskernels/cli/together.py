@@ -103,7 +103,7 @@ def train(
 
     console = training.console
     split = parse_plan(plan, ranks())
-    least = split.batches * (2 * split.pipeline if split.pipeline > 1 else 1)
+    least = split.batches * (2 * split.pipeline if split.pipeline > 1 else 2 if split.overlap else 1)
     if recipe.microbatches == 1:
         recipe = dataclasses.replace(recipe, microbatches=least)
     team = start(split, device, console)
