@@ -52,18 +52,27 @@ def test_everything_that_make_installs_is_pinned():
     assert not unused, "constraints.txt pins what nothing needs"
 
 
-def test_wheel_holds_the_reference_and_no_tests(tmp_path):
+def test_wheel_from_the_source_archive_holds_all_that_runs_and_no_tests(tmp_path):
+    """As `python -m build` and PyPI make it: a source archive has no links, so dskernels/reference is not in it."""
     # A copy, since setuptools puts into a wheel what an earlier build left behind.
     shutil.copytree(
         ROOT, tmp_path / "source", symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "site", "*.egg-info")
     )
+    make = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", make], cwd=tmp_path / "source", check=True, stdout=subprocess.DEVNULL)
+    (archive,) = tmp_path.glob("dskernels-*.tar.gz")
     options = ["--no-deps", "--no-build-isolation", "--no-index", "-w", tmp_path]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, tmp_path / "source"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, archive], check=True)
     (wheel,) = tmp_path.glob("dskernels-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"dskernels/reference/{path.name}" for path in (ROOT / "reference").glob("*.py")} <= names
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "dskernels").rglob("*.cu*")} <= names
     assert "dskernels/py.typed" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"dskernels"}
+
+
+def test_citation_names_this_version():
+    assert f"\nversion: {importlib.metadata.version('dskernels')}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_what_make_test_runs_in_part_is_there():
