@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dskernels.choice import Choice, explain
-from dskernels.device import default_device
+from dskernels.device import default_device, has_triton
 
 PACKAGES = ("dskernels", "torch", "triton", "cupy", "safetensors", "transformers", "tokenizers", "matplotlib")
 DISTRIBUTIONS = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
@@ -59,8 +59,6 @@ def choices() -> list[Choice]:
 def summary() -> str:
     """One sentence: what the kernels will do here."""
     if gpu() is None:
-        return (
-            "No GPU: operations run their PyTorch references; `dskernels parity` runs the Triton kernels in the "
-            "interpreter."
-        )
+        said = "No GPU: operations run their PyTorch references"
+        return f"{said}; `dskernels parity` runs the Triton kernels in the interpreter." if has_triton() else f"{said}."
     return f"Operations run on {default_device()} by the implementations below."

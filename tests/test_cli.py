@@ -39,7 +39,10 @@ def test_doctor(run):
     assert status == 0
     assert facts["packages"]["torch"] == torch.__version__
     assert {operation["operation"] for operation in facts["operations"]} == set(OPERATIONS)
-    assert "fp8_gemm" in run("doctor")[1]
+    shown, everything = (" ".join(run("doctor", *more)[1].split()) for more in ((), ("--all",)))
+    assert "fp8_gemm" in shown
+    assert "fp8_linear_backward" not in shown
+    assert "fp8_linear_backward" in everything
 
 
 def test_parity_of_a_family(run):
@@ -85,6 +88,10 @@ def test_parity_shows_a_kernel_that_raises(run, monkeypatch):
         (["train", "demo", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["train", "demo", "--steps", "0"], "steps: expected at least 1, got 0"),
         (["train", "demo", "--precision", "int8"], "precision: expected"),
+        (
+            ["train", "--keep", "0", "--data", "nowhere"],
+            "--keep: expected at least 1, got 0",
+        ),  # before the text is read
     ],
 )
 def test_what_a_user_gets_wrong_is_said_in_one_line(run, tmp_path, monkeypatch, arguments, message):
@@ -101,6 +108,7 @@ def test_what_a_user_gets_wrong_is_said_in_one_line(run, tmp_path, monkeypatch, 
     [
         (["parity", "--bogus"], "error: No such option: --bogus. See dskernels parity --help."),
         (["bogus"], "error: No such command 'bogus'. See dskernels --help."),
+        (["doctr"], "error: No such command 'doctr'. Did you mean 'doctor'? See dskernels --help."),
         (["generate"], "error: Missing argument"),
         (["train", "demo", "--steps", "many"], "error: Invalid value for '--steps'"),
     ],

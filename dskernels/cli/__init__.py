@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from dskernels import __all__ as PUBLIC
 from dskernels import __version__
 from dskernels.cli import together, training
 from dskernels.cli.generation import EXAMPLES, generate
@@ -39,7 +40,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    as_json: Json = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also the operations inside of others, such as their gradients.")
+    ] = False,
+) -> None:
     """Show this machine, the versions, and what would run for each operation and why."""
     from dskernels import doctor as facts
 
@@ -61,10 +67,14 @@ def doctor(as_json: Json = False) -> None:
     # Operations that run the same way for the same reasons share a row.
     groups: dict[tuple[str, str], list[str]] = {}
     for choice in choices:
+        if choice.operation not in PUBLIC and not everything:
+            continue
         runs = "their parts, chosen one by one" if choice.impl == "composite" else choice.impl
         why = "\n".join(f"not {impl}: {reason}" for impl, reason in choice.rejected.items())
         groups.setdefault((runs, why), []).append(choice.operation)
-    grouped = Table("operations", "run", "why", show_lines=True)
+    grouped = Table(show_lines=True)
+    for name in ("operations", "run", "why"):  # in a narrow terminal nothing is cut off
+        grouped.add_column(name, overflow="fold", min_width=24 if name == "operations" else None)
     for (runs, why), names in groups.items():
         grouped.add_row(", ".join(names), runs, why)
     console.print(grouped)
@@ -176,8 +186,10 @@ def main() -> None:
             error.show()  # its message is the help
         else:
             context = getattr(error, "ctx", None)
-            where = f". See {context.command_path} --help." if context is not None else ""
-            _say(error.format_message().rstrip(".") + where)
+            said = error.format_message().rstrip(".")
+            if context is not None:  # "Did you mean 'doctor'?" has its mark already
+                said += f"{'' if said.endswith('?') else '.'} See {context.command_path} --help."
+            _say(said)
         sys.exit(error.exit_code)
     except EXPECTED as error:
         _say(str(error) or type(error).__name__)

@@ -143,6 +143,9 @@ def train(
     where = _device(device)
     if cuda_graph and where.type != "cuda":
         raise ValueError(f"--cuda-graph: needs a GPU, the model would run on {where.type}")
+    for name, value, least in (("checkpoint-every", checkpoint_every, 0), ("keep", keep, 1)):
+        if value < least:
+            raise ValueError(f"--{name}: expected at least {least}, got {value}")
     config, tokenizer = _of_init(init, config, tokenizer, out if resume is not False else None)
     recipe = TrainConfig(
         steps=steps,

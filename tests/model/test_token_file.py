@@ -142,6 +142,17 @@ def test_a_full_disk_is_one_line(files, tmp_path, monkeypatch):
     assert not (tmp_path / "tokens.partial").exists()
 
 
+def test_a_disk_that_takes_a_part_is_one_line_too(files, tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"tokens\.partial: cannot be written \(File too large\)$"):
+            write_tokens(files, tmp_path / "tokens", ByteEncoder())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
