@@ -125,7 +125,7 @@ def library() -> Iterator[str]:
     for path in sorted(PACKAGE.rglob("*.cu")):
         heads = re.findall(r'extern "C" __global__([^{;]*)\{', compiler.source_of(path))
         for head in heads:
-            name = re.search(r"(\w+)\((?:const |float|int|u8|u16|u32|\w+\*)", re.sub(r"__\w+__\([^)]*\)", "", head))
+            name = re.search(r"(\w+)\s*\(", re.sub(r"__\w+__\([^)]*\)|(?m:^#.*$)", "", head))
             yield f"{path.relative_to(PACKAGE)}:{name[1]}"  # type: ignore[index]
 
 
