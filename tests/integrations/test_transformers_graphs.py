@@ -1,7 +1,9 @@
 """Decode steps that are recorded: on a GPU as CUDA graphs; on the CPU what was recorded is run again."""
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -140,6 +142,37 @@ def test_what_is_not_recorded(replays, device):
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(steps()[-1].logits, expected)
     acceleration.undo()
+
+
+@torch.no_grad()
+def test_a_cache_that_nobody_uses_any_more_is_let_go(monkeypatch, device):
+    model = tiny_model("V3").to(device)
+    tokens, _ = prompts(device)
+    if device == "cpu":
+        monkeypatch.setattr(graphs, "record", lambda run: (lambda: None, run()))
+        monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
+    with accelerate(model, graphs=True, verbose=False):
+        cache = transformers.DynamicCache(config=model.config)
+        for new in (tokens, *[tokens[:, :1]] * 3):
+            out = model(new, past_key_values=cache)
+        assert out.past_key_values is cache
+        assert list(out) == ["logits", "past_key_values"]
+        alone = model(tokens[:, :1], past_key_values=cache, use_cache=False)
+        gone = weakref.ref(cache)
+        del cache, out, alone
+        gc.collect()
+        assert gone() is None
+
+
+@torch.no_grad()
+def test_outputs_as_tuples(replays, device):
+    model = tiny_model("V3").to(device)
+    tokens, _ = prompts(device)
+    with accelerate(model, graphs=True, verbose=False):
+        cache = transformers.DynamicCache(config=model.config)
+        outs = [model(new, past_key_values=cache, return_dict=False) for new in (tokens, *[tokens[:, :1]] * 3)]
+        assert all(type(out) is tuple and out[1] is cache for out in outs)
+        assert not replays
 
 
 @torch.no_grad()

@@ -88,17 +88,17 @@ class Graphs:
             if self._failed or _hooked(model):
                 return None
             try:
-                self._recorded = Recorded(model, step, self._shared)
+                self._recorded = Recorded(model, step, cache, self._shared)
             except RuntimeError as error:
                 self._failed = True
                 warnings.warn(f"dskernels: decode steps are not recorded ({error})", stacklevel=4)
                 return None
-        return self._recorded.replay(step)
+        return self._recorded.replay(step, cache)
 
     def _key(self, step: Step) -> tuple:
         return (
             *(step.tokens.shape[0], step.mask is None, step.positions is None or step.positions.shape),
-            tuple(step.options.items()),
+            tuple([(name, value) for name, value in step.options.items() if name not in CACHES]),
             tuple([layer.pages.data_ptr() for layer in step.layers]),
             (torch.is_inference_mode_enabled(), *mode()),
         )
@@ -148,9 +148,9 @@ def _nothing() -> None:
 
 
 class Recorded:
-    """A decode step with its inputs where they stay."""
+    """A decode step with its inputs where they stay. The cache is not kept: it may be gigabytes that nobody uses."""
 
-    def __init__(self, model: nn.Module, step: Step, shared: Pass) -> None:
+    def __init__(self, model: nn.Module, step: Step, cache: Any, shared: Pass) -> None:
         batch, device = step.tokens.shape[0], step.tokens.device
         self._tokens = step.tokens.clone()
         self._positions = step.tokens.new_empty(batch if step.positions is None else step.positions.shape[0], 1)
@@ -168,10 +168,14 @@ class Recorded:
                 return type(model).forward(model, **given)
 
         self._place(step)
-        self._replay, self._out = record(run)
-        kept = {name: value for name, value in self._out.items() if isinstance(value, Tensor)}
-        if set(kept) != {"logits"}:
-            raise RuntimeError(f"expected logits alone, the model gives {', '.join(kept)}")
+        self._replay, out = record(run)
+        if not isinstance(out, dict):
+            raise RuntimeError(f"expected an output with names, the model gives a {type(out).__name__}")
+        self._kind: Any = type(out)
+        self._logits: Any = out.get("logits")
+        self._caches = [name for name, value in out.items() if value is cache]
+        if set(out) != {"logits", *self._caches}:
+            raise RuntimeError(f"expected logits and the cache, the model gives {', '.join(out)}")
 
     def _place(self, step: Step) -> Tensor | None:
         """Tells the device where the new tokens stand; which tokens are real, if any are not."""
@@ -188,16 +192,14 @@ class Recorded:
         self._is_real.copy_(real[:, -1])
         return real
 
-    def replay(self, step: Step) -> Any:
+    def replay(self, step: Step, cache: Any) -> Any:
         """Runs it for these tokens."""
         real = self._place(step)
         self._replay()
         for layer in step.layers:
             layer.length += 1
             layer.real = real
-        out = copy.copy(self._out)
-        out.logits = self._out.logits.clone()
-        return out
+        return self._kind(logits=self._logits.clone(), **dict.fromkeys(self._caches, cache))
 
 
 def decode_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Step, Any] | None:
@@ -216,6 +218,8 @@ def decode_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Step, 
     if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     if any(value is not None and value is not False for name, value in given.items() if name not in READ):
+        return None
+    if given.get("return_dict") is False:
         return None
     layers = getattr(cache, "layers", [])
     if not layers or any(type(layer) is not LatentLayer or layer.padded for layer in layers):
