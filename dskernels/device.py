@@ -21,8 +21,8 @@ def default_device() -> torch.device:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device, (major, minor)."""
-    return torch.cuda.get_device_capability(device)
+    """Compute capability of an NVIDIA GPU, (major, minor); (0, 0) of others, whose numbers mean other things."""
+    return torch.cuda.get_device_capability(device) if torch.version.hip is None else (0, 0)
 
 
 @functools.cache

@@ -33,7 +33,9 @@ def gpu() -> dict[str, Any] | None:
     properties = torch.cuda.get_device_properties(0)
     return {
         "name": properties.name,
-        "architecture": f"sm_{properties.major}{properties.minor}",
+        "architecture": getattr(properties, "gcnArchName", "?").partition(":")[0]
+        if torch.version.hip
+        else f"sm_{properties.major}{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "multiprocessors": properties.multi_processor_count,
         "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}",

@@ -282,7 +282,7 @@ def programmatic(x: torch.Tensor) -> dict[str, bool]:
 
     It waits for that one's results by `begin_dependent`, and lets the one behind it begin in turn.
     """
-    may = x.is_cuda and torch.version.hip is None and capability(x.device) >= (9, 0)
+    may = x.is_cuda and capability(x.device) >= (9, 0)
     return {"PROGRAMMATIC": True, "launch_pdl": True} if may else {"PROGRAMMATIC": False}
 
 

@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dskernels as ds
-from dskernels import dispatch, recording
+from dskernels import choice, device, dispatch, portable, recording
 from dskernels.device import empty
 from dskernels.gemm import weights
 from dskernels.metadata import ByMetadata
@@ -279,3 +279,16 @@ def test_empty_with_strides_and_in_a_mode(device):
     assert empty(like, (5, 2), torch.float32, (1, 8)).stride() == (1, 8)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert isinstance(empty(like, (5, 2), torch.float32), FakeTensor)
+
+
+def test_an_amd_gpu_is_none_of_nvidias(monkeypatch):
+    """Torch calls one of gfx90a "cuda" and its capability (9, 0), and gfx942 has (9, 4)."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for numbers in ((9, 0), (9, 4)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, numbers=numbers: numbers)
+        device.capability.cache_clear()
+        where = torch.device("cuda", 0)
+        assert device.capability(where) == (0, 0)
+        assert choice.reason_of_device("hopper", where, asked_for=True) == "it needs an sm_90 GPU"
+        assert portable.reason_against_e4m3(where) is None  # which Triton converts and multiplies without fnuz there
+    device.capability.cache_clear()

@@ -197,4 +197,4 @@ def architecture(device: torch.device) -> tuple[int, int]:
     """Compute capability of an NVIDIA GPU, (0, 0) of another one; the CPU's interpreter does as sm_90."""
     if device.type != "cuda":
         return (9, 0)
-    return capability(device) if torch.version.hip is None else (0, 0)
+    return capability(device)

@@ -356,4 +356,4 @@ def mla_decode_supports(
 
 def architecture(device: torch.device) -> tuple[int, int]:
     """Compute capability of an NVIDIA GPU, (0, 0) for anything else."""
-    return capability(device) if device.type == "cuda" and torch.version.hip is None else (0, 0)
+    return capability(device) if device.type == "cuda" else (0, 0)
