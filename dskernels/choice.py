@@ -74,7 +74,8 @@ def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list
         One :class:`Choice` for each registered operation that the call makes, in their order.
 
     Raises:
-        TypeError, ValueError: as the function does, also for an explicit `impl` that cannot run.
+        TypeError, ValueError: as the function does, also for an explicit `impl` that cannot run; ValueError also if it
+            is no function of ours and makes no call of an operation.
     """
     if function is None:
         probe = torch.empty(0, device=default_device())
@@ -88,6 +89,9 @@ def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list
         function(*args, **kwargs)
     finally:
         choices.reset(token)
+    if not told and not (getattr(function, "__module__", None) or "").startswith("dskernels"):
+        name = getattr(function, "__qualname__", type(function).__name__)
+        raise ValueError(f"function: expected one that calls operations of dskernels, {name} called none")
     return told
 
 
