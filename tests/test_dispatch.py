@@ -24,14 +24,12 @@ def test_cpu_tensors_run_the_reference_by_default(operands):
     assert "the tensors are on the CPU" in choice.rejected["triton"]
 
 
-def test_explain_is_asked_of_what_calls_operations(capsys):
-    with pytest.raises(
-        ValueError, match="function: expected one that calls operations of dskernels, print called none"
-    ):
+def test_explain_is_asked_of_what_calls_operations():
+    with pytest.raises(ValueError, match=r"function: expected one that calls operations .*, print called none"):
         ds.explain(print, 1)
     with pytest.raises(TypeError, match="not callable"):
         ds.explain(1)
-    assert ds.explain(ds.load_statistics, torch.ones(4)) == []
+    assert ds.explain(ds.load_statistics, torch.ones(4).int()) == []
     assert [c.operation for c in ds.explain(lambda: ds.quantize(torch.randn(2, 128)))] == ["quantize"]
 
 

@@ -276,5 +276,6 @@ def test_nothing_is_known_under_a_mode_or_a_transform(repeating):
     with torch.inference_mode():
         run(x)
     assert len(calls) == 6
-    ds.explain(run, x)
+    with pytest.raises(ValueError, match="run called none"):
+        ds.explain(run, x)
     assert len(calls) == 7
