@@ -18,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dskernels.model.parallel.engines import Engine, Moment, PeerMemory
+from dskernels.model.parallel.hopper_combine import MOST_PIECES, PushAndSum
 from dskernels.model.parallel.mail import Mail, Part, aligned
+from dskernels.moe.rows import ExpertRows
 
 SLOTS = 4  # messages that may be under way, or read, at once: two micro-batches have one each in both directions
 # What has come of a large message is summed while the rest travels. A piece is 3/10 of the one before, as long as it
@@ -64,8 +66,11 @@ class CopyEngines(Mail):
         super().__init__(group)
         self.size, self.piece = aligned(size), piece
         self.flags_at = SLOTS * self.ranks * self.size
+        self.pieces_at = self.flags_at + SLOTS * self.ranks * 8
         memory = memory or PeerMemory.shared(group, self.needed(self.ranks, size))
-        # Slots, and for each slot and rank how far it has sent, and how far it has read what is sent to it.
+        # Slots, for each slot and rank how far it has sent, and how far it has read what is sent to it; and what a
+        # kernel has sent, piece by piece.
+        self.summing = PushAndSum(memory, self.rank)
         self.memory, self.addresses, self.keeps = memory
         self.count, self.unread = 0, set[int]()
         self.read: list[tuple[int, int]] = []  # slots, and turns in them, that the others have not been told of
@@ -81,41 +86,67 @@ class CopyEngines(Mail):
     @staticmethod
     def needed(ranks: int, size: int) -> int:
         """Bytes of memory on each rank for messages of `size`."""
-        return SLOTS * ranks * (aligned(size) + 8)
+        return SLOTS * ranks * (aligned(size) + 8 + 4 * MOST_PIECES)
 
     def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False) -> Copied:
         """See `Mail`."""
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("messages by copy engines are counted by the host: they cannot be in a CUDA graph")
-        if self.count - SLOTS in self.unread:
-            raise RuntimeError(f"outgoing: {SLOTS} messages are under way, of which none has been read")
         own = list(outgoing[self.rank])
-        parts, end = [], 0
-        for tensor in own:
-            parts.append(Part(end, torch.Size((self.ranks, *tensor.shape)), tensor.dtype))
-            end += aligned(self.ranks * _bytes(tensor))
-        if end > self.ranks * self.size:
-            raise ValueError(f"outgoing: expected at most {self.size} bytes for a rank, got {end // self.ranks}")
         pieces = 1 if together else max(1, min(len(ENDS), _bytes(own[0]) // self.piece))
-        sent = Copied(self.count, parts, pieces, None if together else own)
-        self.unread.add(self.count)
-        self.count += 1
-        slot, here = sent.number % SLOTS, self._current()
-        if self.sending[slot]:
-            here.follow(self.gone[slot])
+        sent = self._next([(tensor.shape, tensor.dtype) for tensor in own], pieces, None if together else own)
+        slot = sent.number % SLOTS
         self.sending[slot] = outgoing
-        self.now.record(here)
-        self.near.follow(self.now)
-        self.tell_read()
         if together:  # what was there has been read, by what the stream waits for anyway
             for place, tensor in enumerate(own):
                 self._copy(sent, self.rank, place, tensor, self.near)
             self._mark(sent, self.rank, 0, self.near)
         self.out.follow(self.now)
         for rank in self._others():
-            self._until_read(sent, rank)
+            self._until_read(sent, rank, self.out)
             self._deliver(sent, rank, outgoing[rank])
         self.gone[slot].record(self.out)
+        return sent
+
+    def sums_supports(self, made: ExpertRows) -> str | None:
+        """See `Mail`."""
+        return self.summing.supports(made)
+
+    def sums(self, made: ExpertRows, tokens: int, capacity: int, residual: Tensor | None) -> Tensor:
+        """See `Mail`."""
+        hidden, dtype = made.rows.shape[1], made.rows.dtype
+        sent = self._next([(torch.Size((capacity, hidden)), dtype)], 1, [])
+        slot, turn = self._slot_and_turn(sent)
+        here = self._current()
+        for rank in self._others():
+            self._until_read(sent, rank, here)
+        out = made.rows.new_empty(tokens, hidden)
+        flags = self.pieces_at + slot * self.ranks * 4 * MOST_PIECES
+        at = slot * self.ranks * self.size
+        self.summing(made, residual, out, capacity, slot=at, flags=flags, number=turn + 1)
+        self.finished(sent)
+        return out
+
+    def _next(self, parts: Sequence[tuple[torch.Size, torch.dtype]], pieces: int, own: list[Tensor] | None) -> Copied:
+        """A message with a slot of its own, behind what is on the stream; the others learn what has been read here."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("messages by copy engines are counted by the host: they cannot be in a CUDA graph")
+        if self.count - SLOTS in self.unread:
+            raise RuntimeError(f"outgoing: {SLOTS} messages are under way, of which none has been read")
+        placed, end = [], 0
+        for shape, dtype in parts:
+            placed.append(Part(end, torch.Size((self.ranks, *shape)), dtype))
+            end += aligned(self.ranks * math.prod(shape) * dtype.itemsize)
+        if end > self.ranks * self.size:
+            raise ValueError(f"outgoing: expected at most {self.size} bytes for a rank, got {end // self.ranks}")
+        sent = Copied(self.count, placed, pieces, own)
+        self.unread.add(self.count)
+        self.count += 1
+        slot, here = sent.number % SLOTS, self._current()
+        if self.sending[slot]:
+            here.follow(self.gone[slot])
+            self.sending[slot] = ()
+        self.now.record(here)
+        self.near.follow(self.now)
+        self.tell_read()
         return sent
 
     def arriving(self, sent: Copied) -> Iterator[slice]:
@@ -173,11 +204,11 @@ class CopyEngines(Mail):
         part = slot * self.ranks * self.size + sent.parts[place].begin + self.rank * _bytes(tensor)
         on.copy(self.addresses[rank] + part + begin, tensor.data_ptr() + begin, end - begin)
 
-    def _until_read(self, sent: Copied, rank: int) -> None:
+    def _until_read(self, sent: Copied, rank: int, on: Engine) -> None:
         """What was in the slot has been read by a rank."""
         slot, turn = self._slot_and_turn(sent)
         if turn:
-            self.out.wait(self._flag(self.rank, slot, rank, read=True), turn)
+            on.wait(self._flag(self.rank, slot, rank, read=True), turn)
 
     def _mark(self, sent: Copied, rank: int, piece: int, on: Engine) -> None:
         """A rank may know that a piece is there."""

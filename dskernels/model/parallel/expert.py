@@ -136,7 +136,7 @@ class ExpertParallel:
     def _trip(self, x: Tensor, routing: Routing) -> Trip | FixedTrip:
         if self.mail is None or self.tokens is None:
             return Trip.plan(routing.experts, self.group, self.per_rank, self.most_ranks)
-        return FixedTrip(self.mail, x.shape[0], self.tokens, x.device)
+        return FixedTrip(self.mail, x.shape[0], self.tokens, x.device, beside=self.chain is not None)
 
 
 def _fewest(weights: Tensor, experts: Tensor, first: int, n: int, most: int | None) -> tuple[Tensor, Tensor]:

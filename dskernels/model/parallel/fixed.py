@@ -27,6 +27,8 @@ class FixedTrip:
         tokens: of this rank.
         capacity: rows of a message, the same on every rank; at least `tokens`.
         device: of the tokens.
+        beside: whether anything else runs while messages travel; else one kernel, which takes all SMs, may do the way
+            back and its sums.
 
     Raises:
         ValueError: more tokens than that.
@@ -34,13 +36,15 @@ class FixedTrip:
 
     choices: int | None = None  # the most experts that a row has here: nobody knows
 
-    def __init__(self, mail: Mail, tokens: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, mail: Mail, tokens: int, capacity: int, device: torch.device, *, beside: bool = False) -> None:
         if tokens > capacity:
             raise ValueError(f"x: expected at most {capacity} tokens, got {tokens}")
         self.mail, self.tokens, self.capacity, self.device = mail, tokens, capacity, device
+        self.beside = beside
         self.pending: list[Any] = []
         self.lent: Any = None  # the message whose rows `arrived` has given where they came
         self.own: tuple[ExpertRows, list[Tensor]] | None = None  # of this rank's tokens, what its own experts made
+        self.at_once: ExpertRows | None = None  # what goes back and is added up in one, where nothing runs in between
         self.gradients: ExpertRows | None = None  # of the rows that arrived, what the backward made
 
     @property
@@ -109,6 +113,9 @@ class FixedTrip:
             weights: of this rank's tokens, for `returned`, where those of `made` are lent.
         """
         mail, capacity = self.mail, self.capacity
+        if not (self.beside or more) and mail.sums_supports(made) is None:
+            self.at_once = made
+            return
         of_ranks = [made.of(slice(rank * capacity, (rank + 1) * capacity)) for rank in range(mail.ranks)]
         parts = [[] if rank == mail.rank else [rows.sums()] for rank, rows in enumerate(of_ranks)]
         self.release()
@@ -131,11 +138,16 @@ class FixedTrip:
             columns: width and dtype of each part.
             residual: ``[tokens, width]``, added to the first part.
         """
+        residual = None if residual is None else residual.contiguous()
+        if self.at_once is not None:
+            made, self.at_once = self.at_once, None
+            out = self.mail.sums(made, self.tokens, self.capacity, residual)
+            self.release()
+            return [out]
         (sent, _), mail, own = self.pending.pop(), self.mail, self.own
         if own is None:
             raise RuntimeError("nothing has been sent back on this trip")
         rows, self.own = own[0], None
-        residual = None if residual is None else residual.contiguous()
         places = _places(self.tokens, self.capacity, mail.ranks, mail.rank, self.device)
         out = rows.rows.new_empty(self.tokens, columns[0][0])
         for piece in mail.arriving(sent):

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dskernels.moe.rows import ExpertRows
+
 ALIGNMENT = 256  # bytes: where each part of a message begins, and each message
 
 
@@ -99,6 +101,24 @@ class Mail(ABC):
     @abstractmethod
     def of_all(self, sent: Any) -> Tensor:
         """The first part of all ranks, ``[R, ...]``, valid likewise; where this rank's own would be stands anything."""
+
+    def sums_supports(self, made: ExpertRows) -> str | None:
+        """Why `sums` does not take these rows, or None."""
+        return "these messages are sent and added up one after the other"
+
+    def sums(self, made: ExpertRows, tokens: int, capacity: int, residual: Tensor | None) -> Tensor:
+        """A whole message that nothing else runs beside: sums of rows to the ranks whose tokens they are, and of these.
+
+        Args:
+            made: of ``R * capacity`` tokens, those of rank r from ``r * capacity`` on.
+            tokens: of this rank.
+            capacity: the same on every rank.
+            residual: ``[tokens, H]``.
+
+        Returns:
+            ``[tokens, H]``, the bits of `ExpertRows.sums` with what has come of the others in their order.
+        """
+        raise NotImplementedError(self.sums_supports(made))
 
     @abstractmethod
     def finished(self, sent: Any) -> None:
