@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, tiny_model
 transformers = pytest.importorskip("transformers", minversion="5.17")
 import dskernels as ds  # noqa: E402
 from dskernels.integrations.transformers import LatentLayer, accelerate, accelerated  # noqa: E402
-from dskernels.integrations.transformers.weights import Copy  # noqa: E402
+from dskernels.integrations.transformers.weights import Copy, one_below_the_other  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -342,6 +342,14 @@ def test_what_explain_has_not_computed_is_not_kept():
     ds.explain(lambda: kept.of((weight,), lambda: ds.quantize(weight, (128, 128))))
     made = kept.of((weight,), lambda: ds.quantize(weight, (128, 128)))
     assert torch.equal(made.data.view(torch.uint8), ds.quantize(weight, (128, 128)).data.view(torch.uint8))
+
+
+def test_plain_weights_are_not_taken_for_their_quantised_copy():
+    """Asked for where only the network's last matrix learns: in e4m3 it would get no gradient."""
+    kept, (gate, up) = Copy(), (torch.nn.Linear(128, 128, bias=False) for _ in range(2))
+    with torch.no_grad():
+        for fp8 in (True, False, True):
+            assert isinstance(one_below_the_other(gate, up, kept, fp8), ds.Fp8Tensor) is fp8
 
 
 def test_another_weight_at_the_same_address_is_not_taken_for_the_one_before():

@@ -26,18 +26,18 @@ class Copy:
 
     def __init__(self) -> None:
         self._parts: list[TensorWeakRef] = []
-        self._state: list[tuple[int, int]] = []
+        self._state: tuple | None = None
         self._made: Any = None
 
     def __reduce__(self) -> tuple:
         """A copy of a model makes its own."""
         return Copy, ()
 
-    def of(self, parts: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
-        """What `make` makes of `parts`, without a gradient."""
+    def of(self, parts: tuple[Tensor, ...], make: Callable[[], Any], kind: object = None) -> Any:
+        """What `make` makes of `parts`, without a gradient; of a `kind`, where it may make one thing or another."""
         if torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
             return make()
-        state = [(part.data_ptr(), part._version) for part in parts]
+        state = kind, [(part.data_ptr(), part._version) for part in parts]
         before = [reference() for reference in self._parts]
         # Another weight may have come to lie where one was, with as many changes.
         same = len(before) == len(parts) and all(map(is_, before, parts))
@@ -125,4 +125,4 @@ def one_below_the_other(gate: Any, up: Any, copy: Copy, fp8: bool) -> Weight | N
         and (gate.weight.requires_grad or up.weight.requires_grad)
     ):
         return torch.cat((gate.weight, up.weight))
-    return copy.of((*parts_of(gate), *parts_of(up)), join)
+    return copy.of((*parts_of(gate), *parts_of(up)), join, fp8)
