@@ -27,6 +27,26 @@ class Fp8Tensor(NamedTuple):
     scale: Tensor
     block: Block = (1, 128)
 
+    @classmethod
+    def of(cls, data: Tensor, scale: Tensor, block: Block = (1, 128)) -> Fp8Tensor:
+        """A matrix that something else quantised, with its scales in whatever layout they have.
+
+        Args:
+            data: float8_e4m3fn ``[..., rows, cols]``, last dimension contiguous.
+            scale: float32 ``[..., ceil(rows / block[0]), ceil(cols / block[1])]``, any strides; copied only where they
+                are not those that this class asks for.
+            block: the tile's (rows, columns).
+
+        Nothing is checked here; the operations do that.
+        """
+        if block != (1, 128):
+            return cls(data, scale.contiguous(), block)
+        *stack, rows, cols = scale.shape
+        if (rows > 1 and scale.stride(-2) != 1) or (cols > 1 and scale.stride(-1) % 4):
+            by_column = scale.new_empty(*stack, cols, -(-rows // 4) * 4).mT[..., :rows, :]
+            scale = by_column.copy_(scale)
+        return cls(data, scale, block)
+
     @property
     def shape(self) -> torch.Size:
         """Shape of the matrix that this stands for."""

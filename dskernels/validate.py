@@ -121,7 +121,7 @@ def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like
         if (rows > 1 and x.scale.stride(-2) != 1) or (cols > 1 and x.scale.stride(-1) % 4 != 0):
             raise ValueError(
                 f"{name}.scale: expected the row index contiguous and a column stride divisible by 4, as quantize() "
-                f"makes it, got strides {list(x.scale.stride())}"
+                f"and Fp8Tensor.of() make it, got strides {list(x.scale.stride())}"
             )
     elif x.scale.shape[-1] > 1 and x.scale.stride(-1) != 1:
         raise ValueError(f"{name}.scale: expected a contiguous last dimension, got strides {list(x.scale.stride())}")

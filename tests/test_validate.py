@@ -74,3 +74,18 @@ def test_what_is_no_tensor_is_named(change):
 def test_a_tuple_is_not_an_fp8_tensor():
     with pytest.raises(TypeError, match=r"x: expected an Fp8Tensor .* got tuple"):
         validate.check_fp8("x", tuple(ds.quantize(torch.randn(4, 128))), blocks=BLOCKS)
+
+
+@pytest.mark.parametrize("sizes", [(5, 300), (4, 300), (1, 300), (5, 128), (0, 300), (2, 5, 300)])
+def test_scales_of_another_layout_are_taken(sizes):
+    """What other libraries quantise has its scales row by row, or without room between the columns."""
+    x = torch.randn(sizes)
+    flat = ds.quantize(x.flatten(0, -2))
+    data, scale = flat.data.view(sizes), flat.scale.contiguous().view(*sizes[:-1], flat.scale.shape[1])
+    for other in (scale, scale.mT.contiguous().mT):
+        taken = Fp8Tensor.of(data, other)
+        validate.check_fp8("a", taken, blocks=[(1, 128)], ndim=len(sizes))
+        assert torch.equal(taken.scale, scale)
+    assert Fp8Tensor.of(flat.data, flat.scale).scale.data_ptr() == flat.scale.data_ptr()  # not copied without need
+    weight = ds.quantize(torch.randn(130, 300), (128, 128))
+    assert torch.equal(Fp8Tensor.of(weight.data, weight.scale.mT.contiguous().mT, (128, 128)).scale, weight.scale)
