@@ -53,7 +53,7 @@ class Guards:
 def guarded() -> Iterator[Guards]:
     """Put guards around all that is allocated uninitialised."""
     guards = Guards()
-    empty, new_empty, matmul = torch.empty, Tensor.new_empty, Tensor.__matmul__
+    empty, new_empty, matmul, mm = torch.empty, Tensor.new_empty, Tensor.__matmul__, torch.mm
     dynamo = torch._C._dynamo.guards
 
     def guard(name: str, like: Tensor) -> Tensor:
@@ -71,10 +71,17 @@ def guarded() -> Iterator[Guards]:
     def of_matmul(a, b):
         if a.dim() != 2 or b.dim() != 2 or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
             return matmul(a, b)
-        return torch.mm(a, b, out=guard("product", new_empty(a, (a.shape[0], b.shape[1]))))
+        return mm(a, b, out=guard("product", new_empty(a, (a.shape[0], b.shape[1]))))
+
+    def of_mm(a, b, *, out_dtype=None, **given):
+        if given or not a.is_cuda or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+            return mm(a, b, **given) if out_dtype is None else mm(a, b, out_dtype=out_dtype, **given)
+        out = guard("product", new_empty(a, (a.shape[0], b.shape[1]), dtype=out_dtype or a.dtype))
+        return mm(a, b, out=out) if out_dtype is None else mm(a, b, out_dtype=out_dtype, out=out)
 
     patches = [mock.patch.object(torch, "empty", of_empty), mock.patch.object(Tensor, "new_empty", of_new_empty)]
-    patches.append(mock.patch.object(Tensor, "__matmul__", of_matmul))  # whose result torch allocates by itself
+    # What torch allocates by itself.
+    patches += [mock.patch.object(Tensor, "__matmul__", of_matmul), mock.patch.object(torch, "mm", of_mm)]
     for owner, name in ((torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty_strided")):
         patches.append(mock.patch.object(owner, name, _after(getattr(owner, name), name, guard)))
     if hasattr(dynamo, "_empty_strided_cuda"):

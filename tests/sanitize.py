@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from unittest import mock
 
-os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch first allocates on a GPU
+if __name__ == "__main__":  # a test process, whose captures need the allocator, imports this too
+    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # read when torch first allocates on a GPU
 
 import torch
 
