@@ -20,11 +20,15 @@ from dskernels.gemm.triton_narrow import narrow
 from dskernels.mla.absorb.values import _mla_values_quantize
 from dskernels.mla.prefill.absorbed import _group_tokens
 from dskernels.model import few, layers, optimizer, steps
+from dskernels.model.parallel.engines import PeerMemory
+from dskernels.model.parallel.hopper_combine import MOST_PIECES, PushAndSum, rows_of_piece
 from dskernels.model.parallel.symmetric_triton import SUM_BLOCK, put, sum_ranks
 from dskernels.model.parallel.triton_wire import choices, unload
+from dskernels.moe.rows import ExpertRows
 from dskernels.moe.triton_sort import append_choices, sort
 from dskernels.parity.inputs import quantized
 from dskernels.routing import hopper_gate, triton_gate
+from dskernels.validate import ceil_div
 
 Run = Callable[[torch.device], bool]
 CPU = torch.device("cpu")
@@ -45,6 +49,7 @@ def kernels() -> Iterator[tuple[str, Run]]:
     yield "places of tokens, and how texts go on", texts
     yield "rows for other ranks", rows_for_ranks
     yield "sum over ranks", sum_over_ranks
+    yield "sums pushed to another rank", pushed_sums
     yield "tokens off the wire", wire
     yield "choices sorted", sorted_choices
     yield "products of a gate, in parts, and its gradients", gate
@@ -197,6 +202,27 @@ def sum_over_ranks(device: torch.device) -> bool:
     return right
 
 
+def pushed_sums(device: torch.device) -> bool:
+    """One of two ranks, the other of which has pushed its sums before: what it pushes, and its own tokens' sums."""
+    capacity, tokens, hidden, size = 90, 77, 264, 2 * 90 * 264 * 2
+    memories = [torch.zeros(size + 8 * MOST_PIECES, dtype=torch.uint8, device=device) for _ in range(2)]
+    came = torch.randn(tokens, hidden).bfloat16()
+    memories[0][: came.numel() * 2] = came.view(torch.uint8).flatten().to(device)
+    memories[0][size:] = torch.full((2 * MOST_PIECES,), 5, dtype=torch.int32).view(torch.uint8).to(device)
+    index, weights = torch.randint(-1, 300, (2 * capacity, 3)).int(), torch.rand(2 * capacity, 3)
+    rows, residual = torch.randn(300, hidden).bfloat16(), torch.randn(tokens, hidden).bfloat16()
+    made = ExpertRows(*moved((rows, index, weights), device))
+    out = torch.full((tokens, hidden), torch.nan, dtype=rows.dtype, device=device)
+    kernel = PushAndSum(PeerMemory(memories[0], [memory.data_ptr() for memory in memories], None), 0)
+    kernel(made, residual.to(device), out, capacity, slot=0, flags=size, number=5)
+    places, here = torch.arange(tokens, dtype=torch.int32)[:, None], ExpertRows(rows, index, weights)
+    want = here.of(slice(0, tokens)).sums(came=came, places=places, residual=residual)
+    pushed = memories[1][: capacity * hidden * 2].view(torch.bfloat16).view(capacity, hidden)
+    flags = memories[1][size:].view(torch.int32)[: ceil_div(capacity, rows_of_piece(capacity))]
+    right = close(out, want, 2**-7) and bool((flags == 5).all())
+    return right and close(pushed, here.of(slice(capacity, 2 * capacity)).sums(), 2**-7)
+
+
 def wire(device: torch.device) -> bool:
     """Tokens in e4m3 with exponents in bytes, and choices, of rows that lie apart."""
     q = ds.quantize(torch.randn(5, 300), scale_format="ue8m0", impl="reference")
@@ -206,12 +232,9 @@ def wire(device: torch.device) -> bool:
     right = torch.equal(unload(data, bytes_[:, :3], torch.bfloat16).cpu(), q.dequantize(torch.bfloat16))
     weights, experts = torch.rand(700, 5), torch.randint(-1, 20, (700, 5)).int()
     got, ids = choices(*(x[:, :3] for x in moved((weights, experts), device)), 5, 6)
-    wanted = experts[:, :3]
-    return (
-        right
-        and torch.equal(got.cpu(), weights[:, :3])
-        and torch.equal(ids.cpu(), torch.where((wanted >= 5) & (wanted < 11), wanted - 5, -1))
-    )
+    here = (experts[:, :3] >= 5) & (experts[:, :3] < 11)
+    right &= torch.equal(got.cpu(), weights[:, :3])
+    return right and torch.equal(ids.cpu(), torch.where(here, experts[:, :3] - 5, -1))
 
 
 def sorted_choices(device: torch.device) -> bool:
