@@ -11,6 +11,23 @@ from typing import Any
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS, PAGE, PICTURE = DOCS / "soak.json", DOCS / "trust.md", DOCS / "images" / "soak.svg"
 BEGIN, END = "<!-- made by tests/soak.py -->", "<!-- /soak -->"
+WAYS = {  # as soak_ways.py calls them
+    "plain": "as they are",
+    "explained": "after `explain`",
+    "freed": "in memory that was freed and full of NaN",
+    "inference": "in inference mode",
+    "without_gradient": "without gradients, and with them again",
+    "toggled": "gradients asked for and not",
+    "streams": "on other streams",
+    "changed": "other numbers in the same places",
+    "other_dtype": "another dtype between",
+    "copied": "with deep copies",
+    "failing": "no memory in the middle",
+    "threads": "by threads at once",
+    "captured": "in CUDA graphs",
+    "elsewhere": "on each GPU while each is the current one",
+    "everywhere_at_once": "by threads on all GPUs",
+}
 SLACK = {"allocated": 1 << 20, "host": 64 << 20}  # bytes that allocators may keep; of the host's little goes back
 
 
@@ -51,7 +68,9 @@ def table(runs: list[dict[str, Any]]) -> str:
     commits = ", ".join(dict.fromkeys(run["commit"] for run in runs if run["commit"]))
     calls: Counter[tuple[str, str]] = Counter()
     loads: Counter[str] = Counter()
+    ways: Counter[str] = Counter()
     for run in runs:
+        ways.update(run.get("ways", {}))
         loads.update(run["generation"])
         calls.update({(impl, how): n for impl, ways in run["operations"].items() for how, n in ways.items()})
     minutes = sum(run["minutes"] for run in runs)
@@ -60,6 +79,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     for (impl, how), n in sorted(calls.items()):
         how = "not for this implementation" if how == "refused" else how
         lines.append(f"| operations by `{impl}`: {how} | {n:,} |")
+    lines += [f"| calls made again: {WAYS[way]} | {n:,} |" for way, n in sorted(ways.items())]
     lines += [f"| generation: {what} | {n:,} |" for what, n in sorted(loads.items())]
     lines.append(f"| failures | {sum(len(run['failures']) for run in runs)} |")
     leaking = sum(map(leaks, runs))
