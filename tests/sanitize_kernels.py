@@ -59,6 +59,7 @@ CASES = {
     "routing.triton_balance:token_loss_kernel": "triton: balance_loss, 9x64, top 6, 4 sequences, sigmoid",
     "routing.triton_balance:update_bias_kernel": "triton: update_bias, 384",
     "model.triton_adamw:adamw_kernel": "update of the optimiser",
+    "model.triton_adamw:add_gradient_kernel": "update of the optimiser",
     "loss.triton:cross_entropy_kernel": "cross_entropy and its gradient",
     "loss.triton:cross_entropy_backward_kernel": "cross_entropy and its gradient",
     "mla.rope.triton:rope_kernel": "apply_rope",

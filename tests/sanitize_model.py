@@ -96,6 +96,7 @@ def update(device: torch.device) -> bool:
         left_out = None if skip is None else torch.tensor(skip)
         given = torch.randn(n), torch.randn(n), *moments, *numbers, left_out, 0.9, 0.95, 0.1
         right &= alike(optimizer._adamw, device, *given, tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5)
+        right &= alike(optimizer._add_gradient, device, torch.randn(n), torch.randn(n).to(dtype), skip is None)
     return right
 
 

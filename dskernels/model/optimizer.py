@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +13,7 @@ from dskernels.dispatch import Operation
 
 # Numbers that torch updates at a time where moments are bf16: their fp32 copies take 256 MB.
 PIECE = 1 << 25
+LARGE = 1 << 18  # numbers of a gradient that is worth a launch
 
 
 class MasterAdamW:
@@ -90,12 +91,9 @@ class MasterAdamW:
             if parameter.grad is not None
         ]
         sums, gradients = [total for total, _ in pairs], [gradient for _, gradient in pairs]
-        if not self._collected:
-            if len(pairs) < len(self.parameters):
-                self._gradient.zero_()
-            torch._foreach_copy_(sums, gradients)
-        else:
-            torch._foreach_add_(sums, [gradient.float() for gradient in gradients])
+        if not self._collected and len(pairs) < len(self.parameters):
+            self._gradient.zero_()
+        accumulate(sums, gradients, first=not self._collected)
         self._collected = True
         for parameter in self.parameters:
             parameter.grad = None
@@ -152,6 +150,38 @@ class MasterAdamW:
         finally:
             self.flat.copy_(mine)
             self.refresh()
+
+
+def accumulate(totals: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool) -> None:
+    """Adds gradients to totals in fp32, or makes them the totals where they are the first.
+
+    Large ones are a launch each, small ones one together. By torch's own kernels alone the same takes 18 ms of a step
+    of 1.9 G numbers and two micro-batches on an H200: bf16 is widened by one and added by the next.
+    """
+    small = [i for i, gradient in enumerate(gradients) if gradient.numel() < LARGE]
+    for total, gradient in zip(totals, gradients, strict=True):
+        if gradient.numel() >= LARGE:
+            _add_gradient(total, gradient, first)
+    if small:
+        into, some = [totals[i] for i in small], [gradients[i] for i in small]
+        if first:
+            torch._foreach_copy_(into, some)
+        else:
+            torch._foreach_add_(into, [gradient.float() for gradient in some])
+
+
+def _add_gradient_reference(total: Tensor, gradient: Tensor, first: bool) -> None:
+    if first:
+        total.copy_(gradient)
+    else:
+        total.add_(gradient)
+
+
+_add_gradient = Operation(
+    "add_gradient(Tensor(a!) total, Tensor gradient, bool first) -> ()",
+    reference=_add_gradient_reference,
+    triton="dskernels.model.triton_adamw:add_gradient",
+)
 
 
 def _adamw_reference(

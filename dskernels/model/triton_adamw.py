@@ -1,4 +1,4 @@
-"""Triton kernel of the optimiser: an update in one pass, each number of master, gradient and moments read once.
+"""Triton kernels of the optimiser: gradients are added up, and an update made, in one pass that reads each number once.
 
 Names: `p_` pointer, `o_` offsets, `m_` mask.
 """
@@ -13,6 +13,7 @@ from dskernels.portable import cast, launch
 from dskernels.validate import ceil_div
 
 BLOCK = 1024
+ADD_BLOCK = 2048
 EPS = 1e-8
 
 
@@ -60,6 +61,25 @@ def adamw_kernel(
     tl.store(p_master + o_n, master - step * first / (root + eps), mask=m_n)
     tl.store(p_first + o_n, cast(first, p_first.dtype.element_ty), mask=m_n)
     tl.store(p_second + o_n, cast(second, p_second.dtype.element_ty), mask=m_n)
+
+
+@triton.jit
+def add_gradient_kernel(p_total, p_gradient, n, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """A gradient, in fp32, is added to the total, or is the first one of it."""
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_n = o_n < n
+    total = tl.load(p_gradient + o_n, mask=m_n, other=0.0).to(tl.float32)
+    if not FIRST:
+        total += tl.load(p_total + o_n, mask=m_n, other=0.0)
+    tl.store(p_total + o_n, total, mask=m_n)
+
+
+def add_gradient(total: Tensor, gradient: Tensor, first: bool) -> None:
+    """See `dskernels.model.optimizer`."""
+    n = total.numel()
+    if n:
+        grid = (ceil_div(n, ADD_BLOCK),)
+        launch(add_gradient_kernel, grid, total, gradient.contiguous(), n, FIRST=first, BLOCK=ADD_BLOCK, num_warps=8)
 
 
 def adamw(

@@ -118,6 +118,26 @@ def _a_step_that_is_left_out_changes_nothing(dtype, device):
         assert torch.equal(tensor, was)
 
 
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_gradients_are_added_up_in_fp32(impl, device, monkeypatch):
+    """Large ones, small ones, one that does not lie in order, one that is not there."""
+    monkeypatch.setattr(module, "LARGE", 12)
+    model = layers(torch.bfloat16).to(device)
+    optimizer, wanted = MasterAdamW(model, betas=BETAS, weight_decay=DECAY), {}
+    optimizer._gradient.fill_(torch.nan)
+    for step in range(3):
+        draw_gradients(model, step)
+        model[0].weight.grad = model[0].weight.grad.T.contiguous().T
+        model[1].bias.grad = None
+        for name, parameter in model.named_parameters():
+            gradient = torch.zeros(3, device=device) if parameter.grad is None else parameter.grad.float()
+            wanted[name] = wanted.get(name, 0) + gradient
+        with ds.use_impl(impl):
+            optimizer.collect()
+    for name, gradient in optimizer.gradients().items():
+        assert torch.equal(gradient, wanted[name]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_follow_their_masters_and_their_version_tells(dtype):
     """Quantised weights are kept until the version of a parameter changes."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from dskernels.model.optimizer import accumulate
 from dskernels.model.parallel.engines import reach_each_other
 from dskernels.model.parallel.optimizer import TeamAdamW
 from dskernels.model.parallel.plan import Team
@@ -170,16 +171,13 @@ class WholeAdamW(TeamAdamW):
         self._add(list(self.whole))
 
     def _add(self, names: Sequence[str]) -> None:
-        for name in names:
-            parameter, total = self.whole[name], self._sums[name]
-            if parameter.grad is None:
-                continue
-            if name in self._begun:
-                total.add_(parameter.grad)
-            else:
-                total.copy_(parameter.grad)
-                self._begun.add(name)
-            parameter.grad = None
+        there = [name for name in names if self.whole[name].grad is not None]
+        for first in (True, False):
+            some = [name for name in there if (name not in self._begun) == first]
+            accumulate([self._sums[n] for n in some], [cast(Tensor, self.whole[n].grad) for n in some], first=first)
+        self._begun.update(there)
+        for name in there:
+            self.whole[name].grad = None
 
     @torch.no_grad()
     def reduce(self) -> None:
