@@ -56,6 +56,31 @@ def copy_scales(
     tl.store(p_out + o_c[:, None] * stride_out + o_r[None, :], scale, mask=mask)
 
 
+@triton.jit
+def row_of(p_index, i_t, j, top_k):
+    """Row of a token's choice, -1 where it was dropped or there are not so many; the token's own without an index."""
+    if p_index is None:
+        return tl.where(j < top_k, i_t, -1)
+    else:
+        return tl.load(p_index + i_t * top_k + j, mask=j < top_k, other=-1).to(tl.int64)
+
+
+@triton.jit
+def load_row(p_y, row, size, stride_y, o_h, m_h):
+    """Columns of a row; zeros, and nothing is read, so that NaN stays out of sums, where there is none."""
+    return tl.load(p_y + row * stride_y + o_h, mask=m_h & (row >= 0) & (row < size), other=0.0)
+
+
+@triton.jit
+def plus_row(total, y, row, size, p_weights, i_t, j, stride_w, HAS_WEIGHTS: tl.constexpr):
+    """+ the row, by its weight, in fp32."""
+    y = y.to(tl.float32)
+    if HAS_WEIGHTS:
+        is_row = (row >= 0) & (row < size)
+        y = tl.where(is_row, y * tl.load(p_weights + i_t * stride_w + j, mask=is_row, other=0.0), 0.0)
+    return total + y
+
+
 @triton.jit(do_not_specialize=["rows", "scales", "stride_s", "stride_os"])
 def permute_kernel(
     p_x,
@@ -97,9 +122,13 @@ def permute_kernel(
     o_h = i_p % columns * WIDTH + tl.arange(0, WIDTH)
     m_h = o_h < H
     x = tl.load(p_x + i_t.to(tl.int64) * stride_x + o_h, mask=m_h)
-    for j in range(top_k):
-        row = tl.load(p_index + i_t * top_k + j)
-        tl.store(p_out + row.to(tl.int64) * stride_out + o_h, x, mask=m_h & (row >= 0))
+    for j in range(0, top_k, 4):  # four at a time, whose indices are read at once
+        row_0, row_1 = row_of(p_index, i_t, j, top_k), row_of(p_index, i_t, j + 1, top_k)
+        row_2, row_3 = row_of(p_index, i_t, j + 2, top_k), row_of(p_index, i_t, j + 3, top_k)
+        tl.store(p_out + row_0 * stride_out + o_h, x, mask=m_h & (row_0 >= 0))
+        tl.store(p_out + row_1 * stride_out + o_h, x, mask=m_h & (row_1 >= 0))
+        tl.store(p_out + row_2 * stride_out + o_h, x, mask=m_h & (row_2 >= 0))
+        tl.store(p_out + row_3 * stride_out + o_h, x, mask=m_h & (row_3 >= 0))
     if ZERO_TAIL:
         zero_tail(p_out, i_t * top_k, (i_t + 1) * top_k, tl.load(p_offsets + E), stride_out, o_h, m_h)
 
@@ -137,16 +166,18 @@ def combine_kernel(
     o_h = tl.program_id(0) % columns * WIDTH + tl.arange(0, WIDTH)
     m_h = o_h < H
     total = tl.zeros([WIDTH], tl.float32)
-    for j in range(top_k):
-        row = i_t
-        if p_index is not None:
-            row = tl.load(p_index + i_t * top_k + j).to(tl.int64)
-        # A row is read only for a choice that has one, so that NaN elsewhere stays out of the sum.
-        m_y = m_h & (row >= 0) & (row < size)
-        y = tl.load(p_y + row.to(tl.int64) * stride_y + o_h, mask=m_y, other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
-            y = tl.where(m_y, y * tl.load(p_weights + i_t * stride_w + j), 0.0)
-        total += y
+    for j in range(0, top_k, 4):  # four at a time, which are on their way at once
+        row_0, row_1 = row_of(p_index, i_t, j, top_k), row_of(p_index, i_t, j + 1, top_k)
+        row_2, row_3 = row_of(p_index, i_t, j + 2, top_k), row_of(p_index, i_t, j + 3, top_k)
+        y_0 = load_row(p_y, row_0, size, stride_y, o_h, m_h)
+        y_1 = load_row(p_y, row_1, size, stride_y, o_h, m_h)
+        y_2 = load_row(p_y, row_2, size, stride_y, o_h, m_h)
+        y_3 = load_row(p_y, row_3, size, stride_y, o_h, m_h)
+        tl.debug_barrier()  # else ptxas, to save registers, asks for a row when it has added the one before
+        total = plus_row(total, y_0, row_0, size, p_weights, i_t, j, stride_w, HAS_WEIGHTS)
+        total = plus_row(total, y_1, row_1, size, p_weights, i_t, j + 1, stride_w, HAS_WEIGHTS)
+        total = plus_row(total, y_2, row_2, size, p_weights, i_t, j + 2, stride_w, HAS_WEIGHTS)
+        total = plus_row(total, y_3, row_3, size, p_weights, i_t, j + 3, stride_w, HAS_WEIGHTS)
     if HAS_CAME:
         for i in range(places):
             row = tl.load(p_places + i_t * places + i)

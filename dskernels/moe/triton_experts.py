@@ -40,7 +40,7 @@ def _offsets(batch: Batch) -> Tensor:
 
 def _rows(tokens: Operand, batch: Batch) -> Rows:
     if isinstance(tokens, Fp8Tensor) and tokens.scale.stride(0) != 1:  # as they come from another GPU
-        scale = empty_scale(tokens.scale, tokens.scale.shape, tokens.block)
+        scale = empty_scale(tokens.scale, tuple(tokens.scale.shape), tokens.block)
         tokens = Fp8Tensor(tokens.data, scale.copy_(tokens.scale), tokens.block)
     return Rows(tokens, batch.source)
 

@@ -53,6 +53,9 @@ class Plain(Collective):
         sent.work.wait()
         return sent._replace(work=None)
 
+    def of_all(self, sent):
+        return super().of_all(sent).cuda()
+
     def from_rank(self, sent, rank):
         return [part.cuda() for part in super().from_rank(sent, rank)]
 
