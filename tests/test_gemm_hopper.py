@@ -11,7 +11,7 @@ from compiling_cuda import compile_cuda
 from dskernels import parity
 from dskernels.cuda.driver import Planned
 from dskernels.gemm import hopper
-from dskernels.gemm.config import HOPPER_BESIDE, HOPPER_CONFIGS, choose_hopper_config
+from dskernels.gemm.config import HOPPER_CONFIGS, choose_hopper_config
 from dskernels.parity.inputs import quantized, spread
 
 # (b_rows, out, bias, direct, accumulate): every value of each, and the combinations with the most registers.
@@ -56,9 +56,9 @@ def test_choice():
     assert tile(4096, 4096, 7168) == (256, 128)
     assert tile(4096, 2112, 7168) == (128, 192)  # 3 rounds of tiles either way, and these are smaller
     assert tile(512, 4096, 7168) == (128, 128)
-    # Three tiles one below the other are no whole number of pairs; where C is most of what moves, smaller are faster.
-    assert choose_hopper_config(300, 24576, 1536, 128, 132) == HOPPER_BESIDE
-    assert tile(300, 32768, 512) == (128, 128)
+    assert tile(300, 7168, 16384) == (128, 192)  # 114 tiles, in one round
+    assert tile(1280, 8192, 4096) == (128, 128)  # 640 tiles are five rounds, 430 of 128x192 are four
+    assert tile(300, 32768, 512) == (128, 128)  # C is most of what moves
     assert tile(384, 2112, 7168) == (128, 64)  # one round of 99 tiles, not of 51
     assert tile(7168, 4096, 4096, b_rows=1) == (256, 128)
 

@@ -105,8 +105,9 @@ class HopperConfig:
 
     `stages` blocks of K are in flight; `cluster` CTAs share their tile of A (`shared_a`, side by side along N) or of B
     (along M), and walk `group` steps in that direction before one in the other; the loop over K is unrolled `unroll`
-    times. `clocks` is what a block of K takes, `tile_clocks` what a tile takes beside them: fitted, so that the choice
-    follows the times measured on an H100. `registers`, `ahead` and, for compute-sanitizer, `one_reader` are options of
+    times. `clocks` is what a block of K takes, `tile_clocks` what a tile takes beside them, relative to each other:
+    fitted to the times of ten matrices at 160 to 4,096 rows on an H200, where what is chosen takes 0.2% more than the
+    fastest in the mean, and 5% at most. `registers`, `ahead` and, for compute-sanitizer, `one_reader` are options of
     cuda/fp8_gemm.cuh.
     """
 
@@ -147,38 +148,33 @@ class HopperConfig:
 HOPPER_TALL = HopperConfig(
     waves=2, block_n=128, stages=3, cluster=2, shared_a=True, group=8, clocks=1165, tile_clocks=1900
 )
+# Not in clusters: pairs would have to fill whole rounds. On an H200, in us, in pairs one below the other, side by side,
+# and so: 300x36864x7168 198.0, 177.2 and 168.8, 384x8192x4096 43.8, 30.0 and 27.8, 4096x2112x7168 105.2, 103.9 and
+# 101.6. With K of 512 pairs side by side are up to 14% faster, but other tiles are chosen there.
 HOPPER_NARROW = HopperConfig(
-    waves=1, block_n=192, stages=4, cluster=2, shared_a=False, group=8, clocks=850, tile_clocks=1650
+    waves=1, block_n=192, stages=4, cluster=1, shared_a=False, group=4, clocks=890, tile_clocks=2700
 )
-# Where C is most of what moves, narrow tiles are 1.5 to 10% faster one below the other.
-HOPPER_NARROW_SHORT = replace(HOPPER_NARROW, group=16)
-# The same tiles in pairs side by side, where there is an odd number of them one below the other. On an H200, in us:
-# this, what was chosen without it, and cuBLASLt: 300x24576x1536 32.7, 38.9 and 35.3, 300x7168x2048 18.1, 20.5 and 20.2,
-# 384x7168x16384 79.7, 100.2 and 106.6. With K of 512 HOPPER_LOW was faster: 20.8 and 21.6 at 300x32768, which is why a
-# tile counts as 2,700 clocks.
-HOPPER_BESIDE = replace(HOPPER_NARROW, shared_a=True, clocks=880, tile_clocks=2700)
 HOPPER_LOW = HopperConfig(
-    waves=1, block_n=128, stages=5, cluster=1, shared_a=True, group=8, clocks=740, tile_clocks=1000
+    waves=1, block_n=128, stages=5, cluster=1, shared_a=True, group=4, clocks=625, tile_clocks=850
 )
 # Half as wide, for products whose tiles of 128x128 would leave half of the multiprocessors idle: on an H200
 # 384x2112x7168 took 19.0 us and 25.7 with those. Unrolled by 4, its loop over the rest would be unrolled as well.
 HOPPER_LEAN = HopperConfig(
-    waves=1, block_n=64, stages=8, cluster=1, shared_a=True, group=8, clocks=530, tile_clocks=200, unroll=8
+    waves=1, block_n=64, stages=8, cluster=1, shared_a=True, group=8, clocks=400, tile_clocks=600, unroll=8
 )
 # With a scale for each row of B. Kept for both products of a block are 8 of 16 pairs of columns' scales: 1,015 TFLOP/s
 # at 4096x7168 and 4096 tokens, where 11, which leave registers to unroll by 2 only, gave 973.
 WGRAD_TALL = replace(HOPPER_TALL, cluster=1, registers=240, ahead=8, clocks=1550)
-WGRAD_LOW = replace(HOPPER_LOW, group=16, clocks=815)
+WGRAD_LOW = replace(HOPPER_LOW, group=16, clocks=815, tile_clocks=1000)
 HOPPER_CONFIGS = {
-    128: (HOPPER_TALL, HOPPER_NARROW, HOPPER_NARROW_SHORT, HOPPER_BESIDE, HOPPER_LOW, HOPPER_LEAN),
+    128: (HOPPER_TALL, HOPPER_NARROW, HOPPER_LOW, HOPPER_LEAN),
     1: (WGRAD_TALL, WGRAD_LOW),
 }
 
 
 def choose_hopper_config(m: int, n: int, k: int, b_rows: int, multiprocessors: int) -> HopperConfig:
     """Config of the Hopper kernel that is estimated to be done first; `b_rows` is the height of a tile of B."""
-    config = min(HOPPER_CONFIGS[b_rows], key=lambda config: config.estimate(m, n, k, multiprocessors))
-    return HOPPER_NARROW_SHORT if config == HOPPER_NARROW and k <= 2048 else config
+    return min(HOPPER_CONFIGS[b_rows], key=lambda config: config.estimate(m, n, k, multiprocessors))
 
 
 # Shared memory of an H100's multiprocessor; every CTA takes 1 KiB of it for itself.

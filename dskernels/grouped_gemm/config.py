@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -82,7 +82,8 @@ def padded_width(rows: int, groups: int) -> int:
 # Where groups are one tile high, all of B comes from memory, under load in about 3,800 clocks, which three stages
 # cannot hide behind 1,280 of work: 32 groups of 190 rows, 4096x7168, take 415 us, 1,680 clocks for a block of K. Asking
 # for B to come to the L2 4 or 8 blocks ahead of its load made it 431 and 522.
-HOPPER_CONFIGS = (HOPPER_TALL, HOPPER_LOW)
+GROUPED_LOW = replace(HOPPER_LOW, group=8, clocks=740, tile_clocks=1000)
+HOPPER_CONFIGS = (HOPPER_TALL, GROUPED_LOW)
 HOPPER_WGRAD_CONFIGS = (WGRAD_TALL, WGRAD_LOW)
 
 

@@ -97,8 +97,7 @@ def dense_weight(linear: Any, copy: Copy, dtype: torch.dtype) -> Tensor:
     weight = weight_of(linear)
     if not isinstance(weight, Fp8Tensor):
         return weight if weight.dtype == dtype else weight.to(dtype)
-    made = copy.of(parts_of(linear), lambda: weight.dequantize(dtype))
-    return made if made.dtype == dtype else made.to(dtype)
+    return copy.of(parts_of(linear), lambda: weight.dequantize(dtype), dtype)
 
 
 def one_below_the_other(gate: Any, up: Any, copy: Copy, fp8: bool) -> Weight | None:
