@@ -94,7 +94,7 @@ CASES = {
     "moe/hopper_swiglu.cu:swiglu_backward": "swiglu of experts, kept and its gradient",
     "fp8/hopper.cu:quantize": "quantize_both",
     "fp8/hopper_norm.cu:rmsnorm_quantize": "rmsnorm_quantize",
-    "gemm/hopper.cu:fp8_gemm": "fp8_gemm 128x128, clusters of 1, 16 ahead, tiles in groups of 8, B in 128x128",
+    "gemm/hopper.cu:fp8_gemm": "fp8_gemm 128x128, clusters of 1, 16 ahead, tiles in groups of 4, B in 128x128",
     "gemm/hopper_small.cu:fp8_gemm_small": "fp8_gemm, few rows",
     "grouped_gemm/hopper.cu:grouped_gemm": "grouped_gemm 128x128, clusters of 1, 16 ahead, tiles in groups of 8",
     "grouped_gemm/hopper.cu:grouped_wgrad": "grouped_wgrad 128x128, clusters of 1, 16 ahead, tiles in groups of 16",
