@@ -50,6 +50,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+import compiling_elsewhere
 import in_part
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -172,16 +173,19 @@ def compile_all(kernels: Iterable[Compile], *, every_target: bool = False) -> li
     them, in turn: with all for all, compilation took 725 of a run's 1,900 CPU seconds, where two cores have 1,800.
     `make test THOROUGH=1` compiles all for all, as do `make portability` and `every_target`.
 
+    One configuration of each kernel is compiled for sm_120 and gfx942 too, see compiling_elsewhere.py, and has to fit.
+
     Compiled kernels come from Triton's cache (`TRITON_CACHE_DIR`, `~/.triton/cache`) where they stand there already.
     """
     kernels = list(kernels)
     if not kernels:
         raise ValueError("kernels: nothing to compile")
+    elsewhere = compiling_elsewhere.also(kernels)
     if in_part.IN_PART and not every_target:
         kernels = list(_in_turn(kernels))
     child = _compiler()
     try:
-        child.stdin.write(pickle.dumps(kernels))
+        child.stdin.write(pickle.dumps([*kernels, *elsewhere]))
         child.stdin.flush()
         results: list[Report | str] = pickle.load(child.stdout)
     except (BrokenPipeError, EOFError) as error:
@@ -189,7 +193,11 @@ def compile_all(kernels: Iterable[Compile], *, every_target: bool = False) -> li
         raise CompileError(f"the compiling process ended with {child.wait()}") from error
     if failures := [result for result in results if isinstance(result, str)]:
         raise CompileError("\n\n".join(failures))
-    return [result for result in results if isinstance(result, Report)]
+    reports = [result for result in results if isinstance(result, Report)]
+    n = len(reports) - len(elsewhere)
+    if failures := compiling_elsewhere.faults(reports[n:]):
+        raise CompileError("\n\n".join(failures))
+    return reports[:n]
 
 
 def _in_turn(kernels: Iterable[Compile]) -> Iterator[Compile]:
@@ -287,9 +295,13 @@ def compile_kernel(kernel: Any, spec: Compile, target: str) -> Report:
         },
     )
     began = time.perf_counter()
-    gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     compiled = triton.compile(source, target=gpu, options=options)
+    if amd:
+        usage_there = compiling_elsewhere.usage_of(compiled)
+        return Report(spec, target, tensor_memory=0, seconds=time.perf_counter() - began, cubin=b"", **usage_there)
     cubin = compiled.asm["cubin"]
     usage = dict(re.findall(r"(\w+):(\d+)", run_tool(cubin, "cuobjdump", "-res-usage")))
     return Report(

@@ -26,6 +26,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import compiling_elsewhere
+from compiling_elsewhere import ROOMY
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS, TABLE = ROOT / "docs" / "support.json", ROOT / "docs" / "support.md"
@@ -40,13 +43,11 @@ GPUS = {
     "gfx942": "MI300X",
 }
 # What one block may use of shared memory (of LDS on an AMD GPU).
-SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+SHARED = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, **compiling_elsewhere.SHARED}
 WITHOUT_E4M3 = "sm_80 has no e4m3"
 NEWER_ONLY = "a configuration that is chosen from sm_90 on"
 ROOMY_ONLY = "a configuration that is chosen on sm_90 and sm_100, whose blocks have twice the shared memory"
 LEFT_OUT = (WITHOUT_E4M3, NEWER_ONLY, ROOMY_ONLY)
-# Kernels of which that is so, by the choice in mla/decode/config.py (WIDE) and mla/absorb/triton_values.py (roomy).
-ROOMY = ("dskernels.mla.decode.triton:decode_kernel", "dskernels.mla.absorb.triton_values:values_kernel")
 
 
 class Recorder:
@@ -141,6 +142,8 @@ def outcome(spec: Any, target: str) -> str:
             options = {k: v for k, v in options.items() if k in ("num_warps", "num_stages")}
         with contextlib.redirect_stdout(None):  # where Triton prints a program that does not assemble
             compiled = triton.compile(source, target=gpu, options=options)
+        if target.startswith("gfx"):
+            compiling_elsewhere.usage_of(compiled)
     except Exception as error:  # whatever Triton raises is the answer
         cause: BaseException = error
         while cause.__cause__ is not None:  # Triton's errors stand in one another, call by call
