@@ -40,6 +40,9 @@ def kernels(dtype):
         "dskernels.model.triton_adamw:adamw_kernel", {**singles, **moments, **numbers}, {"BLOCK": BLOCK},
         divisible=("n",),
     )  # fmt: skip
+    gradient = {"p_total": "*fp32", "p_gradient": dtype, "n": "i32"}
+    constants = {"FIRST": False, "BLOCK": 2048}
+    yield Compile("dskernels.model.triton_adamw:add_gradient_kernel", gradient, constants, divisible=("n",))
 
 
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
