@@ -106,22 +106,21 @@ class CopyEngines(Mail):
         self.gone[slot].record(self.out)
         return sent
 
-    def sums_supports(self, made: ExpertRows) -> str | None:
+    def sums_supports(self, rows: Tensor, capacity: int) -> str | None:
         """See `Mail`."""
-        return self.summing.supports(made)
+        return self.summing.supports(rows, capacity)
 
-    def sums(self, made: ExpertRows, tokens: int, capacity: int, residual: Tensor | None) -> Tensor:
+    def sums(self, leaving: Sequence[Tensor], own: ExpertRows, tokens: int, residual: Tensor | None) -> Tensor:
         """See `Mail`."""
-        hidden, dtype = made.rows.shape[1], made.rows.dtype
-        sent = self._next([(torch.Size((capacity, hidden)), dtype)], 1, [])
+        sent = self._next([(leaving[0].shape, leaving[0].dtype)], 1, [])
         slot, turn = self._slot_and_turn(sent)
         here = self._current()
         for rank in self._others():
             self._until_read(sent, rank, here)
-        out = made.rows.new_empty(tokens, hidden)
+        out = own.rows.new_empty(tokens, own.rows.shape[1])
         flags = self.pieces_at + slot * self.ranks * 4 * MOST_PIECES
         at = slot * self.ranks * self.size
-        self.summing(made, residual, out, capacity, slot=at, flags=flags, number=turn + 1)
+        self.summing(leaving, own, residual, out, slot=at, flags=flags, number=turn + 1)
         self.finished(sent)
         return out
 

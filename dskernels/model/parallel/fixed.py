@@ -43,8 +43,8 @@ class FixedTrip:
         self.beside = beside
         self.pending: list[Any] = []
         self.lent: Any = None  # the message whose rows `arrived` has given where they came
-        self.own: tuple[ExpertRows, list[Tensor]] | None = None  # of this rank's tokens, what its own experts made
-        self.at_once: ExpertRows | None = None  # what goes back and is added up in one, where nothing runs in between
+        self.own: ExpertRows | None = None  # what this rank's experts made of its own tokens
+        self.at_once: tuple[list[Tensor], ExpertRows] | None = None  # what goes back where nothing runs in between
         self.gradients: ExpertRows | None = None  # of the rows that arrived, what the backward made
 
     @property
@@ -113,20 +113,20 @@ class FixedTrip:
             weights: of this rank's tokens, for `returned`, where those of `made` are lent.
         """
         mail, capacity = self.mail, self.capacity
-        if not (self.beside or more) and mail.sums_supports(made) is None:
-            self.at_once = made
-            return
         of_ranks = [made.of(slice(rank * capacity, (rank + 1) * capacity)) for rank in range(mail.ranks)]
-        parts = [[] if rank == mail.rank else [rows.sums()] for rank, rows in enumerate(of_ranks)]
+        leaving = [rows.sums() for rank, rows in enumerate(of_ranks) if rank != mail.rank]
         self.release()
-        split = [part.contiguous().chunk(mail.ranks) for part in more]
-        for rank, part in enumerate(parts):
-            part.extend(chunks[rank] for chunks in split)
         own = of_ranks[mail.rank].of(slice(0, self.tokens))
-        self.own = own if weights is None else own._replace(weights=weights), parts[mail.rank]
-        nobody = parts[mail.rank - 1][:1] if mail.ranks > 1 else [made.rows.new_empty(capacity, made.rows.shape[1])]
-        parts[mail.rank] = [*nobody, *self.own[1]]  # this rank's own sums do not travel
-        self._begin(parts)
+        own = own if weights is None else own._replace(weights=weights)
+        if not (self.beside or more) and mail.sums_supports(made.rows, capacity) is None:
+            self.at_once = leaving, own
+            return
+        # This rank's own sums do not travel: anything of their shape stands for them.
+        nobody = leaving[0] if leaving else made.rows.new_empty(capacity, made.rows.shape[1])
+        sums = [*leaving[: mail.rank], nobody, *leaving[mail.rank :]]
+        split = [part.contiguous().chunk(mail.ranks) for part in more]
+        self.own = own
+        self._begin([[sums[rank], *(chunks[rank] for chunks in split)] for rank in range(mail.ranks)])
 
     def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
         """The sum over the ranks of each token's rows, ``[tokens, width]``, part by part.
@@ -140,14 +140,12 @@ class FixedTrip:
         """
         residual = None if residual is None else residual.contiguous()
         if self.at_once is not None:
-            made, self.at_once = self.at_once, None
-            out = self.mail.sums(made, self.tokens, self.capacity, residual)
-            self.release()
-            return [out]
-        (sent, _), mail, own = self.pending.pop(), self.mail, self.own
-        if own is None:
+            (leaving, own), self.at_once = self.at_once, None
+            return [self.mail.sums(leaving, own, self.tokens, residual)]
+        (sent, _), mail, rows = self.pending.pop(), self.mail, self.own
+        if rows is None:
             raise RuntimeError("nothing has been sent back on this trip")
-        rows, self.own = own[0], None
+        self.own = None
         places = _places(self.tokens, self.capacity, mail.ranks, mail.rank, self.device)
         out = rows.rows.new_empty(self.tokens, columns[0][0])
         for piece in mail.arriving(sent):

@@ -1,17 +1,17 @@
-// Each GPU adds up the rows that its experts have made of the others' tokens, writes the sums into their memory, and adds
-// up those of its own tokens with what the others write here: all of a combine in one kernel.
+// The way back of sums between GPUs in one kernel: what this one has added up for the others' tokens is written to them, and what comes of them is
+// added to the rows that its own experts have made of its own tokens.
 //
-// -D options: OTHERS, the other GPUs; OUT, see element.cuh, 0 or 1; ROWS, the tokens of a piece; PIECES, the most pieces.
+// -D options: OTHERS, the other GPUs; OUT, see element.cuh, 0 or 1; PIECE, bytes; STAGES, pieces in shared memory; PIECES, the most pieces of a message.
 //
-// A CTA takes pieces, so many tokens, one after the other: those of the others' tokens it writes to them, with a number
-// behind each piece; those of its own tokens it takes LAG pieces later, when the same CTA of the other GPUs has written
-// as much, and finds them in the L2. It waits for that CTA alone, which waits for none before it has written that piece:
-// so all end, whatever is resident. Copy engines take as long for the bytes, but then sums of what has come fill the
-// memory's bandwidth while the rest travels, and the last one begins when all has come.
+// A CTA takes pieces one after the other. One thread of it has the tensor memory accelerator read them into shared memory and write them to the other
+// GPU; another, which may wait for what is under way as the first may not, writes a number behind each that has got there; all others add up the pieces
+// that the same CTA of the other GPUs has written, which they find in the L2. Who writes waits for nobody: so all end, whatever is resident. Copy
+// engines take as long for the bytes, but then the sums of what has come fill the memory's bandwidth while the rest travels, and the last sum begins
+// when all has come.
 
 #include "element.cuh"
 
-constexpr int THREADS_OF_CTA = 256, UNROLL = 4, LAG = 2;
+constexpr int SUMMERS = 512, UNROLL = 4;
 typedef unsigned long long u64;
 
 // What experts have made here: of token t the sum over j of weights[t, j] * rows[index[t, j]], or row t.
@@ -85,59 +85,92 @@ __device__ __forceinline__ void add_made(float (&total)[UNROLL][8], const Made& 
     }
 }
 
-// Of each rank there are `capacity` tokens, those of rank r from r * capacity on, of this one `tokens`. `peers` are the addresses of the other ranks'
-// memory, in their order, `here` is this one's. In all of them, `slot` bytes behind the beginning, lie the sums that each rank has written for whose
-// memory it is, [ranks, capacity, units of 16 bytes], and `flags` bytes behind it the numbers of their pieces, [ranks, PIECES].
-extern "C" __global__ void __launch_bounds__(THREADS_OF_CTA) push_and_sum(
-    const uint4* rows, const int* index, const float* weights, const uint4* residual, uint4* out, const u64* peers, u64 here, u64 slot, u64 flags,
-    u64 number, int size, int choices, int stride_weights, int tokens, int capacity, int units, int rank) {
-    const Made made = {rows, index, weights, size, choices, stride_weights};
-    const int pieces = (capacity + ROWS - 1) / ROWS, of_piece = ROWS * units, grid = gridDim.x;
+// `leaving_0` and on are the sums of `capacity` tokens of each other rank, in their order; `rows` and what follows are of this rank's `tokens`
+// tokens. `peers` are the addresses of the other ranks' memory, `here` is this one's: in all of them, `slot` bytes
+// behind the beginning, lies what each rank has written there, [ranks, bytes], and `flags` bytes behind it the numbers of its pieces, [ranks, PIECES].
+extern "C" __global__ void __launch_bounds__(SUMMERS + 64) push_and_sum(
+    const char* leaving_0, const char* leaving_1, const char* leaving_2, const uint4* rows, const int* index, const float* weights,
+    const uint4* residual, uint4* out, const u64* peers, u64 here, u64 slot, u64 flags, u64 number, int size, int choices, int stride_weights,
+    int tokens, int capacity, int units, int rank) {
+    extern __shared__ __align__(128) unsigned char ring[];
+    __shared__ __align__(8) u64 full[STAGES];
+    __shared__ volatile int arrived;  // how many pieces of this CTA have got where they go
+    const u64 bytes = (u64)capacity * units * 16;
+    const int pieces = (int)((bytes + PIECE - 1) / PIECE), of_cta = (pieces - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x * OTHERS;
     auto rank_of = [&](int other) { return other + (other >= rank); };
-    auto sums_at = [&](u64 memory, int of_rank) { return (uint4*)(memory + slot) + (u64)of_rank * capacity * units; };
     auto flag_at = [&](u64 memory, int of_rank, int piece) { return (u32*)(memory + flags) + of_rank * PIECES + piece; };
-    int token[UNROLL], column[UNROLL];
-    // Which token and unit each place of a piece is; -1 behind its end.
-    auto take = [&](int piece, int begin, int first, int end) {
-#pragma unroll
-        for (int i = 0; i < UNROLL; ++i) {
-            const int place = begin + i * THREADS_OF_CTA + threadIdx.x, row = place / units;
-            column[i] = place - row * units;
-            token[i] = place < of_piece && piece * ROWS + row < end ? first + piece * ROWS + row : -1;
+    auto piece_of = [&](int k) { return (int)blockIdx.x + k / OTHERS * (int)gridDim.x; };
+    if (threadIdx.x == 0) arrived = 0;
+    if (threadIdx.x == SUMMERS) {
+        for (int i = 0; i < STAGES; ++i) barrier_init(smem_addr(full + i), 1);
+        barrier_init_fence();
+    }
+    __syncthreads();
+
+    if (threadIdx.x == SUMMERS) {  // writes
+        auto begin_of = [&](int k) { return (u64)piece_of(k) * PIECE; };
+        auto size_of = [&](int k) { return (u32)min((u64)PIECE, bytes - begin_of(k)); };
+        auto read = [&](int k) {
+            if (k >= of_cta) return;
+            const int other = k % OTHERS;
+            const char* leaving = other == 0 ? leaving_0 : other == 1 ? leaving_1 : leaving_2;
+            barrier_expect(smem_addr(full + k % STAGES), size_of(k));
+            bulk_load(smem_addr(ring) + k % STAGES * PIECE, leaving + begin_of(k), smem_addr(full + k % STAGES), size_of(k));
+        };
+        for (int k = 0; k < STAGES - 1; ++k) read(k);
+        for (int k = 0; k < of_cta; ++k) {
+            barrier_wait(smem_addr(full + k % STAGES), k / STAGES & 1);
+            char* there = (char*)(peers[k % OTHERS] + slot) + rank * bytes + begin_of(k);
+            bulk_store(there, smem_addr(ring) + k % STAGES * PIECE, size_of(k));
+            tma_store_commit();
+            tma_store_wait_read<1>();
+            read(k + STAGES - 1);
+            tma_store_wait<2>();
+            __threadfence_block();
+            arrived = k - 1;
         }
-    };
-    for (int piece = blockIdx.x, mine = piece - LAG * grid; mine < pieces; piece += grid, mine += grid) {
-        if (piece < pieces) {
+        tma_store_wait<1>();
+        arrived = of_cta - 1;
+        tma_store_wait<0>();
+        arrived = of_cta;
+    } else if (threadIdx.x == SUMMERS + 32) {  // tells
+        for (int k = 0; k < of_cta; ++k) {
+            while (arrived <= k) __nanosleep(100);
+            tell(flag_at(peers[k % OTHERS], rank, piece_of(k)), (u32)number);
+        }
+    } else if (threadIdx.x < SUMMERS) {
+        const Made made = {rows, index, weights, size, choices, stride_weights};
+        const u64 last = (u64)tokens * units;
+        for (int piece = blockIdx.x; piece < pieces; piece += gridDim.x) {
+            if (threadIdx.x < OTHERS) wait_for(flag_at(here, rank_of(threadIdx.x), piece), (u32)number);
+            asm volatile("bar.sync 1, %0;" ::"n"(SUMMERS) : "memory");
+            const u64 end = min(last, (u64)(piece + 1) * (PIECE / 16));
+            for (u64 begin = (u64)piece * (PIECE / 16) + threadIdx.x; begin < end; begin += UNROLL * SUMMERS) {
+                int token[UNROLL], column[UNROLL];
 #pragma unroll
-            for (int other = 0; other < OTHERS; ++other) {
-                const int first = rank_of(other) * capacity;
-                uint4* const there = sums_at(peers[other], rank);
-                for (int begin = 0; begin < of_piece; begin += UNROLL * THREADS_OF_CTA) {
-                    take(piece, begin, first, capacity);
-                    float total[UNROLL][8] = {};
-                    add_made(total, made, token, column, units);
-#pragma unroll
-                    for (int i = 0; i < UNROLL; ++i)
-                        if (token[i] >= 0) there[(u64)(token[i] - first) * units + column[i]] = rounded(total[i]);
+                for (int i = 0; i < UNROLL; ++i) {
+                    const u64 at = begin + i * SUMMERS;
+                    const int row = (int)(at / units);
+                    token[i] = at < end ? row : -1;
+                    column[i] = (int)(at - (u64)row * units);
                 }
-            }
-            __syncthreads();
-            if (threadIdx.x < OTHERS) tell(flag_at(peers[threadIdx.x], rank, piece), (u32)number);
-        }
-        if (mine >= 0) {
-            if (threadIdx.x < OTHERS) wait_for(flag_at(here, rank_of(threadIdx.x), mine), (u32)number);
-            __syncthreads();
-            for (int begin = 0; begin < of_piece; begin += UNROLL * THREADS_OF_CTA) {
-                take(mine, begin, rank * capacity, tokens);
                 float total[UNROLL][8] = {};
                 add_made(total, made, token, column, units);
+                for (int other = 0; other < OTHERS; ++other) {
+                    const uint4* came = (const uint4*)(here + slot + rank_of(other) * bytes) + begin;
+                    uint4 v[UNROLL];
+#pragma unroll
+                    for (int i = 0; i < UNROLL; ++i)
+                        if (token[i] >= 0) v[i] = load_shared_with_others(came + i * SUMMERS);
+#pragma unroll
+                    for (int i = 0; i < UNROLL; ++i)
+                        if (token[i] >= 0) add(total[i], v[i], 1.f);
+                }
 #pragma unroll
                 for (int i = 0; i < UNROLL; ++i) {
                     if (token[i] < 0) continue;
-                    const u64 at = (u64)(token[i] - rank * capacity) * units + column[i];
-                    for (int other = 0; other < OTHERS; ++other) add(total[i], load_shared_with_others(sums_at(here, rank_of(other)) + at), 1.f);
-                    if (residual) add(total[i], load(residual + at), 1.f);
-                    out[at] = rounded(total[i]);
+                    if (residual) add(total[i], load(residual + begin + i * SUMMERS), 1.f);
+                    out[begin + i * SUMMERS] = rounded(total[i]);
                 }
             }
         }

@@ -1,4 +1,4 @@
-"""Launcher of hopper_combine.cu: a whole combine between the GPUs of one host in one kernel, for sm_90a.
+"""Launcher of hopper_combine.cu: the way back of sums between the GPUs of one host in one kernel, for sm_90a.
 
 It takes all SMs: for where nothing else runs while the sums travel.
 """
@@ -6,6 +6,7 @@ It takes all SMs: for where nothing else runs while the sums travel.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,10 +21,10 @@ from dskernels.validate import ceil_div
 
 SOURCE = Path(__file__).with_name("hopper_combine.cu")
 OUT = {torch.bfloat16: 0, torch.float16: 1}
-MOST_PIECES = 4096  # of a message: each has a number of its own
-FEWEST_ROWS = 4  # of a piece
+PIECE, STAGES = 2**16, 3  # bytes of a piece; pieces in shared memory
+MOST_PIECES = 8192  # of a message: each has a number of its own
 MOST_OTHERS = 3
-THREADS, BLOCKS = 256, 2  # of a CTA; of an SM
+THREADS = 512 + 64
 
 
 class PushAndSum:
@@ -40,25 +41,26 @@ class PushAndSum:
         self.peers = torch.tensor(others, dtype=torch.int64, device=memory.own.device)
         self.plans: dict[tuple, Plan] = {}
 
-    def supports(self, made: ExpertRows) -> str | None:
-        """Why it does not take these rows, or None."""
-        rows, device = made.rows, made.rows.device
+    def supports(self, rows: Tensor, capacity: int) -> str | None:
+        """Why it does not take rows of experts, of so many tokens of a rank, or None."""
         if not 1 <= self.others <= MOST_OTHERS:
             return f"it is for 2 to {MOST_OTHERS + 1} ranks, there are {self.others + 1}"
         if rows.dtype not in OUT:
             return f"it takes bf16 and fp16, the rows are {str(rows.dtype).removeprefix('torch.')}"
-        if device.type != "cuda" or capability(device) != (9, 0):
+        if rows.device.type != "cuda" or capability(rows.device) != (9, 0):
             return "it is for sm_90"
         if not rows.is_contiguous() or rows.data_ptr() % 16 or rows.shape[1] * rows.element_size() % 16:
             return "rows must be contiguous, and whole 16 bytes"
+        if not 0 < pieces_of(rows, capacity) <= MOST_PIECES:
+            return f"it takes up to {MOST_PIECES * PIECE // 2**20} MB for a rank, and something"
         return reason_against_cuda()
 
     def __call__(
         self,
-        made: ExpertRows,
+        leaving: Sequence[Tensor],
+        own: ExpertRows,
         residual: Tensor | None,
         out: Tensor,
-        capacity: int,
         *,
         slot: int,
         flags: int,
@@ -67,51 +69,52 @@ class PushAndSum:
         """Fills `out` ``[T, H]``; every rank of the group has to launch it.
 
         Args:
-            made: rows of ``ranks * capacity`` tokens, see `supports`.
+            leaving: for each other rank, in their order, the sums of its tokens, ``[capacity, H]``, contiguous.
+            own: the rows of this rank's T tokens, see `supports`.
             residual: ``[T, H]``, contiguous.
             out: contiguous.
-            capacity: tokens of each rank.
-            slot: the byte of each rank's memory at which the sums that come lie.
-            flags: likewise the numbers of their pieces, int32 ``[ranks, MOST_PIECES]``.
+            slot: the byte of each rank's memory from which on what comes lies, ``[ranks, capacity, H]``.
+            flags: likewise the numbers of its pieces, int32 ``[ranks, MOST_PIECES]``.
             number: that is written there, larger than any before it.
         """
-        rows, index, weights = made
+        rows, index, weights = own
         index = None if index is None else index.contiguous()
         stride = 0 if weights is None else weights.stride(0)
+        capacity = leaving[0].shape[0]
         key = rows.shape, rows.dtype, None if index is None else index.shape, stride, out.shape[0], capacity
         plan = self.plans.get(key)
         if plan is None:
-            plan = self.plans[key] = self._plan(rows, index, stride, out, capacity)
+            plan = self.plans[key] = self._plan(rows, index, stride, out.shape[0], capacity)
         tensors = dict(rows=rows, index=index, weights=weights, residual=residual, out=out, peers=self.peers)
+        tensors |= {f"leaving_{other}": sums for other, sums in enumerate(leaving)}
         addresses = {name: x.data_ptr() for name, x in tensors.items() if x is not None}
         plan.launch_at(addresses | dict(here=self.here, slot=slot, flags=flags, number=number))
 
-    def _plan(self, rows: Tensor, index: Tensor | None, stride: int, out: Tensor, capacity: int) -> Plan:
-        of_piece = rows_of_piece(capacity)
+    def _plan(self, rows: Tensor, index: Tensor | None, stride: int, tokens: int, capacity: int) -> Plan:
+        pieces, most = pieces_of(rows, capacity), multiprocessors(rows.device)
         units = rows.shape[1] * rows.element_size() // 16
         choices = 1 if index is None else index.shape[1]
         return Plan(
-            kernel(SOURCE, "push_and_sum", options(self.others, rows.dtype, of_piece), 0, rows.device.index),
+            kernel(SOURCE, "push_and_sum", options(self.others, rows.dtype), STAGES * PIECE, rows.device.index),
             arguments=(
+                *map(Pointer, ("leaving_0", "leaving_1", "leaving_2")),
                 *map(Pointer, ("rows", "index", "weights", "residual", "out", "peers")),
                 *map(Pointer, ("here", "slot", "flags", "number")),  # addresses, and what differs from call to call
-                *map(ctypes.c_int, (rows.shape[0], choices, stride, out.shape[0], capacity, units, self.rank)),
+                *map(ctypes.c_int, (rows.shape[0], choices, stride, tokens, capacity, units, self.rank)),
             ),
-            grid=min(ceil_div(capacity, of_piece), BLOCKS * multiprocessors(rows.device)),
+            # As many pieces for each CTA: 3,584 take 128 of them 28 rounds, and 132 as many.
+            grid=ceil_div(pieces, ceil_div(pieces, most)),
             threads=THREADS,
-            shared=0,
+            shared=STAGES * PIECE,
             device=rows.device,
         )
 
 
-def rows_of_piece(capacity: int) -> int:
-    """Tokens of a piece: four, or twice as many until there are no more pieces than numbers."""
-    rows = FEWEST_ROWS
-    while ceil_div(capacity, rows) > MOST_PIECES:
-        rows *= 2
-    return rows
+def pieces_of(rows: Tensor, capacity: int) -> int:
+    """How many pieces so many rows like these are."""
+    return ceil_div(capacity * rows.shape[1] * rows.element_size(), PIECE)
 
 
-def options(others: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
+def options(others: int, dtype: torch.dtype) -> dict[str, int]:
     """What hopper_combine.cu is specialised by."""
-    return {"OTHERS": others, "OUT": OUT[dtype], "ROWS": rows, "PIECES": MOST_PIECES}
+    return {"OTHERS": others, "OUT": OUT[dtype], "PIECE": PIECE, "STAGES": STAGES, "PIECES": MOST_PIECES}

@@ -102,23 +102,23 @@ class Mail(ABC):
     def of_all(self, sent: Any) -> Tensor:
         """The first part of all ranks, ``[R, ...]``, valid likewise; where this rank's own would be stands anything."""
 
-    def sums_supports(self, made: ExpertRows) -> str | None:
-        """Why `sums` does not take these rows, or None."""
+    def sums_supports(self, rows: Tensor, capacity: int) -> str | None:
+        """Why `sums` does not take rows of experts and so many tokens of a rank, or None."""
         return "these messages are sent and added up one after the other"
 
-    def sums(self, made: ExpertRows, tokens: int, capacity: int, residual: Tensor | None) -> Tensor:
-        """A whole message that nothing else runs beside: sums of rows to the ranks whose tokens they are, and of these.
+    def sums(self, leaving: Sequence[Tensor], own: ExpertRows, tokens: int, residual: Tensor | None) -> Tensor:
+        """A whole message that nothing else runs beside, and what is added up of it.
 
         Args:
-            made: of ``R * capacity`` tokens, those of rank r from ``r * capacity`` on.
-            tokens: of this rank.
-            capacity: the same on every rank.
-            residual: ``[tokens, H]``.
+            leaving: for each other rank, in their order, the sums of its tokens, ``[capacity, H]``, contiguous.
+            own: the rows of this rank's tokens.
+            tokens: how many these are.
+            residual: ``[tokens, H]``, contiguous.
 
         Returns:
-            ``[tokens, H]``, the bits of `ExpertRows.sums` with what has come of the others in their order.
+            ``[tokens, H]``, the bits of ``own.sums`` with what has come of the others in their order.
         """
-        raise NotImplementedError(self.sums_supports(made))
+        raise NotImplementedError("these messages are sent and added up one after the other")
 
     @abstractmethod
     def finished(self, sent: Any) -> None:
