@@ -40,7 +40,7 @@ from dskernels.cuda import libcuda
 from dskernels.cuda.tensor_map import MAP_BYTES, Replace, TensorMap, encoded, replacement
 from dskernels.metadata import ByMetadata
 
-_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 
 # Where launches are noted while a call is recorded, see dskernels.recording.
 recorder: ContextVar[Any] = ContextVar("recorder of the call that is running", default=None)
@@ -48,7 +48,7 @@ recorder: ContextVar[Any] = ContextVar("recorder of the call that is running", d
 _Launch = Callable[[Sequence[int], tuple], None]
 
 
-class _Dim(ctypes.Structure):
+class Dim(ctypes.Structure):
     _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
 
 
@@ -62,8 +62,8 @@ class _Config(ctypes.Structure):
     """CUlaunchConfig."""
 
     _fields_ = [
-        ("grid", _Dim),
-        ("block", _Dim),
+        ("grid", Dim),
+        ("block", Dim),
         ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.c_void_p),
@@ -135,13 +135,13 @@ class Plan:
         pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
         attributes = []
         if cluster is not None:
-            attributes.append(_Attribute(_CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
+            attributes.append(_Attribute(CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
         if programmatic:
-            attributes.append(_Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
+            attributes.append(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
         attribute_array = (_Attribute * len(attributes))(*attributes)
         config = _Config(
-            grid=_Dim(*grid) if isinstance(grid, tuple) else _Dim(grid, 1, 1),
-            block=_Dim(threads, 1, 1),
+            grid=Dim(*grid) if isinstance(grid, tuple) else Dim(grid, 1, 1),
+            block=Dim(threads, 1, 1),
             shared=shared,
             attributes=ctypes.addressof(attribute_array),
             n_attributes=len(attributes),

@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from dskernels.cuda import driver, libcuda
-from dskernels.cuda.driver import Plan
+from dskernels.cuda import libcuda
+from dskernels.cuda.driver import CLUSTER_DIMENSION, Dim, Plan
 
 _PROGRAMMATIC_EDGE = (ctypes.c_ubyte * 8)(1, 0, 1)  # CUgraphEdgeData: from the kernel's trigger, to its start
 _ADD_EDGE, _SET_NODE = "cuGraphAddDependencies_v2", "cuGraphExecKernelNodeSetParams_v2"  # of CUDA 12.3 and 12.0
@@ -25,8 +25,8 @@ class _Node(ctypes.Structure):
 
     _fields_ = [
         ("function", ctypes.c_void_p),
-        ("grid", driver._Dim),
-        ("block", driver._Dim),
+        ("grid", Dim),
+        ("block", Dim),
         ("shared", ctypes.c_uint),
         ("arguments", ctypes.c_void_p),
         ("extra", ctypes.c_void_p),
@@ -72,7 +72,7 @@ class LaunchGraph:
         libcuda.call("cuGraphAddKernelNode_v2", self._device, ctypes.byref(node), graph, *no_edges, ctypes.byref(given))
         if plan.cluster is not None:
             value = (ctypes.c_uint * 16)(plan.cluster, 1, 1)
-            kind = ctypes.c_int(driver._CLUSTER_DIMENSION)
+            kind = ctypes.c_int(CLUSTER_DIMENSION)
             libcuda.call("cuGraphKernelNodeSetAttribute", self._device, node, kind, ctypes.byref(value))
         return node, given
 
