@@ -49,6 +49,8 @@ _Launch = Callable[[Sequence[int], tuple], None]
 
 
 class Dim(ctypes.Structure):
+    """Three unsigned numbers, as of blocks and of threads."""
+
     _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
 
 
