@@ -121,6 +121,8 @@ def reason_of_device(impl: str, device: torch.device, asked_for: bool) -> str | 
     elif impl == "triton":
         if not has_triton():
             return "Triton is not installed"
+        if device.type == "cuda" and (0, 0) < capability(device) < (8, 0):
+            return "Triton's kernels need sm_80 or newer, this GPU is sm_{}{}".format(*capability(device))
         if device.type == "cpu":
             if not interpreting():
                 return "the tensors are on the CPU, and TRITON_INTERPRET=1 is not set"

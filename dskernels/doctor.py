@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from dskernels.choice import Choice, explain
-from dskernels.device import default_device, has_triton
+from dskernels.cuda.compiler import reason_against_compiling
+from dskernels.device import capability, default_device, has_triton
 
 PACKAGES = ("dskernels", "torch", "triton", "cupy", "safetensors", "transformers", "tokenizers", "matplotlib")
 DISTRIBUTIONS = {"cupy": ("cupy-cuda13x", "cupy-cuda12x", "cupy")}
@@ -63,4 +64,7 @@ def summary() -> str:
     if gpu() is None:
         said = "No GPU: operations run their PyTorch references"
         return f"{said}; `dskernels parity` runs the Triton kernels in the interpreter." if has_triton() else f"{said}."
-    return f"Operations run on {default_device()} by the implementations below."
+    said = f"Operations run on {default_device()} by the implementations below."
+    if capability(default_device()) == (9, 0) and (reason := reason_against_compiling()):
+        said += f" But kernels in CUDA C++, most of those called hopper, do not: {reason}."
+    return said

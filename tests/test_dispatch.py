@@ -290,6 +290,15 @@ def test_empty_with_strides_and_in_a_mode(device):
         assert isinstance(empty(like, (5, 2), torch.float32), FakeTensor)
 
 
+def test_a_gpu_that_is_too_old_runs_the_reference(monkeypatch):
+    """Triton (3.7) compiles most kernels for sm_75 and ends in an error of ptxas for others."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    device.capability.cache_clear()
+    reason = choice.reason_of_device("triton", torch.device("cuda", 0), asked_for=False)
+    assert reason == "Triton's kernels need sm_80 or newer, this GPU is sm_75"
+    device.capability.cache_clear()
+
+
 def test_an_amd_gpu_is_none_of_nvidias(monkeypatch):
     """Torch calls one of gfx90a "cuda" and its capability (9, 0), and gfx942 has (9, 4)."""
     monkeypatch.setattr(torch.version, "hip", "6.4")

@@ -120,6 +120,37 @@ def test_a_folder_of_the_cache_that_cannot_be_made(monkeypatch, tmp_path):
     assert caught.value.filename == "/proc/dskernels"
 
 
+@pytest.mark.parametrize("what", ["cupy", "nvrtc"])
+def test_what_cannot_be_loaded_is_named(monkeypatch, tmp_path, what):
+    """A CuPy for another CUDA, and no toolkit."""
+    path = next((ROOT / "dskernels").rglob("*.cu"))
+    if what == "cupy":
+        monkeypatch.setattr(compiler, "reason_against_cuda", lambda: None)
+        said = "\\n====\\nFailed to import CuPy.\\nlibcudart.so.12: cannot open shared object file"
+        (tmp_path / "cupy.py").write_text(f"raise ImportError('{said}')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "cupy", raising=False)
+        with pytest.raises(
+            ImportError, match=r"CuPy, .* cannot be imported \(Failed to import CuPy.\): it has to be the"
+        ):
+            compiler.kernel(path, "some", {}, 0, 0)
+        assert compiler.reason_against_compiling().startswith(
+            "CUDA C++ kernels are compiled by CuPy, which is installed"
+        )
+        return
+
+    def compile_():
+        raise RuntimeError("CuPy failed to load libnvrtc.so.13: OSError: libnvrtc.so.13: cannot open")
+
+    fake_cupy(monkeypatch, compile_)
+    with pytest.raises(RuntimeError, match=r"NVRTC, which CuPy does not find .*libnvrtc.* install the CUDA toolkit"):
+        compiler._module(path, (), 0)
+    compiler._module.cache_clear()
+    sys.modules["cupy"].cuda.nvrtc = types.SimpleNamespace(getVersion=compile_)
+    monkeypatch.setattr(compiler, "reason_against_cuda", lambda: None)
+    assert compiler.reason_against_compiling().startswith("CUDA C++ kernels are compiled by NVRTC")
+
+
 COMPILE = """
 import os, sys, json, resource, signal, triton
 from pathlib import Path

@@ -30,6 +30,18 @@ def reason_against_cuda() -> str | None:
     return None
 
 
+def reason_against_compiling() -> str | None:
+    """The same, found out by loading what compiles: for `dskernels doctor`."""
+    if reason := reason_against_cuda():
+        return reason
+    try:
+        with _using_nvrtc():
+            _cupy().cuda.nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
 def source_of(path: Path) -> str:
     """The file with the library's headers put in place, each once: the text alone decides what a cache may return."""
     return "\n".join(_lines(path, set()))
@@ -61,16 +73,40 @@ def _using_the_cache() -> Iterator[None]:
 
 
 def _cupy() -> Any:
-    with _using_the_cache():  # CuPy makes the folder when it is imported
-        import cupy
+    try:
+        with _using_the_cache():  # CuPy makes the folder when it is imported
+            import cupy
+    except ImportError as error:
+        raise ImportError(
+            f"CUDA C++ kernels are compiled by CuPy, which is installed and cannot be imported ({_first_line(error)}): "
+            "it has to be the one for this CUDA (pip install 'dskernels[cuda12]' or 'dskernels[cuda13]')"
+        ) from error
     return cupy
+
+
+@contextlib.contextmanager
+def _using_nvrtc() -> Iterator[None]:
+    """Says what an error is about where there is no CUDA toolkit."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        if "libnvrtc" not in str(error):
+            raise
+        raise RuntimeError(
+            f"CUDA C++ kernels are compiled by NVRTC, which CuPy does not find ({_first_line(error)}): install the "
+            "CUDA toolkit, or its parts by pip (cupy-cuda13x[ctk])"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip(" =")), type(error).__name__)
 
 
 @functools.cache
 def _module(path: Path, options: tuple[tuple[str, int], ...], device: int) -> Any:
     cupy = _cupy()
     flags = (*FLAGS, *(f"-D{name}={value}" for name, value in options))
-    with cupy.cuda.Device(device), _using_the_cache():
+    with cupy.cuda.Device(device), _using_the_cache(), _using_nvrtc():
         module = cupy.RawModule(code=source_of(path), options=flags, backend="nvrtc")
         module.compile()
     return module
