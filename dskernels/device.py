@@ -84,4 +84,5 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype, strides: Seque
         return like.new_empty_strided(shape, strides, dtype=dtype)
     if strides is None:
         strides = (shape[1] or 1, 1) if len(shape) == 2 else torch.empty(shape, device="meta").stride()
-    return torch._C._dynamo.guards._empty_strided_cuda(shape, strides, dtype)  # type: ignore[attr-defined]
+    make = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+    return make(tuple(shape), tuple(strides), dtype)  # it takes no torch.Size

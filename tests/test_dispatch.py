@@ -274,7 +274,7 @@ def test_a_negative_view_never_goes_straight(straight, device, seen_first):
         assert torch.equal(ds.quantize(torch._neg_view(x), impl="triton").data.float(), want)
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (0, 7), (5, 0), (2, 3, 4), (6,), ()])
+@pytest.mark.parametrize("shape", [(5, 7), (0, 7), (5, 0), (2, 3, 4), (6,), (), torch.Size((5, 7))])
 def test_empty_is_new_empty(device, shape):
     like = torch.empty(3, device=device)
     got, want = empty(like, shape, torch.float16), like.new_empty(shape, dtype=torch.float16)
