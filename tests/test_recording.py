@@ -113,7 +113,16 @@ def test_another_stream(on_the_cpu, monkeypatch):
         assert [launch["stream"] for launch in on_the_cpu.launches[-2:]] == [stream] * 2
 
 
-KINDS_OF_MORE = ["fill", "copy", "elsewhere", "argument", "nothing", "view of a result", "memory"]
+KINDS_OF_MORE = [
+    "fill",
+    "copy",
+    "elsewhere",
+    "argument",
+    "nothing",
+    "view of a result",
+    "beginning of a result",
+    "memory",
+]
 
 
 @pytest.mark.parametrize("what", KINDS_OF_MORE)
@@ -130,7 +139,8 @@ def test_what_is_more_than_launches_runs_as_it_is_written(on_the_cpu, monkeypatc
             out.zero_()
         if what != "nothing":
             first(x.t().contiguous().t() if what == "copy" else elsewhere if what == "elsewhere" else x, out)
-        return x if what == "argument" else out[1:] if what == "view of a result" else out
+        parts = {"argument": x, "view of a result": out[1:], "beginning of a result": out[:2]}
+        return parts.get(what, out)
 
     for _ in range(6):
         run(torch.empty(4, 32))
