@@ -49,6 +49,20 @@ NEWER_ONLY = "a configuration that is chosen from sm_90 on"
 ROOMY_ONLY = "a configuration that is chosen on sm_90 and sm_100, whose blocks have twice the shared memory"
 LEFT_OUT = (WITHOUT_E4M3, NEWER_ONLY, ROOMY_ONLY)
 
+NOTE = """
+Kernels that read or write e4m3 are left out for sm_80, which has no such type: quantising, products in e4m3 and the
+e4m3 cache run there on the reference. Configurations that are not chosen on a GPU, which are for newer ones or for more
+shared memory, are left out too. The kernels in CUDA C++ are for sm_90 alone. A GPU before sm_80 runs the reference.
+
+gfx942 has instructions for e4m3fnuz, whose numbers are half of e4m3's with the same bits. The kernels take and give
+torch's `float8_e4m3fn` alone (`float8_e4m3fnuz` is a TypeError). Triton converts it by integers there, and multiplies
+it as fp16, which holds each of its numbers: that none of those instructions is used is checked of every kernel that is
+compiled for gfx942.
+
+`make test` compiles the first configuration of each kernel for sm_80 or sm_89, sm_90 and sm_100, and a small one for
+sm_120 and gfx942, by one release of Triton (`tests/compiling_elsewhere.py`).
+"""
+
 
 class Recorder:
     """A pytest plugin: tests that compile are run up to there, and what they would compile is kept."""
@@ -238,10 +252,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(f"| {result['triton']} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Kernels that read or write e4m3 are left out for sm_80, which has no such type: quantising, products in e4m3",
-        "and the e4m3 cache run there on the reference. Configurations that are not chosen on a GPU, which are for "
-        "newer",
-        "ones or for more shared memory, are left out too. The kernels in CUDA C++ are for sm_90 alone.",
+        *NOTE.strip().splitlines(),
     ]
     for where, failed in notes.items():
         lines += ["", f"## {where}", "", *(f"- {text}" for text in dict.fromkeys(failed))]

@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 import compiling
+import compiling_elsewhere
 from compiling import SHARED_LIMIT, Compile, CompileError, assert_clean, compile_all
 
 
@@ -33,6 +34,14 @@ def product_kernel(a, b, out, steps, stride, BLOCK: tl.constexpr, DTYPE: tl.cons
     for step in range(steps):
         sum_MN += tl.dot(tl.load(a + tile + step * BLOCK), tl.load(b + tile + step * BLOCK))
     tl.store(out + tile, sum_MN.to(DTYPE))
+
+
+@triton.jit
+def e4m3_kernel(x, out, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    rows = tl.arange(0, BLOCK)
+    tile = rows[:, None] * BLOCK + rows[None, :]
+    value = tl.load(x + tile).to(tl.float32).to(DTYPE)
+    tl.store(out + tile, tl.dot(value, value))
 
 
 @gluon.jit
@@ -174,6 +183,35 @@ def test_configurations_take_the_targets_in_turn():
         *[every, every],
         *[("sm_90",), ("sm_100",), ("sm_80",), ("sm_90",), ("sm_90",)],
     ]
+
+
+def test_e4m3fnuz_on_gfx942_is_seen():
+    """Triton takes e4m3 there for what it is, without an instruction of the other format."""
+    signature, targets = {"x": "*bf16", "out": "*fp32"}, ["gfx942"]
+    right, wrong = (
+        Compile("test_compiling:e4m3_kernel", signature, {"BLOCK": 64, "DTYPE": dtype}, targets=targets)
+        for dtype in (tl.float8e4nv, tl.float8e4b8)
+    )
+    (report,) = compile_all([right])
+    assert report.stack == 0
+    assert report.registers > 0
+    with pytest.raises(CompileError, match=r"instructions of e4m3fnuz, .*v_mfma_f32_\w+_fp8_fp8"):
+        compile_all([wrong])
+
+
+def test_each_kernel_is_compiled_elsewhere_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiling_elsewhere, "_TAKEN", tmp_path / "taken")
+    monkeypatch.setattr(compiling_elsewhere.in_part, "IN_PART", True)
+    kernel = "dskernels.gemm.triton:fp8_gemm_kernel"
+    large, small = (dataclasses.replace(product(block), kernel=kernel) for block in (128, 64))
+    newer = dataclasses.replace(product(16), kernel=kernel, targets=["sm_90", "sm_100"])
+    chosen = compiling_elsewhere.also([large, newer, small, product(16)])
+    assert [(one.targets, one.constants["BLOCK"]) for one in chosen] == [(("sm_120",), 16), (("gfx942",), 64)]
+    assert compiling_elsewhere.also([large]) == []
+    report = compiling.Report(
+        small, "gfx942", registers=9, stack=65, shared=65_537, tensor_memory=0, seconds=0, cubin=b""
+    )
+    assert len(compiling_elsewhere.faults([report])) == 2
 
 
 def test_nothing_to_compile_is_refused():

@@ -221,6 +221,11 @@ X, W = torch.randn(4, 256), torch.randn(130, 256)
         (lambda: ds.fp8_gemm(B, B), ValueError, r"a: expected block \(1, 128\), got \(128, 128\)"),
         (lambda: ds.fp8_gemm(A, B._replace(block=(128, 1))), ValueError, "b: expected block"),
         (lambda: ds.fp8_gemm(A._replace(data=X), B), TypeError, "a.data: expected dtype float8_e4m3fn, got float32"),
+        (
+            lambda: ds.fp8_gemm(A._replace(data=A.data.view(torch.float8_e4m3fnuz)), B),
+            TypeError,
+            "a.data: expected dtype float8_e4m3fn, got float8_e4m3fnuz",
+        ),
         (lambda: ds.fp8_gemm(A._replace(data=A.data[0]), B), ValueError, r"a.data: expected shape \[R, C\]"),
         (lambda: ds.fp8_gemm(A._replace(scale=None), B), TypeError, "a.scale: expected a torch.Tensor"),
         (lambda: ds.fp8_gemm(A._replace(scale=A.scale.double()), B), TypeError, "a.scale: expected dtype float32"),
