@@ -141,6 +141,8 @@ def _owner_of(weight: Tensor) -> Tensor:
         owner = None if found is None else found()
         if owner is not None and owner in _kept and owner.data_ptr() == place[0] and owner._version == weight._version:
             return owner
+    if len(_owners) >= MOST_QUICK:  # of weights that were made for one call
+        _owners.clear()
     _owners[place] = TensorWeakRef(weight)
     return weight
 
