@@ -35,8 +35,10 @@ __device__ __forceinline__ bool raised(const int* flag) {
 struct Work {
     uint4* sums;   // [2 * parts, row_blocks, columns / 16, 4 warps, 32 lanes]: as the products leave them, see wgmma.cuh; rows r and r + 8 of two columns, and the same 8 columns on
     float* lse;    // [2 * parts, padded_rows], in powers of 2
-    int4* spans;   // [spans(requests, parts)]: a request, the first part that has it, and how many do; what they say of one part or none is not used
-    int* flags;    // [parts * row_blocks]
+    // [min(requests, parts)], as one request at most of those with several parts begins in each part: a request, the first part that has it, and how
+    // many do; what they say of one part or none is not used.
+    int4* spans;
+    int* flags;  // [parts * row_blocks]
     int padded_rows, row_blocks;
     __device__ __forceinline__ Work(float* work, int row_blocks, int parts) {
         padded_rows = row_blocks * BLOCK;
@@ -51,5 +53,3 @@ struct Work {
         return sums + (((long long)slot * row_blocks + row_block) * (VALUE / 16) + j) * 128 + warp * 32 + lane;
     }
 };
-// Of several parts are as many requests as there are, at most, and one that begins in each part: so a span is a request's, or a part's.
-__device__ __forceinline__ int spans_of(int requests, int parts) { return min(requests, parts); }
