@@ -150,6 +150,7 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
         "dispatch": lambda: dispatch(fixed()),
         "dispatch_kept": lambda: dispatch(fixed(), lend=False),
         "combine": lambda: combine(fixed(), every),
+        "combine_engines": lambda: combine(fixed(beside=True), every),
         "dispatch_fp8": lambda: dispatch(fixed(), "fp8"),
         "dispatch_operand": lambda: dispatch(fixed(), "operand"),
         "counted_dispatch": lambda: dispatch(counted),
@@ -284,7 +285,6 @@ def training(device: torch.device, quick: bool) -> dict:
         "data": Plan(data=ranks),
         "data_gathered": Plan(data=ranks, reshard=False),
         "expert": Plan(expert=ranks),
-        "expert_gathered": Plan(expert=ranks, reshard=False),
         "expert_overlap": Plan(expert=ranks, reshard=False, overlap=True),
         "expert_counted": Plan(expert=ranks, exchange="counted"),
     }
@@ -292,7 +292,7 @@ def training(device: torch.device, quick: bool) -> dict:
         config, sizes = Config.from_name("tiny"), dict(tokens=32, microbatches=2, length=16, steps=1, precision="fp32")
     else:
         config = models.config_of(MODEL_TRAINED_SLICE)
-        sizes = dict(tokens=32768, microbatches=2, length=4096, steps=7, precision="fp8")
+        sizes = dict(tokens=32768, microbatches=2, length=4096, steps=5, precision="fp8")
     return parallel_runs.throughput(config, plans, device=device, **sizes)  # type: ignore[arg-type]
 
 
@@ -304,7 +304,7 @@ def pipeline(device: torch.device, quick: bool) -> dict:
         sizes: dict[str, Any] = dict(tokens=32, length=16, microbatches=4 * ranks, steps=1, precision="fp32")
         config = Config.from_name("tiny", **options)
     else:
-        sizes = dict(tokens=32768, length=4096, microbatches=4 * ranks, steps=5, precision="fp8")
+        sizes = dict(tokens=32768, length=4096, microbatches=4 * ranks, steps=3, precision="fp8")
         options |= dict(vocab_size=1024, bos_token_id=None, eos_token_id=())
         config = Config.from_name("moonlight", **options)
     return parallel_runs.pipeline_bubble(config, device=device, **sizes)

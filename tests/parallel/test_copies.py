@@ -48,7 +48,10 @@ def memory_of_one_gpu(cls, group, size):
 class Plain(Collective):
     """By `torch.distributed` through the CPU, where gloo is."""
 
-    def send(self, outgoing, *, together=False):
+    def send(self, outgoing, *, together=False, fill=None):
+        for rank in range(self.ranks):
+            if fill is not None and rank != self.rank:
+                fill(rank, slice(0, len(outgoing[rank][0])))
         sent = super().send([[part.cpu() for part in parts] for parts in outgoing], together=together)
         sent.work.wait()
         return sent._replace(work=None)
@@ -319,6 +322,7 @@ def test_nothing_is_read_or_written_too_early(monkeypatch, ranks):
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(copies, "Moment", Reached)
+    monkeypatch.setattr(copies, "FEWEST_FILLED", 0)
     size, rows = message_bytes([(8, 64), (8, 4)]), 8
     for _ in range(12):
         queues = Queues(generator)
@@ -342,15 +346,23 @@ def test_nothing_is_read_or_written_too_early(monkeypatch, ranks):
             main, sent = queues.current(None), {}
             for what, number, together in program:
                 if what == "send":
-                    parts = [[] for _ in range(ranks)]
+                    parts, firsts = [[] for _ in range(ranks)], {}
                     for to, width in itertools.product(range(ranks), (16, 1)):
                         memory = np.zeros((rows, width), np.int32)  # outlives the tensor, as memory of a GPU does
                         keeps.append(memory)
                         parts[to].append(torch.from_numpy(memory))
-                        main.call(functools.partial(memory.fill, 1 + number * 100 + rank * 10 + to))
+                        value = 1 + number * 100 + rank * 10 + to
+                        if width == 16 and to != rank and number % 3 == 0:  # is made as it leaves
+                            firsts[to] = memory, value
+                        else:
+                            main.call(functools.partial(memory.fill, value))
                         # Whoever has it next writes to it at once.
                         weakref.finalize(parts[to][-1], main.call, functools.partial(memory.fill, -1))
-                    sent[number] = mail.send(parts, together=together)
+
+                    def fill(to, piece, firsts=firsts, main=main):
+                        main.call(functools.partial(firsts[to][0][piece].fill, firsts[to][1]))
+
+                    sent[number] = mail.send(parts, together=together, fill=fill if firsts else None)
                     del parts
                 else:
                     one = sent.pop(number)

@@ -151,7 +151,14 @@ class Trip:
     def release(self) -> None:
         """As nothing is lent, nothing is given back."""
 
-    def send_back(self, made: ExpertRows, more: Sequence[Tensor] = (), *, weights: Tensor | None = None) -> None:
+    def send_back(
+        self,
+        made: ExpertRows,
+        more: Sequence[Tensor] = (),
+        *,
+        weights: Tensor | None = None,
+        urgent: bool = False,
+    ) -> None:
         """Begins the way back of the sums of all rows that experts have made here, see `FixedTrip.send_back`."""
         begin, end = self._own(self.received)
         token = torch.arange(self.rows, device=self.device)

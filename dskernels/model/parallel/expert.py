@@ -34,6 +34,11 @@ class Chain:
     def __init__(self) -> None:
         self.token: Tensor | None = None
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the others wait for a message from before when this one has handed over."""
+        return False
+
     def switch(self) -> None:
         """Called where a message has begun and something else may run, see `overlap`."""
 
@@ -125,7 +130,8 @@ class ExpertParallel:
         y, made = _Experts.apply(*block, first, *options, trip)
         # What was lent is given back when the others' rows are added up, before this rank's own are.
         own = None if differentiable else routing.weights
-        chain.token = ticket = _LeaveBack.apply(chain.token, y, trip, made, own)
+        urgent = shared is None and chain.is_last
+        chain.token = ticket = _LeaveBack.apply(chain.token, y, trip, made, own, urgent)
         del made
         chain.switch()
         # A gradient that comes back is read where it came, unless the weights' share of it is for later.
@@ -298,16 +304,22 @@ class _LeaveBack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, token: Tensor, y: Tensor, trip: Trip | FixedTrip, made: ExpertRows, weights: Tensor | None
+        ctx: Any,
+        token: Tensor,
+        y: Tensor,
+        trip: Trip | FixedTrip,
+        made: ExpertRows,
+        weights: Tensor | None,
+        urgent: bool,
     ) -> Tensor:
         ctx.trip, ctx.width = trip, (y.shape[1], y.dtype)
         ctx.set_materialize_grads(False)
-        trip.send_back(made, weights=weights)
+        trip.send_back(made, weights=weights, urgent=urgent)
         return y.new_zeros(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, ctx.trip.arrived([ctx.width])[0], None, None, None
+        return None, ctx.trip.arrived([ctx.width])[0], None, None, None, None
 
 
 class _ArriveBack(torch.autograd.Function):

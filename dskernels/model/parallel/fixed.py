@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dskernels.model.parallel.mail import Mail, message_bytes
+from dskernels.model.parallel.mail import Fill, Mail, message_bytes
 from dskernels.moe.rows import ExpertRows
 
 
@@ -102,7 +102,14 @@ class FixedTrip:
         if getattr(self, "lent", None) is not None:
             self.release()
 
-    def send_back(self, made: ExpertRows, more: Sequence[Tensor] = (), *, weights: Tensor | None = None) -> None:
+    def send_back(
+        self,
+        made: ExpertRows,
+        more: Sequence[Tensor] = (),
+        *,
+        weights: Tensor | None = None,
+        urgent: bool = False,
+    ) -> None:
         """Begins to send the sums of all rows that experts have made here to the ranks whose tokens they are.
 
         Those of this rank's own tokens are left to `returned`, which adds them up with what has come.
@@ -111,14 +118,23 @@ class FixedTrip:
             made: of all rows that arrived.
             more: other parts, ``[rows, width]``.
             weights: of this rank's tokens, for `returned`, where those of `made` are lent.
+            urgent: nothing else runs before it is waited for: let the first sums leave while others are added up.
         """
         mail, capacity = self.mail, self.capacity
         of_ranks = [made.of(slice(rank * capacity, (rank + 1) * capacity)) for rank in range(mail.ranks)]
-        leaving = [rows.sums() for rank, rows in enumerate(of_ranks) if rank != mail.rank]
-        self.release()
+        fill = None
+        if urgent and self.beside and made.index is not None:
+            empty = made.rows.new_empty(mail.ranks - 1, capacity, made.rows.shape[1])
+            leaving = list(empty)
+
+            def fill(rank: int, rows: slice) -> None:
+                of_ranks[rank].of(rows).sums(out=leaving[rank - (rank > mail.rank)][rows])
+        else:
+            leaving = [rows.sums() for rank, rows in enumerate(of_ranks) if rank != mail.rank]
         own = of_ranks[mail.rank].of(slice(0, self.tokens))
         own = own if weights is None else own._replace(weights=weights)
         if not (self.beside or more) and mail.sums_supports(made.rows, capacity) is None:
+            self.release()
             self.at_once = leaving, own
             return
         # This rank's own sums do not travel: anything of their shape stands for them.
@@ -126,7 +142,8 @@ class FixedTrip:
         sums = [*leaving[: mail.rank], nobody, *leaving[mail.rank :]]
         split = [part.contiguous().chunk(mail.ranks) for part in more]
         self.own = own
-        self._begin([[sums[rank], *(chunks[rank] for chunks in split)] for rank in range(mail.ranks)])
+        self._begin([[sums[rank], *(chunks[rank] for chunks in split)] for rank in range(mail.ranks)], fill=fill)
+        self.release()
 
     def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
         """The sum over the ranks of each token's rows, ``[tokens, width]``, part by part.
@@ -162,10 +179,10 @@ class FixedTrip:
         mail.finished(sent)
         return sums
 
-    def _begin(self, outgoing: Sequence[Sequence[Tensor]], *, lend: bool = False) -> None:
+    def _begin(self, outgoing: Sequence[Sequence[Tensor]], *, lend: bool = False, fill: Fill | None = None) -> None:
         if self.pending:
             raise RuntimeError("a message of this trip is still under way")
-        self.pending.append((self.mail.send(outgoing, together=lend), lend))
+        self.pending.append((self.mail.send(outgoing, together=lend, fill=fill), lend))
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +59,9 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+Fill = Callable[[int, slice], None]
+
+
 class Mail(ABC):
     """Messages among the ranks of a group. Every rank sends and takes the same ones in the same order.
 
@@ -70,13 +73,15 @@ class Mail(ABC):
         self.group, self.ranks, self.rank = group, group.size(), group.rank()
 
     @abstractmethod
-    def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False) -> Any:
+    def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False, fill: Fill | None = None) -> Any:
         """Begins a message to every rank.
 
         Args:
             outgoing: for each rank the parts of its message, contiguous, of shapes and dtypes that are the same for
                 all ranks of the group.
             together: let `whole` have them, the one for this rank too, which else stays where it is.
+            fill: writes these rows of the first part for a rank, which is another one; called once for all of them
+                before they leave, for some while others already travel.
 
         Returns:
             What the others take.
@@ -137,9 +142,12 @@ class Sent(NamedTuple):
 class Collective(Mail):
     """`Mail` by one `all_to_all_single` a message, on any backend."""
 
-    def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False) -> Sent:
+    def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False, fill: Fill | None = None) -> Sent:
         """See `Mail`; what is to lie together is put together when it is asked for."""
         own = list(outgoing[self.rank])
+        for rank in range(self.ranks):
+            if fill is not None and rank != self.rank:
+                fill(rank, slice(0, own[0].shape[0]))
         parts, size = layout(own)
         device = own[0].device
         leaving = torch.empty(self.ranks, size, dtype=torch.uint8, device=device)

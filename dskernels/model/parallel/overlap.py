@@ -32,6 +32,10 @@ class _Baton(Chain):
             lock.acquire()
         self.failed: BaseException | None = None
 
+    @property
+    def is_last(self) -> bool:
+        return self.turn == self.running[-1]
+
     def wait(self, me: int) -> None:
         """Until it is this one's turn."""
         self.turns[me].acquire()
