@@ -41,7 +41,7 @@ def recipe(batch_tokens: int, microbatches: int, precision: Any) -> TrainConfig:
 
 # How far router biases move at each step before anything is timed; a router that has just been drawn sent 60% of the
 # choices to the experts of one of two ranks, which the other waited for. Training evens that out in hundreds of steps.
-SETTLING = (0.02,) * 4 + (0.007,) * 4 + (0.002,) * 4 + (0.0005,) * 4
+SETTLING = (0.02,) * 4 + (0.007,) * 4 + (0.002,) * 4 + (0.0005,) * 2
 WARM = 2  # steps before those that are timed
 
 
