@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dskernels.gemm.config import MAX_PARTS, GemmConfig
-from dskernels.portable import cast, dot
+from dskernels.portable import cast, dot, launch
+from dskernels.validate import ceil_div
 
 
 @triton.jit(do_not_specialize=["M", "stride_sak", "stride_sbn", "blocks"])
@@ -155,10 +156,12 @@ def narrow(
 ) -> None:
     """Fill `out` [M, N], or add to it; `parts` programs share a tile, fewer where K has no block for each."""
     (m, k), n = a.shape, b.shape[0]
-    blocks = max(1, triton.cdiv(triton.cdiv(k, 128), parts))
-    parts = max(1, triton.cdiv(triton.cdiv(k, 128), blocks))
+    blocks = max(1, ceil_div(ceil_div(k, 128), parts))
+    parts = max(1, ceil_div(ceil_div(k, 128), blocks))
     sums = torch.empty((parts, m, n), dtype=torch.float32, device=out.device) if parts > 1 else None
-    narrow_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), parts)](
+    launch(
+        narrow_kernel,
+        (ceil_div(m, config.block_m) * ceil_div(n, config.block_n), parts),
         a,
         a_scale,
         b,
@@ -188,7 +191,9 @@ def narrow(
         num_stages=config.num_stages,
     )
     if sums is not None:
-        sum_parts_kernel[(triton.cdiv(n, 256), m)](
+        launch(
+            sum_parts_kernel,
+            (ceil_div(n, 256), m),
             sums,
             bias,
             out,

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dskernels.grouped_gemm.config import GroupedConfig, choose_config, tile_bound
-from dskernels.portable import cast, dot, reason_against_e4m3
+from dskernels.portable import cast, dot, launch, reason_against_e4m3
+from dskernels.validate import ceil_div
 
 # ---- which rows and tiles belong to a group -------------------------------------------------------------------------
 
@@ -240,7 +241,7 @@ def plan(offsets: Tensor, rows: int, block: int) -> Tensor:
     """First row and first tile of `block` rows of each group, int32 [2, E + 2]."""
     groups = offsets.shape[0] - 1
     result = offsets.new_empty(2, groups + 2)
-    plan_kernel[(1,)](offsets, result, rows, groups, BLOCK=block, GROUPS=lanes(groups), num_warps=4)
+    launch(plan_kernel, (1,), offsets, result, rows, groups, BLOCK=block, GROUPS=lanes(groups), num_warps=4)
     return result
 
 
@@ -269,8 +270,10 @@ def product(
     config = choose_config(rows, groups, a.dtype)
     # A plain product has no scales; the kernel never looks at what stands in their place.
     s_a, s_b = (a, b) if a_scale is None or b_scale is None else (a_scale, b_scale)
-    grid = (tile_bound(rows, groups, config.block_m) * triton.cdiv(n, config.block_n),)
-    grouped_gemm_kernel[grid](
+    grid = (tile_bound(rows, groups, config.block_m) * ceil_div(n, config.block_n),)
+    launch(
+        grouped_gemm_kernel,
+        grid,
         a,
         s_a,
         b,
@@ -332,8 +335,10 @@ def grouped_gemm_masked(
         return
     config = choose_config(groups * rows, groups, a.dtype)
     s_a, s_b = (a, b) if a_scale is None or b_scale is None else (a_scale, b_scale)
-    grid = (groups * triton.cdiv(rows, config.block_m) * triton.cdiv(n, config.block_n),)
-    grouped_gemm_masked_kernel[grid](
+    grid = (groups * ceil_div(rows, config.block_m) * ceil_div(n, config.block_n),)
+    launch(
+        grouped_gemm_masked_kernel,
+        grid,
         a,
         s_a,
         b,

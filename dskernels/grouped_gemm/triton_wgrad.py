@@ -16,7 +16,8 @@ from dskernels.fp8.layout import empty_scale
 from dskernels.fp8.triton import store_rows
 from dskernels.grouped_gemm.config import choose_wgrad_config, padded_width
 from dskernels.grouped_gemm.triton import group_of_tile, lanes, plan
-from dskernels.portable import cast, dot, reason_against_e4m3
+from dskernels.portable import cast, dot, launch, reason_against_e4m3
+from dskernels.validate import ceil_div
 
 
 @triton.jit(do_not_specialize=["P", "top_k", "stride_sdyt", "stride_sxt"])
@@ -167,8 +168,10 @@ def grouped_wgrad(
         if source is not None:
             tokens = source.shape[0]
     config = choose_wgrad_config(n, k, dy.dtype)
-    grid = (groups * triton.cdiv(n, config.block_m) * triton.cdiv(k, config.block_n),)
-    grouped_wgrad_kernel[grid](
+    grid = (groups * ceil_div(n, config.block_m) * ceil_div(k, config.block_n),)
+    launch(
+        grouped_wgrad_kernel,
+        grid,
         dy,
         s_dy,
         x,
@@ -211,7 +214,9 @@ def quantize_grouped(
     data = x.new_empty((k, width), dtype=torch.float8_e4m3fn)
     scale = empty_scale(x, (k, width // 128), (1, 128))
     if k:
-        quantize_grouped_kernel[(width // 128, triton.cdiv(k, 64))](
+        launch(
+            quantize_grouped_kernel,
+            (width // 128, ceil_div(k, 64)),
             x,
             plan(offsets, rows, 128),
             source,

@@ -16,6 +16,7 @@ from torch import Tensor
 from dskernels.portable import cast, launch
 from dskernels.routing.config import choose_config
 from dskernels.routing.triton import LARGEST, load_affinities, normalized, reason_against, take_best
+from dskernels.validate import ceil_div
 
 
 @triton.jit
@@ -185,13 +186,15 @@ def update_bias(bias: Tensor, load: Tensor, rate: float) -> None:
 def balance_loss(logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: float, softmax: bool) -> Tensor:
     """The loss of `logits` [T, E], a scalar."""
     (T, E), config = logits.shape, choose_config(logits.shape[1])
-    n_parts = triton.cdiv(T, config.rows)
+    n_parts = ceil_div(T, config.rows)
     loss = logits.new_zeros((), dtype=torch.float32)
     if T == 0:
         return loss
     sequence, tokens, counts, filled = count_choices(logits, sequence_lengths, top_k, softmax)
     parts = logits.new_empty(n_parts, dtype=torch.float32)
-    token_loss_kernel[(n_parts,)](
+    launch(
+        token_loss_kernel,
+        (n_parts,),
         logits,
         sequence,
         tokens,
@@ -206,7 +209,7 @@ def balance_loss(logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: fl
         COLUMNS=config.members,
         num_warps=config.num_warps,
     )
-    sum_loss_kernel[(1,)](parts, filled, loss, n_parts, alpha, BLOCK=1024)
+    launch(sum_loss_kernel, (1,), parts, filled, loss, n_parts, alpha, BLOCK=1024)
     return loss
 
 
@@ -219,7 +222,9 @@ def balance_loss_backward(
     if T == 0:
         return dlogits
     sequence, tokens, counts, filled = count_choices(logits, sequence_lengths, top_k, softmax)
-    balance_loss_backward_kernel[(triton.cdiv(T, config.rows),)](
+    launch(
+        balance_loss_backward_kernel,
+        (ceil_div(T, config.rows),),
         grad,
         logits,
         sequence,
@@ -248,7 +253,9 @@ def count_choices(
     ends = sequence_lengths.clamp(min=0).cumsum(0)
     sequence = logits.new_empty(T, dtype=torch.int32)
     tokens, counts, filled = (logits.new_zeros(shape, dtype=torch.int32) for shape in ((S,), (S, E), ()))
-    count_choices_kernel[(triton.cdiv(T, config.rows),)](
+    launch(
+        count_choices_kernel,
+        (ceil_div(T, config.rows),),
         logits,
         ends,
         sequence,

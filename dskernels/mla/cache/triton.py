@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dskernels.fp8.triton import magnitude, tile_scale, to_e4m3
 from dskernels.mla.cache.layout import fp8_parts
-from dskernels.portable import cast, reason_against_e4m3
+from dskernels.portable import cast, launch, reason_against_e4m3
+from dskernels.validate import ceil_div
 
 
 @triton.jit(do_not_specialize=["pages", "page_size"])
@@ -87,7 +88,9 @@ def write_latent_cache(
     fp8 = cache.dtype == torch.uint8
     latent, scales, rope = fp8_parts(cache, latent_dim) if fp8 else (cache, None, cache[..., latent_dim:])
     tile = min(128, triton.next_power_of_2(latent_dim))
-    write_kernel[(tokens,)](
+    launch(
+        write_kernel,
+        (tokens,),
         kv,
         k_rope,
         norm_weight,
@@ -109,7 +112,7 @@ def write_latent_cache(
         LATENT=latent_dim,
         ROPE=k_rope.shape[1],
         FP8=fp8,
-        TILES=triton.next_power_of_2(triton.cdiv(latent_dim, tile)),
+        TILES=triton.next_power_of_2(ceil_div(latent_dim, tile)),
         TILE=tile,
         PAIRS=triton.next_power_of_2(k_rope.shape[1] // 2),
         num_warps=1,

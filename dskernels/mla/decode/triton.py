@@ -19,7 +19,8 @@ from torch import Tensor
 from dskernels.device import capability, multiprocessors
 from dskernels.mla.cache.layout import fp8_parts
 from dskernels.mla.decode.config import MAX_SPLITS, choose_config, choose_splits
-from dskernels.portable import cast, dot, reason_against_e4m3
+from dskernels.portable import cast, dot, launch, reason_against_e4m3
+from dskernels.validate import ceil_div
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = 1.4426950408889634
@@ -259,7 +260,7 @@ def mla_decode(
 
     capacity = block_table.shape[1] * page_size if pages else 0
     config = choose_config(rows, value_dim, q.element_size(), fp8, architecture(q.device))
-    row_blocks = triton.cdiv(rows, config.block_m)
+    row_blocks = ceil_div(rows, config.block_m)
     parts = choose_splits(batch * row_blocks, capacity, multiprocessors(q.device, interpreted=8))
     if parts == 1:
         part, part_lse = out, lse
@@ -269,7 +270,9 @@ def mla_decode(
         part_lse = q.new_empty(batch, parts, rows, dtype=torch.float32)
         stride_op, stride_lb, stride_lp, stride_lh, stride_lj = rows * value_dim, parts * rows, rows, 1, heads
     block_v = triton.next_power_of_2(value_dim)
-    decode_kernel[(batch * row_blocks, parts)](
+    launch(
+        decode_kernel,
+        (batch * row_blocks, parts),
         q,
         latent,
         scales,
@@ -312,7 +315,9 @@ def mla_decode(
     )
     if parts > 1:
         columns = min(block_v, 128)
-        combine_kernel[(batch * rows, triton.cdiv(value_dim, columns))](
+        launch(
+            combine_kernel,
+            (batch * rows, ceil_div(value_dim, columns)),
             part,
             part_lse,
             out,

@@ -23,7 +23,7 @@ from torch import Tensor
 from dskernels.mla.decode.triton import architecture
 from dskernels.mla.merge.triton import merge_onto
 from dskernels.mla.prefill.config import choose_config, key_parts, padded
-from dskernels.portable import cast, dot
+from dskernels.portable import cast, dot, launch
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -264,7 +264,9 @@ def _launch(
     parts = Parts.of(q, k, k_rope, v)
     config = choose_config("forward", parts.blocks, q.element_size(), architecture(q.device))
     sequences = cu_q.shape[0] - 1
-    forward_kernel[(tokens // config.block_m + sequences + 2, heads)](
+    launch(
+        forward_kernel,
+        (tokens // config.block_m + sequences + 2, heads),
         q,
         *parts.keys,
         v,

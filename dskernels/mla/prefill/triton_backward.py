@@ -29,7 +29,8 @@ from dskernels.mla.prefill.triton import (
     sequence_of,
     store_rows,
 )
-from dskernels.portable import cast, dot
+from dskernels.portable import cast, dot, launch
+from dskernels.validate import ceil_div
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -296,7 +297,9 @@ def mla_prefill_backward(
     sizes = (tokens_q, tokens_k, sequences, heads // heads_k, scale)
     if tokens_k:
         config = choose_config("dk_dv", parts.blocks, q.element_size(), architecture(q.device))
-        dk_dv_kernel[(tokens_k // config.block_n + sequences + 2, heads_k)](
+        launch(
+            dk_dv_kernel,
+            (tokens_k // config.block_n + sequences + 2, heads_k),
             *inputs,
             dk,
             dkb,
@@ -315,7 +318,9 @@ def mla_prefill_backward(
         )
     if tokens_q and heads:
         config = choose_config("dq", parts.blocks, q.element_size(), architecture(q.device))
-        dq_kernel[(tokens_q // config.block_m + sequences + 2, heads)](
+        launch(
+            dq_kernel,
+            (tokens_q // config.block_m + sequences + 2, heads),
             *inputs,
             dq,
             *strides,
@@ -338,7 +343,9 @@ def _delta(dout: Tensor, dlse: Tensor, out: Tensor) -> Tensor:
     delta = dlse.new_empty((heads, tokens), dtype=torch.float32)
     block_m = 16
     if tokens and heads:
-        delta_kernel[(triton.cdiv(tokens, block_m), heads)](
+        launch(
+            delta_kernel,
+            (ceil_div(tokens, block_m), heads),
             dout,
             dlse,
             out,

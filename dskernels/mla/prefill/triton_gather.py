@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dskernels.mla.cache.layout import fp8_parts
 from dskernels.mla.decode.triton import clamp, load_fp8_rows, load_rows
-from dskernels.portable import cast, reason_against_e4m3
+from dskernels.portable import cast, launch, reason_against_e4m3
+from dskernels.validate import ceil_div
 
 
 @triton.jit(do_not_specialize=["requests", "steps", "start", "rows", "columns", "pages", "page_size", "stride_table"])
@@ -90,7 +91,9 @@ def gather_latents(
     fp8 = cache.dtype == torch.uint8
     latent, scales, rope = fp8_parts(cache, latent_dim) if fp8 else (cache, None, cache[..., latent_dim:])
     block_r = 16
-    gather_kernel[(triton.cdiv(rows, block_r),)](
+    launch(
+        gather_kernel,
+        (ceil_div(rows, block_r),),
         latent,
         scales,
         rope,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dskernels.mla.prefill.config import most_groups
 from dskernels.mla.prefill.triton import find_tile
+from dskernels.portable import launch
 
 COLUMNS = 512  # of the table that a program copies at a time
 
@@ -65,7 +66,9 @@ def group_tokens(
     # Each token has its place, unless cu_seqlens does not ascend.
     place = lengths.new_zeros(tokens)
     rows = lengths.new_empty((groups, columns))
-    group_kernel[(groups,)](
+    launch(
+        group_kernel,
+        (groups,),
         block_table,
         lengths,
         cu_seqlens_q,
