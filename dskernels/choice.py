@@ -40,6 +40,12 @@ class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
 
     A call's own ``impl=`` wins over it. Backward passes run what their forward was asked for. It holds for the current
     thread.
+
+    Args:
+        impl: ``"reference"``, ``"triton"``, ``"hopper"``, or None: the choice of each call, also inside of another block.
+
+    Raises:
+        ValueError: there is no such implementation. Where a call cannot be run by it, the call raises.
     """
 
     def __init__(self, impl: str | None) -> None:

@@ -123,10 +123,21 @@ def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = False, ver
 def accelerated(
     *models: nn.Module, fp8: bool = False, graphs: bool = False, verbose: bool = True
 ) -> Iterator[list[Acceleration]]:
-    """Accelerate these models, or without any all that are loaded inside, and undo it at the end.
+    """Accelerate models inside a ``with`` block, and undo it at the end of the block.
 
-    ``with accelerated(): model = AutoModel.from_pretrained(...)`` accelerates what `from_pretrained` returns.
-    Yields the list of what was done so far. The arguments are those of :func:`accelerate`.
+    ``with accelerated(): model = AutoModel.from_pretrained(...)`` accelerates what `from_pretrained` returns inside.
+
+    Args:
+        models: what to accelerate; without any, every model that is loaded inside the block.
+        fp8: see :func:`accelerate`.
+        graphs: likewise.
+        verbose: likewise.
+
+    Yields:
+        The `Acceleration` of each model so far; the list grows as models are loaded.
+
+    Raises:
+        TypeError, ValueError: as :func:`accelerate`; what was accelerated before is undone.
     """
     done: list[Acceleration] = []
     patches = Patches()
