@@ -42,7 +42,7 @@ class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
     thread.
 
     Args:
-        impl: ``"reference"``, ``"triton"`` or ``"hopper"``; None leaves the choice to each call, inside another block too.
+        impl: ``"reference"``, ``"triton"`` or ``"hopper"``; None leaves the choice to each call, in another block too.
 
     Raises:
         ValueError: there is no such implementation. Where a call cannot be run by it, the call raises.

@@ -25,6 +25,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "mfu": ("MFU", "{:.1%}".format),
     "memory_gb": ("GB", "{:.2f}".format),
 }
+# What a narrow terminal does without, the least needed first.
+SPARED = ("balance_loss", "gradient_norm", "learning_rate", "memory_gb", "mfu", "mtp_loss", "max_load")
 BRIEF = {"loss": "loss", "mtp_loss": "MTP", "validation_loss": "held out"}  # of a line in a log
 
 
@@ -79,19 +81,31 @@ class TrainingProgress:
         return "  ".join(said)
 
     def _shown(self) -> Group:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for head, _ in COLUMNS.values():
-            table.add_column(head, justify="right", no_wrap=True)
-        for row in self.looks[-LOOKS:]:
-            table.add_row(*self._cells(row), style="dim")
+        rows = [(row, "dim") for row in self.looks[-LOOKS:]]
         if self.last and self.last != (self.looks[-1] if self.looks else None):
-            now = {name: value for name, value in self.last.items() if name != "validation_loss"}
-            table.add_row(*self._cells(now), style="bold")
+            rows.append(({name: value for name, value in self.last.items() if name != "validation_loss"}, "bold"))
+        columns = {name: [head, *(_cell(name, row) for row, _ in rows)] for name, (head, _) in COLUMNS.items()}
+        names = fitting({name: max(map(len, cells)) for name, cells in columns.items()}, self.console.width)
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in names:
+            table.add_column(columns[name][0], justify="right", no_wrap=True)
+        for i, (_, style) in enumerate(rows, start=1):
+            table.add_row(*(columns[name][i] for name in names), style=style)
         return Group(self.bar, table)
 
-    @staticmethod
-    def _cells(record: dict[str, Any]) -> list[str]:
-        return ["-" if record.get(name) is None else write(record[name]) for name, (_, write) in COLUMNS.items()]
+
+def _cell(name: str, record: dict[str, Any]) -> str:
+    return "-" if record.get(name) is None else COLUMNS[name][1](record[name])
+
+
+def fitting(widths: dict[str, int], width: int) -> list[str]:
+    """The columns, of these widths and two apart, that a terminal of this width shows whole."""
+    names = list(widths)
+    for spared in SPARED:
+        if sum(widths[name] + 2 for name in names) - 2 <= width:
+            break
+        names.remove(spared)
+    return names
 
 
 def require_tensorboard() -> None:

@@ -186,10 +186,10 @@ def _write(
         nonlocal size, done, document, largest
         for (i, text), ids in zip(waiting, encoder.encode([text for _, text in waiting]), strict=True):
             if i != document:
-                file.write(boundary.repeat(2 if document >= 0 else 1))  # the end of one, the start of the next
+                file.write(boundary.repeat(2 if document >= 0 else 1).data)  # the end of one, the start of the next
                 lengths[i], document = 2, i
             tokens = numpy.asarray(ids, dtype)
-            file.write(tokens)  # numpy's tofile does not say why a disk took less
+            file.write(tokens.data)  # numpy's tofile does not say why a disk took less
             lengths[i] += len(tokens)
             largest = max(largest, int(tokens.max(initial=0)))
             done += len(text)
@@ -205,7 +205,7 @@ def _write(
             if size >= BATCH:
                 encode()
     encode()
-    file.write(boundary)
+    file.write(boundary.data)
     return lengths, largest
 
 

@@ -113,7 +113,7 @@ def read_tensors(path: Path, files: list[str], into: Mapping[str, Tensor]) -> No
     missing = set(into)
     for file in (path / name for name in files):
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file")
+            raise FileNotFoundError(f"{file}: no such file{_without(path)}")
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - not a dict
@@ -128,9 +128,15 @@ def read_tensors(path: Path, files: list[str], into: Mapping[str, Tensor]) -> No
                     target.copy_(tensor)
                     missing.discard(name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+            raise ValueError(f"{file}: cannot be read ({' '.join(str(error).split())}){_without(path)}") from None
     if missing:
-        raise ValueError(f"{path}: tensor {min(missing)} is missing")
+        raise ValueError(f"{path}: tensor {min(missing)} is missing{_without(path)}")
+
+
+def _without(path: Path) -> str:
+    """What a user can do about a damaged checkpoint: there may be one before it."""
+    before = [other for other in checkpoints(path.parent.parent) if other != path]
+    return f"; with {path} removed, the run goes on from {before[0]}" if before else ""
 
 
 def _remove(path: Path) -> None:

@@ -23,9 +23,9 @@ LINES = [
 ]
 
 
-def shown(terminal):
+def shown(terminal, width=120):
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=120)
+    console = Console(file=stream, force_terminal=terminal, width=width)
     with TrainingProgress(2, console) as progress:
         for line in LINES:
             progress(line)
@@ -47,6 +47,13 @@ def test_a_terminal_gets_a_bar_and_a_table():
     assert first[:4] == ["0", "-", "-", "5.500"]
     assert last[:4] == ["2", "4.000", "4.500", "4.250"]
     assert "2,000" in last
+
+
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_numbers():
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(terminal=True, width=60)).splitlines()
+    assert lines[-3].split() == ["step", "loss", "MTP", "held", "out", "busiest", "tokens/s", "MFU", "GB"]
+    assert lines[-1].split() == ["2", "4.000", "4.500", "4.250", "-", "2,000", "-", "-"]
+    assert "…" not in "".join(lines[-3:])
 
 
 def test_tensorboard_gets_every_number(tmp_path, monkeypatch):

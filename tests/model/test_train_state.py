@@ -201,11 +201,14 @@ def damage(path, how):
 )
 def test_a_damaged_checkpoint_is_named(corpus, tmp_path, how, message):
     config = TrainConfig(**{**SHORT, "steps": 2})
-    train(MODEL, corpus, config, out=tmp_path, checkpoint_every=2)
-    damage(train_state.checkpoints(tmp_path)[0], how)
+    train(MODEL, corpus, config, out=tmp_path, checkpoint_every=1)
+    newest, before = train_state.checkpoints(tmp_path)
+    damage(newest, how)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as failure:
         train(MODEL, corpus, config, out=tmp_path)
     assert "\n" not in str(failure.value)
+    if how in ("cut", "gone"):
+        assert str(failure.value).endswith(f"; with {newest} removed, the run goes on from {before}")
 
 
 # ---- full disks -----------------------------------------------------------------------------------------------------
