@@ -21,14 +21,13 @@ from dskernels.mla.absorb.values import _mla_values_quantize
 from dskernels.mla.prefill.absorbed import _group_tokens
 from dskernels.model import few, layers, optimizer, steps
 from dskernels.model.parallel.engines import PeerMemory
-from dskernels.model.parallel.hopper_combine import MOST_PIECES, PushAndSum, rows_of_piece
+from dskernels.model.parallel.hopper_combine import MOST_PIECES, PushAndSum, pieces_of
 from dskernels.model.parallel.symmetric_triton import SUM_BLOCK, put, sum_ranks
 from dskernels.model.parallel.triton_wire import choices, unload
 from dskernels.moe.rows import ExpertRows
 from dskernels.moe.triton_sort import append_choices, sort
 from dskernels.parity.inputs import quantized
 from dskernels.routing import hopper_gate, triton_gate
-from dskernels.validate import ceil_div
 
 Run = Callable[[torch.device], bool]
 CPU = torch.device("cpu")
@@ -205,23 +204,25 @@ def sum_over_ranks(device: torch.device) -> bool:
 
 def pushed_sums(device: torch.device) -> bool:
     """One of two ranks, the other of which has pushed its sums before: what it pushes, and its own tokens' sums."""
-    capacity, tokens, hidden, size = 90, 77, 264, 2 * 90 * 264 * 2
-    memories = [torch.zeros(size + 8 * MOST_PIECES, dtype=torch.uint8, device=device) for _ in range(2)]
-    came = torch.randn(tokens, hidden).bfloat16()
-    memories[0][: came.numel() * 2] = came.view(torch.uint8).flatten().to(device)
-    memories[0][size:] = torch.full((2 * MOST_PIECES,), 5, dtype=torch.int32).view(torch.uint8).to(device)
-    index, weights = torch.randint(-1, 300, (2 * capacity, 3)).int(), torch.rand(2 * capacity, 3)
-    rows, residual = torch.randn(300, hidden).bfloat16(), torch.randn(tokens, hidden).bfloat16()
-    made = ExpertRows(*moved((rows, index, weights), device))
+    capacity, tokens, hidden = 90, 77, 1032  # three pieces, the last of which is not whole
+    bytes_, number = capacity * hidden * 2, 5
+    memories = [torch.zeros(2 * (bytes_ + 4 * MOST_PIECES), dtype=torch.uint8, device=device) for _ in range(2)]
+    leaving, came, rows = (torch.randn(n, hidden).bfloat16() for n in (capacity, capacity, 300))
+    residual, flags = torch.randn(tokens, hidden).bfloat16(), torch.zeros(2, MOST_PIECES, dtype=torch.int32)
+    flags[1] = number
+    memories[0][bytes_ : 2 * bytes_] = came.view(torch.uint8).flatten().to(device)
+    memories[0][2 * bytes_ :] = flags.view(torch.uint8).flatten().to(device)
+    index, weights = torch.randint(-1, 300, (tokens, 3)).int(), torch.rand(tokens, 3)
     out = torch.full((tokens, hidden), torch.nan, dtype=rows.dtype, device=device)
     kernel = PushAndSum(PeerMemory(memories[0], [memory.data_ptr() for memory in memories], None), 0)
-    kernel(made, residual.to(device), out, capacity, slot=0, flags=size, number=5)
-    places, here = torch.arange(tokens, dtype=torch.int32)[:, None], ExpertRows(rows, index, weights)
-    want = here.of(slice(0, tokens)).sums(came=came, places=places, residual=residual)
-    pushed = memories[1][: capacity * hidden * 2].view(torch.bfloat16).view(capacity, hidden)
-    flags = memories[1][size:].view(torch.int32)[: ceil_div(capacity, rows_of_piece(capacity))]
-    right = close(out, want, 2**-7) and bool((flags == 5).all())
-    return right and close(pushed, here.of(slice(capacity, 2 * capacity)).sums(), 2**-7)
+    sums, added = moved((leaving, residual), device)
+    made = ExpertRows(*moved((rows, index, weights), device))
+    kernel([sums], made, added, out, slot=0, flags=2 * bytes_, number=number)
+    places = torch.arange(tokens, dtype=torch.int32)[:, None]
+    want = ExpertRows(rows, index, weights).sums(came=came, places=places, residual=residual)
+    pushed, told = memories[1][:bytes_].view(torch.bfloat16), memories[1][2 * bytes_ :].view(torch.int32)
+    right = torch.equal(pushed.cpu(), leaving.flatten()) and bool((told[: pieces_of(rows, capacity)] == number).all())
+    return right and close(out, want, 2**-7)
 
 
 def wire(device: torch.device) -> bool:
