@@ -41,9 +41,12 @@ def test_losses_and_gradients_are_those_of_one_process():
     run(2, every_plan, gpus=True)
 
 
+WHOLE = Plan(data=2, reshard=False), Plan(expert=2, reshard=False, overlap=True)
+
+
 def trainings(rank, folder):
     found = []
-    for i, plan in enumerate((Plan(data=2), Plan(expert=2), Plan(pipeline=2))):
+    for i, plan in enumerate((Plan(data=2), Plan(expert=2), Plan(pipeline=2), *WHOLE)):
         team = Team.start(plan, torch.device("cuda", rank))
         options = dict(out=f"{folder}/{i}", checkpoint_every=1, keep=3)
         found.append(train_together(Config.from_name("tiny", **SMALL), corpus(), recipe(), team, **options))
@@ -69,11 +72,12 @@ def test_training_has_the_curve_of_one_gpu_and_goes_on_with_one(tmp_path):
     for history in histories:
         same_curve(history, alone)
     assert json.loads((tmp_path / "0" / "metrics.jsonl").read_text().splitlines()[-1])["step"] == RECIPE["steps"]
-    (tmp_path / "1" / "checkpoints" / "step-00000002" / "state.json").unlink()
-    rest = run(1, one_gpu, str(tmp_path / "1"), True, gpus=True)[0]
-    same_curve(rest, [line for line in alone if line["step"] > 1])
+    for folder in ("1", "3"):
+        (tmp_path / folder / "checkpoints" / "step-00000002" / "state.json").unlink()
+        rest = run(1, one_gpu, str(tmp_path / folder), True, gpus=True)[0]
+        same_curve(rest, [line for line in alone if line["step"] > 1])
     tokens = torch.arange(12, device="cuda:0")
-    logits = [load(tmp_path / name, device="cuda:0")(tokens).logits for name in ("0", "1", "2", "alone")]
+    logits = [load(tmp_path / name, device="cuda:0")(tokens).logits for name in ("0", "1", "2", "3", "4", "alone")]
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=1e-2, atol=1e-3)
 
