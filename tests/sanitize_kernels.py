@@ -75,7 +75,6 @@ CASES = {
     "model.triton_steps:chances_kernel": "places of tokens, and how texts go on",
     "model.parallel.symmetric_triton:put_kernel": "rows for other ranks",
     "model.parallel.symmetric_triton:sum_kernel": "sum over ranks",
-    "model/parallel/hopper_combine.cu:push_and_sum": "sums pushed to another rank",
     "model.parallel.triton_wire:unload_kernel": "tokens off the wire",
     "model.parallel.triton_wire:choices_kernel": "tokens off the wire",
     "moe.triton_sort:append_choices_kernel": "choices sorted",

@@ -20,11 +20,8 @@ from dskernels.gemm.triton_narrow import narrow
 from dskernels.mla.absorb.values import _mla_values_quantize
 from dskernels.mla.prefill.absorbed import _group_tokens
 from dskernels.model import few, layers, optimizer, steps
-from dskernels.model.parallel.engines import PeerMemory
-from dskernels.model.parallel.hopper_combine import MOST_PIECES, PushAndSum, pieces_of
 from dskernels.model.parallel.symmetric_triton import SUM_BLOCK, put, sum_ranks
 from dskernels.model.parallel.triton_wire import choices, unload
-from dskernels.moe.rows import ExpertRows
 from dskernels.moe.triton_sort import append_choices, sort
 from dskernels.parity.inputs import quantized
 from dskernels.routing import hopper_gate, triton_gate
@@ -48,7 +45,6 @@ def kernels() -> Iterator[tuple[str, Run]]:
     yield "places of tokens, and how texts go on", texts
     yield "rows for other ranks", rows_for_ranks
     yield "sum over ranks", sum_over_ranks
-    yield "sums pushed to another rank", pushed_sums
     yield "tokens off the wire", wire
     yield "choices sorted", sorted_choices
     yield "products of a gate, in parts, and its gradients", gate
@@ -200,29 +196,6 @@ def sum_over_ranks(device: torch.device) -> bool:
         sum_ranks(moved(parts, device), out=out)
         right &= torch.equal(out.cpu(), torch.stack(parts).float().cumsum(0)[-1].bfloat16())
     return right
-
-
-def pushed_sums(device: torch.device) -> bool:
-    """One of two ranks, the other of which has pushed its sums before: what it pushes, and its own tokens' sums."""
-    capacity, tokens, hidden = 90, 77, 1032  # three pieces, the last of which is not whole
-    bytes_, number = capacity * hidden * 2, 5
-    memories = [torch.zeros(2 * (bytes_ + 4 * MOST_PIECES), dtype=torch.uint8, device=device) for _ in range(2)]
-    leaving, came, rows = (torch.randn(n, hidden).bfloat16() for n in (capacity, capacity, 300))
-    residual, flags = torch.randn(tokens, hidden).bfloat16(), torch.zeros(2, MOST_PIECES, dtype=torch.int32)
-    flags[1] = number
-    memories[0][bytes_ : 2 * bytes_] = came.view(torch.uint8).flatten().to(device)
-    memories[0][2 * bytes_ :] = flags.view(torch.uint8).flatten().to(device)
-    index, weights = torch.randint(-1, 300, (tokens, 3)).int(), torch.rand(tokens, 3)
-    out = torch.full((tokens, hidden), torch.nan, dtype=rows.dtype, device=device)
-    kernel = PushAndSum(PeerMemory(memories[0], [memory.data_ptr() for memory in memories], None), 0)
-    sums, added = moved((leaving, residual), device)
-    made = ExpertRows(*moved((rows, index, weights), device))
-    kernel([sums], made, added, out, slot=0, flags=2 * bytes_, number=number)
-    places = torch.arange(tokens, dtype=torch.int32)[:, None]
-    want = ExpertRows(rows, index, weights).sums(came=came, places=places, residual=residual)
-    pushed, told = memories[1][:bytes_].view(torch.bfloat16), memories[1][2 * bytes_ :].view(torch.int32)
-    right = torch.equal(pushed.cpu(), leaving.flatten()) and bool((told[: pieces_of(rows, capacity)] == number).all())
-    return right and close(out, want, 2**-7)
 
 
 def wire(device: torch.device) -> bool:
