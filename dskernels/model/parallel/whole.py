@@ -3,8 +3,8 @@ trained (report section 3.1).
 
 Masters, moments and summed gradients are spread over the ranks by rows; weights in low precision, and the gradients of
 a rank's own text in fp32, are whole on each. A rank gets the sum of the gradients of its rows, and gives the rows that
-it has updated to the others: once a step each, under the last backward and under the update. FSDP2 that keeps what it
-has gathered takes as much memory, and on 2 H200 11 ms of a step of 287 more.
+it has updated to the others: once a step each, under the last backward and under the update. On 2 H200 a step of a slice
+of Moonlight takes 269 ms so, 283 where NCCL carries it, 300 with FSDP2 that keeps what it has gathered, 271 on one GPU.
 """
 
 from __future__ import annotations
