@@ -3,8 +3,9 @@ trained (report section 3.1).
 
 Masters, moments and summed gradients are spread over the ranks by rows; weights in low precision, and the gradients of
 a rank's own text in fp32, are whole on each. A rank gets the sum of the gradients of its rows, and gives the rows that
-it has updated to the others: once a step each, under the last backward and under the update. On 2 H200 a step of a slice
-of Moonlight takes 269 ms so, 283 where NCCL carries it, 300 with FSDP2 that keeps what it has gathered, 271 on one GPU.
+it has updated to the others: once a step each, under the last backward and under the update. On 2 H200 a step of a
+slice of Moonlight takes 269 ms so, 283 where NCCL carries it, 300 with FSDP2 that keeps what it has gathered, and 271
+on one of them.
 """
 
 from __future__ import annotations
