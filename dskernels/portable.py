@@ -204,6 +204,7 @@ def _watch(metadata: Any) -> None:
         recording.refuse("a kernel is launched through Triton")
 
 
+_watch.of_recordings = True  # type: ignore[attr-defined]  # as is that of another copy of this library, under another name
 # It stays: Triton walks through the list, and would skip the hook of one thread as another takes its own out.
 triton.knobs.runtime.launch_enter_hook.add(_watch)
 
@@ -211,7 +212,8 @@ triton.knobs.runtime.launch_enter_hook.add(_watch)
 def _is_hooked() -> bool:
     """Whether somebody else watches Triton's launches."""
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_exit_hook.calls or any(call is not _watch for call in runtime.launch_enter_hook.calls))
+    before = runtime.launch_enter_hook.calls
+    return bool(runtime.launch_exit_hook.calls or any(not hasattr(call, "of_recordings") for call in before))
 
 
 @triton.jit

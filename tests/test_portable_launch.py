@@ -150,7 +150,11 @@ def test_other_arguments_and_hooks_go_through_triton(on_a_gpu, monkeypatch):
     for _ in range(2):
         portable.launch(kernel, (1,), x)
     assert len(kernel.specialised) == 3
-    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [lambda metadata: None])
+    hooks = [portable._watch, types.SimpleNamespace(of_recordings=True), lambda metadata: None]
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", hooks)
+    portable.launch(kernel, (1,), x)
+    assert len(kernel.specialised) == 4
+    hooks.pop()  # what is left is ours, and that of another copy of the library: beside one nothing was recorded
     portable.launch(kernel, (1,), x)
     assert len(kernel.specialised) == 4
 
