@@ -214,9 +214,15 @@ def compile_releases(releases: Iterable[str], kernels: list[Any], targets: Itera
             yield json.loads(out.read_text())
 
 
-def keep(result: dict[str, Any]) -> None:
-    """One release's result, in place of what there was of the same release."""
+def keep(result: dict[str, Any], others: Iterable[str] = ()) -> None:
+    """One release's result, in place of what there was of the same release; of these other kernels that stays."""
     before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for same in (one for one in before if one["triton"] == result["triton"]):
+        for target, rows in result["targets"].items():
+            rows.update(
+                {kernel: same["targets"][target][kernel] for kernel in others if kernel in same["targets"][target]}
+            )
+        result["kernels"] = max(sum(map(len, rows.values())) for rows in result["targets"].values())
     results = [other for other in before if other["triton"] != result["triton"]] + [result]
     results.sort(key=lambda one: [int(part) for part in re.findall(r"\d+", one["triton"])[:3]])
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -270,6 +276,7 @@ def main() -> None:
         command.add_argument("--each", default="types", choices=("kernel", "types", "config"), help=what)
         command.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
         command.add_argument("--kernels", type=Path, help="what `record` wrote")
+    many.add_argument("--only", nargs="+", default=[""], help="kernels whose name contains one of these; others stay")
     commands.add_parser("table")
     commands.add_parser("record").add_argument("out", type=Path)
     asked = parser.parse_args()
@@ -282,8 +289,10 @@ def main() -> None:
         if asked.command == "compile":
             asked.out.write_text(json.dumps(compile_here(kernels, asked.targets), indent=1) + "\n")
             return
-        for result in compile_releases(asked.release, kernels, asked.targets):
-            keep(result)
+        chosen = [spec for spec in kernels if any(text in spec.kernel for text in asked.only)]
+        others = {spec.kernel for spec in kernels} - {spec.kernel for spec in chosen}
+        for result in compile_releases(asked.release, chosen, asked.targets):
+            keep(result, others)
         return
     TABLE.write_text(table(json.loads(RESULTS.read_text())))
 
