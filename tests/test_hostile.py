@@ -9,6 +9,7 @@ import torch
 
 import dskernels as ds
 from benchmarks import exact
+from dskernels.moe.rows import ExpertRows
 from dskernels.reference.mla import pack_fp8
 from guarding import guarded
 
@@ -201,3 +202,22 @@ def test_places_and_sequences_of_routing(impl, device):
     load = ints([TOP] * 15 + [BOTTOM], device)
     bias = runs(impl, "update_bias", torch.zeros(16, device=device), load, 1.0)
     assert torch.equal(bias.cpu(), (load.sum(dtype=torch.int64) - 16 * load.long()).sign().float().cpu())
+
+
+def test_rows_and_places_of_sums(device):
+    """The half of a combine that is added up elsewhere: what lies beyond the rows, and those that came, adds nothing."""
+    y, came, residual = (normal(n, 72, device=device) for n in (9, 4, 5))
+    far = [TOP, BOTTOM, -1, 9, 2**30]
+    index = ints([[far[t], t, 8] for t in range(5)], device)
+    places = ints([[[TOP, 4, BOTTOM, -1, 3][t], t % 4] for t in range(5)], device)
+    weights = torch.rand(5, 3, device=device)
+    with guarded() as memory, ds.use_impl("triton"):
+        inputs = {"came": came, "places": places, "residual": residual}
+        between = {name: memory.between(x) for name, x in inputs.items()}
+        got = ExpertRows(*map(memory.between, (y, index, weights))).sums(**between)
+    memory.check()
+    valid = (index >= 0) & (index < 9)
+    want = (weights * valid).double()[..., None] * y.double()[index.clamp(0, 8)]
+    there = (places >= 0) & (places < 4)
+    want = want.sum(1) + (there[..., None] * came.double()[places.clamp(0, 3)]).sum(1) + residual.double()
+    close(got, want, 2**-7)
