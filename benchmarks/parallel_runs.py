@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import statistics
 import time
@@ -73,6 +74,12 @@ def throughput(
     return result
 
 
+def throughput_as_graph(config: Config, *, tokens: int, microbatches: int, length: int, **how: Any) -> dict[str, float]:
+    """The same of one GPU whose steps are CUDA graphs, as `train` has them by default, which several ranks have not."""
+    make = functools.partial(_alone, cuda_graph=how["device"].type == "cuda")  # on a CPU there are none
+    return _rate(make, config, None, tokens, microbatches, length, biases=None, **how)
+
+
 def _rate(
     make: Callable[..., Any],
     config: Config,
@@ -81,26 +88,26 @@ def _rate(
     microbatches: int,
     length: int,
     *,
-    biases: list[torch.Tensor],
+    biases: list[torch.Tensor] | None,
     steps: int,
     precision: str,
     device: torch.device,
 ) -> dict[str, float]:
     """Tokens a second; the memory that the device has in use; the largest part of a layer's choices that one rank's
-    experts have, times the ranks. Biases are found where there are none yet."""
+    experts have, times the ranks. Biases are found where the list is empty, and as drawn where there is none."""
     ranks = 1 if plan is None else plan.batches
     cfg = recipe(ranks * tokens * microbatches, ranks * microbatches, precision)
     free = _free(device)
     stepper = make(config, cfg, plan, device)
     gates = [moe.gate for moe in stepper.model.moe_layers]
     made = [texts(config, ranks * microbatches, tokens, length, step) for step in range(2)]
-    if not biases:
+    if biases is not None and not biases:
         for rate in SETTLING:
             stepper.config = dataclasses.replace(cfg, bias_update_rate=rate)
             stepper.finish(stepper.start(made[0], 0))
         stepper.config = cfg
         biases += [gate.e_score_correction_bias.clone() for gate in gates]
-    for gate, bias in zip(gates, biases, strict=True):
+    for gate, bias in zip(gates if biases else (), biases or (), strict=True):
         gate.e_score_correction_bias.copy_(bias)
     dist.barrier()
     stepper.rest()
@@ -129,10 +136,10 @@ def _free(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def _alone(config: Config, cfg: TrainConfig, plan: None, device: torch.device) -> Stepper:
+def _alone(config: Config, cfg: TrainConfig, plan: None, device: torch.device, *, cuda_graph: bool = False) -> Stepper:
     model = _drawn(config, cfg, device).to(cfg.dtype)
     optimizer = MasterAdamW(model, betas=cfg.betas, weight_decay=cfg.weight_decay, moments=cfg.moments)
-    return Stepper(model, optimizer, cfg)
+    return Stepper(model, optimizer, cfg, cuda_graph=cuda_graph)
 
 
 def _together(config: Config, cfg: TrainConfig, plan: Plan, device: torch.device) -> TeamStepper:
