@@ -95,7 +95,7 @@ CASES = {
     "fp8/hopper_norm.cu:rmsnorm_quantize": "rmsnorm_quantize",
     "gemm/hopper.cu:fp8_gemm": "fp8_gemm 128x128, clusters of 1, 16 ahead, tiles in groups of 4, B in 128x128",
     "gemm/hopper_small.cu:fp8_gemm_small": "fp8_gemm, few rows",
-    "grouped_gemm/hopper.cu:grouped_gemm": "grouped_gemm 128x128, clusters of 1, 16 ahead, tiles in groups of 8",
+    "grouped_gemm/hopper.cu:grouped_gemm": "grouped_gemm 128x128, clusters of 1, 16 ahead, tiles in groups of 4",
     "grouped_gemm/hopper.cu:grouped_wgrad": "grouped_wgrad 128x128, clusters of 1, 16 ahead, tiles in groups of 16",
     "grouped_gemm/hopper_half.cu:grouped_half": "grouped_gemm and its gradients, bf16",
     "grouped_gemm/hopper_quantize.cu:quantize_grouped": "quantize_grouped",

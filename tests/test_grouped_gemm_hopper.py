@@ -16,6 +16,7 @@ from dskernels.grouped_gemm.config import (
     HOPPER_TALL,
     HOPPER_WGRAD_CONFIGS,
     choose_hopper_config,
+    choose_hopper_masked_config,
     choose_hopper_wgrad_config,
     hopper_clusters,
 )
@@ -63,7 +64,9 @@ def test_wgrad_compiles_without_spills(config):
 def test_choice():
     assert choose_hopper_config(32768, 8, 4096, 7168, 132).tile == "256x128"
     assert choose_hopper_config(32 * 190, 32, 4096, 7168, 132) == HOPPER_TALL
+    assert choose_hopper_config(32 * 512, 32, 4096, 7168, 132).tile == "128x192"
     assert choose_hopper_config(300, 1, 4096, 7168, 132).tile == "128x128"  # 96 tiles, and only 64 of the other
+    assert choose_hopper_masked_config(512, 4, 4096, 7168, 132).tile == "256x128"
     assert choose_hopper_wgrad_config(32768, 8, 4096, 7168, 132).tile == "256x128"
 
 

@@ -140,8 +140,12 @@ class HopperConfig:
         return ceil_div(m, self.block_m * along_m) * ceil_div(n, self.block_n * along_n)
 
     def estimate(self, m: int, n: int, k: int, multiprocessors: int, groups: int = 1) -> int:
-        """Clocks for `groups` products of that size: as many rounds of tiles as the clusters need."""
-        rounds = ceil_div(groups * self.clusters(m, n), max(multiprocessors // self.cluster, 1))
+        """Clocks for `groups` products of that size."""
+        return self.clocks_of(groups * self.clusters(m, n), k, multiprocessors)
+
+    def clocks_of(self, clusters: int, k: int, multiprocessors: int) -> int:
+        """Clocks for so many clusters' worth of tiles: as many rounds of them as they need."""
+        rounds = ceil_div(clusters, max(multiprocessors // self.cluster, 1))
         return rounds * (ceil_div(k, 128) * self.clocks + self.tile_clocks)
 
 

@@ -23,6 +23,7 @@ from dskernels.gemm.hopper_small import OUT
 from dskernels.grouped_gemm import hopper_half, hopper_small
 from dskernels.grouped_gemm.config import (
     choose_hopper_config,
+    choose_hopper_masked_config,
     choose_hopper_wgrad_config,
     hopper_clusters,
     use_hopper_small,
@@ -94,7 +95,7 @@ def grouped_gemm_masked(
     (groups, rows, k), n = a.shape, b.shape[1]
     if use_hopper_small_masked(rows) and _in_one_piece(b):
         return hopper_small.grouped_gemm_masked.prepare(a, a_scale, b, b_scale, counts, out)
-    config = choose_hopper_config(groups * rows, groups, n, k, multiprocessors(a.device))
+    config = choose_hopper_masked_config(rows, groups, n, k, multiprocessors(a.device))
     return plan_masked(config, a, a_scale, b, b_scale, counts, out)
 
 
