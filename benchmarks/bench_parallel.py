@@ -32,7 +32,7 @@ from benchmarks.results import FOLDER, Machine, Row, document
 from benchmarks.workloads import MODEL_TRAINED_SLICE
 from dskernels.model import Config
 from dskernels.model.moe import MoE
-from dskernels.model.parallel.copies import CopyEngines
+from dskernels.model.parallel.copies import PIECE, CopyEngines
 from dskernels.model.parallel.decode import DecodeExperts
 from dskernels.model.parallel.engines import reach_each_other
 from dskernels.model.parallel.exchange import Form, Trip, loaded, unloaded, widths
@@ -46,8 +46,8 @@ from dskernels.types import Routing
 
 LINK = 450.0  # GB/s each way, of NVLink on an H100 and an H200
 ROOF = f"% of roof is of NVLink's {LINK:.0f} GB/s each way by its data sheet; times are kept without their spread"
-# Cycles, about 10 and 30 ms, in which the host fills the queue: four layers take it 18 ms.
-WAIT, WAIT_FOR_LAYERS = int(2e7), int(6e7)
+# Cycles, about 10 and 60 ms, in which the host fills the queue: eight layers take it 35 ms.
+WAIT, WAIT_FOR_LAYERS = int(2e7), int(12e7)
 
 
 class Bench:
@@ -107,18 +107,21 @@ def routing_of(tokens: int, experts: int, top_k: int, device: torch.device) -> R
     return ds.route(torch.randn(tokens, experts, device=device), top_k=top_k)
 
 
-def mail_of(group: dist.ProcessGroup, tokens: int, hidden: int, top_k: int) -> Mail:
-    """What a training run would use for as many tokens."""
+def mail_of(group: dist.ProcessGroup, tokens: int, hidden: int, top_k: int, pieces: bool = True) -> Mail:
+    """What a training run would use for as many tokens; without `pieces` messages come in one."""
     if not reach_each_other(group):
         return Collective(group)
-    return CopyEngines(group, largest_message(tokens, hidden, top_k, torch.bfloat16))
+    size = largest_message(tokens, hidden, top_k, torch.bfloat16)
+    return CopyEngines(group, size, piece=PIECE if pieces else 2**62)
 
 
 def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, experts: int, top_k: int) -> dict:
     """Dispatch and combine, fixed and counted, beside an all-to-all of as many bytes.
 
     A dispatch ends when the rows may be read where they came; "kept", when they are copied from there for a gradient;
-    "fp8", when they are tokens again; "operand", when products in e4m3 can read them.
+    "fp8", when they are tokens again; "operand", when products in e4m3 can read them. A combine ends when the rows are
+    added up, of each rank one row a token; "arrived", when they may be read where they came, which is all that a layer
+    waits for, as who reads them adds up; "nccl_and_sum" is NCCL's message and the same sum behind it.
     """
     device = bench.device
     routing = routing_of(tokens, experts, top_k, device)
@@ -137,6 +140,21 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
         trip.send_back(ExpertRows(y, None, None))
         trip.returned([(hidden, y.dtype)])
 
+    whole = mail_of(group, tokens, hidden, top_k, pieces=False)
+
+    def arrive() -> None:
+        sent = whole.send([[part] for part in every.chunk(group.size())])
+        for _ in whole.arriving(sent):
+            pass
+        whole.finished(sent)
+
+    def add_up() -> None:
+        dist.all_to_all_single(target, source, group=group)
+        came = target[: every.numel() * every.element_size() // target.element_size()].view(every.dtype)
+        own = ExpertRows(every, None, None).of(slice(0, tokens))
+        own.sums(came=came.view(every.shape), places=places)
+
+    places = torch.stack([torch.arange(tokens, device=device, dtype=torch.int32)] * (group.size() - 1), 1)
     counted = Trip.plan(routing.experts, group, experts // group.size())
     fixed = functools.partial(FixedTrip, mail, tokens, tokens, device)
     y = torch.randn(counted.rows, hidden, device=device).bfloat16()
@@ -150,7 +168,8 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
         "dispatch": lambda: dispatch(fixed()),
         "dispatch_kept": lambda: dispatch(fixed(), lend=False),
         "combine": lambda: combine(fixed(), every),
-        "combine_engines": lambda: combine(fixed(beside=True), every),
+        "combine_arrived": lambda: arrive(),
+        "nccl_and_sum": lambda: add_up(),
         "dispatch_fp8": lambda: dispatch(fixed(), "fp8"),
         "dispatch_operand": lambda: dispatch(fixed(), "operand"),
         "counted_dispatch": lambda: dispatch(counted),
@@ -164,8 +183,9 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
     for name, seconds in found.items():
         best = statistics.fmean(seconds)
         result[f"{name}_us"], result[f"{name}_gb_per_s"] = best * 1e6, nbytes / best / 1e9
-    for name in ("dispatch", "combine"):
+    for name in ("dispatch", "combine", "combine_arrived"):
         result[f"{name}_of_nccl"] = result["nccl_us"] / result[f"{name}_us"]
+    result["combine_of_nccl_and_sum"] = result["nccl_and_sum_us"] / result["combine_us"]
     return result
 
 
@@ -222,6 +242,7 @@ def layer(
 ) -> dict:  # fmt: skip
     """An expert-parallel layer of two micro-batches, the mean of several in a row: overlapped, and one by one.
 
+    Nothing can run under the first message of all and the last, which so weigh as much as there are layers.
     "Compute only" is `fused_experts` with as many experts a rank and choices a token, all of them here. A layer of
     DeepSeek-V3 has one shared expert too; without it there is nothing under which one of two messages could travel.
     """
@@ -288,12 +309,22 @@ def training(device: torch.device, quick: bool) -> dict:
         "expert_overlap": Plan(expert=ranks, reshard=False, overlap=True),
         "expert_counted": Plan(expert=ranks, exchange="counted"),
     }
+    config, sizes = trained(quick)
+    return parallel_runs.throughput(config, plans, device=device, **sizes)
+
+
+def training_graph(device: torch.device, quick: bool) -> dict:
+    """Of one GPU with CUDA graphs, which several have not."""
+    config, sizes = trained(quick)
+    return parallel_runs.throughput_as_graph(config, device=device, **sizes)
+
+
+def trained(quick: bool) -> tuple[Config, dict[str, Any]]:
+    """The model, and how it is trained."""
     if quick:
-        config, sizes = Config.from_name("tiny"), dict(tokens=32, microbatches=2, length=16, steps=1, precision="fp32")
-    else:
-        config = models.config_of(MODEL_TRAINED_SLICE)
-        sizes = dict(tokens=32768, microbatches=2, length=4096, steps=5, precision="fp8")
-    return parallel_runs.throughput(config, plans, device=device, **sizes)  # type: ignore[arg-type]
+        return Config.from_name("tiny"), dict(tokens=32, microbatches=2, length=16, steps=1, precision="fp32")
+    sizes = dict(tokens=32768, microbatches=2, length=4096, steps=5, precision="fp8")
+    return models.config_of(MODEL_TRAINED_SLICE), sizes
 
 
 def pipeline(device: torch.device, quick: bool) -> dict:
@@ -313,7 +344,7 @@ def pipeline(device: torch.device, quick: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where the JSON goes, after each part")
-    parser.add_argument("--only", nargs="*", help="large, small, layer, training, pipeline; else all")
+    parser.add_argument("--only", nargs="*", help="large, small, layer, training, training_graph, pipeline; else all")
     parser.add_argument("--save", action="store_true", help="likewise results/<gpu>/parallel.json for the report")
     parser.add_argument("--commit", default=None, help="that is measured, to be noted")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
@@ -324,7 +355,7 @@ def main() -> None:
     torch.manual_seed(dist.get_rank())
     hidden, inner, experts, top_k = (128, 64, 8, 2) if quick else (7168, 2048, 32, 8)
     tokens = 64 if quick else 4096
-    layers = functools.partial(layer, bench, group, tokens, hidden, inner, experts, top_k, depth=2 if quick else 4)
+    layers = functools.partial(layer, bench, group, tokens, hidden, inner, experts, top_k, depth=2 if quick else 8)
     parts: dict[str, Callable[[], Any]] = {
         "large": lambda: [
             large(bench, group, n, hidden, experts, top_k) for n in ((64,) if quick else (1024, 4096, 16384))
@@ -343,6 +374,7 @@ def main() -> None:
         "small": lambda: [small(bench, group, n, hidden, experts, top_k) for n in ((8,) if quick else (32, 128))],
         "decode_layer_us": lambda: decode_layer(bench, group, hidden, inner, experts, top_k),
         "training": lambda: training(device, quick),
+        "training_graph": lambda: training_graph(device, quick),
     }
     results: dict[str, Any] = dict(ranks=group.size(), device=_name(device))
     for name, part in parts.items():

@@ -18,9 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dskernels.model.parallel.engines import Engine, Moment, PeerMemory
-from dskernels.model.parallel.hopper_combine import MOST_PIECES, PushAndSum
 from dskernels.model.parallel.mail import Fill, Mail, Part, aligned
-from dskernels.moe.rows import ExpertRows
 
 SLOTS = 4  # messages that may be under way, or read, at once: two micro-batches have one each in both directions
 # What has come of a large message is summed while the rest travels. A piece is 3/10 of the one before, as long as it
@@ -68,11 +66,8 @@ class CopyEngines(Mail):
         super().__init__(group)
         self.size, self.piece = aligned(size), piece
         self.flags_at = SLOTS * self.ranks * self.size
-        self.pieces_at = self.flags_at + SLOTS * self.ranks * 8
         memory = memory or PeerMemory.shared(group, self.needed(self.ranks, size))
-        # Slots, for each slot and rank how far it has sent, and how far it has read what is sent to it; and what a
-        # kernel has sent, piece by piece.
-        self.summing = PushAndSum(memory, self.rank)
+        # Slots, and for each slot and rank how far it has sent, and how far it has read what is sent to it.
         self.memory, self.addresses, self.keeps = memory
         self.count, self.unread = 0, set[int]()
         self.read: list[tuple[int, int]] = []  # slots, and turns in them, that the others have not been told of
@@ -88,7 +83,7 @@ class CopyEngines(Mail):
     @staticmethod
     def needed(ranks: int, size: int) -> int:
         """Bytes of memory on each rank for messages of `size`."""
-        return SLOTS * ranks * (aligned(size) + 8 + 4 * MOST_PIECES)
+        return SLOTS * ranks * (aligned(size) + 8)
 
     def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False, fill: Fill | None = None) -> Copied:
         """See `Mail`."""
@@ -105,7 +100,7 @@ class CopyEngines(Mail):
             self._mark(sent, self.rank, 0, self.near)
         self.out.follow(self.now)
         for rank in self._others():
-            self._until_read(sent, rank, self.out)
+            self._until_read(sent, rank)
             for place, tensor in enumerate(outgoing[rank][1:], start=1):
                 self._copy(sent, rank, place, tensor, self.out)
         for i in range(len(sent.ends)):
@@ -119,24 +114,6 @@ class CopyEngines(Mail):
                 self._mark(sent, rank, i, self.out)
         self.gone[slot].record(self.out)
         return sent
-
-    def sums_supports(self, rows: Tensor, capacity: int) -> str | None:
-        """See `Mail`."""
-        return self.summing.supports(rows, capacity)
-
-    def sums(self, leaving: Sequence[Tensor], own: ExpertRows, tokens: int, residual: Tensor | None) -> Tensor:
-        """See `Mail`."""
-        sent = self._next([(leaving[0].shape, leaving[0].dtype)], ENDS[1], [])
-        slot, turn = self._slot_and_turn(sent)
-        here = self._current()
-        for rank in self._others():
-            self._until_read(sent, rank, here)
-        out = own.rows.new_empty(tokens, own.rows.shape[1])
-        flags = self.pieces_at + slot * self.ranks * 4 * MOST_PIECES
-        at = slot * self.ranks * self.size
-        self.summing(leaving, own, residual, out, slot=at, flags=flags, number=turn + 1)
-        self.finished(sent)
-        return out
 
     def _next(
         self, parts: Sequence[tuple[torch.Size, torch.dtype]], ends: tuple[float, ...], own: list[Tensor] | None
@@ -211,11 +188,11 @@ class CopyEngines(Mail):
         part = slot * self.ranks * self.size + sent.parts[place].begin + self.rank * _bytes(tensor)
         on.copy(self.addresses[rank] + part + begin, tensor.data_ptr() + begin, end - begin)
 
-    def _until_read(self, sent: Copied, rank: int, on: Engine) -> None:
+    def _until_read(self, sent: Copied, rank: int) -> None:
         """What was in the slot has been read by a rank."""
         slot, turn = self._slot_and_turn(sent)
         if turn:
-            on.wait(self._flag(self.rank, slot, rank, read=True), turn)
+            self.out.wait(self._flag(self.rank, slot, rank, read=True), turn)
 
     def _mark(self, sent: Copied, rank: int, piece: int, on: Engine) -> None:
         """A rank may know that a piece is there."""

@@ -36,8 +36,8 @@ class Chain:
 
     @property
     def is_last(self) -> bool:
-        """Whether the others wait for a message from before when this one has handed over."""
-        return False
+        """Whether the next message that is waited for is this one's, or one from before."""
+        return True
 
     def switch(self) -> None:
         """Called where a message has begun and something else may run, see `overlap`."""
@@ -130,7 +130,8 @@ class ExpertParallel:
         y, made = _Experts.apply(*block, first, *options, trip)
         # What was lent is given back when the others' rows are added up, before this rank's own are.
         own = None if differentiable else routing.weights
-        urgent = shared is None and chain.is_last
+        # Behind the last of several micro-batches runs what they do before another message: a shared expert, if any.
+        urgent = chain.is_last and (shared is None or self.chain is None)
         chain.token = ticket = _LeaveBack.apply(chain.token, y, trip, made, own, urgent)
         del made
         chain.switch()
@@ -142,7 +143,7 @@ class ExpertParallel:
     def _trip(self, x: Tensor, routing: Routing) -> Trip | FixedTrip:
         if self.mail is None or self.tokens is None:
             return Trip.plan(routing.experts, self.group, self.per_rank, self.most_ranks)
-        return FixedTrip(self.mail, x.shape[0], self.tokens, x.device, beside=self.chain is not None)
+        return FixedTrip(self.mail, x.shape[0], self.tokens, x.device)
 
 
 def _fewest(weights: Tensor, experts: Tensor, first: int, n: int, most: int | None) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,6 @@ class FixedTrip:
         tokens: of this rank.
         capacity: rows of a message, the same on every rank; at least `tokens`.
         device: of the tokens.
-        beside: whether anything else runs while messages travel; else one kernel, which takes all SMs, may do the way
-            back and its sums.
 
     Raises:
         ValueError: more tokens than that.
@@ -36,15 +34,13 @@ class FixedTrip:
 
     choices: int | None = None  # the most experts that a row has here: nobody knows
 
-    def __init__(self, mail: Mail, tokens: int, capacity: int, device: torch.device, *, beside: bool = False) -> None:
+    def __init__(self, mail: Mail, tokens: int, capacity: int, device: torch.device) -> None:
         if tokens > capacity:
             raise ValueError(f"x: expected at most {capacity} tokens, got {tokens}")
         self.mail, self.tokens, self.capacity, self.device = mail, tokens, capacity, device
-        self.beside = beside
         self.pending: list[Any] = []
         self.lent: Any = None  # the message whose rows `arrived` has given where they came
         self.own: ExpertRows | None = None  # what this rank's experts made of its own tokens
-        self.at_once: tuple[list[Tensor], ExpertRows] | None = None  # what goes back where nothing runs in between
         self.gradients: ExpertRows | None = None  # of the rows that arrived, what the backward made
 
     @property
@@ -122,27 +118,21 @@ class FixedTrip:
         """
         mail, capacity = self.mail, self.capacity
         of_ranks = [made.of(slice(rank * capacity, (rank + 1) * capacity)) for rank in range(mail.ranks)]
-        fill = None
-        if urgent and self.beside and made.index is not None:
-            empty = made.rows.new_empty(mail.ranks - 1, capacity, made.rows.shape[1])
-            leaving = list(empty)
+        own = of_ranks[mail.rank].of(slice(0, self.tokens))
+        self.own = own if weights is None else own._replace(weights=weights)
+        shape = capacity, made.rows.shape[1]
+        fill: Fill | None = None
+        if urgent and made.index is not None:
+            leaving = [made.rows.new_empty(shape) for _ in range(mail.ranks)]
 
             def fill(rank: int, rows: slice) -> None:
-                of_ranks[rank].of(rows).sums(out=leaving[rank - (rank > mail.rank)][rows])
-        else:
-            leaving = [rows.sums() for rank, rows in enumerate(of_ranks) if rank != mail.rank]
-        own = of_ranks[mail.rank].of(slice(0, self.tokens))
-        own = own if weights is None else own._replace(weights=weights)
-        if not (self.beside or more) and mail.sums_supports(made.rows, capacity) is None:
-            self.release()
-            self.at_once = leaving, own
-            return
-        # This rank's own sums do not travel: anything of their shape stands for them.
-        nobody = leaving[0] if leaving else made.rows.new_empty(capacity, made.rows.shape[1])
-        sums = [*leaving[: mail.rank], nobody, *leaving[mail.rank :]]
+                of_ranks[rank].of(rows).sums(out=leaving[rank][rows])
+        else:  # this rank's own sums do not travel: anything of their shape stands for them
+            others = {rank: rows.sums() for rank, rows in enumerate(of_ranks) if rank != mail.rank}
+            nobody = next(iter(others.values())) if others else made.rows.new_empty(shape)
+            leaving = [others.get(rank, nobody) for rank in range(mail.ranks)]
         split = [part.contiguous().chunk(mail.ranks) for part in more]
-        self.own = own
-        self._begin([[sums[rank], *(chunks[rank] for chunks in split)] for rank in range(mail.ranks)], fill=fill)
+        self._begin([[leaving[rank], *(chunks[rank] for chunks in split)] for rank in range(mail.ranks)], fill=fill)
         self.release()
 
     def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
@@ -156,9 +146,6 @@ class FixedTrip:
             residual: ``[tokens, width]``, added to the first part.
         """
         residual = None if residual is None else residual.contiguous()
-        if self.at_once is not None:
-            (leaving, own), self.at_once = self.at_once, None
-            return [self.mail.sums(leaving, own, self.tokens, residual)]
         (sent, _), mail, rows = self.pending.pop(), self.mail, self.own
         if rows is None:
             raise RuntimeError("nothing has been sent back on this trip")

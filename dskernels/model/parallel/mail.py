@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dskernels.moe.rows import ExpertRows
-
 ALIGNMENT = 256  # bytes: where each part of a message begins, and each message
 
 
@@ -106,24 +104,6 @@ class Mail(ABC):
     @abstractmethod
     def of_all(self, sent: Any) -> Tensor:
         """The first part of all ranks, ``[R, ...]``, valid likewise; where this rank's own would be stands anything."""
-
-    def sums_supports(self, rows: Tensor, capacity: int) -> str | None:
-        """Why `sums` does not take rows of experts and so many tokens of a rank, or None."""
-        return "these messages are sent and added up one after the other"
-
-    def sums(self, leaving: Sequence[Tensor], own: ExpertRows, tokens: int, residual: Tensor | None) -> Tensor:
-        """A whole message that nothing else runs beside, and what is added up of it.
-
-        Args:
-            leaving: for each other rank, in their order, the sums of its tokens, ``[capacity, H]``, contiguous.
-            own: the rows of this rank's tokens.
-            tokens: how many these are.
-            residual: ``[tokens, H]``, contiguous.
-
-        Returns:
-            ``[tokens, H]``, the bits of ``own.sums`` with what has come of the others in their order.
-        """
-        raise NotImplementedError("these messages are sent and added up one after the other")
 
     @abstractmethod
     def finished(self, sent: Any) -> None:
