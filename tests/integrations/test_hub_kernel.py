@@ -56,6 +56,13 @@ def test_its_kernels_are_its_own(kernel):
             assert dispatch._load(target).__module__.startswith(f"{kernel.__name__}.")
 
 
+def test_neither_keeps_the_other_from_launching_directly(kernel):
+    """Each watches what Triton launches by itself, which is no profiler."""
+    both = importlib.import_module(f"{kernel.__name__}.portable"), importlib.import_module("dskernels.portable")
+    assert both[0] is not both[1]
+    assert not any(portable._is_hooked() for portable in both)
+
+
 def test_its_operations_are_recorded_as_ours_are(kernel, monkeypatch):
     """They have a namespace of their own; on the CPU what is in the way is torch's operations inside of them alone."""
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
