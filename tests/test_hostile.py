@@ -205,7 +205,7 @@ def test_places_and_sequences_of_routing(impl, device):
 
 
 def test_rows_and_places_of_sums(device):
-    """The half of a combine that is added up elsewhere: what lies beyond the rows, and those that came, adds nothing."""
+    """Half of a combine, added up elsewhere: what lies beyond the rows, and beyond those that came, is zero."""
     y, came, residual = (normal(n, 72, device=device) for n in (9, 4, 5))
     far = [TOP, BOTTOM, -1, 9, 2**30]
     index = ints([[far[t], t, 8] for t in range(5)], device)
