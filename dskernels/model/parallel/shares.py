@@ -125,7 +125,7 @@ class CopiedShares:
                 if there != here:
                     size = self._rows_bytes(self.weights[name], ranks)
                     at = self.room_at[name] + _among_others(here, there) * size
-                    self.on.copy(self.addresses[rank] + at, rows.data_ptr(), rows.numel() * 4)
+                    self.on.copy(self.addresses[rank] + at, rows.data_ptr(), rows.numel() * rows.element_size())
         self._tell(bucket, 0)
 
     def gradients(self, totals: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
@@ -181,8 +181,8 @@ class CopiedShares:
 
     @staticmethod
     def _rows_bytes(weight: Tensor, ranks: Sequence[int]) -> int:
-        """Room for the gradients of one rank's rows."""
-        return aligned(weight.numel() // len(ranks) * 4)
+        """Room for the gradients of one rank's rows, in fp32."""
+        return aligned(weight.numel() // len(ranks) * torch.float32.itemsize)
 
 
 def _among_others(rank: int, reader: int) -> int:
