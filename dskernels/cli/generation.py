@@ -46,13 +46,13 @@ def generate(
     prompt: Annotated[
         str | None,
         typer.Option(
-            "--prompt", "-p", help="Text to continue, or with --chat what you say; else it is read from stdin."
+            "--prompt", "-p", help="Text to continue, or with --chat your message; read from stdin if not given."
         ),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="A conversation by the folder's chat template; goes on in a terminal.")
+        bool, typer.Option("--chat", help="Converse, by the folder's chat template; turn by turn in a terminal.")
     ] = False,
-    system: Annotated[str | None, typer.Option(help="What the model is told before the conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt of the conversation.")] = None,
     batch: Annotated[
         Path | None,
         typer.Option(
@@ -61,28 +61,28 @@ def generate(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File that --batch writes to instead of stdout.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens a text.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate for each text.")] = 200,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Text to end before; may be given again. \\n is a line break, \\t a tab.")
+        list[str] | None, typer.Option(help="End before this text; may be repeated. \\n is a line break, \\t a tab.")
     ] = None,
-    draft: Annotated[int, typer.Option(help="Tokens that the MTP module drafts a step; 0 for none.")] = 0,
+    draft: Annotated[int, typer.Option(help="Tokens that the MTP module drafts in each step; 0 for none.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 sets no limit.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens of this total probability.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens with this total probability.")] = 1.0,
     min_p: Annotated[
-        float, typer.Option(help="Leave out tokens less likely than this part of the most likely one.")
+        float, typer.Option(help="Exclude tokens less likely than this fraction of the most likely one.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     fp8: Annotated[
         bool | None, typer.Option("--fp8/--no-fp8", help="Compute in fp8; by default if the checkpoint is in fp8.")
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Texts that are written at a time.")] = 64,
+    max_batch: Annotated[int, typer.Option(help="Texts generated at the same time.")] = 64,
     graphs: Annotated[
         bool | None,
         typer.Option("--graphs/--no-graphs", help="Replay each step as a CUDA graph; by default on a GPU."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32: what to compute in; by default what the checkpoint is in.")
+        str | None, typer.Option(help="Compute in bf16, fp16 or fp32; by default in the checkpoint's type.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Such as cuda:1 or cpu; by default the GPU if there is one.")

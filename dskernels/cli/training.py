@@ -60,7 +60,7 @@ def train(
     ),
     init: Annotated[
         Path | None,
-        typer.Option(help="Folder of a model (another run, or its ema) whose weights are the first ones, in any type."),
+        typer.Option(help="Start from the weights in this folder (another run, or its ema), of any type."),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -69,48 +69,57 @@ def train(
             "that of --init, or bytes."
         ),
     ] = None,
-    held_out: Annotated[float, typer.Option(help="Part of the documents that is not learnt from.")] = 0.05,
+    held_out: Annotated[float, typer.Option(help="Fraction of the documents held out for validation.")] = 0.05,
     precision: Annotated[str, typer.Option(help="fp32, bf16, or fp8 (linear layers and experts in e4m3).")] = "fp32",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a step.")] = 2048,
-    microbatches: Annotated[int, typer.Option(help="Parts that a step is run in, to save memory.")] = 1,
-    sequence_length: Annotated[int, typer.Option(help="Longest sequence; documents are cut to it.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 2e-3,
-    final_learning_rate: Annotated[float | None, typer.Option(help="At the end; by default a tenth.")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="By default a tenth of the steps, 20 at most.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 2048,
+    microbatches: Annotated[int, typer.Option(help="Parts that a step is split into, to save memory.")] = 1,
+    sequence_length: Annotated[int, typer.Option(help="Longest sequence; longer documents are cut.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate, after the warm-up.")] = 2e-3,
+    final_learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate at the end; by default a tenth of the peak.")
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="Steps of warm-up; by default a tenth of all, at most 20.")
+    ] = None,
     decay_from: Annotated[
         float,
         typer.Option(
-            help="Part of the steps after which the rate falls along a cosine.", show_default="10 / 14.8, the report's"
+            help="Fraction of the steps after which the rate decays along a cosine.",
+            show_default="10 / 14.8, the report's",
         ),
     ] = 10 / 14.8,
     settle_from: Annotated[
         float,
         typer.Option(
-            help="Part after which rate and router biases stay as they are.", show_default="14.3 / 14.8, likewise"
+            help="Fraction after which rate and router biases stay constant.", show_default="14.3 / 14.8, likewise"
         ),
     ] = 14.3 / 14.8,
-    weight_decay: Annotated[float, typer.Option(help="On matrices.")] = 0.1,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
-    bias_update_rate: Annotated[float, typer.Option(help="How far a router bias moves a step; 0 leaves them.")] = 0.001,
-    balance_alpha: Annotated[float, typer.Option(help="Factor of the sequence-wise balance loss.")] = 1e-4,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of matrices.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; above it the gradient is scaled.")] = 1.0,
+    bias_update_rate: Annotated[
+        float, typer.Option(help="Change of a router bias per step (gamma); 0 keeps them fixed.")
+    ] = 0.001,
+    balance_alpha: Annotated[float, typer.Option(help="Weight of the sequence-wise balance loss.")] = 1e-4,
     mtp_lambda: Annotated[float, typer.Option(help="Weight of the MTP loss.")] = 0.3,
-    final_mtp_lambda: Annotated[float, typer.Option(help="Its weight once the rate falls.")] = 0.1,
-    ema: Annotated[float, typer.Option(help="Decay of an average of the weights, exported too; 0 for none.")] = 0.0,
+    final_mtp_lambda: Annotated[float, typer.Option(help="Weight of the MTP loss once the rate decays.")] = 0.1,
+    ema: Annotated[float, typer.Option(help="Decay of averaged weights, which are exported too; 0 for none.")] = 0.0,
     recompute: Annotated[
         bool,
-        typer.Option("--recompute/--no-recompute", help="Keep less for the backward and compute it again."),
+        typer.Option("--recompute/--no-recompute", help="Save less for the backward and recompute it."),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Of the weights, of the order of the text, and of what is held out.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the weights, the order of the text, and the held-out documents.")
+    ] = 0,
     validate_every: Annotated[
-        int | None, typer.Option(help="Steps between two looks at the held-out text; by default a tenth of all.")
+        int | None, typer.Option(help="Steps between validations; by default a tenth of all.")
     ] = None,
-    validation_batches: Annotated[int, typer.Option(help="Batches of it, at most all.")] = 4,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between two checkpoints; 0 for none.")] = 200,
-    keep: Annotated[int, typer.Option(help="Checkpoints that are kept.")] = 2,
+    validation_batches: Annotated[int, typer.Option(help="Batches in a validation, at most all.")] = 4,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 for none.")] = 200,
+    keep: Annotated[int, typer.Option(help="How many of the newest checkpoints to keep.")] = 2,
     resume: Annotated[
         bool | None,
-        typer.Option("--resume/--restart", help="Go on, or begin anew; by default go on if there is a checkpoint."),
+        typer.Option("--resume/--restart", help="Resume, or begin anew; by default resume if there is a checkpoint."),
     ] = None,
     cuda_graph: Annotated[
         bool | None,
@@ -118,15 +127,14 @@ def train(
     ] = None,
     plan: Annotated[
         str | None,
-        typer.Option(help="Under torchrun: what its ranks do, such as data=2,expert=2 or pipeline=2; else all expert."),
+        typer.Option(help="Under torchrun: parallelism, such as data=2,expert=2 or pipeline=2; default: all expert."),
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write metrics for TensorBoard.")] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu; else the GPU if there is one.")] = None,
 ) -> None:
-    """Train a model on text: a live table, checkpoints to go on from, metrics, and a model that generate loads.
+    """Train a model on text, with a live table, checkpoints and metrics; the result is a model that generate loads.
 
-    The same command, given again after a run was stopped or killed, goes on where the last checkpoint was made, with
-    the same numbers.
+    If a run was stopped or killed, the same command resumes it from the last checkpoint, with the same numbers.
     """
     from dskernels.cli.generation import _device
     from dskernels.model.plot import plot_run, require_matplotlib
@@ -227,12 +235,14 @@ def plot(
         Path | None, typer.Option(help="The PNG to write; by default training.png in the folder of the first run.")
     ] = None,
     label: Annotated[
-        list[str] | None, typer.Option(help="What to call a run, once for each; by default its folder's name.")
+        list[str] | None, typer.Option(help="Name of a run, once for each; by default its folder's name.")
     ] = None,
-    title: Annotated[str, typer.Option(help="A line above the picture.")] = "",
+    title: Annotated[str, typer.Option(help="Title of the picture.")] = "",
     pairs: Annotated[
         bool,
-        typer.Option("--pairs", help="How far every second run's losses are from those of the one before it, in %."),
+        typer.Option(
+            "--pairs", help="Show by how many % every second run's losses differ from those of the run before it."
+        ),
     ] = False,
 ) -> None:
     """Draw runs, several in one picture: losses, MTP loss, the load of the experts, throughput."""
