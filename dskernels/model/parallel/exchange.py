@@ -1,8 +1,8 @@
 """Rows of tokens to the ranks that hold their experts, and back: who sends how many to whom, and the messages.
 
 A token goes once to each rank that holds any of its experts, whatever their number. The rows that a rank sends are
-`dskernels.permute` of its tokens with ranks in the place of experts; what comes back is summed by `dskernels.combine`,
-in fp32 and in a fixed order. In between stands one message in each direction.
+`dskernels.permute` of its tokens with ranks in the place of experts; what comes back is added up with the rows that its
+own experts have made, in fp32 and in a fixed order. In between stands one message in each direction.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 `ExpertParallel` stands in the place of `dskernels.fused_experts` and means the same as that in one process. Dispatch
 carries bf16, or e4m3 with power-of-two scales; combine, and gradients both ways, carry the dtype of the tokens
-(DeepSeek-V3 report, section 3.3.2). All sums are in fp32 in a fixed order: two runs give the same bits.
+(DeepSeek-V3 report, section 3.3.2). A sum belongs to whoever reads it: rows of other ranks' tokens are added up before
+they leave, a rank's own with what has come (dskernels.moe.rows); all in fp32 in a fixed order: two runs give the same
+bits.
 """
 
 from __future__ import annotations
