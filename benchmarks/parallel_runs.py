@@ -40,8 +40,9 @@ def recipe(batch_tokens: int, microbatches: int, precision: Any) -> TrainConfig:
 
 # ---- throughput -----------------------------------------------------------------------------------------------------
 
-# How far router biases move at each step before anything is timed; a router that has just been drawn sent 60% of the
-# choices to the experts of one of two ranks, which the other waited for. Training evens that out in hundreds of steps.
+# How far router biases move at each step before anything is timed, as training evens loads out in hundreds of steps.
+# (At the full learning rate, without a warm-up, some steps from the start sent 60% of the choices to the experts of one
+# of two ranks, which the other waited for: 304 ms a step instead of 279.)
 SETTLING = (0.02,) * 4 + (0.007,) * 4 + (0.002,) * 4 + (0.0005,) * 2
 WARM = 2  # steps before those that are timed
 
