@@ -77,7 +77,10 @@ class Again:
             return
         for i, (a, b) in enumerate(zip(got, wants, strict=True)):
             if self.call.function not in OPEN and not torch.equal(bits(a).cpu(), bits(b).cpu()):
-                raise WrongError(f"impl={self.impl!r}, {how}: result {i} has other bits")
+                differ = unequal(a, b)
+                raise WrongError(
+                    f"impl={self.impl!r}, {how}: result {i} has other bits, {differ}; {integers(self.call)}"
+                )
 
 
 def other_ways(call: Call, impl: str, device: torch.device, chance: random.Random, counts: dict[str, int]) -> str:
@@ -385,6 +388,21 @@ def memory_of(call: Call) -> list[Tensor]:
 def bits_of(x: Tensor) -> Tensor:
     """All memory that a tensor stands in."""
     return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.detach().untyped_storage())  # type: ignore[call-overload]
+
+
+def unequal(got: Tensor, want: Tensor) -> str:
+    """How two results of one shape differ, for who reads of it later."""
+    got, want = (x.detach().cpu() for x in (got, want))
+    apart = (bits(got).view(got.numel(), -1) != bits(want).view(got.numel(), -1)).any(1)
+    a, b = (x.contiguous().flatten()[apart].double() for x in (got, want))
+    none = f"NaN {int(a.isnan().sum())} and {int(b.isnan().sum())}"
+    return f"{len(a)} of {len(apart)}, {none}, first {a[:4].tolist()} and {b[:4].tolist()}"
+
+
+def integers(call: Call) -> str:
+    """The first of what stands in the call's vectors of integers, on which it depends what the contract leaves open."""
+    found = [(path, x) for path, x in leaves(call.arguments) if x.dtype in (torch.int32, torch.int64)]
+    return ", ".join(f"{path} {x.detach().cpu().flatten()[:16].tolist()}" for path, x in found)
 
 
 def bits(x: Tensor) -> Tensor:

@@ -251,7 +251,8 @@ class _Run:
                     was = then.get(name) if isinstance(then, dict) else None
                     raise ValueError(
                         f"{path}: another run, its {kind} has {name} = {was!r}, asked for is {now.get(name)!r} "
-                        f"(begin anew with resume=False or --restart, or in another folder, with these weights by --init)"
+                        "(begin anew with resume=False or --restart, or in another folder, with these weights by "
+                        "--init)"
                     )
         try:
             self.step, self.history_bytes = int(about["step"]), int(about["history_bytes"])
