@@ -28,6 +28,7 @@ from torch import Tensor
 
 import dskernels as ds
 from benchmarks import models, parallel_runs
+from benchmarks.parallel_timing import WAIT, WAIT_FOR_LAYERS, Bench
 from benchmarks.results import FOLDER, Machine, Row, document
 from benchmarks.workloads import MODEL_TRAINED_SLICE
 from dskernels.model import Config
@@ -46,68 +47,6 @@ from dskernels.types import Routing
 
 LINK = 450.0  # GB/s each way, of NVLink on an H100 and an H200
 ROOF = f"% of roof is of NVLink's {LINK:.0f} GB/s each way by its data sheet; times are kept without their spread"
-# Cycles, about 10 and 150 ms, in which the host fills the queue: sixteen layers take it 72 ms, and more where other
-# processes want its cores; what it has not queued by then would count as the GPU's time.
-WAIT, WAIT_FOR_LAYERS = int(2e7), int(3e8)
-
-
-class Bench:
-    """Timing on all ranks together."""
-
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
-        self.meeting = torch.zeros(1, device=device)
-
-    def time(self, function: Callable[[], Any], calls: int = 1, wait: int = WAIT, behind: bool = False) -> float:
-        """Seconds of a call, the median of the slowest rank; `behind` another that is not timed.
-
-        After 30 ms without any the first message over NVLink takes 250 us, and not 60.
-        """
-        for _ in range(3):
-            function()
-        times = []
-        for _ in range(self.repeats):
-            dist.barrier()
-            once = self._once(function, calls, wait, behind)
-            spent = torch.tensor([once], dtype=torch.float64, device=self.device)
-            dist.all_reduce(spent, op=dist.ReduceOp.MAX)
-            times.append(float(spent))
-        return statistics.median(times)
-
-    def graph(self, function: Callable[[], Any], calls: int = 20) -> float:
-        """Seconds of a call inside a CUDA graph of several; on the CPU of one call."""
-        if self.device.type != "cuda":
-            return self.time(function)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                function()
-        return self.time(graph.replay) / calls
-
-    def _once(self, function: Callable[[], Any], calls: int, wait: int, behind: bool) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            return (time.perf_counter() - start) / calls
-        torch.cuda.synchronize()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(wait)
-        dist.all_reduce(self.meeting)  # the ranks begin together, else one would wait for the other's messages
-        if behind:
-            function()
-        begin.record()
-        for _ in range(calls):
-            function()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls
 
 
 def routing_of(tokens: int, experts: int, top_k: int, device: torch.device) -> Routing:

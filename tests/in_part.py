@@ -14,7 +14,7 @@ ONE_IN = {
     "tests/test_mla_decode_emulated.py::test_against_fp64": 2,  # 27
     "tests/test_mla_decode_rows_emulated.py::test_against_fp64": 2,  # 18
     "tests/test_routing_emulated.py::test_emulated": 2,  # 20
-    "tests/parallel/test_copies.py::test_stages_hand_over_what_the_engine_would_post": 2,  # 29
+    "tests/parallel/test_handover.py::test_stages_hand_over_what_the_engine_would_post": 2,  # 29
     "tests/model/test_generate.py::test_sampled_text_has_the_models_distribution": 3,  # 14
     "tests/model/test_generate.py::test_greedy_is_the_same_however_it_is_run": 2,  # 17
     "tests/model/test_prefix_sharing.py::test_texts_are_the_same": 2,  # 17

@@ -6,7 +6,9 @@ Tokens are never copied to their experts: the products read token ``source[r] //
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,49 +117,19 @@ fused_experts_backward_inputs, fused_experts_backward_weights = split_operations
 expert_rows, expert_rows_backward, expert_rows_backward_inputs, expert_rows_backward_weights = rows_operations(KINDS)
 
 
-def fused_experts_supports(x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot run the block, or None."""
-    return reason_against_e4m3(x.device) if args[10] else None
+def _e4m3_at(place: int) -> Callable[..., str | None]:
+    """`supports` of an operation that multiplies in e4m3 where the argument at this place says so."""
+
+    def supports(*args: Any) -> str | None:
+        return reason_against_e4m3(args[0].device) if args[place] else None
+
+    return supports
 
 
-def fused_experts_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot run its backward, or None."""
-    return reason_against_e4m3(x.device) if args[12] else None
-
-
-def feed_forward_supports(x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot run it, or None."""
-    return reason_against_e4m3(x.device) if args[4] else None
-
-
-def feed_forward_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot run its backward, or None."""
-    return reason_against_e4m3(x.device) if args[5] else None
-
-
-def fused_experts_backward_inputs_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot run its first half, or None."""
-    return reason_against_e4m3(x.device) if args[12] else None
-
-
-def fused_experts_backward_weights_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot run its second half, or None."""
-    return reason_against_e4m3(x.device) if args[16] else None
-
-
-def expert_rows_supports(x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot run the block as rows, or None."""
-    return reason_against_e4m3(x.device) if args[6] else None
-
-
-def expert_rows_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot run its backward, or None."""
-    return reason_against_e4m3(x.device) if args[8] else None
-
-
-def expert_rows_backward_weights_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot run its second half, or None."""
-    return reason_against_e4m3(x.device) if args[10] else None
-
-
-expert_rows_backward_inputs_supports = expert_rows_backward_supports
+fused_experts_supports = _e4m3_at(11)
+fused_experts_backward_supports = fused_experts_backward_inputs_supports = _e4m3_at(14)
+fused_experts_backward_weights_supports = _e4m3_at(18)
+feed_forward_supports, feed_forward_backward_supports = _e4m3_at(5), _e4m3_at(7)
+expert_rows_supports = _e4m3_at(7)
+expert_rows_backward_supports = expert_rows_backward_inputs_supports = _e4m3_at(10)
+expert_rows_backward_weights_supports = _e4m3_at(12)

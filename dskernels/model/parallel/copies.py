@@ -25,7 +25,8 @@ SLOTS = 4  # messages that may be under way, or read, at once: two micro-batches
 # takes to sum that. On 2 H200 235 MB each way took 614 us in one piece, 5 to 7 more for each other, and NCCL 797.
 ENDS = {1: (1.0,), 2: (0.77, 1.0), 3: (0.72, 0.935, 1.0)}
 PIECE = 2**24  # bytes, for each piece: less is not worth another one
-# A message that is made as it leaves: the second piece of 29 MB is made, in 27 us, while the first travels for 31.
+# A message that is made as it leaves: of 29 MB the second piece should be made, in 27 us at the memory's rate, while
+# the first travels for 31 at the link's. What that gains was not timed by itself.
 FILLED, FEWEST_FILLED = (0.4, 1.0), 2**23
 
 

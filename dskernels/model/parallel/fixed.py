@@ -121,16 +121,20 @@ class FixedTrip:
         own = of_ranks[mail.rank].of(slice(0, self.tokens))
         self.own = own if weights is None else own._replace(weights=weights)
         shape = capacity, made.rows.shape[1]
-        fill: Fill | None = None
-        if urgent and made.index is not None:
-            leaving = [made.rows.new_empty(shape) for _ in range(mail.ranks)]
+        later = urgent and made.index is not None
+        others = {
+            rank: made.rows.new_empty(shape) if later else rows.sums()
+            for rank, rows in enumerate(of_ranks)
+            if rank != mail.rank
+        }
 
-            def fill(rank: int, rows: slice) -> None:
-                of_ranks[rank].of(rows).sums(out=leaving[rank][rows])
-        else:  # this rank's own sums do not travel: anything of their shape stands for them
-            others = {rank: rows.sums() for rank, rows in enumerate(of_ranks) if rank != mail.rank}
-            nobody = next(iter(others.values())) if others else made.rows.new_empty(shape)
-            leaving = [others.get(rank, nobody) for rank in range(mail.ranks)]
+        def add_up(rank: int, rows: slice) -> None:
+            of_ranks[rank].of(rows).sums(out=others[rank][rows])
+
+        fill: Fill | None = add_up if later else None
+        # This rank's own sums do not travel: anything of their shape stands for them.
+        nobody = next(iter(others.values())) if others else made.rows.new_empty(shape)
+        leaving = [others.get(rank, nobody) for rank in range(mail.ranks)]
         split = [part.contiguous().chunk(mail.ranks) for part in more]
         self._begin([[leaving[rank], *(chunks[rank] for chunks in split)] for rank in range(mail.ranks)], fill=fill)
         self.release()

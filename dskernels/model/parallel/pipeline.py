@@ -26,6 +26,7 @@ from dskernels.model.moe import MoE, RouterOutput
 from dskernels.model.parallel.engines import reach_each_other
 from dskernels.model.parallel.handover import HandedStage, Handover, rank_of
 from dskernels.model.parallel.plan import Team, spread_experts
+from dskernels.model.parallel.shares import dimension
 
 SCHEDULES = {"dualpipev": ScheduleDualPipeV, "zbv": ScheduleZBVZeroBubble}
 
@@ -298,10 +299,9 @@ class Pipeline:
 
     def reduce(self) -> None:
         """Sums gradients over the ranks that have other text; where a pipeline is, no weights are sharded."""
-        expert_names = (".experts.w13", ".experts.w2")
         for name, parameter in self.named_parameters().items():
             if parameter.grad is not None:
-                self.team.total(parameter.grad, "data" if name.endswith(expert_names) else "batch")
+                self.team.total(parameter.grad, dimension(name))
 
 
 def split(layers: int, stages: int) -> list[tuple[int, int]]:

@@ -259,23 +259,21 @@ def most_ranks(config: Config, ranks: int) -> int | None:
     return most if most < min(ranks, config.num_experts_per_tok) else None
 
 
-def shard(model: nn.Module, team: Team, *, dtype: torch.dtype | None, units: bool = True) -> None:
+def shard(model: nn.Module, team: Team, *, dtype: torch.dtype | None) -> None:
     """FSDP2 over the ranks that have other text: experts over those with the same experts, all else over all of them.
 
     Args:
-        model: the model, or a pipeline's stage of it.
+        model: the model.
         team: the ranks.
         dtype: see `parallelize`.
-        units: gather block by block; else all of the model at once, and keep it until the backward is over.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    reshard = team.plan.reshard and units
+    reshard = team.plan.reshard
     for experts, _ in expert_modules(model):
         fully_shard(experts, mesh=team.mesh["data"], mp_policy=policy, reshard_after_forward=reshard)
-    if units:
-        # MTP modules are read from outside of their forward: they belong to the root, which stays gathered.
-        for block in cast(nn.ModuleList, model.layers):
-            fully_shard(block, mesh=team.batch, mp_policy=policy, reshard_after_forward=reshard)
+    # MTP modules are read from outside of their forward: they belong to the root, which stays gathered.
+    for block in cast(nn.ModuleList, model.layers):
+        fully_shard(block, mesh=team.batch, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=team.batch, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
