@@ -27,7 +27,7 @@ from dskernels import recording
 from dskernels.choice import OPERATIONS
 from dskernels.metadata import ByMetadata
 from fuzz.drawing import FLOATS, Call, leaves, replaced
-from fuzz.judging import Memory, WrongError, attempt, flat, settled
+from fuzz.judging import Memory, WrongError, attempt, flat, overlapping, settled
 from soak_load import out_of_memory
 
 Ways = dict[str, Callable[["Again"], None]]
@@ -47,6 +47,7 @@ class Again:
 
     def __init__(self, call: Call, impl: str, device: torch.device, chance: random.Random) -> None:
         self.call, self.impl, self.device, self.chance = call, impl, device, chance
+        self.open = call.function in OPEN or overlapping(call)
         self.wants = self.as_written(call)
 
     def as_written(self, call: Call) -> list[Tensor] | str:
@@ -76,7 +77,9 @@ class Again:
                 raise WrongError(f"impl={self.impl!r}, {how}: {got}, as it is written {wants}")
             return
         for i, (a, b) in enumerate(zip(got, wants, strict=True)):
-            if self.call.function not in OPEN and not torch.equal(bits(a).cpu(), bits(b).cpu()):
+            if (a.shape, a.dtype) != (b.shape, b.dtype):
+                raise WrongError(f"impl={self.impl!r}, {how}: result {i} is {a.dtype} {list(a.shape)}")
+            if not self.open and not torch.equal(bits(a).cpu(), bits(b).cpu()):
                 differ = unequal(a, b)
                 raise WrongError(
                     f"impl={self.impl!r}, {how}: result {i} has other bits, {differ}; {integers(self.call)}"

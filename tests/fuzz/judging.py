@@ -135,6 +135,15 @@ def _left_open(call: Call) -> bool:
     rows = given.get("kv", given.get("x"))
     if given.get("eps") == 0 and isinstance(rows, Tensor) and rows.numel() and not rows.is_meta and _vanishing(rows):
         return True
+    return overlapping(call)
+
+
+def overlapping(call: Call) -> bool:
+    """Whether offsets of sequences do not ascend from 0 to the rows there are.
+
+    Two sequences may hold one token then, and both write its row: which of them is last differs from call to call.
+    """
+    given = call.arguments
     for name, rows in (("cu_seqlens_q", given.get("q")), ("cu_seqlens_k", given.get("k"))):
         if name in given and isinstance(given[name], Tensor) and not given[name].is_meta:
             ends = given[name].tolist()

@@ -11,7 +11,7 @@ from dskernels.reference.mla import pack_fp8
 from dskernels.types import Fp8Tensor
 from fuzz.allowing import SUMS, feed_forward, mla_prefill_cached
 from fuzz.drawing import Call
-from fuzz.judging import WrongError, _compare, settled
+from fuzz.judging import WrongError, _compare, overlapping, settled
 
 TOKENS, HIDDEN, INNER = 9, 256, 384
 
@@ -204,6 +204,16 @@ def test_only_rows_that_several_tokens_go_to_are_left_open(written, dtype):
     assert not got[3, 0].any()
     got[3, 0] = want[3, 0].to(dtype)
     assert torch.equal(got, want.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("ends", "overlap"),
+    [([0, 0, 1], False), ([0, 1, 1], False), ([0, 0, 0], False), ([0, 1, 0], True), ([2**30, 0, 1], True),
+     ([1, 1, 1], True), ([0, 1, 2], True)],
+)  # fmt: skip
+def test_bits_are_left_open_where_offsets_do_not_ascend_from_0_to_the_rows(ends, overlap):
+    given = {"q": torch.zeros(1, 16, 192), "cu_seqlens_q": torch.tensor(ends, dtype=torch.int32)}
+    assert overlapping(Call("mla_prefill_cached", given)) is overlap
 
 
 def test_attention_may_lose_more_where_its_scale_is_greater_and_is_finite_all_the_same():
