@@ -18,10 +18,12 @@ from dskernels.later import Waiting
 from dskernels.moe.network import NETWORK, check_network, check_options, flat, flat_options
 from dskernels.moe.packed import KEPT, PACKED, empty_kept
 from dskernels.reference import rows as reference
+from dskernels.repeated import repeated
 from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_int, check_tensor
 
 Weights = tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor]
+Chosen = tuple[Tensor, Tensor, int]
 
 
 class ExpertRows(NamedTuple):
@@ -64,22 +66,37 @@ class ExpertRows(NamedTuple):
             TypeError: an argument is of another dtype.
             ValueError: shapes or devices do not fit.
         """
-        tokens, hidden = (self.rows if self.index is None else self.index).shape[0], self.rows.shape[1]
-        if (came is None) != (places is None):
-            raise ValueError("places: expected with came, and not without")
-        if places is not None:
-            check_tensor("places", places, dtype=torch.int32, shape=(tokens, "n"), like=self.rows)
-        for name, x, rows in (("came", came, "N"), ("residual", residual, tokens), ("out", out, tokens)):
-            if x is not None:
-                check_tensor(name, x, dtype=self.rows.dtype, shape=(rows, hidden), like=self.rows)
-        if out is None and self.index is None and came is None and residual is None:
-            return self.rows  # nothing is to be added up
-        if out is None:
-            out = self.rows.new_empty(tokens, hidden)
-        _sum_rows(self.rows, self.index, self.weights, came, places, residual, out)
-        return out
+        return _sums(self.rows, self.index, self.weights, came, places, residual, out)
 
 
+@repeated
+def _sums(
+    rows: Tensor,
+    index: Tensor | None,
+    weights: Tensor | None,
+    came: Tensor | None,
+    places: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """`ExpertRows.sums`."""
+    tokens, hidden = (rows if index is None else index).shape[0], rows.shape[1]
+    if (came is None) != (places is None):
+        raise ValueError("places: expected with came, and not without")
+    if places is not None:
+        check_tensor("places", places, dtype=torch.int32, shape=(tokens, "n"), like=rows)
+    for name, x, n in (("came", came, "N"), ("residual", residual, tokens), ("out", out, tokens)):
+        if x is not None:
+            check_tensor(name, x, dtype=rows.dtype, shape=(n, hidden), like=rows)
+    if out is None and index is None and came is None and residual is None:
+        return rows  # nothing is to be added up
+    if out is None:
+        out = rows.new_empty(tokens, hidden)
+    _sum_rows(rows, index, weights, came, places, residual, out)
+    return out
+
+
+@repeated
 def expert_rows(
     x: Tensor,
     weights: Weights,
@@ -124,7 +141,7 @@ def expert_rows_backward(
     dout: Tensor,
     x: Tensor,
     weights: Weights,
-    chosen: tuple[Tensor, Tensor, int],
+    chosen: Chosen,
     kept: Tensor,
     *,
     fp8: bool,
@@ -146,20 +163,53 @@ def expert_rows_backward(
         The gradient of x as rows ``[T * k, H]``, to be added up with the index of the forward and no weights, and the
         others; None where not needed.
     """
-    block, fp8 = _flat(weights), fp8 or any(isinstance(weight, Fp8Tensor) for weight in weights)
-    dout, (gates, experts, first) = dout.contiguous(), chosen
+    fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in weights)
+    given = dout.contiguous(), x, weights, chosen, kept
     if waiting is None:
-        found = _backward(dout, x, *block, gates, experts, first, kept, fp8, list(needs))
-        return tuple(gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
-    dx, dgates, *halves = _backward_inputs(dout, x, *block, gates, experts, first, kept, fp8)
-    among = list(needs[1:3])
+        return _gradients(*given, fp8, tuple(needs))
+    dx, dgates, dgate_up, hidden = _gradients_of_inputs(*given, fp8)
+    among = tuple(needs[1:3])
 
     def rest() -> list[Tensor]:
-        gradients = _backward_weights(dout, x, *block, gates, experts, first, kept, *halves, fp8, among)
-        return [gradient for gradient, needed in zip(gradients, among, strict=True) if needed]
+        return [dw for dw in _gradients_of_weights(*given, dgate_up, hidden, fp8, among) if dw is not None]
 
     waiting.compute(rest)
     return dx, None, None, dgates
+
+
+@repeated
+def _gradients(
+    dout: Tensor, x: Tensor, weights: Weights, chosen: Chosen, kept: Tensor, fp8: bool, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    return _or_none(_backward(dout, x, *_flat(weights), *chosen, kept, fp8, list(needs)), needs)
+
+
+@repeated
+def _gradients_of_inputs(
+    dout: Tensor, x: Tensor, weights: Weights, chosen: Chosen, kept: Tensor, fp8: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(_backward_inputs(dout, x, *_flat(weights), *chosen, kept, fp8))
+
+
+@repeated
+def _gradients_of_weights(
+    dout: Tensor,
+    x: Tensor,
+    weights: Weights,
+    chosen: Chosen,
+    kept: Tensor,
+    dgate_up: Tensor,
+    hidden: Tensor,
+    fp8: bool,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    return _or_none(
+        _backward_weights(dout, x, *_flat(weights), *chosen, kept, dgate_up, hidden, fp8, list(needs)), needs
+    )
+
+
+def _or_none(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
 def _flat(weights: Weights) -> list[Tensor | None]:
