@@ -216,6 +216,8 @@ def test_help_shows_examples(run):
     ("arguments", "message"),
     [
         (["nowhere", "--prompt", "x"], "nowhere: no such folder"),
+        (["owner/Model", "--prompt", "x"], "hf download owner/Model --local-dir Model"),
+        (["chat/config.json", "--prompt", "x"], "chat/config.json: a file, expected the folder of a checkpoint"),
         (["chat"], "--prompt: expected a text to continue"),
         (["chat", "--prompt", "x", "--batch", "p.txt"], "--prompt: expected without --batch"),
         (["chat", "--prompt", "x", "--out", "o"], "--out: expected with --batch"),
@@ -244,7 +246,7 @@ def test_help_shows_examples(run):
             ["base", "--batch", "talk.jsonl"],
             "talk.jsonl, line 1: has messages, and the checkpoint has no chat template",
         ),
-        (["chat", "--batch", "talk.jsonl", "--out", "no/where.jsonl"], "where.jsonl"),
+        (["chat", "--batch", "talk.jsonl", "--out", "no/where.jsonl"], "where.jsonl: cannot be written ("),
     ],
 )
 def test_wrong_arguments_are_one_line(here, run, monkeypatch, arguments, message):

@@ -122,10 +122,15 @@ def test_a_run_that_begins_with_the_weights_of_another(run, text, little, tmp_pa
 def test_the_same_recipe_or_an_error(run, text, little, tmp_path):
     options = ["--data", text, "--out", tmp_path / "run", "--checkpoint-every", 1, *SIZES]
     assert run("train", little, *options, "--steps", 1)[0] == 0
-    status, _, error = run("train", little, *options, "--steps", 2)
-    assert status == 1
-    assert "another run, its recipe has" in error
-    assert error.count("\n") == 1
+    (tmp_path / "other.txt").write_text("text\n" * 9)
+    for again, message in (
+        (["--steps", 2], "another run, its recipe has"),
+        (["--steps", 1, "--data", tmp_path / "other.txt"], "other.txt (leave out --data to go on with that text"),
+    ):
+        status, _, error = run("train", little, *options, *again)
+        assert status == 1
+        assert message in " ".join(error.split())
+        assert error.count("\n") == 1
     assert run("train", little, *options, "--steps", 2, "--restart")[0] == 0
     assert read_history(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 2
 
@@ -157,6 +162,8 @@ def test_data_that_is_no_text_is_named(run, tmp_path, name, content, message):
         (["--tokenizer", "train:100"], "tokenizer: expected train:N with N at least 257, got 'train:100'"),
         (["--tokenizer", "nowhere.json"], "nowhere.json: no such file"),
         (["--ema", 1.5], "ema: expected a decay in [0, 1), got 1.5"),
+        (["--learning-rate", "inf"], "learning_rate: expected a finite number above 0, got inf"),
+        (["--held-out", 1], "--held-out: expected a fraction between 0 and 1, got 1.0"),
         (["--resume"], "has no checkpoint to go on from"),
         (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used"),
         (["--device", "cpu", "--cuda-graph"], "--cuda-graph: needs a GPU, the model would run on cpu"),
@@ -187,6 +194,9 @@ def test_plot_says_what_it_cannot_draw(run, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     status, _, error = run("plot", tmp_path)
     assert (status, "no training step in its history" in error) == (1, True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\x80")
+    status, _, error = run("plot", tmp_path)
+    assert (status, "metrics.jsonl: not text" in " ".join(error.split())) == (1, True)
     status, _, error = run("plot", tmp_path, "--label", "a", "--label", "b")
     assert (status, "--label: expected one for each of 1 runs, got 2" in error) == (1, True)
     status, _, error = run("plot", tmp_path, "--pairs")

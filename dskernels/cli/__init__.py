@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -193,6 +194,12 @@ def main() -> None:
         sys.exit(error.exit_code)
     except EXPECTED as error:
         _say(str(error) or type(error).__name__)
+        sys.exit(1)
+    except RuntimeError as error:  # torch has no class for a host that is out of memory
+        wanted = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error))
+        if wanted is None:
+            raise
+        _say(f"this machine is out of memory: a tensor of {int(wanted[1]) / 1e9:,.1f} GB did not fit")
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

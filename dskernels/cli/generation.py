@@ -200,7 +200,8 @@ class _Writer:
             stream.close()
             print(flush=True)
         speed = (count - before_that) / (time.perf_counter() - warm)
-        self._report(f"{count} tokens, {speed:,.1f} tokens/s, the first after {first:.2f} s", stream)
+        rate = f" {speed:,.1f} tokens/s," if before_that < count else ""  # too few tokens to tell
+        self._report(f"{count} tokens,{rate} the first after {first:.2f} s", stream)
         return answer
 
     def talk(self, said: str | None) -> None:
@@ -291,8 +292,12 @@ def _description(path: Path, fp8: bool | None, draft: int) -> tuple[Any, dict[st
     from dskernels.model import Config
     from dskernels.model.config import read_json
 
+    if path.is_file():
+        raise NotADirectoryError(f"{path}: a file, expected the folder of a checkpoint")
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder (expected that of a downloaded or trained checkpoint)")
+        hub = not path.is_absolute() and len(path.parts) == 2 and not path.parent.exists()
+        how = f"download it with `hf download {path} --local-dir {path.name}`" if hub else "expected a checkpoint's"
+        raise FileNotFoundError(f"{path}: no such folder ({how})")
     config = Config.from_hf(path)
     if draft and not config.num_nextn_predict_layers:
         raise ValueError(f"--draft: {path} has no MTP module to draft with")
@@ -336,7 +341,9 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
         return
     if not together.speaks():
         out = Path(os.devnull)
-    with out.open("w", encoding="utf-8") as file:
+    from dskernels.model.disk import writing
+
+    with writing(out), out.open("w", encoding="utf-8") as file:
         yield file
 
 

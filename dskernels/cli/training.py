@@ -154,6 +154,8 @@ def train(
     for name, value, least in (("checkpoint-every", checkpoint_every, 0), ("keep", keep, 1)):
         if value < least:
             raise ValueError(f"--{name}: expected at least {least}, got {value}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"--held-out: expected a fraction between 0 and 1, got {held_out}")
     config, tokenizer = _of_init(init, config, tokenizer, out if resume is not False else None)
     recipe = TrainConfig(
         steps=steps,
@@ -232,7 +234,7 @@ def train(
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or metrics.jsonl files.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(help="The PNG to write; by default training.png in the folder of the first run.")
+        Path | None, typer.Option(help="Picture to write (.png, .svg, .pdf); by default the first run's training.png.")
     ] = None,
     label: Annotated[
         list[str] | None, typer.Option(help="Name of a run, once for each; by default its folder's name.")
@@ -256,6 +258,8 @@ def plot(
         raise ValueError(
             f"--label: expected one for each of {pictures} {'pairs' if pairs else 'runs'}, got {len(label)}"
         )
+    if out is not None and out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--out: expected a name that ends in .png, .svg or .pdf, got {out}")
     files = [run / "metrics.jsonl" if run.is_dir() else run for run in runs]
     if pairs:
         halves = list(zip(files[::2], files[1::2], strict=True))
@@ -306,9 +310,12 @@ def begin(
     if init is not None:
         _same_tokenizer(init, tokens)
     if found is not None:
+        if writes:
+            _same_data(data, out)
         console.print(f"Going on from {found}.", highlight=False, soft_wrap=True)
     elif writes:
-        first = {} if init is None else {"init": str(init)}
+        first: dict[str, Any] = {} if init is None else {"init": str(init)}
+        first |= {"data": [str(path) for path in data or ()]}
         _write_json(out / "train.json", {"config": config, **first, **asdict(recipe)})
     return Begun(model, corpus, tokens, found)
 
@@ -333,6 +340,21 @@ def _same_tokenizer(init: Path, tokens: Path) -> None:
     theirs, ours = init / "tokenizer.json", tokens / "tokenizer.json"
     if theirs.is_file() and (not ours.is_file() or read_json(theirs).get("model") != read_json(ours).get("model")):
         raise ValueError(f"--init: {theirs} is not the tokenizer of {tokens}")
+
+
+def _same_data(data: list[Path] | None, out: Path) -> None:
+    """Raises a ValueError where a run that is resumed, which reads the tokens it has, is given other text."""
+    from dskernels.model.config import read_json
+
+    file = out / "train.json"
+    begun_with = read_json(file).get("data") if file.is_file() else None
+    given = [str(path) for path in data or ()]
+    if given and begun_with is not None and given != begun_with:
+        said = " ".join(begun_with) or "Python's standard library"
+        raise ValueError(
+            f"--data: {out} was begun with {said}, asked for is {' '.join(given)} (leave out --data to go on with that "
+            f"text; for another, begin anew with --restart or in another folder)"
+        )
 
 
 def shape_of(config: str) -> Config:
@@ -379,7 +401,7 @@ def _text(
     counts = [int(document_lengths(documents).sum()) for documents in corpus]
     console.print(
         f"{counts[0]:,} tokens in {len(corpus.train):,} documents to learn from, {counts[1]:,} in "
-        f"{len(corpus.validation):,} held out; {about['bytes']:,} bytes, {about['tokenizer']}.",
+        f"{len(corpus.validation):,} held out; {about['bytes']:,} bytes of text, tokenizer: {about['tokenizer']}.",
         highlight=False,
         soft_wrap=True,
     )

@@ -232,7 +232,10 @@ def _pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
                 if not block:
                     break
                 if (zero := block.find(b"\0")) >= 0:
-                    raise ValueError(f"{path}: binary, not text (byte {place + zero:,} is zero)")
+                    raise ValueError(
+                        f"{path}: binary, not text (byte {place + zero:,} is zero); a pattern such as "
+                        f"'{path.parent}/**/*.txt' leaves it out"
+                    )
                 place += len(block)
                 block = rest + block
                 cut = len(block) if place >= end else block.rfind(b"\n") + 1

@@ -83,13 +83,14 @@ class TrainConfig:
                 f"decay_from, settle_from: expected 0 <= decay_from <= settle_from <= 1, "
                 f"got {self.decay_from} and {self.settle_from}"
             )
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected a finite number above 0, got {self.learning_rate}")
+        if not self.clip > 0:  # infinity clips nothing
+            raise ValueError(f"clip: expected more than 0, got {self.clip}")
         factors = ("weight_decay", "bias_update_rate", "balance_alpha", "mtp_lambda", "final_mtp_lambda")
         for name in ("final_learning_rate", *factors):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number, 0 or more, got {getattr(self, name)}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: expected two numbers in [0, 1), got {self.betas}")
         if not 0 <= self.ema < 1:
