@@ -205,7 +205,7 @@ class Recorder(TorchDispatchMode):
         """Launch a plan that nobody else has, its pointers being of these names, and note it."""
         self._launches.append((plan, {name: address for name, address in addresses.items() if address}))
         plan.launch_at(addresses)
-        if plan.words and torch._C._cuda_isCurrentStreamCapturing():
+        if plan.asked and torch._C._cuda_isCurrentStreamCapturing():
             self.refuse("words of a captured launch are its own", later=True)
 
     def wrote(self, x: Tensor) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,32 +94,17 @@ class Recording:
         first = n_given + bool(size)
         number |= {piece: first + i for i, (_, piece) in enumerate(noted.results) if piece is not None}
         self._now = [0] * (first + len(noted.results))
-        self._moved: list[list[tuple[Callable[[int], None], int]]] = [[] for _ in self._now]
-        self._readers: list[set[int]] = [set() for _ in self._now]  # of each, the launches that read its address
+        # Of each, where its address is assigned and how far behind it, and the launches that read it.
+        self._moved: list[list[tuple[Any, int, int]]] = [[] for _ in self._now]
+        readers: list[set[int]] = [set() for _ in self._now]
+        for n, (plan, places) in enumerate(noted.launches):
+            for name, words, word in plan.addresses:
+                if name in places:
+                    piece, offset = places[name]
+                    self._moved[number[piece]].append((words, word, starts.get(piece, 0) + offset))
+                    readers[number[piece]].add(n)
+        self._readers = [tuple(launches) for launches in readers]
         self._stale: set[int] = set()  # launches that the graph has with other addresses
-        self._wire(noted.launches, lambda place: (number[place.piece], starts.get(place.piece, 0) + place.offset))
-
-    def _wire(
-        self, launches: Sequence[tuple[Plan, Mapping[str, Place]]], at: Callable[[Place], tuple[int, int]]
-    ) -> None:
-        """Let all launches read the same cells, given which address a place is at, and how far behind it."""
-        cells: dict[tuple[int, int] | None, Any] = {}
-        for n, (plan, places) in enumerate(launches):
-            for place in places.values():
-                self._readers[at(place)[0]].add(n)
-
-            def cell_of(name: str, places: Mapping[str, Place] = places) -> Any:
-                key = at(places[name]) if name in places else None
-                cell = cells.get(key)
-                if cell is None:
-                    cell = cells[key] = (ctypes.c_uint64 * 1)()
-                    if key is not None:
-                        self._moved[key[0]].append((functools.partial(cell.__setitem__, 0), key[1]))
-                return cell
-
-            for name, write in plan.rewired(cell_of):
-                i, offset = at(places[name])
-                self._moved[i].append((write, offset))
 
     def fits(self, addresses: Sequence[int]) -> bool:
         """Whether arguments that were one behind the other, or the same, are so again."""
@@ -145,9 +129,9 @@ class Recording:
             stale = self._stale
             for i, address in enumerate(now):
                 if address != before[i]:
-                    for write, offset in self._moved[i]:
-                        write(address + offset)
-                    stale |= self._readers[i]
+                    for words, word, offset in self._moved[i]:
+                        words[word] = address + offset
+                    stale.update(self._readers[i])
             self._now = now
         if torch._C._cuda_isCurrentStreamCapturing():
             self._launch_captured()
@@ -171,13 +155,13 @@ class Recording:
 
     def _launch_captured(self) -> None:
         """One by one, with words that are asked for; those of the stream are put back."""
-        before = [(cell, cell[0]) for plan in self._plans for cell, _ in plan.words]
+        before = [(plan.memory, i, plan.memory[i]) for plan in self._plans for i, _ in plan.asked]
         for plan in self._plans:
             plan.ask()
             if status := plan.enqueue():
                 plan.again(status)
-        for cell, word in before:
-            cell[0] = word
+        for memory, i, word in before:
+            memory[i] = word
 
 
 def _related(given: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:

@@ -238,12 +238,14 @@ def test_maps(fake):
 
 def test_scales_of_one_column(fake):
     """Its stride may be anything, and 4 bytes are none that the accelerator takes."""
+    memory = (ctypes.c_uint64 * 24)()
+    first = -ctypes.addressof(memory) % 64 // 8
     for scale in (torch.ones(33, 1), torch.ones(1, 33).T):
-        tensor_map.encoded(scale_map("a_scale", scale, 128))
+        tensor_map.encode(scale_map("a_scale", scale, 128), memory, first)
         assert fake.encoded[-1]["sizes"] == [33, 1]
         assert fake.encoded[-1]["strides"] == [144]
         assert fake.encoded[-1]["box"] == [128, 1]
-    tensor_map.encoded(scale_map("a_scale", torch.ones(3, 40).T, 128))
+    tensor_map.encode(scale_map("a_scale", torch.ones(3, 40).T, 128), memory, first)
     assert fake.encoded[-1]["strides"] == [160]
 
 

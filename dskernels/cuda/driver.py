@@ -37,8 +37,9 @@ import torch
 from torch import Tensor
 
 from dskernels.cuda import libcuda
-from dskernels.cuda.tensor_map import MAP_BYTES, Replace, TensorMap, encoded, replacement
+from dskernels.cuda.tensor_map import MAP_ALIGNMENT, MAP_BYTES, TensorMap, encode
 from dskernels.metadata import ByMetadata
+from dskernels.validate import ceil_div
 
 CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 
@@ -73,6 +74,10 @@ class _Config(ctypes.Structure):
     ]
 
 
+_CONFIG_WORDS, _ATTRIBUTE_WORDS = ctypes.sizeof(_Config) // 8, ctypes.sizeof(_Attribute) // 8
+_NOTHING = ctypes.c_void_p()
+
+
 class Pointer(NamedTuple):
     """A kernel argument that is the address of a tensor; null where that is absent.
 
@@ -98,6 +103,13 @@ class Plan:
 
     One thread at a time may launch it, and nobody again after a launch has raised: `Planned` sees to both. The driver
     copies the arguments, so that a plan may be launched again at once, and its launch be captured in a CUDA graph.
+
+    All that the driver reads is one array of 64-bit words: objects of ctypes for each argument took 13 KB a launch.
+
+    Attributes:
+        memory: that array.
+        addresses: of each name, where its address is assigned: ``memory[i] = address``.
+        asked: words that are asked for at each launch, ``memory[i] = ask()``.
 
     Args:
         function: handle of the kernel (see :func:`dskernels.cuda.compiler.kernel`).
@@ -125,77 +137,81 @@ class Plan:
         programmatic: bool = False,
         in_graph: bool = True,
     ) -> None:
-        self._addresses: Sequence[int] = []
-        self._cells: list[tuple[int, Any]] = []
-        self._maps: list[tuple[int, Replace]] = []
-        self._cells_of: list[tuple[str, Any]] = []
-        self._maps_of: list[tuple[str, Replace]] = []
-        self.words: list[tuple[Any, Callable[[], int]]] = []
         once = {id(argument): argument for argument in arguments}  # what is given twice is packed and written once
-        packed = {key: self._packed(argument) for key, argument in once.items()}
-        cells = [packed[id(argument)] for argument in arguments]
-        pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
-        attributes = []
-        if cluster is not None:
-            attributes.append(_Attribute(CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
-        if programmatic:
-            attributes.append(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
-        attribute_array = (_Attribute * len(attributes))(*attributes)
-        config = _Config(
-            grid=Dim(*grid) if isinstance(grid, tuple) else Dim(grid, 1, 1),
-            block=Dim(threads, 1, 1),
-            shared=shared,
-            attributes=ctypes.addressof(attribute_array),
-            n_attributes=len(attributes),
-        )
-        self.config, self.function, self.cluster, self.programmatic = config, function, cluster, programmatic
-        self.in_graph = in_graph
-        self.arguments: int = ctypes.addressof(pointers)
+        # The maps go first, as they are aligned, then the other arguments, then their addresses, config and attributes.
+        ordered = sorted(once, key=lambda key: not isinstance(once[key], TensorMap))
+        starts, size = {}, 0
+        for key in ordered:
+            starts[key] = size
+            size += _words_of(once[key])
+        n_attributes = (cluster is not None) + programmatic
+        parts = len(arguments), _CONFIG_WORDS, n_attributes * _ATTRIBUTE_WORDS
+        self.memory = (ctypes.c_uint64 * (size + sum(parts) + MAP_ALIGNMENT // 8))()
+        base = ctypes.addressof(self.memory)
+        first = -base % MAP_ALIGNMENT // 8
+        base += 8 * first
+        pointers = (ctypes.c_void_p * len(arguments)).from_address(base + 8 * size)
+        self.arguments = ctypes.addressof(pointers)
+        self.addresses: list[tuple[str, Any, int]] = []
+        self.asked: list[tuple[int, Callable[[], int]]] = []
+        for key in ordered:
+            self._pack(once[key], first + starts[key])
+        for i, argument in enumerate(arguments):
+            pointers[i] = base + 8 * starts[id(argument)]
+        self.config = _Config.from_address(self.arguments + 8 * len(arguments))
+        attributes = (_Attribute * n_attributes).from_address(ctypes.addressof(self.config) + 8 * _CONFIG_WORDS)
+        given = [(CLUSTER_DIMENSION, cluster or 1)] * (cluster is not None)
+        given += [(PROGRAMMATIC_STREAM_SERIALIZATION, 1)] * programmatic
+        for i, (kind, value) in enumerate(given):
+            one = (value, 1, 1) if kind == CLUSTER_DIMENSION else (value,)
+            attributes[i] = _Attribute(kind, 0, one)
+        config = self.config
+        config.grid = Dim(*grid) if isinstance(grid, tuple) else Dim(grid, 1, 1)
+        config.block, config.shared = Dim(threads, 1, 1), shared
+        config.attributes, config.n_attributes = ctypes.addressof(attributes), n_attributes
+        self.function, self.cluster, self.programmatic, self.in_graph = function, cluster, programmatic, in_graph
         self._device: int = device.index
+        self._bound: list[tuple[int, Any, int]] = []
+        self._last: Sequence[int] = []
         self.enqueue = functools.partial(
             libcuda.library().cuLaunchKernelEx,
-            *(ctypes.c_void_p(x) for x in (ctypes.addressof(config), function, ctypes.addressof(pointers), None)),
+            *(ctypes.c_void_p(x) for x in (ctypes.addressof(config), function, self.arguments)),
+            _NOTHING,
         )
-        self._kept = cells, pointers, attribute_array
         self.owner: Any = None  # what has to live as long as the kernel's handle
 
     def bind(self, parameters: Sequence[str], tensors: Sequence[str]) -> None:
         """Say what the addresses of `launch` belong to: names of `tensors`, out of all `parameters`."""
-        for name, _ in (*self._cells_of, *self._maps_of):
+        for name, *_ in self.addresses:
             if name not in parameters:
                 raise ValueError(f"{name}: expected one of the parameters {', '.join(parameters)}")
-        self._cells = [(tensors.index(name), cell) for name, cell in self._cells_of if name in tensors]
-        self._maps = [(tensors.index(name), replace) for name, replace in self._maps_of if name in tensors]
+        self._bound = [(tensors.index(name), memory, i) for name, memory, i in self.addresses if name in tensors]
 
     def launch(self, addresses: Sequence[int]) -> None:
         """Launch on torch's current stream of the device, with these addresses in the order that `bind` said."""
-        if addresses != self._addresses:
-            for i, cell in self._cells:
-                cell[0] = addresses[i]
-            for i, replace in self._maps:
-                replace(addresses[i])
-            self._addresses = addresses
-        if self.words:
-            self.ask()
-        self.stream = torch._C._cuda_getCurrentRawStream(self._device)
-        if status := self.enqueue():
-            self.again(status)
+        if addresses != self._last:
+            for n, memory, i in self._bound:
+                memory[i] = addresses[n]
+            self._last = addresses
+        self._launch()
 
     def launch_at(self, addresses: Mapping[str, int]) -> None:
         """Launch with the addresses of these names, all others being null."""
-        for name, cell in self._cells_of:
-            cell[0] = addresses.get(name, 0)
-        for name, replace in self._maps_of:
-            replace(addresses[name])
-        self.ask()
+        for name, memory, i in self.addresses:
+            memory[i] = addresses.get(name, 0)
+        self._launch()
+
+    def _launch(self) -> None:
+        if self.asked:
+            self.ask()
         self.stream = torch._C._cuda_getCurrentRawStream(self._device)
         if status := self.enqueue():
             self.again(status)
 
     def ask(self) -> None:
         """Write the words of the next launch."""
-        for cell, ask in self.words:
-            cell[0] = ask()
+        for i, ask in self.asked:
+            self.memory[i] = ask()
 
     @property
     def stream(self) -> int | None:
@@ -213,39 +229,23 @@ class Plan:
             status = self.enqueue()
         libcuda.check(status, "cuLaunchKernelEx")
 
-    def rewired(self, cell_of: Callable[[str], Any]) -> list[tuple[str, Replace]]:
-        """Let pointers be read from `cell_of` a name, which may be the same for several launches; return what writes
-        the address of each map, which has its own memory."""
-        cells, pointers, _ = self._kept
-        writers = list(self._maps_of)
-        for name, cell in self._cells_of:
-            if ctypes.sizeof(cell) == MAP_BYTES:
-                writers.append((name, functools.partial(cell.__setitem__, 0)))
-                continue
-            for i, given in enumerate(cells):
-                if given is cell:
-                    cells[i] = cell_of(name)
-                    pointers[i] = ctypes.addressof(cells[i])
-        return writers
-
-    def _packed(self, argument: Any) -> Any:
-        """The argument as memory that the driver reads; one of a tensor leaves behind how its address is written."""
+    def _pack(self, argument: Any, i: int) -> None:
+        """Write the argument into the memory, and how its address is written from then on, if it is a tensor's."""
         if isinstance(argument, TensorMap):
-            cell = encoded(argument)
-            replace = replacement(cell, argument.x.data_ptr())
-            if replace is not None:
-                self._maps_of.append((argument.name, replace))
-                return cell
+            self.addresses.append((argument.name, encode(argument, self.memory, i), i))
         elif isinstance(argument, Pointer):
-            cell = (ctypes.c_uint64 * 1)()
+            self.addresses.append((argument.name, self.memory, i))
         elif isinstance(argument, Word):
-            cell = (ctypes.c_uint64 * 1)()
-            self.words.append((cell, argument.ask))
-            return cell
+            self.asked.append((i, argument.ask))
         else:
-            return argument
-        self._cells_of.append((argument.name, cell))
-        return cell
+            ctypes.memmove(ctypes.addressof(self.memory) + 8 * i, ctypes.byref(argument), ctypes.sizeof(argument))
+
+
+def _words_of(argument: Any) -> int:
+    """How many words of 8 bytes an argument takes."""
+    if isinstance(argument, TensorMap):
+        return MAP_BYTES // 8
+    return 1 if isinstance(argument, (Pointer, Word)) else ceil_div(ctypes.sizeof(argument), 8)
 
 
 class Planned:

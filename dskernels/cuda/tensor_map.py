@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor
 from dskernels.cuda import libcuda
 from dskernels.validate import ceil_div
 
-MAP_BYTES = 128
+MAP_BYTES, MAP_ALIGNMENT = 128, 64
 RAGGED_ROWS = 2**30  # a `ragged_map` is of fewer rows
 
 _ELEMENT = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}
 _UINT8 = 0
 _SWIZZLE = {False: 0, 64: 2, True: 3}  # True is 1, and stands for 128
 _PROMOTE = {128: 2, 256: 3}
-
-Replace = Callable[[int], None]
 
 
 class TensorMap(NamedTuple):
@@ -77,15 +74,19 @@ def scale_map(name: str, scale: Tensor, rows: int) -> TensorMap:
     return TensorMap(name, scale.t(), (1, rows), swizzle=False, strides=strides)
 
 
-def encoded(description: TensorMap) -> Any:
-    """The CUtensorMap, at an address divisible by 64 as the driver wants it."""
+def encode(description: TensorMap, memory: Any, i: int) -> Any:
+    """Write the CUtensorMap into an array of 64-bit words, from word i on, at an address divisible by 64.
+
+    Returns what another address is assigned to, ``returned[i] = address``: the array itself where the driver's function
+    for that does but assign the first word, as it did wherever this ran. It takes 0.6 us through ctypes, an assignment
+    0.1. What it does is not documented, so this tries it on an address with all other bits: if that comes out as the
+    first word and nothing else changes, that is all of it.
+    """
     x, box = description.x, description.box
     sizes, strides = description.sizes or x.shape, description.strides or x.stride()
-    rank = len(sizes)
-    storage = ctypes.create_string_buffer(MAP_BYTES + 64)
-    cell = (ctypes.c_uint64 * (MAP_BYTES // 8)).from_buffer(storage, -ctypes.addressof(storage) % 64)
+    rank, place = len(sizes), ctypes.addressof(memory) + 8 * i
     status = libcuda.library().cuTensorMapEncodeTiled(
-        ctypes.byref(cell),
+        ctypes.c_void_p(place),
         _ELEMENT.get(x.dtype, _UINT8),
         rank,
         ctypes.c_void_p(x.data_ptr()),
@@ -99,22 +100,19 @@ def encoded(description: TensorMap) -> Any:
         0,
     )
     libcuda.check(status, "cuTensorMapEncodeTiled")
-    return cell
+    by_driver, end = _ByDriver(place), i + MAP_BYTES // 8
+    before, other = memory[i:end], x.data_ptr() ^ 0x7FFF_FFFF_FFF0
+    plain = before[0] == x.data_ptr() and by_driver.replace(other) == 0 and memory[i:end] == [other, *before[1:]]
+    by_driver[i] = x.data_ptr()
+    return memory if plain else by_driver
 
 
-def replacement(cell: Any, address: int) -> Replace | None:
-    """The driver's function that writes an address into a map; None where it does but assign the first word.
+class _ByDriver:
+    """A map whose address the driver's function writes, at whatever index."""
 
-    The function takes 0.6 us through ctypes, the assignment 0.2. What it does is not documented, so this tries it on an
-    address with all other bits: if that comes out as the first word and nothing else changes, that is all of it.
-    """
-    # PyDLL keeps the interpreter's lock: the call is too short to let another thread in.
-    replace = functools.partial(libcuda.library(ctypes.PyDLL).cuTensorMapReplaceAddress, ctypes.addressof(cell))
-    before, other = list(cell), address ^ 0x7FFF_FFFF_FFF0
-    plain = before[0] == address and replace(other) == 0 and list(cell) == [other, *before[1:]]
-    _checked(replace, address)
-    return None if plain else functools.partial(_checked, replace)
+    def __init__(self, place: int) -> None:
+        # PyDLL keeps the interpreter's lock: the call is too short to let another thread in.
+        self.replace = functools.partial(libcuda.library(ctypes.PyDLL).cuTensorMapReplaceAddress, place)
 
-
-def _checked(replace: Callable[[int], int], address: int) -> None:
-    libcuda.check(replace(address), "cuTensorMapReplaceAddress")
+    def __setitem__(self, i: int, address: int) -> None:
+        libcuda.check(self.replace(address), "cuTensorMapReplaceAddress")
