@@ -26,26 +26,29 @@ class ByMetadata:
     inference mode is not found inside).
 
     Args:
-        most: how many values are kept; at the limit all go.
+        most: how many values are kept. Half of them are those kept or asked for of late; once these are as many, they
+            take the place of the other half, of which each that is asked for comes back.
     """
 
-    def __init__(self, most: int = 4096) -> None:
+    def __init__(self, most: int = 2048) -> None:
         self._most = most
-        self._n = 0
+        self._n = 0  # of those in `_kept`
         self._kept: dict[tuple, list[_Entry]] = {}
+        self._before: dict[tuple, list[_Entry]] = {}
 
     def find(self, tensors: tuple[Tensor, ...], also: Hashable) -> tuple[Any, list[int]] | None:
         """The value that was kept for these, and the addresses of the tensors; None if there is none."""
-        candidates = self._kept.get((len(tensors), tensors[0].shape, also))
-        if candidates is None:
-            return self._find_once(tensors, also)
-        for check, odd, value in candidates:
-            if check(*tensors):
-                addresses = list(map(_data_ptr, tensors))
-                if not odd and not functools.reduce(operator.or_, addresses) & 15:
-                    return value, addresses
-                if odd == [address & 15 for address in addresses]:
-                    return value, addresses
+        key = len(tensors), tensors[0].shape, also
+        for kept in (self._kept, self._before):
+            for entry in kept.get(key, ()):
+                check, odd, value = entry
+                if check(*tensors):
+                    addresses = list(map(_data_ptr, tensors))
+                    low = functools.reduce(operator.or_, addresses) & 15
+                    if odd == [address & 15 for address in addresses] if low else odd is None:
+                        if kept is not self._kept:
+                            self._put(key, entry)
+                        return value, addresses
         return self._find_once(tensors, also)
 
     def _find_once(self, tensors: tuple[Tensor, ...], also: Hashable) -> tuple[Any, list[int]] | None:
@@ -58,19 +61,21 @@ class ByMetadata:
 
     def keep(self, tensors: tuple[Tensor, ...], also: Hashable, value: Any) -> None:
         """Keep a value for these."""
-        if self._n >= self._most:
-            self._n, self._kept = 0, {}
         places = _places(tensors)
         if places is not None:
             tensors, also = tuple({id(x): x for x in tensors}.values()), (also, places)
         sizes: list[Any] = [list(x.shape) for x in tensors]
         strides: list[Any] = [list(x.stride()) for x in tensors]
         guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        odd = [x.data_ptr() & 15 for x in tensors]
+        self._put((len(tensors), tensors[0].shape, also), (guards.check, odd if any(odd) else None, value))
+
+    def _put(self, key: tuple, entry: _Entry) -> None:
+        """Among those that are kept now, the latest first."""
+        if self._n >= self._most // 2:
+            self._n, self._before, self._kept = 0, self._kept, {}
         self._n += 1
-        addresses = [x.data_ptr() for x in tensors]
-        odd = [address & 15 for address in addresses]
-        entry = guards.check, odd if any(odd) else None, value
-        self._kept.setdefault((len(tensors), tensors[0].shape, also), []).append(entry)
+        self._kept.setdefault(key, []).insert(0, entry)
 
 
 def _places(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:

@@ -32,7 +32,7 @@ def as_written(function, monkeypatch):
 
 def is_recorded(function):
     """Whether the latest kind of calls has been recorded."""
-    kind = [entry[-1][2] for entry in function.known.kinds._kept.values()][-1]
+    kind = [entries[0][2] for entries in function.known.kinds._kept.values()][-1]
     return bool(kind.idle)
 
 
