@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from dskernels.device import like_this
 # block take the host 15 us so and 41 one by one (17.5 and 42 where results are kept); a single one takes the device 2.5
 # us either way, but a programmatic one, which loses what it overlaps with, 3.0 and 2.0.
 FEWEST_IN_GRAPH = 2
+MOST_GRAPHS = 1024  # of the process: the oldest goes then, and is made anew at its next launch
 ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
 
 Kept = Callable[[Tensor], Sequence[Tensor]]
@@ -147,6 +150,11 @@ class Recording:
         graph, stale = self._graph, self._stale
         if graph is None:
             graph = self._graph = LaunchGraph(self._plans, self._device)
+            _have_graphs.append(weakref.ref(self))
+            if len(_have_graphs) > MOST_GRAPHS:
+                first = _have_graphs.popleft()()
+                if first is not None:
+                    first._graph = None  # one that is launched meanwhile is another thread's until then
         else:
             for i in stale:
                 graph.update(i)
@@ -162,6 +170,9 @@ class Recording:
                 plan.again(status)
         for memory, i, word in before:
             memory[i] = word
+
+
+_have_graphs: deque[weakref.ref[Recording]] = deque()
 
 
 def _related(given: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:

@@ -1,5 +1,6 @@
 """Calls whose launches are recorded: against the driver of test_cuda_driver, on the CPU."""
 
+import collections
 import functools
 import threading
 import types
@@ -102,6 +103,19 @@ def test_a_plan_that_is_in_no_graph_keeps_its_recording_out(on_the_cpu, monkeypa
     for _ in range(4):
         run(torch.empty(4, 32))
     assert len(on_the_cpu.launches) == 8
+
+
+def test_the_oldest_graph_goes(on_the_cpu, monkeypatch):
+    monkeypatch.setattr(relaunching, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(relaunching, "_have_graphs", collections.deque())
+    run = two_steps([])
+    for _ in range(4):
+        for rows in (1, 2, 3):
+            x = torch.empty(rows, 32)
+            out = run(x)
+            (from_x, between), (from_between, to) = arguments_of(on_the_cpu, 2)
+            assert (from_x, from_between, to) == (x.data_ptr(), between, out.data_ptr())
+    assert len(on_the_cpu.graphs) in (0, 6)  # each of the three is made anew
 
 
 def test_another_stream(on_the_cpu, monkeypatch):
