@@ -23,7 +23,7 @@ def fp8_gemm(
     It is the sum over blocks k of (q_a[:, k] @ q_b[:, k].T) * s_a[:, k] * s_b[:, k].
     """
     (m, k), n = a.data.shape, b.data.shape[0]
-    total = torch.zeros(m, n, device=a.data.device)
+    total = torch.zeros(m, n, dtype=torch.float32, device=a.data.device)
     for i, start in enumerate(range(0, k, 128)):
         stop = min(start + 128, k)
         part = a.data[:, start:stop].float() @ b.data[:, start:stop].float().T

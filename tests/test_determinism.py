@@ -52,6 +52,24 @@ def test_the_next_call_gives_the_same_bits(device, impl, label):
         assert same(results(CASES[label], impl, device), first)
 
 
+@pytest.mark.parametrize("label", EVERY)
+def test_torchs_defaults_have_no_say(device, impl, label):
+    """A loader sets bf16 as the default dtype, or another default device, for as long as it makes a model."""
+    case = CASES[label]
+
+    def made(*args, **kwargs):
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device("meta")
+        try:
+            return getattr(ds, case.op)(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+
+    want = results(case, impl, device)
+    assert same(parity._results(made, case, torch.device(device), impl=impl), want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", FIRST)
 def test_streams_beside_each_other_give_the_same_bits(impl, op):
