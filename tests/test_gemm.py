@@ -181,6 +181,28 @@ def test_another_tensor_of_a_weights_memory_has_its_own_copies():
     assert torch.equal(ds.fp8_linear(x, data), ds.fp8_linear(x, data.clone()))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_that_changes_between_steps_without_its_version_moving(device, first):
+    """FSDP2 gathers into the same tensor and puts the counter back; ZeRO and many a loop write to ``weight.data``."""
+    x = torch.randn(3, 256, device=device, requires_grad=not first)
+    weight = torch.nn.Parameter(torch.randn(128, 256, device=device))
+    for _ in range(4):
+        y = ds.fp8_linear(x, weight)
+        assert torch.equal(y, ds.fp8_linear(x, weight.detach().clone()))
+        y.sum().backward()
+        weight.data.mul_(1.5)
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(weight):
+            weight.mul_(1.5)
+
+
+def test_weights_whose_changes_are_counted_are_quantised_once_for_all_micro_batches():
+    x, weight = torch.randn(3, 256, requires_grad=True), torch.nn.Parameter(torch.randn(128, 256))
+    weights.counts_changes([weight])
+    kept = quantized_weight(weight, transpose=False, impl=None)
+    ds.fp8_linear(x, weight).sum().backward()
+    assert quantized_weight(weight, transpose=False, impl=None).data is kept.data
+
+
 def test_a_capture_has_its_own_copies_of_a_trained_weight(monkeypatch):
     """One pass for both products of a step: not what was there before, nor what another capture has made."""
     weight = torch.randn(128, 256, requires_grad=True)

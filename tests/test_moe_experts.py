@@ -224,6 +224,18 @@ def test_quantised_weights_are_kept_until_they_change(device):
     assert not torch.equal(changed, first)
 
 
+def test_weights_that_change_between_steps_without_their_versions_moving(device):
+    """As those of fp8_linear: a copy serves from a forward to its backward."""
+    impl = "triton" if device == "cpu" else None
+    x, w13, w2 = (torch.randn(shape, device=device, requires_grad=True) for shape in ((3, 128), (256, 128), (128, 128)))
+    for _ in range(3):
+        out = ds.feed_forward(x, w13, w2, fp8=True, impl=impl)
+        assert torch.equal(out, ds.feed_forward(x, w13.detach().clone(), w2.detach().clone(), fp8=True, impl=impl))
+        out.sum().backward()
+        w13.data.mul_(1.5)
+        w2.data.mul_(0.75)
+
+
 # ---- what is kept and what is read ----------------------------------------------------------------------------------
 
 

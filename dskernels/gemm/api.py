@@ -12,7 +12,7 @@ from dskernels.dispatch import Operation
 from dskernels.fp8 import quantize, quantize_both
 from dskernels.fp8.api import SCALE_FORMATS
 from dskernels.fp8.layout import empty_quantized
-from dskernels.gemm.weights import weight_operand
+from dskernels.gemm.weights import done_with, weight_operand
 from dskernels.later import waiting_for
 from dskernels.reference import gemm as reference
 from dskernels.repeated import repeated
@@ -95,8 +95,9 @@ def fp8_linear(
 
     Fprop multiplies x in 1x128 tiles by the weight in 128x128 blocks; Dgrad, dy in 1x128 tiles by the same weight;
     Wgrad, dy.T by x.T, both in tiles of 128 tokens, quantised from what they were, not from e4m3, and accumulated in
-    fp32. The quantised weight is kept until the weight changes (by data pointer and version), so that one optimiser
-    step quantises it once.
+    fp32. The quantised weight is kept until the weight changes, which its data pointer and version counter tell, and no
+    longer than until its gradient has been computed. What changes a weight in inference without raising its version
+    (``weight.data.copy_(...)``, a collective) has to say so: ``torch.autograd.graph.increment_version(weight)``.
 
     Args:
         x: bf16, fp16 or fp32 ``[..., K]``.
@@ -228,6 +229,7 @@ def _fp8_linear_gradients(
         else:
             raise ValueError("x, x_t: expected one of them, as the gradient of the weight is wanted")
         dw = fp8_gemm(columns, kept, out_dtype=weight.dtype, impl=impl)
+        done_with(weight)
     return dx, dw
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +23,7 @@ class _Kept:
     """Of a weight its copies, and what it was when they were made.
 
     Attributes:
-        state: its data pointer and version, and the implementation that was asked for.
+        state: its data pointer and version, and the implementation that was asked for; `CHANGED` if it may be another.
         rows: its blocks.
         transposed: those of its transpose, once they were asked for.
     """
@@ -33,6 +33,8 @@ class _Kept:
     transposed: Fp8Tensor | None
 
 
+CHANGED = (-1, -1, None)  # the state of no weight
+_COUNTED = "_dskernels_counts_changes"
 _kept = WeakTensorKeyDictionary()
 # The same by the id of the weight, found in 1 us and not in 6; it keeps nothing alive.
 _quick: dict[int, tuple[TensorWeakRef, weakref.ref[_Kept]]] = {}
@@ -62,8 +64,9 @@ def _parts_of(transpose: bool, impl: str | None) -> Callable[[Tensor], tuple[Ten
 def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp8Tensor:
     """`weight` [E?, N, K] in 128x128 blocks, or its transpose, quantised anew only after the weight was written to.
 
-    A change is seen by data pointer and version counter. The copies are those of `impl`, which refuses what it does not
-    take whether another implementation has made some before or not. Weights made in inference mode have no version, and
+    A change is seen by data pointer and version counter, and is expected once the weight's gradient is there, see
+    `done_with`. The copies are those of `impl`, which refuses what it does not take whether another implementation has
+    made some before or not. Weights made in inference mode have no version, and
     are quantised at each call. A trainable weight changes between the replays of a CUDA graph without its version
     moving: of such a one a capture has copies of its own, made once (a step of 1.8 G parameters in e4m3 took 0.9 of 59
     ms more with one pass for each product).
@@ -104,6 +107,30 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
                 _quick.clear()
             _quick[id(weight)] = TensorWeakRef(weight), weakref.ref(kept)
     return kept.transposed if transpose else kept.rows  # type: ignore[return-value]
+
+
+def done_with(*weights: Tensor) -> None:
+    """Say that the gradients of these weights are there: the next forward quantises them anew.
+
+    What changes a weight then need not raise its version. FSDP2 gathers new values into the same tensor, often at the
+    same address, and puts the counter back; others write to ``weight.data``, or by a collective. With the copies of the
+    step before such a model trains, only wrongly. So they serve from a forward to its backward, but for weights of
+    which it is known that every change is counted.
+    """
+    for weight in weights:
+        if _is_capturing(weight):
+            continue  # what is kept is the capture's
+        owner = _owner_of(weight)
+        kept = None if getattr(owner, _COUNTED, False) else _kept.get(owner)
+        if kept is not None:
+            _kept[owner] = replace(kept, state=CHANGED)
+
+
+def counts_changes(weights: Iterable[Tensor]) -> None:
+    """Say that whatever writes to these weights raises their version, as this library's optimisers do: their copies
+    serve all micro-batches of a step."""
+    for weight in weights:
+        setattr(weight, _COUNTED, True)
 
 
 class _Captured:

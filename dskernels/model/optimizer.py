@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from dskernels.dispatch import Operation
+from dskernels.gemm.weights import counts_changes
 
 # Numbers that torch updates at a time where moments are bf16: their fp32 copies take 256 MB.
 PIECE = 1 << 25
@@ -73,6 +74,7 @@ class MasterAdamW:
                 if parameter.dtype == torch.float32:
                     parameter.data = master
         self._low = [i for i, parameter in enumerate(self.parameters) if parameter.dtype != torch.float32]
+        counts_changes(self.parameters)
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of a flat tensor by parameter name."""

@@ -116,7 +116,7 @@ def fused_experts(
 
     With `fp8`, or with fp8 weights, all products run in e4m3 as those of :func:`dskernels.fp8_linear`: the activations
     in 1x128 tiles, the weights in 128x128 blocks, and for the weight gradients both operands again in tiles of 128
-    tokens of one expert. Quantised weights are kept until the weight changes.
+    tokens of one expert. Quantised weights are kept as those of :func:`dskernels.fp8_linear` are.
 
     Args:
         x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dskernels.gemm.weights import done_with
 from dskernels.moe.config import MAX_EXPERTS
 from dskernels.moe.packed import DIFFERENTIATED, KEPT, PACKED, is_packed
 from dskernels.moe.triton import weighted_sum
@@ -247,6 +248,8 @@ def network_backward(
         dx = gradient_of_tokens(steps, operand, network, batch, x.dtype, residual, added_up)
     if needs_dw13:
         dw13 = steps.wgrad(dgate_up, rows_for_wgrad(steps, x, batch), batch, network.w13)
+    if steps.weight is not plain_weight:
+        done_with(*[w for w, needed in ((network.w13, needs_dw13), (network.w2, needs_dw2)) if needed])
     return dx, dw13, dw2, dweights
 
 

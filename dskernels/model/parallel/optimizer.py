@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dskernels.gemm.weights import counts_changes
 from dskernels.model.optimizer import MasterAdamW
 from dskernels.model.parallel.plan import Team
 from dskernels.model.parallel.shards import bounds, local
@@ -49,6 +50,7 @@ class TeamAdamW(MasterAdamW):
         self.team, self.whole = team, dict(parameters)
         shards = {name: self._local(name) for name in parameters}
         super().__init__(_Locals(shards), betas=betas, weight_decay=weight_decay, moments=moments)
+        counts_changes(self.whole.values())
         self.names = list(parameters)
         # MasterAdamW lays parameters that are fp32 into its flat tensor; the model's own follow them in `refresh`.
         self._apart = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from dskernels.gemm.weights import counts_changes
 from dskernels.model.config import Config
 from dskernels.model.model import DeepseekV3
 from dskernels.model.parallel.copies import CopyEngines
@@ -300,7 +301,9 @@ class _Renewal:
     def __call__(self, unit: nn.Module, args: object) -> None:
         version = sum(shard._version for _, _, shard in self.weights)
         if version != self.seen:
-            torch.autograd.graph.increment_version([getattr(module, name) for module, name, _ in self.weights])
+            gathered = [getattr(module, name) for module, name, _ in self.weights]
+            torch.autograd.graph.increment_version(gathered)
+            counts_changes(gathered)
             self.seen = version
 
 
