@@ -11,8 +11,8 @@ SNIPPETS = re.findall(r"(<!-- not run: [^>]*-->\n)?```python\n(.*?)```", TEXT, r
 RUN = [code for skipped, code in SNIPPETS if not skipped]
 
 
-def test_there_are_five():
-    assert len(RUN) == 5
+def test_there_are_six():
+    assert len(RUN) == 6
 
 
 @pytest.mark.parametrize("number", range(len(RUN)))
