@@ -98,7 +98,6 @@ def train(
     """Trains on all ranks, and shows the table on the first."""
     from dskernels.cli import training
     from dskernels.model.parallel.training import train as run
-    from dskernels.model.plot import plot_run
     from dskernels.model.progress import TrainingProgress
 
     console = training.console
@@ -122,11 +121,8 @@ def train(
         options: dict[str, Any] = dict(init=init, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
         options |= dict(out=out, progress=progress, tokenizer_from=begun.tokens)
         history = run(begun.model, begun.corpus, recipe, team, **options)
-    looks = [line["validation_loss"] for line in history if "validation_loss" in line]
-    if chief and looks:
-        pictures = plot_run(history, out)
-        said = f"Held-out loss {looks[0]:.3f} -> {looks[-1]:.3f} nats a token."
-        console.print(f"{said} Model, metrics, {', '.join(pictures)}: {out}.", highlight=False, soft_wrap=True)
+    if chief and any("validation_loss" in line for line in history):
+        training.show_outcome(history, out)
 
 
 def load(path: Path, device: str | None, settings: dict[str, Any], console: Console) -> DeepseekV3:

@@ -137,16 +137,13 @@ def train(
     If a run was stopped or killed, the same command resumes it from the last checkpoint, with the same numbers.
     """
     from dskernels.cli.generation import _device
-    from dskernels.model.plot import plot_run, require_matplotlib
     from dskernels.model.progress import TensorBoardLog, TrainingProgress, require_tensorboard
     from dskernels.model.train import Interrupted
     from dskernels.model.train import train as run
     from dskernels.model.train_config import TrainConfig
     from dskernels.model.train_state import read_about
 
-    # What is missing is said before the text is read, which may take minutes.
-    require_matplotlib()
-    if tensorboard:
+    if tensorboard:  # a missing package is reported before the text is read, which may take minutes
         require_tensorboard()
     where = _device(device)
     if cuda_graph and where.type != "cuda":
@@ -222,10 +219,23 @@ def train(
             stack.close()
             console.print(f"{interrupted}: give the same command again.", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
+    show_outcome(history, out)
+
+
+def show_outcome(history: list[dict[str, Any]], out: Path) -> None:
+    """Draw the pictures of a finished run, if matplotlib is installed, and say what is in its folder."""
+    from dskernels.model.plot import plot_run, require_matplotlib
+
     looks = [line["validation_loss"] for line in history if "validation_loss" in line]
-    pictures = plot_run(history, out)
+    files, missing = ["model", "metrics"], ""
+    try:
+        require_matplotlib()
+        files += plot_run(history, out)
+    except ImportError:
+        missing = f" No pictures without matplotlib: pip install 'dskernels[plot]', then dskernels plot {out}."
     console.print(
-        f"Held-out loss {looks[0]:.3f} -> {looks[-1]:.3f} nats a token. Model, metrics, {', '.join(pictures)}: {out}.",
+        f"Held-out loss {looks[0]:.3f} -> {looks[-1]:.3f} nats a token. In {out}: {', '.join(files)}.{missing}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
