@@ -34,7 +34,8 @@ class Choice(NamedTuple):
         rejected = "; ".join(f"not {impl}: {reason}" for impl, reason in self.rejected.items())
         return f"{self.operation}: {self.impl}" + (f" ({rejected})" if rejected else "")
 
-    __repr__ = __str__  # `print(explain(...))` shows a list, which prints its members by repr
+    def __repr__(self) -> str:
+        return str(self)  # `print(explain(...))` shows a list, which prints its members by repr
 
 
 class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad

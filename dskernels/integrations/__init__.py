@@ -1,1 +1,4 @@
-"""Other people's models on these operations. Each module needs a library of its own, and nothing else imports it."""
+"""Adapters that run models of other libraries on these operations.
+
+Each module needs the library that it is for, and nothing else in dskernels imports it.
+"""

@@ -1,8 +1,8 @@
-"""A plugin of SGLang: block-scaled fp8 linear layers on these operations.
+"""A plugin for SGLang: block-scaled fp8 linear layers on these operations.
 
-SGLang finds it where dskernels is installed (entry point ``sglang.srt.plugins``), and it does something where the
-variable ``SGLANG_PLUGINS``, the list of the plugins that SGLang loads, names ``dskernels``. Written against SGLang
-0.5.23. Router and experts stay SGLang's.
+SGLang finds it through the entry point ``sglang.srt.plugins``. It only acts if the environment variable
+``SGLANG_PLUGINS``, the list of plugins that SGLang loads, contains ``dskernels``. Written against SGLang 0.5.23.
+The router and the experts remain SGLang's own.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ BLOCK = (128, 128)
 
 
 def register_if_named() -> None:
-    """What SGLang calls in each of its processes: `register`, where ``SGLANG_PLUGINS`` names dskernels."""
+    """Called by SGLang in each of its processes: `register`, if ``SGLANG_PLUGINS`` contains dskernels."""
     if "dskernels" in os.environ.get("SGLANG_PLUGINS", "").split(","):
         register()
 
 
 def register() -> None:
-    """Ask SGLang to have its choice of a block-scaled fp8 linear layer go through `linear_of`."""
+    """Wrap SGLang's choice of a block-scaled fp8 linear layer with `linear_of`."""
     hooks: Any = importlib.import_module(HOOKS)
     hooks.HookRegistry.register(DISPATCH, linear_of, hooks.HookType.AROUND)
 
@@ -38,16 +38,17 @@ def register() -> None:
 def linear_of(
     original: Callable[..., Any], weight_block_size: Any = None, act_scale_ue8m0: bool = False, **more: Any
 ) -> Callable[..., Tensor]:
-    """What SGLang is to multiply by: on sm_90 `dskernels.fp8_linear` where that computes it, else what it chose itself.
+    """The function that SGLang multiplies with: on sm_90 `dskernels.fp8_linear` if it supports the call, else its own
+    choice.
 
     Args:
-        original: SGLang's choice.
-        weight_block_size: its argument; ours has the blocks of each call.
+        original: SGLang's own choice.
+        weight_block_size: its argument; `linear` looks at the blocks of each call.
         act_scale_ue8m0: whether activations get scales that are powers of two.
-        **more: what else a release of SGLang hands to it.
+        **more: further arguments that a release of SGLang passes.
     """
     theirs = original(weight_block_size, act_scale_ue8m0, **more)
-    if not _on_hopper():  # elsewhere SGLang may have changed the scales of weights for its own choice
+    if not _on_hopper():  # elsewhere, SGLang may have transformed the scales for its own choice
         return theirs
     scale_format = "ue8m0" if act_scale_ue8m0 else "fp32"
 

@@ -1,8 +1,8 @@
-"""A plugin of vLLM: block-scaled fp8 linear layers, experts and the grouped router on these operations.
+"""A plugin for vLLM: block-scaled fp8 linear layers, experts and the grouped router on these operations.
 
-vLLM finds it where dskernels is installed (entry point ``vllm.general_plugins``), and it does something where the
-variable ``VLLM_PLUGINS``, the list of the plugins that vLLM loads, names ``dskernels``: whoever installs these
-operations for something else keeps vLLM's own. Written against vLLM 0.33.
+vLLM finds it through the entry point ``vllm.general_plugins``. It only acts if the environment variable
+``VLLM_PLUGINS``, the list of plugins that vLLM loads, contains ``dskernels``, so that installing dskernels for another
+purpose does not change vLLM. Written against vLLM 0.33.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ BLOCK = (128, 128)
 
 
 def register_if_named() -> None:
-    """What vLLM calls in each of its processes: `register`, where ``VLLM_PLUGINS`` names dskernels."""
+    """Called by vLLM in each of its processes: `register`, if ``VLLM_PLUGINS`` contains dskernels."""
     if "dskernels" in os.environ.get("VLLM_PLUGINS", "").split(","):
         register()
 
 
 def register() -> None:
-    """Put these operations into vLLM; once is enough."""
+    """Register these operations with vLLM. Calling it again has no effect."""
     kernels = importlib.import_module(KERNELS)
     kernel = linear_kernel()
     platform = importlib.import_module("vllm.platforms").PlatformEnum.CUDA
@@ -40,7 +40,7 @@ def register() -> None:
     if kernel not in candidates:
         kernels.register_linear_kernel(kernel, platform, "fp8_block")
         candidates = kernels._POSSIBLE_FP8_BLOCK_KERNELS[platform]
-        candidates.insert(0, candidates.pop())  # the first that can is taken, and registering appends
+        candidates.insert(0, candidates.pop())  # vLLM takes the first that supports a layer, and registering appends
     for name, backends in CHOICES.items():
         choice: Any = importlib.import_module(name)
         if not getattr(choice.backend_to_kernel_cls, "of_dskernels", False):
@@ -53,17 +53,17 @@ def register() -> None:
 
 @functools.cache
 def linear_kernel() -> type:
-    """The class of linear kernels that vLLM chooses from, made when vLLM is there."""
+    """The class of linear kernels to register; created on demand, since its base class is vLLM's."""
     base = importlib.import_module(f"{KERNELS}.scaled_mm.BlockScaledMMLinearKernel").Fp8BlockScaledMMLinearKernel
 
     class DskernelsFp8BlockScaledMMKernel(base):  # type: ignore[misc, valid-type]
         """`dskernels.quantize` and `dskernels.fp8_gemm` for weights in 128x128 blocks."""
 
-        apply_input_quant = False  # ours is in the layout that the product reads
+        apply_input_quant = False  # we quantise into the layout that our product reads
 
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-            """On NVIDIA GPUs that multiply e4m3: from sm_89 on."""
+            """NVIDIA GPUs that can multiply e4m3: sm_89 and newer."""
             if compute_capability is None:
                 if not torch.cuda.is_available():
                     return False, "dskernels: there is no CUDA GPU"
@@ -73,7 +73,7 @@ def linear_kernel() -> type:
 
         @classmethod
         def can_implement(cls, config: Any) -> tuple[bool, str | None]:
-            """Dynamic activations in 1x128 tiles, weights in 128x128 blocks."""
+            """Dynamic activation scales in 1x128 tiles, weights in 128x128 blocks."""
             can, reason = super().can_implement(config)
             if not can:
                 return can, reason
@@ -86,7 +86,7 @@ def linear_kernel() -> type:
             return True, None
 
         def apply_block_scaled_mm(self, A: Tensor, B: Tensor, As: Tensor, Bs: Tensor) -> Tensor:
-            """A @ B.T of plain activations and a quantised weight."""
+            """A @ B.T of unquantised activations and a quantised weight."""
             weight = Fp8Tensor(B, Bs.float(), BLOCK)
             return ds.fp8_gemm(ds.quantize(A.contiguous()), weight, out_dtype=self.config.out_dtype)
 
@@ -95,7 +95,7 @@ def linear_kernel() -> type:
 
 @functools.cache
 def experts_kernel() -> type:
-    """The class of expert kernels that vLLM chooses from, made when vLLM is there."""
+    """The class of expert kernels to register; created on demand, since its base class is vLLM's."""
     modular: Any = importlib.import_module(f"{MOE}.modular_kernel")
     keys: Any = importlib.import_module("vllm.model_executor.layers.quantization.utils.quant_utils")
     silu = importlib.import_module(f"{MOE}.activation").MoEActivation.SILU
@@ -104,14 +104,14 @@ def experts_kernel() -> type:
     class DskernelsExperts(modular.FusedMoEExpertsModular):
         """`dskernels.fused_experts` for plain weights, and for e4m3 in 128x128 blocks."""
 
-        # The operation quantises its input itself, in the layout that its products read.
+        # The operation quantises its input itself, into the layout that its products read.
         expects_unquantized_inputs = True
 
         @staticmethod
         def is_supported_config(
             cls: Any, moe_config: Any, weight_key: Any, activation_key: Any, activation_format: Any
         ) -> tuple[bool, str | None]:
-            """What vLLM asks of every kernel, and no change of the SwiGLU, of which it asks nobody."""
+            """vLLM's usual conditions, and that the SwiGLU is unmodified, which vLLM does not check."""
             can, reason = modular.FusedMoEExperts.is_supported_config(
                 cls, moe_config, weight_key, activation_key, activation_format
             )
@@ -147,15 +147,15 @@ def experts_kernel() -> type:
 
         @staticmethod
         def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-            # Messages between ranks carry e4m3 and scales in the layout of vLLM's own experts.
+            # Between ranks, vLLM sends e4m3 and scales in the layout of its own experts, which differs.
             return not moe_parallel_config.use_all2all_kernels
 
         def finalize_weight_and_reduce_impl(self) -> Any:
-            """The operation weights and sums."""
+            """Nothing is left to do: the operation applies the routing weights and sums."""
             return summed()
 
         def workspace_shapes(self, M: int, N: int, K: int, *rest: Any) -> tuple[tuple[int, ...], ...]:
-            """No scratch memory of vLLM's, and a row of output for each token."""
+            """No scratch memory from vLLM, and one output row for each token."""
             return (0,), (0,), (M, K)
 
         def apply(
@@ -176,7 +176,7 @@ def experts_kernel() -> type:
             expert_tokens_meta: Any,
             apply_router_weight_on_input: bool,
         ) -> None:
-            """Experts of this rank for all tokens; ids of other ranks' experts, -1 in `expert_map`, are dropped."""
+            """This rank's experts for all tokens; ids of other ranks' experts are -1 in `expert_map` and dropped."""
             if self.post_gemm2_hook is not None:
                 raise NotImplementedError("dskernels: post_gemm2_hook wants rows before they are summed")
             experts = topk_ids if expert_map is None else expert_map[topk_ids.long()]
@@ -185,21 +185,21 @@ def experts_kernel() -> type:
             down: Tensor | Fp8Tensor = w2
             if self.w1_scale is not None:
                 w13, down = Fp8Tensor(w1, self.w1_scale, BLOCK), Fp8Tensor(w2, self.w2_scale, BLOCK)
-            routing = Routing(weights.float(), experts, experts, experts)  # of its load nobody asks
+            routing = Routing(weights.float(), experts, experts, experts)  # the load is not used here
             output.copy_(ds.fused_experts(hidden_states, w13, down, routing))
 
     return DskernelsExperts
 
 
 def _capability() -> int:
-    """Of the GPU, 90 for sm_90; 0 where vLLM runs on something else."""
+    """Compute capability of the GPU, 90 for sm_90; 0 if vLLM runs on something else."""
     platform = importlib.import_module("vllm.platforms").current_platform
     capability = platform.get_device_capability() if platform.is_cuda() else None
     return 0 if capability is None else capability.to_int()
 
 
 def _ours_before(original: Any, triton: Any) -> Any:
-    """`backend_to_kernel_cls` of vLLM, which names the kernels of a backend: ours stand before its Triton experts."""
+    """vLLM's `backend_to_kernel_cls`, which lists the kernels of a backend, with ours before its Triton experts."""
 
     @functools.wraps(original)
     def backend_to_kernel_cls(backend: Any) -> list[type]:
@@ -211,7 +211,7 @@ def _ours_before(original: Any, triton: Any) -> Any:
 
 
 def _or_ours(original: Any) -> Any:
-    """`grouped_topk` of vLLM by `dskernels.route`, where that computes it."""
+    """vLLM's `grouped_topk`, computed by `dskernels.route` where that gives the same result."""
 
     @functools.wraps(original)
     def grouped_topk(
@@ -225,7 +225,8 @@ def _or_ours(original: Any) -> Any:
         routed_scaling_factor: float = 1.0,
         e_score_correction_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        # Groups score by their largest without a bias, which `route` does for softmax; by the two largest with one.
+        # `route` scores a group by its largest expert for softmax, and by its two largest for sigmoid; vLLM does this
+        # without and with a bias.
         if (scoring_func == "sigmoid") != (e_score_correction_bias is not None):
             return original(
                 hidden_states,

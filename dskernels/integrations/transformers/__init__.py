@@ -1,13 +1,13 @@
-"""Models of Hugging Face transformers on these operations, in one line, and back.
+"""Run models of Hugging Face transformers on these operations: one line, which can be undone.
 
-    acceleration = accelerate(model)    # prints what it replaced, and what not and why
-    model.generate(...)                 # as before: so do training, continuous batching and the server
+    acceleration = accelerate(model)    # prints what it replaced, what it left alone, and why
+    model.generate(...)                 # as before; training, continuous batching and the server work too
     acceleration.undo()
 
-What is replaced, wherever it is found: the router, the experts with the shared ones, multi-head latent attention
-(absorbed in decode, over a cache of latents that grows in place), RMSNorm, and linear layers whose weights are in e4m3
-or, with ``fp8=True``, are multiplied in it. Parts are recognised by what they compute (the text of their ``forward``),
-not by the model's name, so that families that copied DeepSeek-V3's or Qwen3-MoE's parts are served as well.
+Replaced, wherever they are found, are the router, the experts (routed and shared), multi-head latent attention
+(absorbed during decode, over a cache of latents that grows in place), RMSNorm, and linear layers: those whose weights
+are stored in e4m3, and with ``fp8=True`` the others as well. A part is recognised by the source text of its
+``forward``, not by the model's name, so model families that copied DeepSeek-V3's or Qwen3-MoE's parts are covered too.
 """
 
 from dskernels.integrations.transformers.acceleration import Acceleration, accelerate, accelerated

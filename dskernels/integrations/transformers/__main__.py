@@ -1,4 +1,4 @@
-"""transformers' command line with every model that it loads accelerated.
+"""The command line of transformers, with every model that it loads accelerated.
 
 python -m dskernels.integrations.transformers [--fp8] serve ...
 """
@@ -12,7 +12,7 @@ from dskernels.integrations.transformers import accelerated
 
 
 def main() -> None:
-    """Runs the command that follows."""
+    """Run the transformers command that follows, inside `accelerated`."""
     fp8 = "--fp8" in sys.argv[1:]
     sys.argv = ["transformers", *(argument for argument in sys.argv[1:] if argument != "--fp8")]
     with accelerated(fp8=fp8):

@@ -1,4 +1,4 @@
-"""`accelerate` and `accelerated`."""
+"""`accelerate` and `accelerated`: replace the parts of a transformers model, and put them back."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from dskernels.integrations.transformers.recognition import (
 from dskernels.integrations.transformers.weights import is_fp8_linear, reason_against_fp8
 from dskernels.validate import check_bool
 
-OWNER = "_dskernels_acceleration"  # the attribute of an accelerated model
+OWNER = "_dskernels_acceleration"  # the attribute that marks a model as accelerated
 
 
 class Acceleration:
-    """What was done to a model. Leaving it as a context undoes it.
+    """An accelerated model and the means to undo it; used as a context manager, it undoes at the end of the block.
 
     Attributes:
         model: the model.
-        report: what was replaced, and what was not and why.
+        report: what was replaced, what was left alone, and why.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,7 +55,7 @@ class Acceleration:
         self._patches = Patches()
 
     def undo(self) -> None:
-        """Makes the model what it was: no weight was changed, and no attribute of ours stays. Twice is no error."""
+        """Restore the model: no weight was changed, no attribute of ours remains. Calling it twice is no error."""
         self._patches.undo()
 
     def __enter__(self) -> Acceleration:
@@ -71,27 +71,29 @@ def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = False, ver
     """Let a model of Hugging Face transformers run on these operations, in place.
 
     Args:
-        model: any model of transformers from 5.17 on. Its weights may still be moved, cast, trained and saved: nothing
-            is done to them, and names and types of its modules stay. What recognises nothing changes nothing.
-        fp8: multiply by linear layers of the decoder (not by router, embedding and head) and by experts in e4m3,
-            forward and backward. The weights stay; their quantised copies are kept beside them until they change. To
-            keep them in e4m3 alone, load the model with transformers' ``FineGrainedFP8Config``: such layers are
-            multiplied as they are, with or without this.
-        graphs: on a GPU, record a decode step as a CUDA graph and replay it, see the module `graphs`. It takes the
-            memory of the step's results between its kernels.
+        model: any model of transformers 5.17 or newer. It can still be moved, cast, trained and saved: its weights, and
+            the names and types of its modules, do not change. A model without any part that is recognised stays as it
+            is.
+        fp8: also multiply by plain weights in e4m3, forward and backward: the decoder's linear layers (not router,
+            embedding and head) and the experts. The weights stay, and quantised copies are kept beside them until they
+            change. To store weights in e4m3 only, load the model with transformers' ``FineGrainedFP8Config`` instead:
+            such layers are multiplied in e4m3 with or without this option.
+        graphs: on a GPU, capture the decode step as a CUDA graph and replay it (see the module `graphs`). The graph
+            occupies the memory of the intermediate results of one step.
         verbose: print the report.
 
     Returns:
-        What was done, with `report` and `undo`.
+        The `Acceleration`, with `report` and `undo`.
 
     Raises:
-        TypeError: `model` is no `transformers.PreTrainedModel`, or an option is no bool.
-        ValueError: it is accelerated already.
+        TypeError: `model` is not a `transformers.PreTrainedModel`, or an option is not a bool.
+        ValueError: the model is accelerated already.
 
-    Outputs agree with the unchanged model's as closely as its own in the same precision agree with fp64, except that
-    choices of experts which lie within that error of each other may fall the other way; with e4m3, within its error.
-    Attentions are not returned. Calls that ask for what the operations do not compute (static caches, masks of their
-    own, gradients through a cache, dropout) are computed by transformers, beside what is replaced in the other layers.
+    Outputs are as close to the unchanged model's as its own outputs in the same precision are to fp64; with e4m3,
+    within the error of e4m3. One exception: where the scores of two experts differ by less than that error, the other
+    one may be chosen. Attention weights (``output_attentions``) are not returned. transformers itself computes the
+    calls that the operations do not support: static caches, custom masks, gradients through a cache, dropout. Other
+    layers stay accelerated during such calls.
     """
     pretrained = importlib.import_module("transformers").PreTrainedModel
     if not isinstance(model, pretrained):
@@ -123,28 +125,28 @@ def accelerate(model: nn.Module, *, fp8: bool = False, graphs: bool = False, ver
 def accelerated(
     *models: nn.Module, fp8: bool = False, graphs: bool = False, verbose: bool = True
 ) -> Iterator[list[Acceleration]]:
-    """Accelerate models inside a ``with`` block, and undo it at the end of the block.
+    """Accelerate models inside a ``with`` block, and restore them at its end.
 
     ``with accelerated(): model = AutoModel.from_pretrained(...)`` accelerates what `from_pretrained` returns inside.
 
     Args:
-        models: what to accelerate; without any, every model that is loaded inside the block.
+        models: the models to accelerate; if there are none, every model that is loaded inside the block.
         fp8: see :func:`accelerate`.
-        graphs: likewise.
-        verbose: likewise.
+        graphs: see :func:`accelerate`.
+        verbose: see :func:`accelerate`.
 
     Yields:
-        The `Acceleration` of each model so far; the list grows as models are loaded.
+        A list with the `Acceleration` of each model; it grows as models are loaded.
 
     Raises:
-        TypeError, ValueError: as :func:`accelerate`; what was accelerated before is undone.
+        TypeError, ValueError: as :func:`accelerate`; models that were accelerated before the failing one are restored.
     """
     done: list[Acceleration] = []
     patches = Patches()
     options: dict[str, Any] = {"fp8": fp8, "graphs": graphs, "verbose": verbose}
     try:
         for model in models:
-            done.append(accelerate(model, **options))  # at once, so that all are undone where one cannot be
+            done.append(accelerate(model, **options))  # one by one, so that if one is refused, the others are undone
         if not models:
             _hook_loading(patches, done, options)
         yield done
@@ -155,7 +157,7 @@ def accelerated(
 
 
 def _hook_loading(patches: Patches, done: list[Acceleration], options: dict[str, Any]) -> None:
-    """Accelerates what `PreTrainedModel.from_pretrained` returns."""
+    """Accelerate whatever `PreTrainedModel.from_pretrained` returns, until undone."""
     owner = importlib.import_module("transformers").PreTrainedModel
     original = vars(owner)["from_pretrained"]
 
@@ -175,11 +177,14 @@ def _hook_loading(patches: Patches, done: list[Acceleration], options: dict[str,
     patches.afterwards(undo)
 
 
-# ---- one kind of part after the other -------------------------------------------------------------------------------
+# ---- one function for each kind of part ------------------------------------------------------------------------------
 
 
 def _replace_experts(model: nn.Module, patches: Patches, report: Report, fp8: bool) -> None:
-    """Stacked experts, through `ExpertsInterface`, for each configuration whose experts can all be replaced."""
+    """Replace stacked experts, through transformers' `ExpertsInterface`.
+
+    The interface is chosen in the configuration, so all experts that share one are replaced, or none of them.
+    """
     by_config: dict[int, list[Any]] = {}
     for module in model.modules():
         if is_experts(module):
@@ -207,7 +212,7 @@ def _reason_against_stack(experts: Any) -> str | None:
 
 
 def _replace_blocks(model: nn.Module, patches: Patches, report: Report, fp8: bool) -> None:
-    """Routers, and blocks of router, experts and shared experts."""
+    """Replace routers, and blocks that consist of a router, experts and shared experts."""
     for module in model.modules():
         kind = part_of(module)
         if kind is not None and kind.endswith("router"):
@@ -229,8 +234,10 @@ def _replace_blocks(model: nn.Module, patches: Patches, report: Report, fp8: boo
 
 
 def _replace_attention(model: nn.Module, patches: Patches, report: Report, fp8: bool) -> Pass | None:
-    """Latent attention, with the masks and the continuous batching of the model; what its layers share, if that is all
-    the attention that there is."""
+    """Replace latent attention, and with it the model's masks and continuous batching.
+
+    Returns the state that the attention layers share, or None if the model also has attention of another kind.
+    """
     shared = Pass()
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -256,17 +263,17 @@ def _replace_attention(model: nn.Module, patches: Patches, report: Report, fp8: 
 
 
 def _record_steps(model: nn.Module, patches: Patches, report: Report, shared: Pass) -> None:
-    """Decode steps of a model with a head, as CUDA graphs."""
+    """Capture the decode steps of a model that has a head as CUDA graphs."""
     if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         patches.forward(model, model_forward(type(model).forward), Graphs(shared))
         report.replaced["decode step (a CUDA graph, on a GPU)"] += 1
 
 
-_batching: list[Any] = []  # of each accelerated model one entry: what continuous batching was made of before
+_batching: list[Any] = []  # one entry for each accelerated model: what it replaced in transformers
 
 
 def _batch_continuously(patches: Patches) -> None:
-    """Continuous batching makes caches of latents for models with our attention; others notice nothing."""
+    """Let continuous batching make caches of latents for models that use our attention; other models are unaffected."""
     api: Any = importlib.import_module(paged.API)
     manager = api.ContinuousBatchingManager
     cache, switch = api.PagedAttentionCache, manager.switch_to_cb_friendly_attn
@@ -285,7 +292,7 @@ def _batch_continuously(patches: Patches) -> None:
 
 
 def _replace_layers(model: Any, patches: Patches, report: Report, fp8: bool) -> None:
-    """Norms, linear layers in e4m3, and the gated networks made of them."""
+    """Replace norms, linear layers that multiply in e4m3, and gated networks made of such layers."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if part_of(module) == "norm":

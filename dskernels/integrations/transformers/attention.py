@@ -1,4 +1,4 @@
-"""The forward of latent attention: keys written out for prompts and training, absorbed over latents in decode."""
+"""The forward of latent attention: expanded keys and values for prompts and training, absorbed attention for decode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dskernels.integrations.transformers.patches import STATE
 from dskernels.integrations.transformers.weights import dense_weight, weight_of
 from dskernels.types import Fp8Tensor
 
-DECODE_TOKENS = 8  # up to so many new tokens of a request are absorbed, more have keys and values written out
+DECODE_TOKENS = 8  # up to this many new tokens of a request are absorbed; for more, keys and values are expanded
 
 
 def attention_forward(
@@ -29,7 +29,8 @@ def attention_forward(
     cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The forward of transformers' module with its arguments, the cache under its old name or its new one."""
+    """Replaces the module's forward, with the same arguments; the cache has one name in newer transformers, one in
+    older."""
     state: AttentionState = getattr(self, STATE)
     batch, new = hidden_states.shape[:2]
     pages = paged_cache(cache)
@@ -75,25 +76,25 @@ def _expanded(self: Any, hidden_states: Tensor) -> Tensor:
 
 @functools.cache
 def _name_of_cache(forward: Any) -> str:
-    """What the module's own forward calls the cache: it has had two names."""
+    """The name of the cache argument in the module's own forward, which has changed once."""
     return "cache" if "cache" in inspect.signature(inspect.unwrap(forward)).parameters else "past_key_values"
 
 
 def _is_transformers_own(
     self: Any, kept: Any, layer: LatentLayer | None, mask: Tensor | None, kwargs: dict[str, Any]
 ) -> bool:
-    """Whether a call is left to transformers: what it asks for is not what the operations compute."""
+    """Whether to leave a call to transformers, because it needs something that the operations do not compute."""
     if kept is not None:
         if layer is None:
             return True  # a static, quantised or offloaded cache
         if torch.is_grad_enabled() and layer.length:
             return True  # gradients through absorbed attention
         if layer.padded and (mask is not None or layer.real is not None):
-            return True  # rows of an unchanged model, with padding among them
+            return True  # rows that an unchanged model wrote, with padding between them
     elif mask is not None and kwargs.get("cu_seq_lens_q") is None:
-        return True  # padded training
+        return True  # training on padded batches
     if mask is not None and mask.dim() != 2 and kwargs.get("cu_seq_lens_q") is None:
-        return True  # a mask of its own
+        return True  # a custom mask
     return bool(kwargs.get("output_attentions")) or (self.training and self.attention_dropout > 0)
 
 

@@ -1,4 +1,4 @@
-"""A layer of transformers' `DynamicCache` that keeps latents in rows, as absorbed decode reads them."""
+"""A layer of transformers' `DynamicCache` that stores latents in the rows that absorbed decode reads."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-PAGE = 64  # rows; what a request holds is rounded up to whole pages
-SPARE = 4  # a full layer grows by a quarter, so that a long generation is copied few times
+PAGE = 64  # rows in a page; the memory of a request is rounded up to whole pages
+SPARE = 4  # a full layer grows by a quarter, so that a long generation is seldom copied
 
 
 class Places(NamedTuple):
-    """Where the new tokens of a pass stand, the same for all layers that hold as much.
+    """Where the new tokens of a forward pass go; layers that hold equally many tokens share it.
 
     Attributes:
         slots: int64 ``[B * S]``, the row of each new token, -1 for padding.
-        lengths: int32 ``[B]``, rows in use with the new tokens.
-        real: bool ``[B, length + S]``, which tokens until now are none of padding; None if all are real.
-        order: int64 ``[B * S]``, the new tokens with padding moved to the end; None if there is none.
+        lengths: int32 ``[B]``, rows in use, including the new tokens.
+        real: bool ``[B, length + S]``, false for tokens so far that are padding; None if there is no padding.
+        order: int64 ``[B * S]``, a permutation of the new tokens that moves padding to the end; None if there is none.
         cu_seqlens: int32 ``[B + 1]``, where the real new tokens of each request begin in that order.
     """
 
@@ -31,19 +31,19 @@ class Places(NamedTuple):
 
 
 class LatentLayer(DynamicLayer):
-    """The latent and the rotated key of each token beside each other, in memory that grows in place.
+    """Stores the latent and the rotated key of each token next to each other, in memory that grows in place.
 
-    transformers' own layer keeps both apart, copies them at every step and writes keys and values of all heads out.
-    Padding takes no room here: the rows of a request are its real tokens, one after the other. From outside it looks
-    like transformers' own: `keys` are the latents ``[B, 1, length, latent]``, `values` the rotated keys
-    ``[B, 1, length, rope]``, padding where it was; and `update` does what the layer of an unchanged model does, so that
-    a cache survives the change.
+    transformers' own layer stores the two separately, copies them at every step, and expands them to the keys and
+    values of all heads. Here padding takes no room: the rows of a request are its real tokens, one after the other.
+    From outside it looks like transformers' own layer: `keys` are the latents ``[B, 1, length, latent]`` and `values`
+    the rotated keys ``[B, 1, length, rope]``, with padding where it was, and `update` does what the unchanged model's
+    layer does. So a cache stays valid when its model is accelerated or restored.
 
     Attributes:
-        halves: whether transformers' model keeps the rotated pairs as two halves (V3), or adjacent (V2), as rows do.
+        halves: whether the transformers model stores rotated pairs as two halves (V3) or adjacent, as our rows do (V2).
         rows: ``[B, capacity, latent + rope]``.
-        real: which of the tokens are none of padding, bool ``[B, length]``; None if all are.
-        padded: whether the rows hold padding too, after an `update` from a model that is not accelerated.
+        real: bool ``[B, length]``, false for tokens that are padding; None if there is no padding.
+        padded: whether the rows themselves contain padding, after an `update` by a model that is not accelerated.
     """
 
     is_croppable = True
@@ -60,7 +60,8 @@ class LatentLayer(DynamicLayer):
         self.padded = False
         self._table: Tensor | None = None
 
-    # ---- what our attention uses ------------------------------------------------------------------------------------
+    # ---- used by our attention
+    # -----------------------------------------------------------------------------------------
 
     @property
     def capacity(self) -> int:
@@ -69,13 +70,13 @@ class LatentLayer(DynamicLayer):
 
     @property
     def pages(self) -> Tensor:
-        """The rows as the operations take them, ``[pages, PAGE, latent + rope]``."""
+        """The rows in the form that the operations take, ``[pages, PAGE, latent + rope]``."""
         if self.rows is None:
             raise RuntimeError("pages: expected room to be made first, see `reserve`")
         return self.rows.view(-1, PAGE, self.rows.shape[2])
 
     def block_table(self, length: int) -> Tensor:
-        """The pages of each request, int32 ``[B, pages]``, as many as `length` tokens need."""
+        """The pages of each request, int32 ``[B, pages]``: as many as `length` tokens need."""
         if self._table is None:
             batch, pages = self.pages.shape[0] * PAGE // self.capacity, self.capacity // PAGE
             every = torch.arange(batch * pages, dtype=torch.int32, device=self.pages.device)
@@ -83,7 +84,7 @@ class LatentLayer(DynamicLayer):
         return self._table[:, : -(-length // PAGE)]
 
     def reserve(self, batch: int, more: int, like: Tensor) -> None:
-        """Makes room for so many more tokens of each request."""
+        """Make room for this many more tokens of each request."""
         needed = self.length + more
         if self.rows is None or (self.length == 0 and (self.rows.shape[0] != batch or self.rows.dtype != like.dtype)):
             self.is_initialized, self.rows, self.device, self.dtype = True, None, like.device, like.dtype
@@ -98,7 +99,7 @@ class LatentLayer(DynamicLayer):
         self.rows, self._table = grown, None
 
     def places(self, batch: int, new: int, mask: Tensor | None) -> Places:
-        """Where new tokens of each request go. `mask`, bool ``[B, length + new]``, is of all its tokens."""
+        """Where the new tokens of each request go. `mask`, bool ``[B, length + new]``, includes the earlier tokens."""
         if self.rows is None:
             raise RuntimeError("places: expected room to be made first, see `reserve`")
         device, past = self.rows.device, self.length
@@ -118,21 +119,22 @@ class LatentLayer(DynamicLayer):
         return Places(slots.flatten(), counted[:, -1].int(), mask, order, cu_seqlens)
 
     def advance(self, new: int, places: Places) -> None:
-        """Notes that the new tokens were written."""
+        """Record that the new tokens have been written."""
         self.length += new
         self.real = places.real
 
-    # ---- what transformers uses -------------------------------------------------------------------------------------
+    # ---- used by transformers
+    # ------------------------------------------------------------------------------------------
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """Latents, ``[B, 1, length, latent]``."""
+        """The latents, ``[B, 1, length, latent]``."""
         rows = self._as_given()
         return None if rows is None else rows[:, None, :, : self.latent_dim]
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        """Rotated keys, ``[B, 1, length, rope]``, in transformers' order."""
+        """The rotated keys, ``[B, 1, length, rope]``, in transformers' order."""
         rows = self._as_given()
         if rows is None:
             return None
@@ -140,7 +142,7 @@ class LatentLayer(DynamicLayer):
         return torch.cat((rope[..., 0::2], rope[..., 1::2]), -1) if self.halves else rope
 
     def _as_given(self) -> Tensor | None:
-        """The rows in use, padding where it was (it holds what the next real token holds)."""
+        """The rows in use, with padding put back where it was (a padding row holds a copy of the next real token's)."""
         if self.rows is None:
             return None
         if self.real is None or self.padded:
@@ -149,7 +151,7 @@ class LatentLayer(DynamicLayer):
         return torch.gather(self.rows, 1, row.expand(-1, -1, self.rows.shape[2]))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends what transformers' own attention hands over, and returns all: `keys` and `values`."""
+        """Append what transformers' own attention passes in; returns all `keys` and `values`."""
         batch, _, new, _ = key_states.shape
         given = self._as_given()
         if self.real is not None and not self.padded and given is not None and self.rows is not None:
@@ -172,10 +174,10 @@ class LatentLayer(DynamicLayer):
         return keys, values  # type: ignore[return-value]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Room is made when there is something to write."""
+        """Nothing to do: memory is allocated when there is something to write."""
 
     def get_seq_length(self) -> int:
-        """Tokens, padding included."""
+        """Number of tokens, padding included."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -183,29 +185,30 @@ class LatentLayer(DynamicLayer):
         return self.length + query_length, 0
 
     def reset(self) -> None:
-        """Forgets all tokens."""
+        """Forget all tokens."""
         self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drops the last tokens: so many if negative; if positive all beyond the first so many, as it was once."""
-        tokens_to_remove = int(tokens_to_remove)  # drafts hand over a tensor
+        """Drop the last tokens: as many as a negative number says, or all beyond a positive number (the older
+        convention)."""
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation passes a tensor
         length = min(tokens_to_remove, self.length) if tokens_to_remove > 0 else self.length + tokens_to_remove
         self.length = max(length, 0)
         if self.real is not None:
             self.real = self.real[:, : self.length]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes the requests in another order."""
+        """Reorder the requests (beam search)."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these requests."""
+        """Keep only these requests."""
         if self.rows is not None:
             indices = indices.to(self.rows.device)
             self._replace(self.rows[indices], None if self.real is None else self.real[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Takes each request so many times."""
+        """Repeat each request this many times."""
         if self.rows is not None:
             real = None if self.real is None else self.real.repeat_interleave(repeats, 0)
             self._replace(self.rows.repeat_interleave(repeats, 0), real)
@@ -214,18 +217,18 @@ class LatentLayer(DynamicLayer):
         self.rows, self.real, self._table = rows, real, None
 
     def offload(self) -> None:
-        """Moves the rows to the CPU."""
+        """Move the rows to the CPU."""
         if self.rows is not None:
             self._replace(self.rows.to("cpu", non_blocking=True), self.real)
 
     def prefetch(self) -> None:
-        """Moves the rows back."""
+        """Move the rows back to their device."""
         if self.rows is not None and self.rows.device != self.device:
             self._replace(self.rows.to(self.device, non_blocking=True), self.real)
 
 
 def latent_layer(cache: Any, index: int, latent_dim: int, rope_dim: int, halves: bool) -> LatentLayer | None:
-    """The layer of a cache, made one of latents if it is transformers' plain one; None for any other cache."""
+    """The layer of a cache, converted to a `LatentLayer` if it is transformers' plain one; None for other caches."""
     if not isinstance(cache, Cache) or cache.offloading:
         return None
     if cache.layer_class_to_replicate is not None:
@@ -241,7 +244,7 @@ def latent_layer(cache: Any, index: int, latent_dim: int, rope_dim: int, halves:
         if layer.keys is not None and layer.values is not None and layer.keys.numel():
             with torch.no_grad():
                 made.update(layer.keys, layer.values)
-            made.padded = True  # a mask may tell of padding in it
+            made.padded = True  # a mask may reveal padding in it
         cache.layers[index] = made
         return made
     return layer if type(layer) is LatentLayer else None

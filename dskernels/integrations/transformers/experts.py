@@ -1,4 +1,4 @@
-"""The mixture of experts: router, experts, and the block of both with the shared experts."""
+"""The mixture of experts: the router, the experts, and the block that contains both and the shared experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dskernels.types import Fp8Tensor, Routing
 
 @dataclass
 class RouterState:
-    """Options of `dskernels.route_hidden`; `narrow` where the experts that follow take its dtypes as they are."""
+    """Options of `dskernels.route_hidden`; `narrow` if the experts that follow take fp32 weights and int32 ids."""
 
     options: dict[str, Any]
     narrow: bool = False
@@ -31,7 +31,7 @@ class RouterState:
 
 @dataclass
 class BlockState:
-    """Of a block with shared experts: whether to quantise, and the copies of shared weights."""
+    """State of a block with shared experts: whether to multiply in e4m3, and copies of the shared experts' weights."""
 
     fp8: bool
     w13: Copy = field(default_factory=Copy)
@@ -39,7 +39,7 @@ class BlockState:
 
 
 def router_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits in fp32, the weights of the chosen experts and their ids."""
+    """Logits in fp32, and the weights and ids of the chosen experts."""
     state: RouterState = getattr(self, STATE)
     bias = getattr(self, "e_score_correction_bias", None)
     if bias is not None and bias.dtype != torch.float32:
@@ -52,12 +52,12 @@ def router_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What transformers' `ExpertsInterface` calls for stacked experts, plain ones or in e4m3."""
+    """The function that transformers' `ExpertsInterface` calls for stacked experts, plain or in e4m3."""
     return fused(self, hidden_states, top_k_index, top_k_weights, None, getattr(self, STATE, False))
 
 
 def block_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    """Router, experts and the shared experts, which go into the same operation where that is the same."""
+    """Router, experts and shared experts: in one operation where the shared experts can be part of it."""
     state: BlockState = getattr(self, STATE)
     _, weights, index = self.gate(hidden_states)
     x = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -71,11 +71,11 @@ def block_forward(self: Any, hidden_states: Tensor) -> Tensor:
 def fused(
     experts: Any, x: Tensor, index: Tensor, weights: Tensor, shared: tuple[Weight, Weight] | None, fp8: bool
 ) -> Tensor:
-    """`dskernels.fused_experts` on the weights of one of transformers' modules."""
+    """`dskernels.fused_experts`, applied to the weights of a transformers module."""
     w13, w2 = _operands(experts)
     dtype = x.dtype
     if not isinstance(w13, Fp8Tensor):
-        x = x.to(w13.dtype)  # under autocast what comes may be wider
+        x = x.to(w13.dtype)  # under autocast the input may be wider than the weights
     routing = Routing(weights.float(), index, index, index)
     return ds.fused_experts(x.contiguous(), w13, w2, routing, shared=shared, fp8=fp8).to(dtype)
 
@@ -88,7 +88,7 @@ def _operands(experts: Any) -> tuple[Weight, Weight]:
 
 
 def _shared_weights(block: Any, state: BlockState) -> tuple[Weight, Weight] | None:
-    """w13 and w2 of the shared experts; None where they are to be called as they are."""
+    """w13 and w2 of the shared experts; None if they have to be called as modules."""
     shared = block.shared_experts
     layers = shared.gate_proj, shared.up_proj, shared.down_proj
     if not all(is_linear(layer) and layer.bias is None for layer in layers) or hasattr(shared, "_hf_hook"):

@@ -1,10 +1,12 @@
-"""A decode step of a whole accelerated model as a CUDA graph, as Python takes longer to launch it than it runs: on an
-H200 `generate` for four prompts took 2.3 times as long without in bf16, 3.5 times in e4m3 (docs/porting.md).
+"""A decode step of a whole accelerated model as a CUDA graph.
 
-The second step over a cache is recorded, and the ones after it are replayed as long as nothing has changed that it
-depends on: the memory of the cache, the batch, the weights, and the modes of torch. Where the new tokens stand is read
-from the device, so that the cache may be cropped, and its requests may be padded. Whatever asks for more than logits,
-comes with several new tokens, or goes through a module that somebody hooked runs as before.
+Launching a step from Python takes longer than running it: on an H200, `generate` for four prompts took 2.3 times as
+long without graphs in bf16, and 3.5 times in e4m3 (docs/porting.md).
+
+The second step over a cache is captured, and later steps replay it as long as everything that it depends on stays the
+same: the memory of the cache, the batch, the weights, and torch's modes. Token positions are read from the device, so
+the cache may be cropped and requests may be padded. A call that asks for more than logits, has several new tokens, or
+goes through a module with somebody else's hook is not captured and runs as before.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from dskernels.integrations.transformers.patches import STATE
 from dskernels.model.capture import capturing, mode, stream_of
 
 DEVICES = ("cuda",)
-CACHES = ("past_key_values", "cache")  # what a forward calls it: it has had two names
+CACHES = ("past_key_values", "cache")  # the name of the cache argument, newer and older
 CAPTURING = "transformers.utils.output_capturing"
 READ = {"input_ids", "position_ids", "attention_mask", "logits_to_keep", "use_cache", "return_dict", *CACHES}
 
@@ -43,7 +45,7 @@ class Step:
         positions: ``[B, 1]`` or ``[1, 1]``, or None.
         mask: ``[B, length + 1]``, or None.
         layers: of the cache.
-        options: what else the forward is called with.
+        options: the remaining arguments of the forward.
     """
 
     tokens: Tensor
@@ -54,15 +56,15 @@ class Step:
 
     @property
     def length(self) -> int:
-        """Tokens before the new one, padding included."""
+        """Number of tokens before the new one, padding included."""
         return self.layers[0].length
 
 
 class Graphs:
-    """The recorded step of a model, one at a time, and whether another one may be.
+    """The captured step of a model (one at a time), and what decides whether it may be replayed.
 
     Args:
-        shared: what the model's attention layers share.
+        shared: the state that the model's attention layers share.
     """
 
     def __init__(self, shared: Pass) -> None:
@@ -74,14 +76,15 @@ class Graphs:
         self._failed = False
 
     def __deepcopy__(self, memo: dict) -> Graphs:
-        """A copy of a model records its own."""
+        """A copy of a model captures its own step."""
         return Graphs(copy.deepcopy(self._shared, memo))
 
     def run(self, model: nn.Module, step: Step, cache: Any) -> Any:
-        """The output of a decode step, replayed if it was recorded; None if it is to be run as before."""
+        """The output of a decode step, replayed if one was captured; None if the step has to run normally."""
         key = self._key(step)
         if self._of() is not cache or self._seen != key or self._weights is None or not self._weights.same():
-            self._recorded, self._seen, self._of = None, key, ref(cache)  # what is compiled or kept is made by this one
+            # The first step of its kind runs normally: it compiles kernels and makes what is kept.
+            self._recorded, self._seen, self._of = None, key, ref(cache)
             self._weights = Weights(model)
             return None
         if self._recorded is None:
@@ -105,10 +108,10 @@ class Graphs:
 
 
 class Weights:
-    """The parameters and buffers of a model as they are now: which they are, where they lie, how often written to.
+    """The parameters and buffers of a model at this moment: their identities, addresses and version counters.
 
-    Looked at in each step, so by functions of C: that takes a third of a walk through the modules. Neither modules nor
-    weights are kept alive by it.
+    They are compared at each step, so this uses functions that are implemented in C, which takes a third of the time of
+    walking through the modules in Python. It keeps neither modules nor weights alive.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -120,7 +123,7 @@ class Weights:
         self._state = self._state_of(members)
 
     def _members(self) -> list[Any]:
-        """What modules hold: parameters, buffers, modules and None."""
+        """What modules contain: parameters, buffers, submodules and None."""
         modules = [module() for module in self._modules]
         if None in modules:
             return []
@@ -128,27 +131,30 @@ class Weights:
         return list(chain.from_iterable(chain.from_iterable(held)))
 
     def _state_of(self, members: list[Any]) -> tuple[list[int], list[int]]:
-        """Addresses, and versions where torch counts them."""
+        """Addresses, and version counters where torch keeps them."""
         tensors, counted = list(compress(members, self._are_tensors)), list(compress(members, self._are_counted))
         return list(map(Tensor.data_ptr, tensors)), list(map(attrgetter("_version"), counted))
 
     def same(self) -> bool:
-        """Whether all of it still is as it was."""
+        """Whether nothing has changed."""
         members, kept = self._members(), [reference() for reference in self._refs]
         if len(members) != len(kept) or not all(map(is_, members, kept)):
             return False
         try:
             return self._state_of(members) == self._state
-        except RuntimeError:  # a weight became one of inference mode, whose writes are not counted
+        except RuntimeError:  # a weight became an inference tensor, whose writes are not counted
             return False
 
 
 def _nothing() -> None:
-    """What a module holds where it says that it holds nothing, as a reference to it."""
+    """Stands for a member that is None, where a weak reference is expected."""
 
 
 class Recorded:
-    """A decode step with its inputs where they stay. The cache is not kept: it may be gigabytes that nobody uses."""
+    """A captured decode step, with its inputs at fixed addresses.
+
+    The cache is not kept alive: it may hold gigabytes that nobody uses any more.
+    """
 
     def __init__(self, model: nn.Module, step: Step, cache: Any, shared: Pass) -> None:
         batch, device = step.tokens.shape[0], step.tokens.device
@@ -158,7 +164,8 @@ class Recorded:
         self._is_real = torch.ones(batch, dtype=torch.bool, device=device)
         first = torch.arange(batch, device=device) * step.layers[0].capacity
         cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device)
-        # A replay reads these where they lie: whatever is made before the recording is to live as long as it.
+        # A replay reads these at their addresses, so everything made before the capture has to live as long as the
+        # graph.
         self._kept = first, cu_seqlens
 
         def run() -> Any:
@@ -178,7 +185,7 @@ class Recorded:
             raise RuntimeError(f"expected logits and the cache, the model gives {', '.join(out)}")
 
     def _place(self, step: Step) -> Tensor | None:
-        """Tells the device where the new tokens stand; which tokens are real, if any are not."""
+        """Write to the device where the new tokens go, and, if there is padding, which tokens are real."""
         self._tokens.copy_(step.tokens)
         if step.positions is None:
             self._positions.fill_(step.length)
@@ -193,7 +200,7 @@ class Recorded:
         return real
 
     def replay(self, step: Step, cache: Any) -> Any:
-        """Runs it for these tokens."""
+        """Run the captured step for these tokens."""
         real = self._place(step)
         self._replay()
         for layer in step.layers:
@@ -203,7 +210,7 @@ class Recorded:
 
 
 def decode_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Step, Any] | None:
-    """What a call of a model's forward asks for and its cache, if that is a decode step over latents, else None."""
+    """What a call of a model's forward asks for, and its cache, if it is a decode step over latents; else None."""
     given = dict(kwargs)
     if args:
         if len(args) > 1 or "input_ids" in given:
@@ -242,7 +249,7 @@ def decode_step(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Step, 
 
 
 def model_forward(original: Callable) -> Callable:
-    """The forward of a model whose decode steps are recorded, with the signature of its own."""
+    """Wrap a model's forward so that decode steps are captured; the signature stays that of the original."""
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -255,7 +262,7 @@ def model_forward(original: Callable) -> Callable:
 
 
 def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """A CUDA graph of what `run` launches, to be replayed, and what it returned, which each replay writes anew."""
+    """Capture what `run` launches as a CUDA graph; returns the graph and the outputs, which each replay overwrites."""
     graph, stream = torch.cuda.CUDAGraph(), stream_of(torch.device("cuda", torch.cuda.current_device()))
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), capturing(graph, torch.cuda.graph_pool_handle()):
@@ -266,7 +273,7 @@ def record(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
 @contextlib.contextmanager
 def _held(layers: list[LatentLayer]) -> Iterator[None]:
-    """Leaves the counts of a cache as they were."""
+    """Restore the token counts of a cache at the end of the block."""
     before = [(layer.length, layer.real) for layer in layers]
     try:
         yield
@@ -276,8 +283,11 @@ def _held(layers: list[LatentLayer]) -> Iterator[None]:
 
 
 def _hooked(model: nn.Module) -> bool:
-    """Whether somebody waits for a module to be called; transformers itself does not, where no hidden states are asked
-    for, though its hooks stay once they were."""
+    """Whether a module has a hook that somebody needs to be called.
+
+    The hooks that transformers itself installs do not count while no hidden states are asked for: it leaves them in
+    place.
+    """
     hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     others = any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks)
     return others or any(hasattr(module, "_hf_hook") for module in model.modules())

@@ -1,4 +1,4 @@
-"""What is registered with transformers' own interfaces, under one name: attention, masks, experts."""
+"""The functions that are registered with transformers' own interfaces under one name: attention, masks, experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dskernels.integrations.transformers.paged import NAME
 
 @functools.cache
 def register() -> None:
-    """Makes the name known to transformers, once for a process; it changes no model."""
+    """Register the name with transformers, once for each process. This changes no model."""
     modeling = importlib.import_module("transformers.modeling_utils")
     masking = importlib.import_module("transformers.masking_utils")
     moe = importlib.import_module("transformers.integrations.moe")
@@ -38,7 +38,7 @@ def attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """SDPA over written-out keys and values, for the calls that `attention_forward` leaves to transformers."""
+    """SDPA over expanded keys and values, for calls that `attention_forward` leaves to transformers."""
     sdpa = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
     queries, keys = query.shape[2], key.shape[2]
     if (attention_mask is None and 1 < queries != keys) or (attention_mask is not None and attention_mask.dim() == 2):
@@ -59,9 +59,9 @@ def mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Which tokens are none of padding, bool ``[B, kv_length]``; None if all are known to be that.
+    """False for tokens that are padding, bool ``[B, kv_length]``; None if it is known that there is none.
 
-    Masks that are more than causal and padding are written out, as for SDPA.
+    Masks that are more than causal and padding are written out in full, as for SDPA.
     """
     masking = importlib.import_module("transformers.masking_utils")
     causal = mask_function is None or mask_function is masking.causal_mask_function
@@ -80,7 +80,7 @@ def mask(
     if attention_mask is None:
         return None
     attention_mask = attention_mask[:, -kv_length:]
-    # A prompt is looked at, once; a step is not, as it would wait for the step before.
+    # The mask of a prompt is checked once; that of a decode step is not, since this would wait for the step before.
     asks = q_length > 1 and not torch.compiler.is_compiling() and not _capturing(attention_mask)
     return None if asks and bool(attention_mask.all()) else attention_mask
 

@@ -1,4 +1,4 @@
-"""Latent attention itself, whatever the cache: keys written out, or absorbed."""
+"""The arithmetic of latent attention, independent of the cache: with expanded keys and values, or absorbed."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from dskernels.types import Fp8Tensor
 
 
 class Pass:
-    """What all layers of a forward pass share, made by the first of them."""
+    """What all layers of a forward pass share; the first layer that needs it makes it."""
 
     def __init__(self) -> None:
-        self._angles: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # of which tensor they were made, and they
-        self._places: tuple[tuple, Places] | None = None  # likewise
+        self._angles: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # made of which tensor, and they
+        self._places: tuple[tuple, Places] | None = None  # made for which key, and they
         self._standing: Places | None = None
 
     def __deepcopy__(self, memo: dict) -> Pass:
-        """A copy of a model makes its own, one for all of its layers."""
+        """A copy of a model makes its own `Pass`, which all of its layers share."""
         memo[id(self)] = copied = Pass()
         return copied
 
     def angles(self, embeddings: Any, batch: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of each token, float32 ``[B * S, rope / 2]``, of what transformers hands to each layer."""
+        """cos and sin of each token, float32 ``[B * S, rope / 2]``, from the position embeddings that transformers
+        passes."""
         source = embeddings if isinstance(embeddings, Tensor) else embeddings[0]
         if self._angles is not None and self._angles[0] is source and not torch.compiler.is_compiling():
             return self._angles[1]
-        if isinstance(embeddings, Tensor):  # e^(i angle), as DeepSeek-V2 has it
+        if isinstance(embeddings, Tensor):  # e^(i angle), as in DeepSeek-V2
             cos, sin = embeddings.real, embeddings.imag
-        else:  # the angles twice, one behind the other
+        else:  # cos and sin of each angle twice, one half behind the other
             cos, sin = (x[..., : x.shape[-1] // 2] for x in embeddings)
         cos, sin = (x.float().expand(batch, -1, -1).reshape(-1, x.shape[-1]).contiguous() for x in (cos, sin))
         self._angles, self._places = (source, (cos, sin)), None
         return cos, sin
 
     def places(self, layer: LatentLayer, batch: int, new: int, mask: Tensor | None) -> Places:
-        """`LatentLayer.places`, once for all layers that hold as much. The mask is the same in all."""
+        """`LatentLayer.places`, made once for all layers that hold equally many tokens, as all have the same mask."""
         if self._standing is not None:
             return self._standing
         state = layer.length, layer.capacity, batch, new, layer.real
@@ -59,7 +60,7 @@ class Pass:
 
     @contextlib.contextmanager
     def standing(self, places: Places) -> Iterator[None]:
-        """What runs inside puts its tokens there, and leaves nothing here."""
+        """Inside the block, tokens go to these places; afterwards, nothing of this remains."""
         self._standing = places
         try:
             yield
@@ -69,11 +70,11 @@ class Pass:
 
 @dataclass
 class AttentionState:
-    """Of an attention module: what it shares with the others, and copies of its weights.
+    """State of an attention module: what it shares with the other layers, and copies of its weights.
 
     Attributes:
-        complex: whether its angles come as complex numbers (V2); then its keys stay in adjacent pairs.
-        fp8: whether products of plain weights run in e4m3.
+        complex: whether the angles come as complex numbers (V2); rotated pairs then stay adjacent.
+        fp8: whether plain weights are multiplied in e4m3.
     """
 
     shared: Pass
@@ -91,7 +92,7 @@ def prompt(
     sin: Tensor,
     cu_seqlens: Tensor,
 ) -> Tensor:
-    """Tokens among themselves, ``[T, heads, value]``; differentiable."""
+    """Attention of tokens among themselves, ``[T, heads, value]``; differentiable."""
     k, v = expanded_keys(self, self.kv_a_layernorm(kv))
     q, k_rope = rotated_query(self, q, cos, sin), rotated(k_rope[:, None], cos, sin)[:, 0]
     return ds.mla_prefill(q, k, v, cu_seqlens, cu_seqlens, scale=self.scaling, k_rope=k_rope)[0]
@@ -100,7 +101,8 @@ def prompt(
 def absorbed(
     self: Any, q: Tensor, cos: Tensor, sin: Tensor, pages: Tensor, table: Tensor, lengths: Tensor
 ) -> Tensor | Fp8Tensor:
-    """New tokens ``[B * Q, heads, nope + rope]`` over cached latents; quantised where the next product takes that."""
+    """Attention of new tokens ``[B * Q, heads, nope + rope]`` to cached latents; quantised if `o_proj` multiplies in
+    e4m3."""
     w_uk, w_uv = up_projections(self, q.dtype)
     q = ds.mla_decode_queries(q, w_uk, cos, sin).unflatten(0, (lengths.shape[0], -1))
     out, _ = ds.mla_decode(q, pages, table, lengths, scale=self.scaling, value_dim=self.kv_lora_rank)
@@ -112,7 +114,7 @@ def absorbed(
 
 
 def rotated_query(self: Any, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``[T, heads, nope + rope]`` with its last part rotated: in place where nothing is differentiated."""
+    """``[T, heads, nope + rope]`` with the last part rotated: in place if no gradient is needed."""
     if torch.is_grad_enabled():
         return rotated_from(q, cos, sin, self.qk_nope_head_dim)
     rope = q[..., self.qk_nope_head_dim :]
@@ -121,18 +123,18 @@ def rotated_query(self: Any, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``[T, heads, rope]``, adjacent pairs rotated and left adjacent: queries and keys alike, so that scores agree."""
+    """``[T, heads, rope]`` with adjacent pairs rotated and left adjacent; the same for queries and keys."""
     return rotated_from(x, cos, sin, 0) if torch.is_grad_enabled() else ds.apply_rope(x, cos, sin)
 
 
 def expanded_keys(self: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys without their rotated part and values of normed latents ``[T, latent]``."""
+    """Keys (without their rotated part) and values, expanded from normed latents ``[T, latent]``."""
     kv = self.kv_b_proj(latents).unflatten(-1, (self.num_heads, -1))
     return kv.split((self.qk_nope_head_dim, self.v_head_dim), -1)
 
 
 def write(self: Any, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor, pages: Tensor, slots: Tensor) -> None:
-    """Stores the latents of new tokens, normed, beside their rotated keys."""
+    """Write the normed latents and the rotated keys of new tokens to the cache."""
     norm = self.kv_a_layernorm
     with torch.no_grad():
         ds.write_latent_cache(

@@ -1,4 +1,4 @@
-"""Linear layers and gated networks whose products run in e4m3, and RMSNorm."""
+"""RMSNorm, and linear layers and gated networks that multiply in e4m3."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from dskernels.types import Fp8Tensor
 
 @dataclass
 class GatedState:
-    """The weights of a gated network as they are multiplied."""
+    """Copies of the weights of a gated network in the form in which they are multiplied."""
 
     w13: Copy = field(default_factory=Copy)
     w2: Copy = field(default_factory=Copy)
 
 
 def linear_forward(self: Any, input: Tensor) -> Tensor:
-    """Fprop in e4m3, and with a plain weight the gradients too; of a stored e4m3 weight there is none."""
+    """Multiply in e4m3; a plain weight gets its gradients in e4m3 too, a weight stored in e4m3 gets none."""
     return ds.fp8_linear(input, weight_of(self), self.bias)
 
 
 def gated_forward(self: Any, x: Tensor) -> Tensor:
-    """down(silu(gate(x)) * up(x)) with x quantised once and the product of both quantised in the same launch."""
+    """down(silu(gate(x)) * up(x)): x is quantised once, and the SwiGLU is quantised in the launch that computes it."""
     layers = self.gate_proj, self.up_proj, self.down_proj
     simple = not torch.is_grad_enabled() and all(is_linear(layer) and layer.bias is None for layer in layers)
     state: GatedState = getattr(self, STATE)
@@ -51,7 +51,7 @@ def gated_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    """In one launch. It multiplies by the weight before it rounds, not after."""
+    """RMSNorm in one launch. Unlike the original, it multiplies by the weight before rounding, not after."""
     if self.weight.dtype != hidden_states.dtype:
         return type(self).forward(self, hidden_states)
     return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)

@@ -1,8 +1,9 @@
-"""transformers' continuous batching over latents: its paged cache, one row of latent and key a token.
+"""Continuous batching of transformers over latents: its paged cache, with one row of latent and key for each token.
 
-It hands out blocks for keys and values of as many heads and columns as the configuration says, which latents are not.
-So a cache is made of a configuration that says one head of half a row: what it then takes for the key and the value of
-a token are the two halves of one row, and what it does with blocks (sharing, forking, copying) stays right.
+transformers allocates blocks for the keys and values of as many heads and columns as the configuration says, and
+latents do not have that shape. The cache is therefore made from a configuration with one head of half a row: what
+transformers takes for the key and the value of a token are the two halves of a row, so that whatever it does with
+blocks (sharing, forking, copying) stays correct.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ import dskernels as ds
 from dskernels.integrations.transformers.latents import absorbed, expanded_keys, prompt, rotated_query, write
 
 API = "transformers.generation.continuous_batching.continuous_api"
-NAME = "dskernels"  # of the implementation of attention
+NAME = "dskernels"  # the name of our implementation of attention
 LATENTS = "_dskernels_latents"
 
 
 class Pages(NamedTuple):
-    """A layer's latents, and where rows that transformers numbers are among them.
+    """The latents of a layer, and where the rows that transformers numbers are among them.
 
     Attributes:
         rows: ``[pages, tokens of a page, latent + rope]``.
-        stride: rows from one block to the next as transformers counts them.
+        stride: rows from one block to the next, as transformers counts them.
         apart: pages from one block to the next.
-        first: the layer's page in a block.
+        first: the layer's page within a block.
     """
 
     rows: Tensor
@@ -39,7 +40,7 @@ class Pages(NamedTuple):
     first: int
 
     def row(self, index: Tensor) -> Tensor:
-        """The slots of rows."""
+        """The cache slots of these rows."""
         size = self.rows.shape[1]
         if self.apart == 1 and self.stride == size:
             return index
@@ -48,7 +49,7 @@ class Pages(NamedTuple):
 
 
 def paged_cache(cache: Any) -> Any:
-    """`cache` if it is that of continuous batching."""
+    """`cache`, if it is that of continuous batching; else None."""
     return cache if cache is not None and type(cache).__name__ in ("PagedAttentionCache", "LatentPagedCache") else None
 
 
@@ -62,7 +63,8 @@ def paged_attention(
     cos: Tensor,
     sin: Tensor,
 ) -> Any:
-    """New tokens of many requests, packed; prompts, pieces of prompts and single steps may stand side by side."""
+    """Attention of the new tokens of many requests, packed; whole prompts, parts of prompts and single steps may be
+    mixed."""
     pages, group = _pages_of(cache, self.layer_idx, self.kv_lora_rank + self.qk_rope_head_dim)
     cu_q, cu_k = kwargs["cu_seq_lens_q"].int(), kwargs["cu_seq_lens_k"]
     if isinstance(cu_k, dict):
@@ -78,7 +80,7 @@ def paged_attention(
     if index.numel() == 0:
         return prompt(self, q, kv, k_rope, cos, sin, cu_q)
     if longest_q == 1 and cu_q.shape[0] - 1 == q.shape[0]:
-        # The rows of a request fill one block after the other: where each begins is its page.
+        # The rows of a request fill one block after the other, so the first row of each block tells its page.
         steps = torch.arange(0, longest, size, device=q.device)
         begin = torch.minimum(cu_k[:-1, None] + steps, cu_k[1:, None] - 1).clamp(0, index.shape[0] - 1)
         table = torch.div(pages.row(index[begin]), size, rounding_mode="floor").int()
@@ -99,7 +101,7 @@ def _pages_of(cache: Any, layer: int, width: int) -> tuple[Pages, int]:
 
 
 def _joined(cache: Any, layer: int, width: int) -> tuple[Pages, int]:
-    """transformers 5.17: two tensors for each layer of a group, which `latent_paged_cache` made halves of one."""
+    """For transformers 5.17: two tensors for each layer of a group, which `latent_paged_cache` made halves of one."""
     group, at = cache.layer_index_to_group_indices[layer]
     half = cache.key_cache[at]
     shape = (half.shape[0] // cache.block_size, cache.block_size, width)
@@ -108,7 +110,8 @@ def _joined(cache: Any, layer: int, width: int) -> tuple[Pages, int]:
 
 
 def _in_blocks(cache: Any, layer: int, width: int) -> tuple[Pages, int]:
-    """Later ones: one tensor, where a block holds a page of each layer, keys and values, as large as its latents."""
+    """For newer versions: one tensor whose blocks hold, for each layer, keys and values, together as large as its
+    latents."""
     allocator = cache.layer_to_allocator[layer]
     size = allocator.tokens_per_page
     rows = allocator.cache_tensor.reshape(-1, size, width)
@@ -117,7 +120,7 @@ def _in_blocks(cache: Any, layer: int, width: int) -> tuple[Pages, int]:
 
 
 def latent_paged_cache(original: type, *args: Any, **kwargs: Any) -> Any:
-    """Makes a paged cache; for a model whose attention is ours one of latents."""
+    """Make a paged cache: of latents, if the model uses our attention."""
     config = kwargs["config"] if "config" in kwargs else args[0]
     if not str(config._attn_implementation).endswith(NAME):
         return original(*args, **kwargs)
@@ -136,7 +139,7 @@ def latent_paged_cache(original: type, *args: Any, **kwargs: Any) -> Any:
 
 
 def keep_attention(self: Any, original: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-    """What continuous batching does to find an attention for a model: nothing where it is ours."""
+    """Continuous batching replaces a model's attention by a paged one; this keeps it if it is ours."""
     if model.config._attn_implementation != NAME:
         return original(self, model, *args, **kwargs)
     if _has_prefix():

@@ -1,4 +1,4 @@
-"""What is changed of a model, so that it can be changed back, and what to say of it."""
+"""Changes to a model that can be undone, and a report of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ STATE = "_dskernels"  # the attribute of a module that holds what its new forwar
 
 
 class Report:
-    """What was replaced, how often, and what was left as it was, with the reason.
+    """How many parts of each kind were replaced, and which were left alone, with the reason.
 
     Attributes:
-        replaced: of each kind of part the number of modules.
-        kept: of each kind of part that stayed, the reasons and how many modules each concerns.
+        replaced: the number of modules of each kind of part.
+        kept: the number of modules for each kind of part and reason for leaving it alone.
     """
 
     def __init__(self) -> None:
@@ -33,21 +33,21 @@ class Report:
 
 
 class Patches:
-    """Changes of attributes in the order in which they were made."""
+    """Changed attributes, in the order in which they were changed."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
     def forward(self, module: nn.Module, function: Callable, state: Any) -> None:
-        """Gives one module another forward, and the state that it finds in `STATE`; its class stays as it is.
+        """Give one module another forward, and store the state that it needs in `STATE`; the class does not change.
 
-        The forward is a method of the module, which `copy.deepcopy` of a model binds to the copy.
+        The forward is a bound method, so `copy.deepcopy` of a model binds it to the copy.
         """
         self.attribute(module, STATE, state)
         self.attribute(module, "forward", MethodType(function, module))
 
     def attribute(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an attribute of an object, over one of its own or one that its class has."""
+        """Set an attribute of an object, which may shadow one of its own or of its class."""
         own = vars(owner)
         had, old = name in own, own.get(name)
 
@@ -61,10 +61,10 @@ class Patches:
         self._undo.append(undo)
 
     def afterwards(self, undo: Callable[[], None]) -> None:
-        """Notes how to undo what the caller has done."""
+        """Register how to undo something that the caller has done."""
         self._undo.append(undo)
 
     def undo(self) -> None:
-        """Changes everything back, the last first."""
+        """Undo everything, in reverse order."""
         while self._undo:
             self._undo.pop()()

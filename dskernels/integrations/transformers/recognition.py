@@ -1,4 +1,4 @@
-"""Which parts of a model compute what we have operations for."""
+"""Recognise the parts of a model that these operations can compute."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SILU = ("silu", "swish")
 _V2, _V3, _QWEN3 = (
     f"transformers.models.{name}.modeling_{name}" for name in ("deepseek_v2", "deepseek_v3", "qwen3_moe")
 )
-# A part of another model is one of these if its forward reads the same: transformers copies such parts word by word
-# from one modelling file to the next, and checks that the copies stay equal.
+# A part of another model counts as one of these if the source of its forward reads the same: transformers copies such
+# parts verbatim from one modelling file to the next, and checks that the copies stay equal.
 ORIGINALS = {
     "sigmoid router": f"{_V3}:DeepseekV3TopkRouter",
     "grouped softmax router": f"{_V2}:DeepseekV2TopkRouter",
@@ -28,7 +28,7 @@ ORIGINALS = {
 
 
 def part_of(module: nn.Module) -> str | None:
-    """The key of `ORIGINALS` that a module computes the same as, or None."""
+    """The key of `ORIGINALS` whose forward is the same as the module's, or None."""
     return _part_with(type(module).forward)
 
 
@@ -40,7 +40,7 @@ def _part_with(forward: Any) -> str | None:
 
 @functools.cache
 def _texts() -> dict[str, str]:
-    """What the forwards of `ORIGINALS` read like, and which they are."""
+    """The source texts of the forwards of `ORIGINALS`, with their keys."""
     found = {}
     for kind, place in ORIGINALS.items():
         module, _, name = place.partition(":")
@@ -51,7 +51,7 @@ def _texts() -> dict[str, str]:
 
 
 def _text(forward: Any) -> str | None:
-    """The source of a forward; None where there is none."""
+    """The source of a forward; None if there is none."""
     try:
         return textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
     except (OSError, TypeError):
@@ -59,7 +59,7 @@ def _text(forward: Any) -> str | None:
 
 
 def router_options(kind: str, router: Any) -> dict[str, Any]:
-    """The options of `dskernels.route_hidden` for a router of this kind."""
+    """The options of `dskernels.route_hidden` that correspond to a router of this kind."""
     if kind == "softmax router":
         return {"top_k": router.top_k, "score": "softmax", "normalize": bool(router.norm_topk_prob)}
     options = {"top_k": router.top_k, "scale": float(router.routed_scaling_factor)}
@@ -74,12 +74,12 @@ def router_options(kind: str, router: Any) -> dict[str, Any]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds stacked experts that transformers dispatches through its `ExpertsInterface`."""
+    """Whether a module holds stacked experts that transformers calls through its `ExpertsInterface`."""
     return hasattr(module, "is_concatenated") and hasattr(module, "down_proj") and hasattr(module, "num_experts")
 
 
 def reason_against_experts(experts: Any) -> str | None:
-    """Why stacked experts are not what `dskernels.fused_experts` computes, or None."""
+    """Why `dskernels.fused_experts` does not compute what these stacked experts do, or None."""
     if not experts.has_gate or not experts.is_concatenated or experts.is_transposed or experts.has_bias:
         return "expected gate and up stacked one after the other, [E, 2I, H], without a bias"
     default = importlib.import_module("transformers.integrations.moe")._default_apply_gate
@@ -93,7 +93,7 @@ def reason_against_experts(experts: Any) -> str | None:
 
 
 def _is_plain_fp8_gate(experts: Any) -> bool:
-    """Whether the gate of fine-grained fp8 experts, which knows other activations, is the usual one here."""
+    """Whether fine-grained fp8 experts, which support several activations, use plain SiLU gating here."""
     return type(experts).__name__ == "FP8Experts" and not any(
         getattr(experts, name, None) for name in ("limit", "swiglu_limit", "swiglu_alpha")
     )
@@ -109,7 +109,7 @@ def reason_against_activation(module: Any) -> str | None:
 
 
 def reason_against_attention(attention: Any) -> str | None:
-    """Why latent attention of a known kind is not what the operations compute, or None."""
+    """Why the operations do not compute this latent attention, although its forward is known, or None."""
     config = attention.config
     if not getattr(config, "rope_interleave", True):
         return "it rotates halves of the key, not adjacent pairs"

@@ -1,4 +1,4 @@
-"""Weights of transformers' modules as the operations take them."""
+"""Weights of transformers modules in the form that the operations take."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ BLOCK = (128, 128)
 
 
 class Copy:
-    """Something made of weights, kept until one of them is written to or replaced.
+    """Something derived from weights (quantised, stacked), kept until one of them is written to or replaced.
 
-    Where torch does not count the changes of a weight (inference tensors), or traces, it is made at each use.
+    Where torch does not count writes (inference tensors), and while tracing, it is made anew at each use.
     """
 
     def __init__(self) -> None:
@@ -30,41 +30,43 @@ class Copy:
         self._made: Any = None
 
     def __reduce__(self) -> tuple:
-        """A copy of a model makes its own."""
+        """A copy of a model derives its own."""
         return Copy, ()
 
     def of(self, parts: tuple[Tensor, ...], make: Callable[[], Any], kind: object = None) -> Any:
-        """What `make` makes of `parts`, without a gradient; of a `kind`, where it may make one thing or another."""
+        """What `make` derives from `parts`, without a gradient; `kind` tells apart what is made of the same parts."""
         if torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
             return make()
         state = kind, [(part.data_ptr(), part._version) for part in parts]
         before = [reference() for reference in self._parts]
-        # Another weight may have come to lie where one was, with as many changes.
+        # Another tensor may now have the same address and the same number of writes, so identity is compared too.
         same = len(before) == len(parts) and all(map(is_, before, parts))
         if not same or self._state != state:
             with torch.no_grad():
                 made = make()
             if choices.get() is not None:
-                return made  # of `explain`, which computes nothing
+                return made  # called by `explain`, which computes nothing
             if parts[0].is_cuda and torch.cuda.is_current_stream_capturing():
-                return made  # it lives in the graph's memory, and holds what it should only in a replay
+                return made  # it lives in the graph's memory, and is only filled by a replay
             self._parts, self._state, self._made = [TensorWeakRef(part) for part in parts], state, made
         return self._made
 
 
 def is_fp8_linear(module: nn.Module) -> bool:
-    """Whether a module is transformers' linear layer of fine-grained fp8."""
+    """Whether a module is transformers' linear layer with fine-grained fp8 weights."""
     return type(module).__name__ == "FP8Linear" and hasattr(module, "weight_scale_inv")
 
 
 def is_linear(module: Any) -> bool:
-    """Whether nothing but a product (and a bias) happens when a module is called, so that it need not be called."""
+    """Whether calling a module does nothing but a product (and adding a bias), so that the product may be computed
+    directly."""
     plain = type(module) is nn.Linear or (isinstance(module, nn.Module) and is_fp8_linear(module))
     return plain and not module._forward_hooks and not module._forward_pre_hooks and not hasattr(module, "_hf_hook")
 
 
 def reason_against_fp8(module: Any) -> str | None:
-    """Why e4m3 weights of transformers (a linear layer or stacked experts) are not as the operations take them."""
+    """Why the e4m3 weights of a linear layer or of stacked experts do not have the form that the operations take, or
+    None."""
     if module.block_size is None or tuple(module.block_size) != BLOCK:
         return f"its blocks are {module.block_size}, not {BLOCK}"
     if module.activation_scheme != "dynamic":
@@ -76,24 +78,24 @@ def reason_against_fp8(module: Any) -> str | None:
 
 
 def fp8_weight(data: Tensor, scale: Tensor) -> Fp8Tensor:
-    """A stored weight; scales that are stored as exponents are read as numbers."""
+    """A stored e4m3 weight as an `Fp8Tensor`; scales stored as exponents (ue8m0) become fp32."""
     return Fp8Tensor(data.detach(), scale.detach().float(), BLOCK)
 
 
 def weight_of(linear: Any) -> Weight:
-    """The weight of a linear layer of either kind."""
+    """The weight of a linear layer, plain or in e4m3."""
     if is_fp8_linear(linear) and linear.weight.dtype == torch.float8_e4m3fn:
         return fp8_weight(linear.weight, linear.weight_scale_inv)
     return linear.weight
 
 
 def parts_of(linear: Any) -> tuple[Tensor, ...]:
-    """The tensors that `weight_of` is made of, as the key of a `Copy`."""
+    """The tensors that `weight_of` is made of: the key of a `Copy`."""
     return (linear.weight, linear.weight_scale_inv) if is_fp8_linear(linear) else (linear.weight,)
 
 
 def dense_weight(linear: Any, copy: Copy, dtype: torch.dtype) -> Tensor:
-    """The weight for products in `dtype`; of one in e4m3 a copy, made once."""
+    """The weight for products in `dtype`; a dequantised copy, made once, if it is stored in e4m3."""
     weight = weight_of(linear)
     if not isinstance(weight, Fp8Tensor):
         return weight if weight.dtype == dtype else weight.to(dtype)
@@ -101,10 +103,10 @@ def dense_weight(linear: Any, copy: Copy, dtype: torch.dtype) -> Tensor:
 
 
 def one_below_the_other(gate: Any, up: Any, copy: Copy, fp8: bool) -> Weight | None:
-    """The weights of two linear layers as one, gate first; None where their blocks do not allow it.
+    """The weights of two linear layers stacked, gate first; None if their 128-row blocks do not allow it.
 
-    A copy is kept (of the shared experts it is a few per cent of the routed ones), unless gradients are to flow to
-    both. With `fp8` plain weights are quantised.
+    The copy is kept (for shared experts, it is a few per cent of the routed ones), unless both need gradients. With
+    `fp8`, plain weights are quantised.
     """
     top, bottom = weight_of(gate), weight_of(up)
     if isinstance(top, Fp8Tensor) != isinstance(bottom, Fp8Tensor):
