@@ -1,4 +1,4 @@
-"""A DeepSeek-V3 model built of the library's operations: configuration, forward pass, checkpoints, generation."""
+"""A DeepSeek-V3 model built on the library's operations: configuration, forward pass, checkpoints, generation."""
 
 from dskernels.model.batch import Batch
 from dskernels.model.cache import LatentCache

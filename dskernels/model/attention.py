@@ -1,4 +1,4 @@
-"""Multi-head latent attention (report section 2.1.1): keys written out for prompts and training, absorbed in decode."""
+"""Multi-head latent attention (report section 2.1.1): expanded for prompts and training, absorbed in decode."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dskernels.types import Fp8Tensor
 
 
 class Attention(nn.Module):
-    """Attention whose keys and values are projections of one narrow latent, which is all that is cached of a token.
+    """Attention whose keys and values are projections of one narrow latent, the only thing cached for a token.
 
     Attributes:
         q_proj: the query; with ``q_lora_rank`` it is `q_a_proj`, `q_a_layernorm` and `q_b_proj` instead.
-        kv_a_proj_with_mqa: the latent, and the key's rotated part.
-        qkv_a_proj: the rows of both, of what multiplies the hidden state, where they are kept as one matrix (see
-            `keep_in_fp8`): then neither of them is there.
+        kv_a_proj_with_mqa: the latent, and the rotated part of the key.
+        qkv_a_proj: both matrices that multiply the hidden state, stacked, where they are kept as one (see
+            `keep_in_fp8`); the separate ones do not exist then.
     """
 
     qkv_a_proj: Linear | None
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.scale = softmax_scale(config)
         hidden, heads, eps = config.hidden_size, config.num_attention_heads, config.rms_norm_eps
         self.qkv_a_proj = None
-        # All but the last take a norm, which is computed again and not kept where that is wanted.
+        # The inputs of all but the last are outputs of a norm, which can be recomputed instead of saved.
         keep = "input" if recompute else "fp8"
         if config.q_lora_rank is None:
             self.q_proj = Linear(hidden, heads * config.qk_head_dim, fp8, keep=keep)
@@ -51,16 +51,16 @@ class Attention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, eps)
         up = heads * (config.qk_nope_head_dim + config.v_head_dim)
         self.kv_b_proj = Linear(config.kv_lora_rank, up, fp8, keep=keep)
-        # The gradient of attention keeps its output in bf16 in any case, more mantissa than the report's E5M6.
+        # Attention's backward saves its output in bf16 anyway, with more mantissa than the report's E5M6.
         self.o_proj = Linear(heads * config.v_head_dim, hidden, fp8, keep="input", scale_format="ue8m0")
 
     @property
     def takes_fp8(self) -> bool:
-        """Whether its input may come quantised, see `Linear.takes_fp8`."""
+        """Whether the input may be passed quantised, see `Linear.takes_fp8`."""
         return self.o_proj.takes_fp8
 
     def takes_unnormed(self, tokens: int) -> bool:
-        """Whether its input may come before its norm, see `few.Unnormed`."""
+        """Whether the input may be passed before its norm, see `few.Unnormed`."""
         layers = self.q_proj if self.config.q_lora_rank is None else self.q_a_proj, self.kv_a_proj_with_mqa
         return self.qkv_a_proj is None and few.fit(tokens, *layers)
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         cache: Tensor | None = None,
         quantized: Fp8Tensor | None = None,
     ) -> Tensor:
-        """Attends within the sequences of ``batch``.
+        """Attention within the sequences of ``batch``.
 
         Args:
             x: ``[T, hidden]``, normed; or, of a few tokens, what is still to be.
@@ -110,7 +110,8 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(1))
 
     def _down(self, x: Activation | few.Unnormed, quantized: Fp8Tensor | None) -> tuple[Tensor, Tensor]:
-        """Of the hidden state the query, compressed if it is so, and the latent beside the rotated part of the key."""
+        """From the hidden state: the query (compressed, if the model compresses it), and the latent with the key's
+        rotated part."""
         dtype = self.kv_a_layernorm.weight.dtype
         if self.qkv_a_proj is not None and not isinstance(x, few.Unnormed):
             return self._cut(self.qkv_a_proj(x, dtype))
@@ -126,13 +127,13 @@ class Attention(nn.Module):
         return both[:, :width], both[:, width:]
 
     def _queries(self, q: Tensor) -> Tensor:
-        """``[T, heads, nope + rope]`` of what `_down` gives."""
+        """``[T, heads, nope + rope]`` from the first result of `_down`."""
         if self.config.q_lora_rank is not None:
             q = self._expanded(q, self.q_a_layernorm, self.q_b_proj)
         return q.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def _expanded(self, x: Tensor, norm: RMSNorm, projection: Linear) -> Tensor:
-        """The projection of a normed latent, which is quantised with the norm where that may be."""
+        """The projection of a normed latent; norm and quantisation are one launch where possible."""
         if projection.takes_fp8:
             return projection(norm.quantized(x), x.dtype)
         if few.fit(x.shape[0], projection):
@@ -142,7 +143,7 @@ class Attention(nn.Module):
             return projection(normed, quantized=quantized)
 
     def _rotated(self, q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``q`` ``[T, heads, nope + rope]`` with its last part rotated: in place where nothing is differentiated."""
+        """``q`` ``[T, heads, nope + rope]`` with the last part rotated: in place if no gradient is needed."""
         nope, rope = self.config.qk_nope_head_dim, self.config.qk_rope_head_dim
         if torch.is_grad_enabled():
             return rotated_from(q, cos, sin, nope)
@@ -152,11 +153,12 @@ class Attention(nn.Module):
 
     @staticmethod
     def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``x`` ``[T, heads, rope]`` rotated."""
+        """``x`` ``[T, heads, rope]``, rotated."""
         return rotated_from(x, cos, sin, 0) if torch.is_grad_enabled() else ds.apply_rope(x, cos, sin)
 
     def _prompt(self, q: Tensor, kv: Tensor, k_rope: Tensor, batch: Batch) -> Tensor:
-        """Keys and values of every head are written out: fewer operations while each is used by many queries."""
+        """Attention with the keys and values of every head expanded: fewer operations if many queries use each of
+        them."""
         config = self.config
         latent, norm, up = kv, self.kv_a_layernorm, self.kv_b_proj
         kv = self._expanded(latent, norm, up)
@@ -178,8 +180,8 @@ class Attention(nn.Module):
         lengths: Tensor,
         q_lengths: Tensor | None,
     ) -> Tensor:
-        """The key's up-projection moves to the query, the value's to the output: the cache is read as it lies. With the
-        output projection."""
+        """Absorbed attention, with the output projection: W^UK is applied to the query and W^UV to the result, so
+        the cache is read as it is."""
         config = self.config
         kv_b = self.kv_b_proj.dense(q.dtype).unflatten(0, (config.num_attention_heads, -1))
         w_uk, w_uv = kv_b.split((config.qk_nope_head_dim, config.v_head_dim), 1)  # [H, nope, L], [H, V, L]
@@ -195,8 +197,8 @@ class Attention(nn.Module):
 
 
 def values_of(latents: Tensor, w_uv: Tensor) -> Tensor:
-    """``[T, H * V]`` of what was attended to, ``[T, H, L]``, and W^UV ``[H, V, L]``."""
-    if latents.dtype != w_uv.dtype:  # under autocast, which leaves alone what is told where to write
+    """``[T, H * V]`` from the attended latents ``[T, H, L]`` and W^UV ``[H, V, L]``."""
+    if latents.dtype != w_uv.dtype:  # under autocast, which does not change a product that is given out=
         return torch.einsum("thl,hvl->thv", latents, w_uv).flatten(1)
     values = latents.new_empty(*latents.shape[:2], w_uv.shape[1])
     torch.bmm(latents.transpose(0, 1), w_uv.mT, out=values.transpose(0, 1))

@@ -17,9 +17,9 @@ from dskernels.model.recompute import recomputed
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward, each behind a norm and added to the residual stream.
+    """Attention and a feed-forward, each behind a norm, each added to the residual stream.
 
-    What a block adds last is handed on beside the stream: the next norm adds it, in the same launch.
+    What the block adds last is passed on next to the residual stream: the following norm adds it, in the same launch.
     """
 
     def __init__(self, config: Config, *, moe: bool, fp8: bool, recompute: bool = False) -> None:
@@ -39,18 +39,18 @@ class Block(nn.Module):
         sin: Tensor,
         cache: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, RouterOutput | None]:
-        """Runs the block.
+        """Run the block.
 
         Args:
             x: ``[T, hidden]``, the residual stream.
-            update: likewise, what is still to be added to it; None at the first block.
-            batch: where the tokens stand.
+            update: ``[T, hidden]``, what is still to be added to it; None at the first block.
+            batch: the layout of the tokens.
             cos: see `Attention`.
             sin: see `Attention`.
             cache: see `Attention`.
 
         Returns:
-            Both again, and how the experts were chosen if there are any.
+            The residual stream, what is still to be added to it, and how the experts were chosen, if there are any.
         """
         attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
         if attention.takes_fp8:
@@ -65,8 +65,8 @@ class Block(nn.Module):
             with self._keeping(x, self.input_layernorm, h):
                 update = attention(h, batch, cos, sin, cache, quantized)
         if isinstance(mlp, MoE):
-            # In training what goes to other ranks has scales that are powers of two. The router multiplies what is not
-            # quantised.
+            # In training, what is sent to other ranks has scales that are powers of two. The router multiplies the
+            # unquantised values.
             form = "ue8m0" if torch.is_grad_enabled() else "fp32"
             h, quantized, x = norm.beside(x, update, self.fp8, form)
             with self._keeping(x, norm, h):
@@ -83,5 +83,5 @@ class Block(nn.Module):
             return x, mlp(h, quantized=quantized), None
 
     def _keeping(self, x: Tensor, norm: RMSNorm, h: Tensor) -> AbstractContextManager[object]:
-        """Of a norm ``h`` of ``x`` nothing is kept inside, where that is wanted."""
+        """Inside, nothing is saved of ``h``, the norm of ``x``, where it is to be recomputed."""
         return recomputed(h, lambda: norm.again(x, self.fp8)) if self.recompute else nullcontext()

@@ -1,4 +1,4 @@
-"""The paged latent cache: one tensor for all layers, who owns which of its pages, and what they hold."""
+"""The paged latent cache: one tensor for all layers, which sequences own its pages, and what the pages contain."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from torch import Tensor, nn
 
 from dskernels.model.config import Config
 
-FP8_TILE = 128  # latent elements to one scale in an fp8 row
+FP8_TILE = 128  # latent elements that share a scale in an fp8 row
 
 
 class LatentCache:
-    """Room for the latents of many sequences, handed out in pages.
+    """Memory for the latents of many sequences, allocated in pages.
 
-    A sequence owns the same pages in every layer. Pages are reserved when it is admitted, for all the tokens it may
-    come to have: its row of the block table never changes, and a sequence that has begun can always finish. To drop
-    tokens at its end (rejected drafts) is to count fewer: what lies behind a sequence's length is never read.
+    A sequence owns the same pages in every layer. They are reserved when it is admitted, enough for all the tokens that
+    it may ever have: its row of the block table never changes, and a sequence that has begun can always finish.
+    Dropping tokens at its end (rejected drafts) means counting fewer: what lies beyond a sequence's length is never
+    read.
 
-    Full pages never change, so that sequences which begin with the same tokens share them. `remember` says what a page
-    holds, `match` finds the pages of a prompt, `admit` takes a share in them. A page that nobody owns any more keeps
-    what it holds until it is needed; the one whose use is longest ago goes first.
+    Full pages never change, so sequences that begin with the same tokens can share them. `remember` records the
+    contents of a page, `match` finds the pages of a prompt, and `admit` shares them. A page without an owner keeps its
+    contents until it is needed; the least recently used one is overwritten first.
 
     Args:
-        config: of the model; MTP modules have pages like the blocks, behind them.
-        pages: how many there are.
-        page_size: tokens of a page.
-        dtype: of the latents. torch.float8_e4m3fn stores rows of bytes: the latent in e4m3, one fp32 scale for each
-            128 of it, the rotated key in bf16 (656 bytes a token instead of 1152 for DeepSeek-V3).
+        config: of the model; MTP modules have pages like the blocks, behind theirs.
+        pages: number of pages.
+        page_size: tokens in a page.
+        dtype: of the latents. torch.float8_e4m3fn stores rows of bytes: the latent in e4m3, one fp32 scale for each 128
+            elements, the rotated key in bf16 (656 bytes a token instead of 1152 for DeepSeek-V3).
         device: by default torch's default device.
 
     Attributes:
         data: ``[layers, pages, page_size, latent]``, uint8 rows with fp8.
-        kept: what one generation leaves for the next that is like it: CUDA graphs, which know this tensor's address.
+        kept: what one generation leaves for the next one: CUDA graphs, which contain this tensor's address.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class LatentCache:
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         self.page_size = page_size
         self.data = torch.zeros(layers, pages, page_size, width, dtype=dtype, device=device)
-        self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))  # the first is taken next
-        self._owners: dict[int, int] = {}  # of each page that has any
+        self._idle: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))  # in the order in which they are taken
+        self._owners: dict[int, int] = {}  # how many owners each page has, if any
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._models: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -69,25 +70,25 @@ class LatentCache:
 
     @property
     def pages(self) -> int:
-        """All pages."""
+        """Number of pages."""
         return self.data.shape[1]
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody owns."""
+        """Number of pages without an owner."""
         return len(self._idle)
 
     @property
     def remembered_pages(self) -> int:
-        """Pages, owned or not, that a prompt may share."""
+        """Number of pages, with an owner or not, that a prompt may share."""
         return len(self._key_of)
 
     def pages_for(self, tokens: int) -> int:
-        """Pages that so many tokens fill."""
+        """Number of pages that this many tokens fill."""
         return -(-tokens // self.page_size)
 
     def admit(self, tokens: int, shared: Sequence[int] = ()) -> list[int] | None:
-        """The pages of a sequence that may grow to ``tokens`` tokens, ``shared`` first; None if too few are free."""
+        """Reserve the pages of a sequence of up to ``tokens`` tokens, ``shared`` first; None if too few are free."""
         needed = self.pages_for(tokens) - len(shared)
         if needed > len(self._idle) - sum(page in self._idle for page in shared):
             return None
@@ -97,15 +98,15 @@ class LatentCache:
         return [*shared, *(self._take() for _ in range(needed))]
 
     def free(self, pages: Sequence[int]) -> None:
-        """Gives back what `admit` returned.
+        """Give back what `admit` returned.
 
         Raises:
-            ValueError: a page is not of this cache or is free already.
+            ValueError: a page is not one of this cache's, or has no owner.
         """
         for page, times in Counter(pages).items():
             if self._owners.get(page, 0) < times:
                 raise ValueError(f"pages: page {page} is not in use")
-        for page in reversed(pages):  # the last page of a prefix is of no use without those before it: it goes first
+        for page in reversed(pages):  # a prefix is useless without its first pages: they go last
             self._owners[page] -= 1
             if not self._owners[page]:
                 del self._owners[page]
@@ -114,7 +115,7 @@ class LatentCache:
                     self._idle.move_to_end(page, last=False)
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
-        """The pages that hold the longest known beginning of a prompt with these `page_keys`."""
+        """The pages with the longest known prefix of a prompt whose pages have these `page_keys`."""
         pages = []
         for key in keys:
             if key not in self._page_of:
@@ -123,7 +124,8 @@ class LatentCache:
         return pages
 
     def remember(self, pages: Sequence[int], keys: Sequence[bytes]) -> None:
-        """Says what pages in use hold: full, and not to be written again. Further pages than keys are ignored."""
+        """Record the contents of pages in use, which must be full and not be written again. Pages beyond the keys
+        are ignored."""
         for page, key in zip(pages, keys, strict=False):
             if page not in self._owners:
                 raise ValueError(f"pages: page {page} is not in use")
@@ -131,15 +133,16 @@ class LatentCache:
                 self._page_of[key], self._key_of[page] = page, key
 
     def forget(self) -> None:
-        """Shares no page that was written until now."""
+        """Stop sharing any page that has been written so far."""
         self._page_of.clear()
         self._key_of.clear()
 
     def root(self, model: nn.Module) -> bytes:
-        """What sets the pages of a model, with the weights that it has now, apart from those of others.
+        """The root of all page keys, which tells apart the pages of different models and of different weights of a
+        model.
 
-        Weights are known by their place and by torch's count of changes, which writing through ``.data`` evades: call
-        `forget` after that.
+        Weights are identified by their addresses and by torch's version counters. Writing through ``.data`` evades
+        these: call `forget` after that.
         """
         if model not in self._models:
             self._models[model] = next(self._serial)
@@ -148,9 +151,10 @@ class LatentCache:
         return repr((self._models[model], state)).encode()
 
     def block_table(self, sequences: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
-        """The pages of each sequence as int32 ``[B, width]`` on the device, by default wide enough for the longest.
+        """The pages of each sequence as int32 ``[B, width]`` on the device; by default wide enough for the longest
+        sequence.
 
-        Rows are filled up with page 0.
+        Rows are padded with page 0.
         """
         width = max((len(pages) for pages in sequences), default=0) if width is None else width
         rows = [[*pages, *[0] * (width - len(pages))] for pages in sequences]
@@ -165,13 +169,13 @@ class LatentCache:
 
 
 def page_keys(tokens: Sequence[int], page_size: int, *, root: bytes = b"", ahead: int = 0) -> list[bytes]:
-    """A name for what each page holds that ``tokens`` fill: it depends on all tokens before the end of the page.
+    """A key for the contents of each page that ``tokens`` fill, which depends on all tokens up to the end of the page.
 
-    With ``ahead`` it depends on so many tokens more, and pages whose are not among ``tokens`` have no name: an MTP
-    module caches of a position what comes of the token after it.
+    With ``ahead`` it depends on this many more tokens, and a page without that many more has no key: what an MTP module
+    caches for a position depends on the token after it.
 
     Returns:
-        Digests of 128 bits, each of the one before it and the tokens of a page.
+        Digests of 128 bits, each of the preceding one and the tokens of a page.
     """
     data = array("q", tokens)
     digest = hashlib.blake2b(root + bytes([ahead]) + data[:ahead].tobytes(), digest_size=16).digest()

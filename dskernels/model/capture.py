@@ -1,4 +1,4 @@
-"""Recording what a stream is given as a CUDA graph: of a step of generation, of a step of training."""
+"""Capture what is launched on a stream as a CUDA graph: a step of generation, a step of training."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from dskernels.choice import forced_impl
 
 
 class capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph
-    """Records what the current stream is given, without the collection of garbage and of memory that `torch.cuda.graph`
-    begins with (0.1 s and more in a large program)."""
+    """Capture what is launched on the current stream.
+
+    Unlike `torch.cuda.graph` it does not begin by collecting garbage and emptying caches (0.1 s and more in a large
+    program).
+    """
 
     def __init__(self, graph: torch.cuda.CUDAGraph, pool: Any) -> None:
         self._graph, self._pool = graph, pool
 
     def __enter__(self) -> None:
-        # A graph that is collected meanwhile (they may lie in cycles) is taken apart, which ends the capture.
+        # If a graph is garbage-collected meanwhile (graphs may be part of cycles), destroying it ends the capture.
         self._collecting = gc.isenabled()
         gc.disable()
-        # Other threads may do what they like (load a file into pinned memory), it is not recorded.
+        # Other threads may do what they like (such as loading a file into pinned memory); it is not captured.
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -40,11 +43,14 @@ class capturing:  # noqa: N801 - a context manager, spelt like torch.cuda.graph
                 gc.enable()
 
     def _repair(self) -> None:
-        """After a capture that failed torch believes that it goes on: memory would still be taken from its pool, and
-        random numbers be refused outside of it. A capture of nothing ends that."""
-        with suppress(RuntimeError):  # not all versions of torch need it
+        """Tell torch that a failed capture is over; an empty capture does this.
+
+        torch otherwise believes that it continues: memory would still come from its pool, and random numbers be
+        refused.
+        """
+        with suppress(RuntimeError):  # not needed in all versions of torch
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-        with suppress(RuntimeError):  # why the first one failed is the better thing to say
+        with suppress(RuntimeError):  # the reason for the first failure matters more
             nothing = torch.cuda.CUDAGraph()
             nothing.capture_begin(capture_error_mode="thread_local")
             torch.cuda._sleep(1)
@@ -57,19 +63,21 @@ def _stream_of(thread: int, device: torch.device) -> torch.cuda.Stream:
 
 
 def stream_of(device: torch.device) -> torch.cuda.Stream:
-    """What this thread captures on: always the same, as torch keeps 32 MB for cuBLAS of each stream that had a product.
+    """The stream that this thread captures on, always the same: torch keeps 32 MB for cuBLAS for each stream that ran a
+    product.
 
-    With a stream for each cache, of up to 32, that was 1 GB.
+    With one stream for each cache, of up to 32, this was 1 GB.
     """
     return _stream_of(threading.get_ident(), device)
 
 
 @contextmanager
 def aside(stream: torch.cuda.Stream, what: str, instead: str) -> Iterator[None]:
-    """Within it the current stream is ``stream``, which a step is captured on, behind what the current one was given.
+    """Inside, the current stream is ``stream``, on which a step is captured, ordered after the stream that was current.
 
     Raises:
-        RuntimeError: the step does what cannot be in a graph: ``what`` it is, why, and what to do ``instead``.
+        RuntimeError: the step contains something that cannot be captured; the message says ``what`` the step is, why,
+            and what to do ``instead``.
     """
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
@@ -85,5 +93,5 @@ def aside(stream: torch.cuda.Stream, what: str, instead: str) -> Iterator[None]:
 
 
 def mode() -> tuple[str | None, bool]:
-    """What decides from outside which kernels run."""
+    """The settings outside of the model that decide which kernels run."""
     return forced_impl(), torch.is_autocast_enabled("cuda")

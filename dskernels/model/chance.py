@@ -1,4 +1,4 @@
-"""Random numbers that are a function of where they are used: a text does not depend on what runs beside it."""
+"""Random numbers as a function of where they are used, so that a text does not depend on what runs beside it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def streams(
     """The stream of each prompt, int64 ``[count]``.
 
     Args:
-        seed: of the whole, or one of each prompt, which it then has wherever it stands; None draws one.
-        generator: what it is drawn from, on ``device``; None is torch's own.
-        count: prompts.
+        seed: one for all, or one for each prompt, which determines it wherever it stands; None draws one.
+        generator: the source of that draw, on ``device``; None is torch's own.
+        count: number of prompts.
         device: of the result.
 
     Raises:
-        ValueError: seed and generator are both given, or not one seed for each prompt.
+        ValueError: seed and generator are both given, or the number of seeds differs from that of prompts.
     """
     if seed is not None and generator is not None:
         raise ValueError("seed: expected None beside a generator")
@@ -37,12 +37,12 @@ def streams(
 
 
 def uniform(stream: Tensor, position: Tensor, purpose: int) -> Tensor:
-    """Uniform numbers in [0, 1), float32 in the shape of ``position``.
+    """Uniform numbers in [0, 1), float32, in the shape of ``position``.
 
     Args:
         stream: int64 ``[B]``, one for each row of ``position``.
-        position: integers ``[B, ...]``; which token of the text is decided.
-        purpose: 0 to 3; what is decided, so that decisions about one token are independent.
+        position: integers ``[B, ...]``, the token of the text that is being decided.
+        purpose: 0 to 3, what is being decided, so that decisions about one token are independent.
     """
     stream = stream.view(-1, *[1] * (position.dim() - 1))
     return (_mix(stream + (4 * position.long() + purpose) * GOLDEN) & 0xFFFFFF).float() * 2.0**-24
@@ -56,7 +56,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """To the right, with zeros from the left."""
+    """Shift right, filling with zeros."""
     return (x >> bits) & (2 ** (64 - bits) - 1)
 
 

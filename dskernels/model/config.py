@@ -1,4 +1,4 @@
-"""The shape of a model: one frozen dataclass, and Hugging Face's ``config.json`` both ways."""
+"""The shape of a model: one frozen dataclass, and reading and writing Hugging Face's ``config.json``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-# What each architecture in config.json routes by. Both have the same attention, blocks and tensor names.
+# How each architecture in config.json routes. Both have the same attention, blocks and tensor names.
 ARCHITECTURES = {"DeepseekV3ForCausalLM": "sigmoid", "DeepseekV2ForCausalLM": "softmax"}
 TOPK_METHODS = {"sigmoid": ("noaux_tc",), "softmax": ("greedy", "group_limited_greedy")}
 SIZES = (
@@ -49,7 +49,7 @@ class ParameterCount(NamedTuple):
 
 @dataclass(frozen=True)
 class Yarn:
-    """Context extension by YaRN (arXiv 2309.00071), with the temperature of the attention as DeepSeek sets it.
+    """Context extension by YaRN (arXiv 2309.00071), with DeepSeek's choice of attention temperature.
 
     Attributes:
         factor: how many times longer the context becomes.
@@ -179,14 +179,14 @@ class Config:
         Raises:
             ValueError: there is no such preset; the message lists those that exist.
         """
-        from dskernels.model.presets import PRESETS  # which are made of this class
+        from dskernels.model.presets import PRESETS  # a circular import: presets are instances of this class
 
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         return PRESETS[name].replace(**changes)
 
     def replace(self, **changes: Any) -> Config:
-        """This config with some fields changed."""
+        """A copy of this config with some fields changed."""
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -245,7 +245,7 @@ class Config:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     def parameter_count(self) -> ParameterCount:
-        """Matrix and embedding parameters: of all the model, of the path of one token, and of the MTP modules."""
+        """Number of matrix and embedding parameters: in total, used by one token, and in the MTP modules."""
         h, heads = self.hidden_size, self.num_attention_heads
         q_width, kv_width = heads * self.qk_head_dim, heads * (self.qk_nope_head_dim + self.v_head_dim)
         attention = h * q_width if self.q_lora_rank is None else self.q_lora_rank * (h + q_width)
@@ -265,7 +265,7 @@ class Config:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, an empty one if there is no such file.
+    """The object in a JSON file; an empty one if there is no such file.
 
     Raises:
         ValueError: it is not JSON, or no object.
@@ -287,7 +287,7 @@ def _read_hf(values: Mapping[str, Any], where: str) -> Config:
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{where}: unknown architecture {architecture}; known are {', '.join(ARCHITECTURES)}")
     scoring = ARCHITECTURES[architecture]
-    fixed = {  # fields that other models vary and these do not
+    fixed = {  # fields that vary in other models but not in these
         "attention_bias": False,
         "hidden_act": "silu",
         "mlp_bias": False,
@@ -307,12 +307,13 @@ def _read_hf(values: Mapping[str, Any], where: str) -> Config:
     known["scoring_func"] = scoring
     if method == "greedy":
         known["n_group"] = known["topk_group"] = 1
-    # transformers renamed the field in 5.x and reads both.
+    # transformers renamed this field in 5.x and reads both names.
     if values.get("num_mtp_layers"):
         known.setdefault("num_nextn_predict_layers", _number(values, "num_mtp_layers", int, where))
     known.setdefault("norm_topk_prob", scoring == "sigmoid")
     if scoring == "softmax" and known["norm_topk_prob"] and known.get("routed_scaling_factor", 1.0) != 1.0:
-        # DeepSeek-V2's own code then leaves the scale out, transformers leaves the normalisation out.
+        # With norm_topk_prob, DeepSeek-V2's own code leaves out the scale, and transformers leaves out the
+        # normalisation.
         raise ValueError(
             f"{where}: norm_topk_prob together with routed_scaling_factor has no agreed meaning with softmax"
         )
@@ -331,7 +332,8 @@ def _read_hf(values: Mapping[str, Any], where: str) -> Config:
 
 
 def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, Yarn | None]:
-    """Base and scaling from ``rope_theta`` and ``rope_scaling``, or from the ``rope_parameters`` of transformers 5."""
+    """The rotary base and scaling, from ``rope_theta`` and ``rope_scaling``, or from transformers 5's
+    ``rope_parameters``."""
     scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(scaling, Mapping):
         raise ValueError(f"{where}: rope_scaling must be an object, got {scaling!r}")
@@ -347,7 +349,7 @@ def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, Yarn | Non
     if not scaling.get("factor"):
         raise ValueError(f"{where}: yarn needs a factor")
     given = _known(scaling, Yarn, f"{where}: rope_scaling")
-    # Absent fields mean what they mean in DeepSeek's code: no temperature unless mscale_all_dim asks for it.
+    # Absent fields have the meaning that they have in DeepSeek's code: no temperature unless mscale_all_dim is given.
     try:
         return theta, Yarn(**{"mscale_all_dim": 0.0, **given})
     except ValueError as error:
@@ -355,7 +357,7 @@ def _read_rope(values: Mapping[str, Any], where: str) -> tuple[float, Yarn | Non
 
 
 def _known(values: Mapping[str, Any], cls: type, where: str) -> dict[str, Any]:
-    """The fields of a dataclass that are given, each of its type."""
+    """Those entries that are fields of a dataclass, with their types checked."""
     known = {}
     for f in dataclasses.fields(cls):
         value, kind = values.get(f.name), str(f.type).removesuffix(" | None")
@@ -370,7 +372,7 @@ def _known(values: Mapping[str, Any], cls: type, where: str) -> dict[str, Any]:
 
 
 def _number(values: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-    """A number as JSON has it: true is none, 64.0 is no size, and there is no infinity."""
+    """A JSON number of this type: true is not a number, 64.0 is not a size, and infinity is refused."""
     value = values[name]
     right = type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
     if not right:

@@ -1,4 +1,4 @@
-"""Generation for any number of prompts over the paged latent cache, with MTP drafting."""
+"""Generation for any number of prompts over the paged latent cache, with MTP drafts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def generate(
     batch_invariant: bool = False,
     graphs: bool | None = None,
 ) -> Generation:
-    """Continues each prompt; iterate over the result to get the tokens as they come.
+    """Continue each prompt; iterate over the result to get the tokens as they come.
 
     ::
 
@@ -47,56 +47,56 @@ def generate(
             print(decode(new[0]), end="", flush=True)
         print(generation.acceptance_rate)
 
-    Prompts of any lengths run side by side. When one ends its place and its pages go to the next that waits.
+    Prompts of any lengths run side by side. When one ends, the next one that waits takes its place and its pages.
 
-    With ``drafts`` the MTP module proposes so many tokens a step and the model checks them all in one pass. The text
-    is the same as without (greedy), or has the same distribution (sampled). The first module does all drafting; for
-    a second token ahead it is applied to its own output. In low precision "the same" holds up to ties: a pass over
-    several tokens may round otherwise than one over a single token.
+    With ``drafts``, the MTP module proposes this many tokens in each step, and the model verifies them in one pass. The
+    text is the same as without (greedy), or has the same distribution (sampled). The first MTP module makes all drafts;
+    for a second token ahead it is applied to its own output. In low precision "the same" holds except for ties: a pass
+    over several tokens may round differently from a pass over one.
 
     Args:
         model: the model.
         prompts: token ids of each prompt, at least one.
-        max_new_tokens: at most so many tokens are added to each.
+        max_new_tokens: the maximum number of tokens added to each.
         temperature: 0 is greedy.
-        top_k: sample from the so many most likely tokens; 0 sets no limit.
+        top_k: sample from this many most likely tokens; 0 sets no limit.
         top_p: sample from the most likely tokens that together have this probability.
-        min_p: sample from tokens at least so likely as this part of the most likely one.
-        seed: of the sampling, one for all prompts or one for each. A prompt with its own seed has the same random
-            numbers wherever it stands.
-        generator: in place of a seed, what one is drawn from, on the model's device; None is torch's own.
-        drafts: tokens proposed a step, 0 for none.
-        eos: tokens that end a text (they are the last token given); by default those of the config.
-        cache: pages to work in; by default one is made that suffices for ``max_batch`` prompts, in the model's dtype.
-            What one generation leaves there, the next one shares.
-        page_size: of that cache.
-        max_batch: prompts that run at a time.
-        prefill_tokens: prompt tokens that are run through the model at a time; a longer prompt is taken in pieces.
-        prefix_sharing: full pages of a prompt that are in the cache, because another one that began with the same
-            tokens runs or ran lately, are not computed again. The rest of the prompt attends to what is cached of
-            them, rounded to the cache's dtype, as the tokens after the prompt do.
-        batch_invariant: a text does not depend on what runs beside it, nor on what was cached, to the last bit. Each
+        min_p: sample from tokens with at least this fraction of the most likely one's probability.
+        seed: of the sampling, one for all prompts or one for each. A prompt with its own seed gets the same random
+            numbers wherever it stands in the list.
+        generator: instead of a seed; one is drawn from it. It is on the model's device; None is torch's own.
+        drafts: tokens proposed in a step, 0 for none.
+        eos: tokens that end a text (and are the last one returned); by default those of the config.
+        cache: pages to work in; by default a cache with room for ``max_batch`` prompts is made, in the model's dtype.
+            What one generation leaves in it, the next one shares.
+        page_size: of the cache that is made.
+        max_batch: the maximum number of prompts that run at a time.
+        prefill_tokens: the maximum number of prompt tokens in one pass; a longer prompt is divided into pieces.
+        prefix_sharing: do not compute full pages of a prompt again that are in the cache, because another prompt with
+            the same beginning is running or ran lately. The rest of the prompt attends to the cached latents, rounded
+            to the cache's dtype, as the tokens after the prompt do.
+        batch_invariant: make a text independent, to the last bit, of what runs beside it and of what was cached. Each
             prompt goes through the model alone, in pieces of whole pages; only whole pieces are shared; a step always
-            has ``max_batch`` rows. So texts are the same for the same ``max_batch``, ``prefill_tokens`` and
-            ``page_size``, as far as the operations give a row the same bits in each place of a batch. Sampling needs
+            has ``max_batch`` rows. Texts are then the same for the same ``max_batch``, ``prefill_tokens`` and
+            ``page_size``, provided that the operations give a row the same bits in every row of a batch. Sampling needs
             a seed for each prompt.
-        graphs: replay the step as a CUDA graph, one for each power of two of running prompts, made when it is first
-            needed; by default on a GPU, but not under ``use_impl("reference")``. They stay with the cache: who
-            generates often in one cache makes them once. Hooks of modules run when a graph is made, not when it is
-            replayed.
+        graphs: replay the step as a CUDA graph, one for each power of two of running prompts, captured when first
+            needed; by default on a GPU, but not under ``use_impl("reference")``. Graphs stay with the cache: pass the
+            same cache to every call to capture them only once. Hooks of modules run during the capture, not in a
+            replay.
 
-    On a GPU a step is begun before the tokens of the one before are read, so that the device does not wait for the
-    host: a weight that changes between two tokens counts one step later, and a text that ends early (`abort`) is run a
-    step further, for nobody.
+    On a GPU, a step begins before the host has read the tokens of the one before, so that the device never waits: a
+    weight that changes between two tokens takes effect one step later, and a text that is ended by the host (`abort`)
+    runs one more step, whose result is discarded.
 
     Returns:
-        The generation, of which nothing has been computed yet: iterate over it, or call its `Generation.finish`.
+        The generation, of which nothing has been computed yet: iterate over it, or call `Generation.finish`.
 
     Raises:
         TypeError: prompts are not tokens.
-        ValueError: no prompt or an empty one, an unknown token, more tokens than the model's context or the cache hold,
-            drafting without an MTP module, graphs without a GPU, or a number out of range.
-        RuntimeError: while it goes on: a step cannot be made a graph, and why.
+        ValueError: no prompt or an empty one, an unknown token, more tokens than the model's context or the cache can
+            hold, drafts without an MTP module, graphs without a GPU, or a number out of range.
+        RuntimeError: during the iteration: a step cannot be captured as a graph, and why.
     """
     return Generation(
         model,
@@ -118,18 +118,18 @@ def generate(
 
 
 class Generation:
-    """A generation under way: an iterator of steps, and what has come of it.
+    """A running generation: an iterator of steps, and the results so far.
 
-    Each step gives one list for each prompt with its new tokens: none, one, or several where drafts were accepted.
-    Pages are given back when their prompt ends, and all of them when the generation is closed or nobody refers to it.
+    Each step yields one list for each prompt with its new tokens: none, one, or several if drafts were accepted. Pages
+    are given back when their prompt ends, and all of them when the generation is closed or no longer referenced.
 
     Attributes:
-        prompts: the tokens of each.
-        tokens: for each prompt all new tokens so far.
-        steps: passes of the model over the running sequences, prompts not counted.
-        drafted: tokens proposed so far.
-        accepted: those that stood.
-        shared_tokens: tokens of prompts that were not run because their pages were in the cache.
+        prompts: the tokens of each prompt.
+        tokens: for each prompt, all new tokens so far.
+        steps: passes of the model over the running sequences, not counting prompts.
+        drafted: number of tokens proposed so far.
+        accepted: how many of them were accepted.
+        shared_tokens: prompt tokens that were not computed because their pages were in the cache.
     """
 
     def __init__(
@@ -153,12 +153,12 @@ class Generation:
     ) -> None:
         self._waiting: deque[int] = deque()
         self._running: list[int] = []  # in the order of their rows
-        self._pages: dict[int, list[int]] = {}  # of those
+        self._pages: dict[int, list[int]] = {}  # of the running prompts
         _check(model, prompts, drafts, max_new_tokens)
         for name, value in (("page_size", page_size), ("max_batch", max_batch), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        # The token given last is never cached, the drafts after the one before it are.
+        # the last token of a text is never cached, but drafts after the one before it are
         reserved = [len(prompt) + max_new_tokens + drafts for prompt in prompts]
         if cache is None:
             pages = sum(sorted((-(-tokens // page_size) for tokens in reserved), reverse=True)[:max_batch])
@@ -195,14 +195,15 @@ class Generation:
         self._slots = Slots(
             self._passes,
             slots=max_batch if batch_invariant else min(max_batch, len(prompts)),
-            # Kernels split a sequence by what its row of the table could hold: that is not to depend on the others.
+            # Kernels divide a sequence by what its row of the table could hold, which must not depend on the other
+            # sequences.
             pages=cache.pages_for(model.config.max_position_embeddings + drafts)
             if batch_invariant
             else rounded(cache.pages_for(max(reserved)), cache.pages),
             graphs=graphs,
             all_rows=batch_invariant,
         )
-        # Pages differ by what computed them; batch-invariant ones also by the pieces in which it was done.
+        # Pages differ by what computed them; batch-invariant ones also by the pieces in which it happened.
         pieces = self.prefill_tokens if batch_invariant else 0
         self._root = cache.root(model) + repr(pieces).encode()
         self._prompt_keys = [self._keys(prompt) for prompt in prompts]
@@ -223,7 +224,7 @@ class Generation:
                 return self._take(list(admitted), self._prefill(admitted))
             return self._take(*self._step())
         except BaseException:
-            self._slots.drop_graphs()  # whatever failed, they are not to be trusted
+            self._slots.drop_graphs()  # after a failure they cannot be trusted
             self.close()
             raise
 
@@ -231,19 +232,19 @@ class Generation:
         self.close()
 
     def close(self) -> None:
-        """Ends the generation early and gives its pages back."""
+        """End the generation early and give its pages back."""
         for pages in self._pages.values():
             self.cache.free(pages)
         self._pages.clear()
         self._waiting.clear()
         self._running.clear()
         self._coming = None
-        slots: Slots | None = getattr(self, "_slots", None)  # not there where the constructor raised
+        slots: Slots | None = getattr(self, "_slots", None)  # does not exist if the constructor raised
         if slots is not None and not sys.is_finalizing():
             slots.close()
 
     def abort(self, index: int) -> None:
-        """Ends one prompt with the tokens it has; its pages and its place go to the next that waits."""
+        """End one prompt with the tokens it has; its pages and its place go to the next one that waits."""
         if index in self._waiting:
             self._waiting.remove(index)
         elif index in self._pages:
@@ -255,20 +256,20 @@ class Generation:
         return index not in self._pages and index not in self._waiting
 
     def finish(self) -> list[list[int]]:
-        """Runs to the end and returns all new tokens of each prompt."""
+        """Run to the end and return all new tokens of each prompt."""
         for _ in self:
             pass
         return self.tokens
 
     @property
     def acceptance_rate(self) -> float:
-        """The part of the drafted tokens that stood, 0 if none was drafted."""
+        """The fraction of drafted tokens that were accepted, 0 if there were none."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
     def _admit(self) -> dict[int, int]:
-        """The next prompts that have a place and pages, and how many tokens of each are cached.
+        """The next prompts for which there is a place and enough pages, and how many tokens of each are cached.
 
-        Together they have at most `prefill_tokens` to be run; a longer one goes alone.
+        Together they have at most `prefill_tokens` to compute; a longer one runs alone.
         """
         admitted: dict[int, int] = {}
         coming: set[bytes] = set()  # pages that the prompts admitted here will fill
@@ -277,7 +278,7 @@ class Generation:
             index = self._waiting[0]
             prompt = self.prompts[index]
             keys = self._prompt_keys[index]
-            # One token at least is run, or there would be nothing to tell what comes next.
+            # At least one token has to run, or nothing would tell which one comes next.
             shared = self.cache.match(keys[: (len(prompt) - 1) // self.cache.page_size])
             shared = shared[: self._whole(len(shared))]
             cached = len(shared) * self.cache.page_size
@@ -313,7 +314,7 @@ class Generation:
     def _step(self) -> tuple[list[int], list[list[int]]]:
         """The sequences of a step, and the new tokens of each."""
         sequences, coming = self._coming or self._begin()
-        # Whether one ends by an end token is seen only when the step is done; on the device it has ended then.
+        # The host sees an end token only when the step is done; on the device, the text has ended by then.
         goes_on = any(len(self.tokens[index]) + 1 < self.max_new_tokens for index in self._running)
         self._coming = self._begin() if self._ahead and goes_on else None
         tokens, accepted = coming.tokens()
@@ -326,10 +327,10 @@ class Generation:
         return list(self._running), self._slots.step()
 
     def _take(self, sequences: Sequence[int], tokens: list[list[int]]) -> list[list[int]]:
-        """Gives each sequence its tokens, up to the end of the text or the limit; ends those that are there."""
+        """Give each sequence its tokens, up to the end of the text or the limit, and end those that are complete."""
         new: list[list[int]] = [[] for _ in self.prompts]
         for index, given in zip(sequences, tokens, strict=True):
-            if index not in self._pages:  # ended after this step was begun
+            if index not in self._pages:  # ended after this step began
                 continue
             for token in given:
                 new[index].append(token)
@@ -341,35 +342,35 @@ class Generation:
         return new
 
     def _end(self, index: int) -> None:
-        """Gives the pages of a sequence back, with its text in them for who begins with it."""
+        """Release the pages of a sequence, and remember its text in them for prompts that begin with it."""
         pages = self._pages.pop(index)
-        if not self.batch_invariant:  # a step rounds otherwise than a prompt's pass
+        if not self.batch_invariant:  # a step may round differently from a pass over the prompt
             text = self.prompts[index] + self.tokens[index]
-            # All tokens but the last are cached, and that one is known to the MTP module.
+            # All tokens but the last are cached, and the MTP module knows that one.
             self.cache.remember(pages, self._keys(text if self._passes.drafts else text[:-1]))
         self.cache.free(pages)
 
     def _close_ranks(self) -> None:
-        """Drops the rows of what has ended."""
+        """Drop the rows of sequences that have ended."""
         rows = [row for row, index in enumerate(self._running) if index in self._pages]
         if len(rows) < len(self._running):
             self._slots.keep(rows)
             self._running = [self._running[row] for row in rows]
 
     def _keys(self, tokens: list[int]) -> list[bytes]:
-        """The names of the pages that tokens fill; none if nothing is shared."""
+        """The keys of the pages that these tokens fill; none if nothing is shared."""
         if not self.prefix_sharing:
             return []
         return page_keys(tokens, self.cache.page_size, root=self._root, ahead=int(self._passes.drafts > 0))
 
     def _whole(self, pages: int) -> int:
-        """How many of the first pages of a prompt may be shared: if texts are not to depend on it, whole pieces."""
+        """How many of the first pages of a prompt may be shared; with batch invariance, only those of whole pieces."""
         piece = self.prefill_tokens // self.cache.page_size
         return pages // piece * piece if self.batch_invariant else pages
 
 
 def _listed(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts as lists of ints, whatever sequences they are."""
+    """Prompts as lists of ints, whatever kind of sequence they are."""
     listed = []
     for i, prompt in enumerate(prompts):
         try:
@@ -407,6 +408,6 @@ def _check(model: DeepseekV3, prompts: list[list[int]], drafts: int, max_new_tok
 
 
 def rounded(pages: int, most: int) -> int:
-    """A number of pages with few others that are rounded alike, at most a quarter more: what was made for one fits."""
+    """A number of pages rounded up, by at most a quarter, so that what was made for one number often fits another."""
     step = max(1, (1 << (pages - 1).bit_length()) // 8)
     return min(-(-pages // step) * step, max(pages, most))

@@ -1,4 +1,4 @@
-"""The plain layers a block is made of: RMSNorm, a linear layer in bf16 or fp8, the gated feed-forward."""
+"""The simple layers of a block: RMSNorm, a linear layer in bf16 or fp8, the gated feed-forward."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dskernels import later
 from dskernels.dispatch import Operation
 from dskernels.types import Fp8Tensor
 
-FP8_BLOCK = (128, 128)  # of quantised weights
+FP8_BLOCK = (128, 128)  # the blocks of quantised weights
 
-# What a layer takes: tokens in the model's dtype, or quantised in 1x128 tiles, by the kernel that normed or gated them.
+# What a layer takes: tokens in the model's dtype, or already quantised in 1x128 tiles by the kernel that produced them.
 Activation = Tensor | Fp8Tensor
 
 
@@ -28,15 +28,16 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises ``[..., size]``."""
+        """Normalise ``[..., size]``."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def quantized(self, x: Tensor) -> Fp8Tensor:
-        """Normalises ``[T, size]`` and quantises it, in one launch; without a gradient."""
+        """Normalise ``[T, size]`` and quantise the result, in one launch; without a gradient."""
         return ds.rmsnorm_quantize(x, self.weight, self.eps)
 
     def after(self, x: Tensor, update: Tensor | None) -> tuple[Activation, Tensor]:
-        """The norm of the residual stream ``x`` after ``update``, quantised at once; and that stream."""
+        """Add ``update`` to the residual stream ``x``; returns the norm of the sum, quantised, and the sum. One
+        launch."""
         if update is None:
             return self.quantized(x), x
         return ds.rmsnorm_quantize(x, self.weight, self.eps, update)
@@ -44,9 +45,10 @@ class RMSNorm(nn.Module):
     def beside(
         self, x: Tensor, update: Tensor | None, fp8: bool, scale_format: str = "fp32"
     ) -> tuple[Tensor, Fp8Tensor | None, Tensor]:
-        """The norm of the stream after ``update``, with ``fp8`` in 1x128 tiles too; and that stream.
+        """Add ``update`` to the residual stream; returns the norm of the sum, with ``fp8`` its 1x128 tiles too, and the
+        sum.
 
-        Differentiable. In one launch if it is quantised, or if there is an update and nothing to differentiate.
+        Differentiable. It is one launch if the norm is quantised, or if there is an update and no gradient is needed.
         """
         if not fp8:
             if update is None:
@@ -62,7 +64,7 @@ class RMSNorm(nn.Module):
         return normed, quantized, x
 
     def again(self, x: Tensor, fp8: bool) -> Tensor:
-        """Of the stream ``x`` what `beside` gave."""
+        """Recompute what `beside` returned, from the residual stream ``x``."""
         return self.beside(x, None, fp8)[0]
 
 
@@ -83,16 +85,16 @@ class Linear(nn.Module):
     """``x @ weight.T`` in the dtype of the weight or, with ``fp8``, in e4m3 (all three products of training).
 
     Args:
-        inputs: columns.
-        outputs: rows.
+        inputs: columns of the weight.
+        outputs: rows of the weight.
         fp8: whether products run in e4m3.
-        keep: what is kept of the input of such products, see `dskernels.fp8_linear`.
-        scale_format: of the scales of that input in training; else they are fp32, as where weights are kept.
+        keep: what is saved of the input for the backward, see `dskernels.fp8_linear`.
+        scale_format: of the scales of that input in training; where weights are kept in e4m3, scales are always fp32.
 
     Attributes:
-        weight: ``[outputs, inputs]``. In e4m3 where the weight is kept quantised (see `keep_in_fp8`), which is for
-            inference: it has no gradient then.
-        weight_scale_inv: float32, the scales of its 128x128 blocks; None where it is not kept quantised.
+        weight: ``[outputs, inputs]``. In e4m3 if the weight is kept quantised (see `keep_in_fp8`), which is for
+            inference: it then has no gradient.
+        weight_scale_inv: float32, the scales of its 128x128 blocks; None unless the weight is kept quantised.
     """
 
     weight_scale_inv: Tensor | None
@@ -105,24 +107,24 @@ class Linear(nn.Module):
         self._dense: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        """Moves with the module; a quantised weight keeps its types."""
+        """Called by `to` and the like; a quantised weight and its scales keep their types."""
         self._dense = None
         super()._apply(fn if self.weight_scale_inv is None else keeping_dtype(fn), recurse)
         return self
 
     @property
     def takes_fp8(self) -> bool:
-        """Whether what it takes may come quantised: kept weights, and nothing to differentiate."""
+        """Whether the input may be passed quantised: the weight is kept in e4m3, and no gradient is needed."""
         return self.weight_scale_inv is not None and not torch.is_grad_enabled()
 
     @property
     def operand(self) -> Tensor | Fp8Tensor:
-        """The weight as the operations take it."""
+        """The weight in the form that the operations take."""
         scale = self.weight_scale_inv
         return self.weight if scale is None else Fp8Tensor(self.weight, scale, FP8_BLOCK)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight for products that run in ``dtype``; of a quantised one a copy, made once and kept."""
+        """The weight for products in ``dtype``; for a quantised weight a dequantised copy, made once and kept."""
         weight = self.operand
         if not isinstance(weight, Fp8Tensor):
             return weight
@@ -133,7 +135,7 @@ class Linear(nn.Module):
     def forward(self, x: Activation, dtype: torch.dtype | None = None, quantized: Fp8Tensor | None = None) -> Tensor:
         """``[..., inputs]`` to ``[..., outputs]``, in ``dtype`` if the input is quantised.
 
-        ``quantized`` is an input that is not quantised, in 1x128 tiles.
+        ``quantized`` is the same input in 1x128 tiles, if it has been quantised already.
         """
         operand = self.operand
         if isinstance(x, Fp8Tensor):
@@ -149,7 +151,7 @@ class Linear(nn.Module):
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What `nn.Module.to` does to a tensor, without the cast."""
+    """What `nn.Module.to` does to a tensor, without the change of dtype."""
 
     def moved(tensor: Tensor) -> Tensor:
         result = fn(tensor)
@@ -159,7 +161,7 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 class FeedForward(nn.Module):
-    """``w2(silu(gate) * up)`` with gate and up in one matrix ``w13``: the dense blocks and the shared experts."""
+    """``w2(silu(gate) * up)`` with gate and up in one matrix ``w13``: the dense blocks, and the shared experts."""
 
     def __init__(self, hidden: int, inner: int, fp8: bool) -> None:
         super().__init__()
@@ -168,11 +170,11 @@ class FeedForward(nn.Module):
 
     @property
     def trains_in_fp8(self) -> bool:
-        """Whether products run in e4m3 of weights that are not kept quantised."""
+        """Whether products run in e4m3 while the weights themselves are stored in their own dtype."""
         return self.w13.fp8 and self.w13.weight_scale_inv is None
 
     def forward(self, x: Activation, dtype: torch.dtype | None = None, quantized: Fp8Tensor | None = None) -> Tensor:
-        """``[T, hidden]`` to ``[T, hidden]``, in ``dtype`` if the input is quantised; ``quantized`` as for `Linear`."""
+        """``[T, hidden]`` to ``[T, hidden]``, in ``dtype`` if the input is quantised; ``quantized`` as in `Linear`."""
         if self.trains_in_fp8 and isinstance(x, Tensor):
             return ds.feed_forward(x, self.w13.weight, self.w2.weight, fp8=True, quantized=quantized, keep="fp8")
         gate_up = self.w13(x, dtype)

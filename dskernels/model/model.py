@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Output(NamedTuple):
-    """What a pass over packed sequences gives.
+    """The results of a pass over packed sequences.
 
     Attributes:
         logits: ``[T, vocab]``; row i scores the token after token i.
@@ -42,18 +42,18 @@ class DeepseekV3(nn.Module):
 
     Args:
         config: its shape.
-        fp8: compute the linear layers and the experts in e4m3 (embedding, head, router, norms and attention stay as
-            they are).
-        recompute: keep less between forward and backward: the outputs of norms, of the up-projections of attention and
-            of the SwiGLU are computed again (report section 3.2.3). The gradients are the same to the bit.
-        device: where the parameters live; "meta" allocates nothing and leaves them uninitialised.
-        dtype: of the parameters; the router bias is fp32 always.
+        fp8: compute the linear layers and the experts in e4m3 (embedding, head, router, norms and attention do not
+            change).
+        recompute: save less for the backward: the outputs of norms, of attention's up-projections and of the SwiGLU are
+            computed again (report section 3.2.3). The gradients have the same bits.
+        device: of the parameters; "meta" allocates nothing and leaves them uninitialised.
+        dtype: of the parameters; the router bias is always fp32.
 
     Attributes:
         layers: the blocks.
         mtp: the MTP modules.
-        scale_format: how the scales of weights that are kept in fp8 are rounded, see `keep_in_fp8`.
-        source: what came with a checkpoint that was read, to be written back.
+        scale_format: how the scales of weights kept in fp8 are rounded, see `keep_in_fp8`.
+        source: what else a checkpoint contained, to be written back by `save`.
     """
 
     scale_format: str = "fp32"
@@ -87,7 +87,7 @@ class DeepseekV3(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draws every matrix from N(0, initializer_range^2); norms become 1, router biases 0."""
+        """Draw every matrix from N(0, initializer_range^2); norms become 1, router biases 0."""
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
@@ -103,7 +103,7 @@ class DeepseekV3(nn.Module):
         return [block.mlp for block in (*self.layers, *self.mtp) if isinstance(block.mlp, MoE)]
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, *, mtp: bool = False) -> Output:
-        """Scores every next token of packed sequences.
+        """Score every next token of packed sequences.
 
         Args:
             tokens: integer ``[T]``, the sequences one after the other.
@@ -134,7 +134,7 @@ class DeepseekV3(nn.Module):
 
         Args:
             tokens: integer ``[T]``.
-            batch: where they stand.
+            batch: the layout of the tokens.
             cache: ``[layers, pages, page_size, latent]``, see `LatentCache`; None only for prompts.
 
         Returns:
@@ -143,11 +143,11 @@ class DeepseekV3(nn.Module):
         x, update, routers = self._blocks(tokens, batch, cache)
         if update is None:
             return self.norm(x), routers
-        # Where blocks train in e4m3, the last stream is added and normed in one launch as theirs are.
+        # If blocks train in e4m3, the last addition to the stream and the norm are one launch, as inside the blocks.
         return self.norm.beside(x, update, self.fp8 and torch.is_grad_enabled())[0], routers
 
     def score(self, tokens: Tensor, batch: Batch, cache: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states after the final norm, and logits, of all tokens; the arguments are those of `trunk`."""
+        """Hidden states after the final norm, and the logits, of all tokens; takes the arguments of `trunk`."""
         if not few.fit(tokens.shape[0], self.lm_head):
             hidden, _ = self.trunk(tokens, batch, cache)
             return hidden, self.lm_head(hidden)
@@ -158,7 +158,7 @@ class DeepseekV3(nn.Module):
     def _blocks(
         self, tokens: Tensor, batch: Batch, cache: Tensor | None
     ) -> tuple[Tensor, Tensor | None, list[RouterOutput]]:
-        """The residual stream behind all blocks, what is still to be added to it, and the routers' output."""
+        """The residual stream after all blocks, what is still to be added to it, and the routers' output."""
         update: Tensor | None = None
         if not torch.is_grad_enabled():
             x, cos, sin = few.embed(tokens, batch.positions, self.embed_tokens.weight, self.rope)
@@ -179,10 +179,10 @@ class DeepseekV3(nn.Module):
 
         Args:
             tokens: integer ``[T]``, the token ``depth`` after each position.
-            hidden: ``[T, hidden]``, of the trunk or of the module before.
-            batch: where the positions of ``hidden`` stand.
-            cache: as for `trunk`; the module's own pages come after those of the blocks.
-            depth: which module, from 1.
+            hidden: ``[T, hidden]``, from the trunk or from the preceding module.
+            batch: the layout of the positions of ``hidden``.
+            cache: as for `trunk`; the module's own pages follow those of the blocks.
+            depth: which module, counted from 1.
         """
         pages = None if cache is None else cache[len(self.layers) + depth - 1]
         module = cast(MTP, self.mtp[depth - 1])
@@ -197,8 +197,8 @@ class DeepseekV3(nn.Module):
     def predict_and_score(
         self, both: Tensor, batch: Batch, cos: Tensor, sin: Tensor, cache: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Of a few tokens, embedded beside the hidden states (`few.embed_beside`): the first MTP module's hidden
-        states, and their logits."""
+        """The first MTP module for a few tokens, embedded by `few.embed_beside`: its hidden states, and their
+        logits."""
         module = cast(MTP, self.mtp[0])
         x, _, _ = few.products(both, (module.eh_proj,))
         x, update, _ = module(x, None, batch, cos, sin, cache[len(self.layers)])

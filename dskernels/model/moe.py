@@ -1,4 +1,4 @@
-"""The mixture of experts: router, stacked expert weights, and the block that runs them beside the shared experts."""
+"""The mixture of experts: router, stacked expert weights, and the block that runs them and the shared experts."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Router(nn.Module):
 
     Attributes:
         weight: ``[experts, hidden]``.
-        e_score_correction_bias: float32 ``[experts]``, added to the scores for the choice alone and moved by
+        e_score_correction_bias: float32 ``[experts]``, added to the scores for the choice only and moved by
             `update_bias`, not by a gradient; None with softmax.
-        physical: where experts have copies, the places of each, see `dskernels.route`.
-        asked: where choices are counted, int64 ``[experts]``, to which each pass adds its load.
+        physical: if experts have copies, the places of each, see `dskernels.route`.
+        asked: if choices are counted, int64 ``[experts]``, to which each pass adds its load.
     """
 
     e_score_correction_bias: Tensor | None
@@ -50,7 +50,8 @@ class Router(nn.Module):
         self.physical = self.asked = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        """Moves with the module but keeps its fp32: rounded to bf16 the bias would change who is chosen."""
+        """Called by `to` and the like; fp32 tensors stay fp32, since rounding the bias to bf16 would change the
+        choices."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
@@ -59,7 +60,7 @@ class Router(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> RouterOutput:
-        """Routes ``[T, hidden]``, the product in the same launch as the choice."""
+        """Route ``[T, hidden]``; the product runs in the same launch as the choice."""
         config = self.config
         routing, logits = ds.route_hidden(
             x,
@@ -79,13 +80,14 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of a block's routed experts, stacked: ``w13`` ``[E, 2I, H]``, gate first, ``w2`` ``[E, H, I]``.
+    """The weights of a block's routed experts, stacked: ``w13`` ``[E, 2I, H]``, gate first, and ``w2`` ``[E, H, I]``.
 
     Attributes:
-        n_shared: how many shared experts stand behind them in the stacks, see `keep_in_fp8`.
-        w13_scale_inv: float32, the scales of 128x128 blocks where the weights are kept quantised, see `keep_in_fp8`.
+        n_shared: how many shared experts are stacked behind the routed ones, see `keep_in_fp8`.
+        w13_scale_inv: float32, the scales of 128x128 blocks if the weights are kept quantised, see `keep_in_fp8`.
         w2_scale_inv: likewise.
-        compute: what multiplies; more GPUs have another here, which means the same (see `parallelize`).
+        compute: the function that multiplies; with several GPUs it is replaced by another one that means the same (see
+            `parallelize`).
     """
 
     w13_scale_inv: Tensor | None
@@ -103,13 +105,13 @@ class Experts(nn.Module):
         self.register_buffer("w2_scale_inv", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
-        """Moves with the module; quantised weights keep their types."""
+        """Called by `to` and the like; quantised weights and their scales keep their types."""
         super()._apply(fn if self.w13_scale_inv is None else keeping_dtype(fn), recurse)
         return self
 
     @property
     def operands(self) -> tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor]:
-        """``w13`` and ``w2`` as the operations take them."""
+        """``w13`` and ``w2`` in the form that the operations take."""
         if self.w13_scale_inv is None or self.w2_scale_inv is None:
             return self.w13, self.w2
         return Fp8Tensor(self.w13, self.w13_scale_inv, FP8_BLOCK), Fp8Tensor(self.w2, self.w2_scale_inv, FP8_BLOCK)
@@ -122,7 +124,7 @@ class Experts(nn.Module):
         quantized: Fp8Tensor | None = None,
         fp8: bool = False,
     ) -> Tensor:
-        """The routed experts and the shared ones on ``[T, hidden]``, see `dskernels.fused_experts`."""
+        """The routed experts and the shared ones, applied to ``[T, hidden]``; see `dskernels.fused_experts`."""
         return self.compute(
             x,
             *self.operands,
@@ -136,12 +138,12 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Each token through its chosen experts and through the shared ones.
+    """Every token goes through its chosen experts and through the shared ones.
 
     Attributes:
         gate: the router.
         experts: the routed experts.
-        shared_experts: a network of its own; None if there is none, or if it stands in the stack of the routed ones.
+        shared_experts: a separate network; None if there is none, or if it is stacked with the routed experts.
     """
 
     def __init__(self, config: Config, fp8: bool) -> None:
@@ -154,10 +156,10 @@ class MoE(nn.Module):
 
     @property
     def takes_fp8(self) -> bool:
-        """Whether the experts take what the norm before has quantised: kept weights, and nothing to differentiate."""
+        """Whether the input may be passed quantised: the weights are kept in e4m3, and no gradient is needed."""
         return self.experts.w13_scale_inv is not None and not torch.is_grad_enabled()
 
     def forward(self, x: Tensor, quantized: Fp8Tensor | None = None) -> tuple[Tensor, RouterOutput]:
-        """``[T, hidden]`` to ``[T, hidden]``, and how it was routed; ``quantized`` is ``x`` in 1x128 tiles."""
+        """``[T, hidden]`` to ``[T, hidden]``, and the router's output; ``quantized`` is ``x`` in 1x128 tiles."""
         router = self.gate(x)
         return self.experts(x, router.routing, self.shared_experts, quantized, self.fp8), router

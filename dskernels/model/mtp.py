@@ -1,4 +1,4 @@
-"""Multi-token prediction (report section 2.2): the module, and which token belongs to which row."""
+"""Multi-token prediction (report section 2.2): the module, and which token is the target of which row."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dskernels.model.moe import RouterOutput
 
 
 class MTP(Block):
-    """One multi-token prediction module (report eqs. 21-23): the hidden state of token i and the embedding of a
-    later one.
+    """One multi-token prediction module (report eqs. 21-23): combines the hidden state of token i with the embedding of
+    a later token.
 
-    The embedding comes first in the concatenation and the hidden state is the one after the final norm, as in the
+    The embedding comes first in the concatenation, and the hidden state is the one after the final norm, as in the
     released weights (the report prints them the other way round).
     """
 
@@ -31,7 +31,7 @@ class MTP(Block):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def beside(self, embedding: Tensor, hidden: Tensor) -> Tensor:
-        """Both normed, ``[T, 2 * hidden]``."""
+        """Both inputs normed and concatenated, ``[T, 2 * hidden]``."""
         return torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1)
 
     def predict(
@@ -42,14 +42,15 @@ class MTP(Block):
         sin: Tensor,
         cache: Tensor | None = None,
     ) -> tuple[Tensor, RouterOutput]:
-        """The next hidden state ``[T, hidden]`` of what `beside` gives, normed, for the head or the next prediction."""
+        """The next hidden state ``[T, hidden]`` from the result of `beside`, normed, for the head or the next
+        prediction."""
         x, update, router = self(few.linear(both, self.eh_proj), None, batch, cos, sin, cache)
         hidden, _, _ = self.norm.beside(x, update, fp8=False)
         return hidden, cast(RouterOutput, router)  # its feed-forward is always a mixture of experts
 
 
 def shift(tokens: Tensor, cu_seqlens: Tensor, k: int) -> Tensor:
-    """The token ``k`` further on in the same sequence, for each packed token; the last one where there is none.
+    """The token ``k`` positions later in the same sequence, for each packed token; where there is none, the last one.
 
     Args:
         tokens: integer ``[T]``, the sequences one after the other.
@@ -64,7 +65,7 @@ def shift(tokens: Tensor, cu_seqlens: Tensor, k: int) -> Tensor:
 
 
 def targets(tokens: Tensor, cu_seqlens: Tensor, k: int = 1) -> Tensor:
-    """What row i is to predict: the token ``k`` further on.
+    """What row i has to predict: the token ``k`` positions later.
 
     Args:
         tokens: see `shift`.
@@ -79,6 +80,6 @@ def targets(tokens: Tensor, cu_seqlens: Tensor, k: int = 1) -> Tensor:
 
 
 def _ends(tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """The place of each packed token in the batch, and where its sequence ends."""
+    """For each packed token its index in the batch, and the end of its sequence."""
     sequence, _ = packed_positions(cu_seqlens, tokens.shape[0])
     return torch.arange(tokens.shape[0], device=tokens.device), cu_seqlens[sequence + 1]

@@ -1,4 +1,4 @@
-"""The passes that generate: prompts through the model, then a step at a time for all sequences that run."""
+"""The passes of a generation: prompts through the model, then step after step for all running sequences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dskernels.model.sampling import Sampling
 from dskernels.model.steps import advance, chances, place
 from dskernels.validate import ceil_div
 
-STANDS, DRAWN, DRAFTED = 0, 1, 2  # the purposes of random numbers
+STANDS, DRAWN, DRAFTED = 0, 1, 2  # the purposes of random numbers: accept a draft, draw a token, draw a draft
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Passes:
 
     Attributes:
         model: the model.
-        cache: where its latents lie.
+        cache: the cache of its latents.
         sampling: how tokens are chosen.
-        drafts: tokens that the MTP module proposes a step.
+        drafts: tokens that the MTP module proposes in a step.
         eos: tokens that end a text.
     """
 
@@ -50,15 +50,15 @@ class Passes:
         piece: int,
         left: int,
     ) -> Sequences:
-        """Runs prompts, and chooses the first token after each.
+        """Run prompts, and choose the first token after each.
 
         Args:
-            prompts: tokens.
-            cached: how many of each are in the cache already, not all.
+            prompts: their tokens.
+            cached: how many tokens of each are in the cache already; never all.
             block_table: int32 ``[B, pages]``.
             stream: int64 ``[B]``, see `uniform`.
-            piece: a single prompt goes through the model so many tokens at a time; several go at once.
-            left: tokens that each may get after its first.
+            piece: a single prompt goes through the model this many tokens at a time; several prompts go at once.
+            left: how many tokens each may get after its first.
         """
         model, page_size, device = self.model, self.cache.page_size, block_table.device
         rests = [len(prompt) - n for prompt, n in zip(prompts, cached, strict=True)]
@@ -75,7 +75,7 @@ class Passes:
             else:
                 seen = [n + start + count for n, count in zip(cached, counts, strict=True)]
                 lengths = torch.tensor(seen, dtype=torch.int32, device=device)
-                in_use = block_table[:, : ceil_div(max(seen), page_size)]  # all that a table holds would be projected
+                in_use = block_table[:, : ceil_div(max(seen), page_size)]  # all pages of a table are projected
                 batch = Batch.extend(cu_seqlens, part.shape[0], lengths, in_use, page_size)
             hidden, _ = model.trunk(part, batch, self.cache.data)
             last_rows = cu_seqlens[1:].long() - 1
@@ -102,10 +102,10 @@ class Passes:
 
     @torch.no_grad()
     def step(self, sequences: Sequences) -> None:
-        """One pass: drafts, checks the drafts, adds a token to those that stood. Writes in place alone.
+        """One step: make drafts, verify them, and append a token to those accepted. It only writes to existing tensors.
 
-        All is done on the device and nothing depends on what runs, so that a CUDA graph can be made of it; the device
-        also ends what ends, so that the next step can begin before anybody has looked at this one.
+        Everything happens on the device and nothing depends on which sequences run, so it can be captured as a CUDA
+        graph. The device also ends texts, so the next step can begin before the host has seen this one.
         """
         s, model, k, page_size = sequences, self.model, self.drafts, self.cache.page_size
         B = s.last.shape[0]
@@ -121,15 +121,15 @@ class Passes:
             accepted, chosen = self.sampling.verify(logits, drafts, draft_p, u)
         state = (s.last, s.lengths, s.active, s.left, s.new)
         advanced = advance(chosen, accepted, drafts, s.eos, s.block_table, *state, page_size=page_size)
-        # Crop: what was cached of rejected drafts lies behind the length and is overwritten.
+        # Rejected drafts need no cleaning up: what was cached of them lies beyond the length and is overwritten.
         if s.hidden is not None:
             batch = advanced.placed.batch(s.block_table, advanced.q_lengths)
             hidden, _ = model.predict(advanced.placed.tokens, hidden, batch, self.cache.data)
             torch.index_select(hidden, 0, advanced.rows, out=s.hidden)
 
     def _draft(self, s: Sequences) -> tuple[Tensor, Tensor | None]:
-        """Guesses of what follows the last token, int64 ``[B, k]``, and what they were drawn from, float32
-        ``[B, k, vocab]``; None if greedy."""
+        """Guesses of the tokens after the last one, int64 ``[B, k]``, and the probabilities they were drawn from,
+        float32 ``[B, k, vocab]``; None if greedy."""
         rows, k = s.last.shape[0], self.drafts
         drafts = s.last.new_empty(rows, k)
         draft_p: Tensor | None = None
@@ -152,13 +152,13 @@ class Passes:
         return drafts, draft_p
 
     def _drafts_by_few(self, rows: int) -> bool:
-        """Whether `_draft_by_few` can."""
+        """Whether `_draft_by_few` supports this."""
         model = self.model
         likely = self.sampling.greedy and model.config.vocab_size <= few.MOST_VOCABULARY
         return likely and few.fit(rows, cast(MTP, model.mtp[0]).eh_proj, model.lm_head)
 
     def _draft_by_few(self, s: Sequences, hidden: Tensor, drafts: Tensor) -> Tensor:
-        """The same, the most likely tokens, with one launch for all that stands between two products."""
+        """The same for greedy drafts of few sequences, with one launch for everything between two products."""
         model, state = self.model, (s.lengths, s.active, s.block_table)
         module = cast(MTP, model.mtp[0])
         logits = few.linear(hidden, model.lm_head)
@@ -183,32 +183,32 @@ class Passes:
     def _choose(
         self, hidden: Tensor, stream: Tensor, places: Tensor, ahead: int, purpose: int
     ) -> tuple[Tensor, Tensor | None]:
-        """A token after each hidden state, to stand at ``places + ahead`` in its text, and what it was drawn from."""
+        """A token after each hidden state, at position ``places + ahead`` of its text, and what it was drawn from."""
         u = None if self.sampling.greedy else chances(stream, places, ahead, 1, 1, purpose).flatten()
         return self.sampling.choose(few.linear(hidden, self.model.lm_head), u)
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """What a step needs of each sequence, and what it gives: a row of every tensor belongs to one.
+    """The state of the running sequences: one row of every tensor for each.
 
-    ``last`` is known but not cached yet; ``lengths`` tokens are cached.
-    A row of zeros has no sequence; it is run and changes nothing.
+    ``last`` is known but not cached yet; ``lengths`` tokens are cached. A row of zeros has no sequence; running it
+    changes nothing.
     """
 
     last: Tensor  # int64 [B]
     lengths: Tensor  # int32 [B]
     active: Tensor  # int32 [B], 0 in rows without a sequence or with one that has ended, else 1
-    left: Tensor  # int32 [B], tokens that it may still get
-    stream: Tensor  # int64 [B], of random numbers
-    eos: Tensor  # int64 [B, n], tokens that end it
+    left: Tensor  # int32 [B], tokens that the text may still get
+    stream: Tensor  # int64 [B], the stream of random numbers
+    eos: Tensor  # int64 [B, n], tokens that end the text
     block_table: Tensor  # int32 [B, pages]
     hidden: Tensor | None  # [B, hidden], the MTP module's at the last cached position; None without drafts
-    new: Tensor  # int64 [B, k + 3], the tokens of the last step, how many there are, and how many drafts stood
+    new: Tensor  # int64 [B, k + 3], the tokens of the last step, their number, and the number of accepted drafts
 
     @classmethod
     def empty(cls, passes: Passes, rows: int, pages: int) -> Sequences:
-        """So many rows without a sequence, with room for so many pages."""
+        """This many rows without a sequence, with room for this many pages."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=passes.cache.data.device)
@@ -227,7 +227,7 @@ class Sequences:
         )
 
     def tensors(self) -> list[Tensor]:
-        """All that there are."""
+        """All tensors, without the None."""
         return [tensor for tensor in vars(self).values() if tensor is not None]
 
     def rows(self, start: int, stop: int) -> Sequences:
@@ -236,6 +236,6 @@ class Sequences:
         return Sequences(**views)  # type: ignore[arg-type]
 
     def copy_(self, other: Sequences) -> None:
-        """Takes the contents of ``other``."""
+        """Copy the contents of ``other``."""
         for tensor, source in zip(self.tensors(), other.tensors(), strict=True):
             tensor.copy_(source)

@@ -1,4 +1,4 @@
-"""The published models by name, and three small ones."""
+"""The published models by name, and three small models."""
 
 from __future__ import annotations
 
@@ -128,11 +128,12 @@ PRESETS: dict[str, Config] = {
         bos_token_id=163584,
         eos_token_id=(163585,),
     ),
-    # For tests: every feature, small enough to be compared with other implementations in milliseconds.
+    # For tests: uses every feature, and is small enough to be compared with other implementations in milliseconds.
     "tiny": _TINY,
-    # For a first training on a CPU: bytes as tokens, and 256 begins and ends a text. So narrow a model wants larger
-    # initial weights than 0.02 (0.05 sqrt(128) is about DeepSeek-V3's 0.006 sqrt(7168)): 2.15 nats a byte after 300
-    # steps instead of 2.42. Of positions it is to tell apart the bytes of a line, with few frequencies: another 0.04.
+    # For a first training on a CPU. Tokens are bytes, and token 256 begins and ends a text. Such a narrow model needs
+    # larger initial weights than 0.02 (0.05 sqrt(128) is about DeepSeek-V3's 0.006 sqrt(7168)): the loss after 300
+    # steps is 2.15 nats a byte instead of 2.42. With few frequencies, the positions have to tell apart the bytes of a
+    # line: another 0.04.
     "demo": dataclasses.replace(
         _TINY,
         hidden_size=128,
@@ -151,9 +152,9 @@ PRESETS: dict[str, Config] = {
         bos_token_id=256,
         eos_token_id=(256,),
     ),
-    # For a first training on a GPU, in minutes: 150 M parameters besides the MTP module, 45 M of them for a token, with
-    # the head dimensions and the latent of the published models and all widths multiples of 128, which the kernels for
-    # Hopper want.
+    # For a first training on a GPU, in minutes: 150 M parameters in addition to the MTP module, of which a token uses
+    # 45 M. It has the head dimensions and the latent of the published models, and all widths are multiples of 128, as
+    # the Hopper kernels require.
     "small": dataclasses.replace(
         _TINY,
         vocab_size=8192,

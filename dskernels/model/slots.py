@@ -1,4 +1,4 @@
-"""The sequences that run, in tensors that stay where they are, and the CUDA graphs of a step over them."""
+"""The running sequences, in tensors at fixed addresses, and the CUDA graphs of a step over them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from dskernels.model.passes import Passes, Sequences
 
 
 class Slots:
-    """The sequences that run: those of the first rows, with no holes.
+    """The running sequences: they occupy the first rows, without gaps.
 
     Args:
-        passes: of the generation.
-        slots: most sequences at a time.
-        pages: most pages of one.
-        graphs: make a CUDA graph of the step for each number of rows, and replay it.
-        all_rows: a step runs all rows, always.
+        passes: the passes of the generation.
+        slots: the maximum number of sequences at a time.
+        pages: the maximum number of pages of one sequence.
+        graphs: capture a CUDA graph of the step for each number of rows, and replay it.
+        all_rows: always run all rows in a step.
 
     Attributes:
-        running: how many sequences there are.
+        running: the number of sequences.
     """
 
     def __init__(self, passes: Passes, *, slots: int, pages: int, graphs: bool, all_rows: bool) -> None:
         self.passes, self.slots, self.graphs, self.all_rows = passes, slots, graphs, all_rows
         self.running = 0
-        # Tensors made in inference mode are not to be written outside of it.
+        # Tensors that are made in inference mode cannot be written outside of it.
         self._kind = (slots, pages, len(passes.eos), passes.drafts, passes.sampling, torch.is_inference_mode_enabled())
         kept = passes.cache.kept.pop(self._kind, None) if graphs else None
         if isinstance(kept, StepGraphs) and kept.are_of(passes.model):
@@ -43,13 +43,13 @@ class Slots:
             self._graphs = StepGraphs(self.sequences) if graphs else None
 
     def append(self, sequences: Sequences) -> None:
-        """Adds sequences behind those that run."""
+        """Add sequences behind those that are running."""
         end = self.running + sequences.last.shape[0]
         self.sequences.rows(self.running, end).copy_(sequences)
         self.running = end
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drops all sequences but those of ``rows``, which move together in this order."""
+        """Keep only the sequences in ``rows``, which move together in this order."""
         index = to_device(rows, torch.int64, self.sequences.last.device)
         for tensor in self.sequences.tensors():
             if rows:
@@ -58,7 +58,7 @@ class Slots:
         self.running = len(rows)
 
     def step(self) -> Coming:
-        """Begins a step; the host does not wait for it."""
+        """Begin a step; the host does not wait for it."""
         rows = self._rows()
         if self._graphs is None:
             self.passes.step(self.sequences.rows(0, rows))
@@ -67,26 +67,26 @@ class Slots:
         return Coming(self.sequences.new[: self.running])
 
     def close(self) -> None:
-        """Leaves the graphs to the next generation on the cache that is like this one."""
+        """Leave the graphs to the next generation on this cache that is of the same kind."""
         graphs, self._graphs = self._graphs, None
         if graphs is not None and graphs.graphs:
             self.keep([])
-            self.passes.cache.kept.clear()  # a graph has memory of its own: those of one kind are enough
+            self.passes.cache.kept.clear()  # graphs occupy memory, so only those of one kind are kept
             self.passes.cache.kept[self._kind] = graphs
 
     def drop_graphs(self) -> None:
-        """Leaves nothing."""
+        """Drop the graphs."""
         self._graphs = None
 
     def _rows(self) -> int:
-        """How many rows a step runs: with graphs a power of two, so that there are few."""
+        """The number of rows that a step runs: with graphs a power of two, so that there are few different ones."""
         if self.all_rows:
             return self.slots
         return min(self.slots, 1 << (self.running - 1).bit_length()) if self.graphs else self.running
 
 
 class Coming:
-    """The tokens of a step that the device may still be working on."""
+    """The tokens of a step that may still be running on the device."""
 
     def __init__(self, new: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -99,7 +99,7 @@ class Coming:
             self._new = new.clone()
 
     def tokens(self) -> tuple[list[list[int]], int]:
-        """The new tokens of each sequence, and how many drafts stood. Here the host waits, if it must."""
+        """The new tokens of each sequence, and how many drafts were accepted. The host waits here if it has to."""
         if self._event is not None:
             self._event.synchronize()
         rows = self._new.tolist()
@@ -108,15 +108,15 @@ class Coming:
 
 @dataclass
 class StepGraphs:
-    """A CUDA graph of the step for each number of rows, made when it is first asked for.
+    """A CUDA graph of the step for each number of rows, captured when it is first needed.
 
-    They read the weights where these lie, so that a model may be trained on between two steps. But copies are made of
-    some weights (dense ones of quantised ones, and the other way round): where a weight has changed since, by torch's
-    count of changes, the graphs are made anew; and where another implementation is to run than did.
+    Graphs read the weights at their addresses, so a model may be trained between two steps. Some weights have copies
+    though (dequantised or quantised): if one of them has changed since, by torch's version counter, or if another
+    implementation is asked for, the graphs are captured again.
 
     Attributes:
-        sequences: what they work on.
-        graphs: by the number of rows. They share their memory: one at a time runs, and nothing stays in it.
+        sequences: the tensors that the graphs work on.
+        graphs: by number of rows. They share their memory: only one runs at a time, and nothing stays in it.
     """
 
     sequences: Sequences
@@ -129,32 +129,32 @@ class StepGraphs:
     _pool: Any = None
 
     def are_of(self, model: DeepseekV3) -> bool:
-        """Whether they are of this model with the weights that it has now."""
+        """Whether the graphs belong to this model with its present weights."""
         same = self._model() is model and self._mode == mode()
         return same and self._state == [place_and_version(t) for t in tensors_of(model)]
 
     def replay(self, passes: Passes, rows: int) -> None:
-        """Runs a step over the first rows."""
+        """Run a step over the first rows."""
         if self.graphs and (self._mode != mode() or self._versions != [version(t()) for t in self._weights]):
-            torch.cuda.current_stream(self.sequences.last.device).synchronize()  # one of them may be under way
+            torch.cuda.current_stream(self.sequences.last.device).synchronize()  # a graph may still be running
             self.graphs.clear()
         if rows not in self.graphs:
             self.graphs[rows] = self._capture(passes, rows)
         self.graphs[rows].replay()
 
     def _capture(self, passes: Passes, rows: int) -> torch.cuda.CUDAGraph:
-        """The graph of a step over so many rows.
+        """Capture the graph of a step over this many rows.
 
         Raises:
             RuntimeError: the step does what cannot be in a graph.
         """
         device = self.sequences.last.device
         if not self.graphs:
-            self._pool = torch.cuda.graph_pool_handle()  # torch gives a pool up with the last graph in it
+            self._pool = torch.cuda.graph_pool_handle()  # torch releases a pool together with the last graph in it
         graph = torch.cuda.CUDAGraph()
         with aside(stream_of(device), f"graphs: a step of {rows} rows", "graphs=False runs without them"):
-            # A step of rows without sequences, which changes nothing: what is compiled, loaded or kept cannot be within
-            # a capture.
+            # First a step over rows without sequences, which changes nothing: compiling, loading and caching are not
+            # possible during a capture.
             passes.step(Sequences.empty(passes, rows, self.sequences.block_table.shape[1]))
             with capturing(graph, self._pool):
                 passes.step(self.sequences.rows(0, rows))
@@ -167,22 +167,22 @@ class StepGraphs:
 
 
 def tensors_of(model: DeepseekV3) -> list[Tensor]:
-    """Whatever a pass reads: parameters, buffers, and copies that modules keep."""
+    """Everything that a pass reads: parameters, buffers, and copies that modules keep."""
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return [*model.parameters(), *model.buffers(), *kept]
 
 
 def version(tensor: Tensor | None) -> int:
-    """Torch's count of changes; those of inference mode are not counted, and one that is gone has changed."""
+    """torch's version counter; an inference tensor has none, and a tensor that is gone counts as changed."""
     return -1 if tensor is None else 0 if tensor.is_inference() else tensor._version
 
 
 def place_and_version(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor lies and how often it has changed."""
+    """The address of a tensor and its version counter."""
     return tensor.data_ptr(), version(tensor)
 
 
 def to_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host as a tensor; the host does not wait for what the device is doing."""
+    """Numbers from the host as a tensor; the host does not wait for the device."""
     tensor = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""What a step does beside the model: where its tokens stand, which of them count, what has ended.
+"""What a decode step does besides running the model: where its tokens are, which drafts are accepted, what has ended.
 
-Some dozens of operations on a few numbers a sequence. In a CUDA graph each costs as much as a small layer, so that on
-a GPU each of these functions is one kernel (`triton_steps`); the PyTorch here says what it means.
+These are dozens of operations on a few numbers for each sequence. In a CUDA graph each costs as much as a small layer,
+so on a GPU each of these functions is one kernel (`triton_steps`); the PyTorch code here says what it means.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Placed(NamedTuple):
 
     Attributes:
         tokens: int64 ``[B * queries]``.
-        positions: int64 ``[B * queries]``, of each in its sequence.
+        positions: int64 ``[B * queries]``, the position of each in its sequence.
         slots: int64 ``[B * queries]`` of the cache, -1 where nothing is to be written.
-        lengths: int32 ``[B]``, with the new tokens.
+        lengths: int32 ``[B]``, including the new tokens.
         cu_seqlens: int32 ``[B + 1]``.
     """
 
@@ -34,17 +34,17 @@ class Placed(NamedTuple):
     cu_seqlens: Tensor
 
     def batch(self, block_table: Tensor, q_lengths: Tensor | None = None) -> Batch:
-        """As the model takes it."""
+        """In the form that the model takes."""
         return Batch("decode", self.positions, self.cu_seqlens, self.slots, block_table, self.lengths, q_lengths)
 
 
 class Advanced(NamedTuple):
-    """What `advance` gives beside what it writes: the pass of the MTP module behind the tokens that are new.
+    """What `advance` returns, in addition to what it writes: the MTP module's pass over the new tokens.
 
     Attributes:
-        placed: its tokens, one further than the positions at which they are taken in.
-        q_lengths: int32 ``[B]``, how many of each sequence's count.
-        rows: int64 ``[B]``, where among them the last that stood is.
+        placed: its tokens, each one position further on than the position at which it is taken in.
+        q_lengths: int32 ``[B]``, how many of each sequence's tokens are real.
+        rows: int64 ``[B]``, the row of the last accepted one among them.
     """
 
     placed: Placed
@@ -90,23 +90,23 @@ def advance(
     *,
     page_size: int,
 ) -> Advanced:
-    """Adds to each sequence the drafts that stood and a token, in place, and ends those that end.
+    """Append the accepted drafts and one more token to each sequence, in place, and end sequences that are complete.
 
-    A sequence ends with an end token, or when it may get no more; it has no length then and is not active.
+    A sequence ends at an end token, or at its limit; its length is then 0, and it is inactive.
 
     Args:
-        chosen: int64, if greedy ``[B, k + 1]``, the most likely token after the last one and after each draft, and the
-            drafts stand that are such tokens; else ``[B]``, the token behind the drafts that stood.
-        accepted: int64 ``[B]``, how many stood; None if greedy.
+        chosen: int64; if greedy ``[B, k + 1]``, the most likely token after the last one and after each draft, and
+            drafts that equal it are accepted; else ``[B]``, the token after the accepted drafts.
+        accepted: int64 ``[B]``, how many drafts were accepted; None if greedy.
         drafts: int64 ``[B, k]``.
-        eos: int64 ``[B, n]``, tokens that end a text; filled up with -1.
+        eos: int64 ``[B, n]``, tokens that end a text; padded with -1.
         block_table: int32 ``[B, pages]``.
-        last: int64 ``[B]``, becomes the token behind the drafts.
-        lengths: int32 ``[B]``, grows by the tokens that are cached now: the last one and the drafts that stood.
+        last: int64 ``[B]``, becomes the token after the accepted drafts.
+        lengths: int32 ``[B]``, grows by the tokens that are cached now: the last one and the accepted drafts.
         active: int32 ``[B]``, becomes 0 where a text ends.
         left: int32 ``[B]``, tokens that the text may still get; shrinks.
-        new: int64 ``[B, k + 3]``, becomes the new tokens, how many of them there are, and how many drafts stood.
-        page_size: tokens of a page.
+        new: int64 ``[B, k + 3]``, becomes the new tokens, their number, and the number of accepted drafts.
+        page_size: tokens in a page.
     """
     written = (last, lengths, active, left, new)
     tokens, positions, slots, lengths, cu_seqlens, q_lengths, rows = _advance(
@@ -116,20 +116,21 @@ def advance(
 
 
 def chances(stream: Tensor, places: Tensor, ahead: int, count: int, purposes: int, first: int) -> Tensor:
-    """Uniform numbers for the tokens to stand at ``places + ahead`` and behind it, float32 ``[B, count, purposes]``.
+    """Uniform random numbers for the tokens at position ``places + ahead`` and after it, float32 ``[B, count,
+    purposes]``.
 
     Args:
         stream: int64 ``[B]``.
         places: int32 ``[B]``.
         ahead: added to them.
-        count: consecutive places of each sequence.
-        purposes: numbers for each place.
+        count: consecutive positions of each sequence.
+        purposes: numbers for each position.
         first: the first purpose, see `uniform`.
     """
     return _chances(stream, places, ahead, count, purposes, first)
 
 
-# ---- what they mean ------------------------------------------------------------------------------------------------
+# ---- what they mean, in PyTorch -------------------------------------------------------------------------------------
 
 
 def _place_reference(
@@ -163,7 +164,7 @@ def _advance_reference(
     tokens = torch.where(stood, torch.nn.functional.pad(drafts, (0, 1)), chosen[:, None])
     given = step <= accepted[:, None]
     ends = given & (tokens[:, :, None] == eos[:, None]).any(2)
-    before_end = (ends.long().cumsum(1) - ends.long() == 0) & given  # the tokens up to the first end, with it
+    before_end = (ends.long().cumsum(1) - ends.long() == 0) & given  # the tokens up to the first end token, inclusive
     count = torch.minimum(before_end.sum(1).int(), left) * active
     ended = (ends & (step < count[:, None])).any(1) | (count >= left)
     seen = lengths + count
@@ -186,7 +187,7 @@ def _chances_reference(stream: Tensor, places: Tensor, ahead: int, count: int, p
 
 
 def place_fake(last: Tensor, drafts: Tensor, lengths: Tensor, *_) -> tuple[Tensor, ...]:
-    """Empty tensors like those of a pass."""
+    """Empty tensors with the shapes of a pass."""
     rows, queries = last.shape[0], drafts.shape[1] + 1
     tokens = [last.new_empty(rows * queries) for _ in range(3)]
     return (*tokens, torch.empty_like(lengths), lengths.new_empty(rows + 1))
