@@ -71,7 +71,7 @@ class ChatTemplate:
             (folder / "tokenizer_config.json", settings),
         ):
             text = values.get("chat_template")
-            if isinstance(text, list):  # several, by name
+            if isinstance(text, list):  # several templates, by name
                 named = {str(t.get("name")): t.get("template") for t in text if isinstance(t, dict)}
                 text = named.get("default")
             if isinstance(text, str):
@@ -106,7 +106,7 @@ class ChatTemplate:
 def special_tokens(folder: Path) -> dict[str, str]:
     """Special tokens by their name in the tokenizer's settings, such as ``bos_token``."""
     found = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter counts
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the latter takes precedence
         for key, value in read_json(folder / name).items():
             token = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(token, str):

@@ -1,4 +1,4 @@
-"""Reading of checkpoints in the Hugging Face layout: safetensors shards, bf16 or fp8 in 128x128 blocks, MTP modules."""
+"""Read checkpoints in the Hugging Face layout: safetensors shards, bf16 or fp8 in 128x128 blocks, MTP modules."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from dskernels.types import Fp8Tensor
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 E4M3 = torch.float8_e4m3fn
 SMALL = 1 << 21  # elements; routers of DeepSeek-V3 have 1.8 M
-ROWS = 4096  # of a copy of the embedding that are compared at a time
-# Of a config, what a model may have another way than the one whose weights it takes: a longer context, another text.
-# The number of MTP modules is that of the tensors.
+ROWS = 4096  # rows of a copy of the embedding that are compared at a time
+# Config fields that may differ between a model and the one whose weights it takes: a longer context, other text. The
+# number of MTP modules is determined by the tensors.
 NOT_LEARNT = {"max_position_embeddings", "rope_scaling", "initializer_range", "bos_token_id", "eos_token_id"}
 NOT_LEARNT |= {"num_nextn_predict_layers"}
 
@@ -43,13 +43,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Source:
-    """What `save` writes back as it was, beyond what the model computes with.
+    """What `save` writes back unchanged, beyond what the model computes with.
 
     Attributes:
         config: the content of ``config.json``.
         copies: the copies of embedding and head that the MTP modules came with.
-        exact: small tensors in the type in which they were stored, where the model holds another.
-        extras: tensors that are stored and can be computed: the rotary frequencies of older checkpoints.
+        exact: small tensors in the type in which they were stored, if the model holds them in another.
+        extras: stored tensors that could be computed: the rotary frequencies of older checkpoints.
     """
 
     config: dict[str, Any]
@@ -69,31 +69,31 @@ def load(
     mtp: bool | None = None,
     progress: Progress | None = None,
 ) -> DeepseekV3:
-    """Reads a checkpoint in the Hugging Face layout, in bf16, fp16, fp32 or fp8 in blocks.
+    """Read a checkpoint in the Hugging Face layout, in bf16, fp16, fp32 or fp8 in blocks.
 
-    All headers are checked first. Then the files are mapped one by one and each tensor goes straight to its place on
-    the device, so that the host holds no more than one file's pages, which it may drop, and the tensor at hand.
+    All headers are checked first. Then the files are mapped one by one, and each tensor is copied straight to its place
+    on the device, so the host never holds more than the pages of one file, which it may drop, and one tensor.
 
     Args:
-        folder: with ``config.json`` and ``*.safetensors``.
-        device: where to; by default torch's default device. "meta" checks the headers and reads no tensor.
-        dtype: of the parameters, into which fp8 weights are dequantised; by default what ``config.json`` says, else
-            bf16. The router bias is fp32 always.
-        fp8: compute in fp8, with weights in e4m3: those of an fp8 checkpoint as they are stored, others quantised once,
-            one by one, as they are read. Such weights have no gradient.
-        trainable: with ``fp8``, keep all weights in ``dtype`` instead, to be quantised inside, as training needs it.
-        mtp: whether to read the MTP modules. None reads them if they are there, and warns if the config announces
-            some and they are not (``transformers`` leaves them out when it saves).
+        folder: contains ``config.json`` and ``*.safetensors``.
+        device: of the model; by default torch's default device. "meta" checks the headers and reads no tensor.
+        dtype: of the parameters, to which fp8 weights are dequantised; by default the one in ``config.json``, else
+            bf16. The router bias is always fp32.
+        fp8: compute in fp8, with weights in e4m3: those of an fp8 checkpoint as they are stored; others are quantised
+            once, one by one, as they are read. Such weights have no gradient.
+        trainable: with ``fp8``, keep all weights in ``dtype`` and quantise them at each use, as training requires.
+        mtp: whether to read the MTP modules. None reads them if they exist, and warns if the config announces some that
+            do not (``transformers`` leaves them out when it saves).
         progress: called with the number of bytes read and their total.
 
     Returns:
         The model; `save` writes it as it was read.
 
     Raises:
-        FileNotFoundError: the folder, ``config.json``, the weights or one of their shards is not there.
+        FileNotFoundError: the folder, ``config.json``, the weights or one of their shards does not exist.
         ValueError: a file is damaged, a tensor is missing, unknown, of another shape or of an unreadable type, or the
             architecture or quantisation is not known. The message is one line and names the file and the tensor.
-        torch.OutOfMemoryError: the device has not the memory for the weights.
+        torch.OutOfMemoryError: the weights do not fit in the memory of the device.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -135,17 +135,17 @@ def load(
 
 @torch.no_grad()
 def load_weights(model: DeepseekV3, folder: str | Path) -> None:
-    """Reads a checkpoint's weights and router biases into a model that is there, in the model's type, whatever theirs.
+    """Read a checkpoint's weights and router biases into an existing model, converted to the model's type.
 
     Args:
-        model: any that `load` would make of the folder; context, tokens at the ends of a text and the deviation of
-            initial weights may be others.
+        model: one that `load` could make from the folder; context length, boundary tokens and the standard deviation of
+            initial weights may differ.
         folder: see `load`.
 
     Raises:
         FileNotFoundError: as `load`.
-        ValueError: likewise; or the model is another one. The message is one line and names the tensor that has another
-            shape, is missing or is not of the model, or else the field of the config that differs.
+        ValueError: as `load`; or the model is another one. The message is one line and names the tensor that has
+            another shape, is missing or does not belong to the model, or else the config field that differs.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -160,7 +160,7 @@ def load_weights(model: DeepseekV3, folder: str | Path) -> None:
             raise ValueError(f"{folder / 'config.json'}: {name} is {there!r}, that of the model is {here!r}")
     model.source = Source(raw)
     _read_all(_Reader(shards, parameters, block, model), table, False, None)
-    model.source = None  # written, it is a model of its own
+    model.source = None  # it is no longer the model that was read
     shards.close()
 
 
@@ -175,7 +175,7 @@ def _tensors_of(model: DeepseekV3) -> list[tuple[str, Tensor]]:
 
 
 def _fp8_block(raw: Mapping[str, Any], folder: Path, keep: bool) -> tuple[int, int]:
-    """The block that scales belong to, also where the config mentions none (it may be plain bf16)."""
+    """The block that scales belong to, even if the config does not mention any (a plain bf16 checkpoint has none)."""
     quantization = raw.get("quantization_config")
     if quantization is None:
         return FP8_BLOCK
@@ -213,7 +213,8 @@ def _config_with_mtp(config: Config, shards: Shards, mtp: bool | None, folder: P
 def _check(
     shards: Shards, table: list[Entry], shapes: Mapping[str, Tensor], block: tuple[int, int], dropped: range
 ) -> None:
-    """Everything is there and as it should be, and a tensor nobody reads is a model somebody misunderstands."""
+    """Check that everything exists and has the right shape and type; an unknown tensor means that the model was
+    misunderstood."""
     known: set[str] = set()
     for entry in table:
         if entry.copy and entry.name not in shards:
@@ -258,7 +259,7 @@ def _is_rotary(name: str) -> bool:
 
 
 def _clear_filling(config: Config, parameters: Mapping[str, Tensor]) -> None:
-    """Zeros where widths are filled up to whole blocks."""
+    """Zero the parts that fill up widths to whole blocks."""
     inner = (
         config.intermediate_size,
         config.moe_intermediate_size,
@@ -272,7 +273,7 @@ def _clear_filling(config: Config, parameters: Mapping[str, Tensor]) -> None:
 
 @dataclass
 class _Reader:
-    """Puts tensors of the files in their places."""
+    """Copies tensors from the files to their places."""
 
     shards: Shards
     parameters: Mapping[str, Tensor]
@@ -280,7 +281,7 @@ class _Reader:
     model: DeepseekV3
 
     def fill(self, entry: Entry) -> None:
-        """Reads a tensor into its part of a parameter, quantised or dequantised on the device if need be."""
+        """Read a tensor into its part of a parameter; it is quantised or dequantised on the device if needed."""
         parameter = self.parameters[entry.parameter]
         part = parameter[entry.part]
         tensor = self.shards.read(entry.name).to(parameter.device)
@@ -296,7 +297,7 @@ class _Reader:
             part.copy_(tensor if scale is None else Fp8Tensor(tensor, scale, self.block).dequantize())
 
     def compare(self, entry: Entry) -> None:
-        """Makes sure that a copy is one."""
+        """Check that a tensor is the copy that it is meant to be."""
         parameter, stored = self.parameters[entry.parameter], self.shards[entry.name]
         tensor = self.shards.read(entry.name)
         for start in range(0, len(tensor), ROWS):
@@ -309,14 +310,15 @@ class _Reader:
 
 
 def _read_all(reader: _Reader, table: list[Entry], keep_types: bool, progress: Progress | None) -> None:
-    """Reads file by file; copies at the end, when what they are copies of is there."""
+    """Read file by file; copies come at the end, when their originals have been read."""
     shards, source = reader.shards, cast(Source, reader.model.source)
     there = [(entry, [entry.name]) for entry in table if entry.name in shards]
     for entry, names in there:
         if shards[entry.name].dtype == E4M3:
             names.append(entry.name + SCALE_SUFFIX)
     there.sort(key=lambda item: (item[0].copy, str(shards[item[0].name].file), shards[item[0].name].begin))
-    # The scale of a weight may be in another file than the weight; a file is closed when nobody needs it any more.
+    # The scale of a weight may be in another file than the weight; a file is closed as soon as nothing needs it any
+    # more.
     left = Counter(shards[name].file for _, names in there for name in names)
     total = sum(shards[name].nbytes for _, names in there for name in names)
     done = 0

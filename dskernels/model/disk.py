@@ -1,4 +1,4 @@
-"""What can go wrong while writing: one line that names the file, and files that are there whole or not at all."""
+"""Writing files: errors are one line that names the file, and files are either complete or absent."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from safetensors import SafetensorError
 
 @contextmanager
 def writing(path: str | Path, besides: str = "") -> Iterator[None]:
-    """Makes a failure to write one line.
+    """Turn an error of writing into one line that names the file.
 
     Args:
-        path: what is written, named where the error does not name a file itself.
+        path: what is written; named if the error itself does not name a file.
         besides: what else to say.
 
     Raises:
-        OSError: with the same ``errno``, as from a full disk.
+        OSError: with the original ``errno``, such as that of a full disk.
     """
     try:
         yield
-    except SafetensorError as error:  # it has no number: "I/O error: No space left on device (os error 28)"
+    except SafetensorError as error:  # it has no errno: "I/O error: No space left on device (os error 28)"
         raise _said(path, str(error).removeprefix("Error while serializing: "), None, besides) from None
     except OSError as error:
-        if error.strerror is None:  # has been said
+        if error.strerror is None:  # raised by an inner `writing` already
             raise
         raise _said(error.filename or path, error.strerror, error.errno, besides) from None
 
@@ -38,7 +38,7 @@ def _said(path: object, why: str, number: int | None, besides: str) -> OSError:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

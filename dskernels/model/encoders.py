@@ -13,7 +13,7 @@ from dskernels.model.config import read_json
 from dskernels.model.data import BOUNDARY, VOCAB_SIZE
 
 END_OF_TEXT = "<|endoftext|>"  # the boundary of a tokenizer that is trained here
-# Of a tokenizer whose folder does not say what ends a text.
+# For a tokenizer whose folder does not say what ends a text.
 KNOWN_ENDS = (END_OF_TEXT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 SAMPLE = 100_000_000  # bytes that a tokenizer is trained on at most: merges do not change much after that
 
@@ -22,8 +22,8 @@ class Encoder(Protocol):
     """Text to tokens.
 
     Attributes:
-        name: what it is, for people.
-        vocab_size: tokens there are.
+        name: for people.
+        vocab_size: number of tokens.
         boundary: the token between documents.
     """
 
@@ -35,11 +35,12 @@ class Encoder(Protocol):
         """Tokens of pieces of documents."""
 
     def save(self, folder: Path) -> None:
-        """Writes what generating text needs of it, ``tokenizer.json`` and ``tokenizer_config.json``, or nothing."""
+        """Write the files that generating text needs, ``tokenizer.json`` and ``tokenizer_config.json``, if there are
+        any."""
 
 
 class ByteEncoder:
-    """Each byte a token, and 256 between documents."""
+    """One token for each byte, and 256 between documents."""
 
     name, vocab_size, boundary = "bytes", VOCAB_SIZE, BOUNDARY
 
@@ -48,7 +49,7 @@ class ByteEncoder:
         return [numpy.frombuffer(text, "uint8") for text in texts]
 
     def save(self, folder: Path) -> None:
-        """Nothing: a vocabulary of 257 says it all."""
+        """Nothing to write: a vocabulary of 257 tells it all."""
 
 
 class FileEncoder:
@@ -65,7 +66,7 @@ class FileEncoder:
         return [encoding.ids for encoding in self.reader.encode_batch_fast(decoded, add_special_tokens=False)]
 
     def save(self, folder: Path) -> None:
-        """Both files; a prompt begins with the boundary, as documents do."""
+        """Write both files; a prompt begins with the boundary, as documents do."""
         self.reader.save(str(folder / "tokenizer.json"))
         ends = dict(bos_token=self.boundary_text, eos_token=self.boundary_text, add_bos_token=True)
         about = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, **ends)
@@ -116,7 +117,7 @@ def train_bpe(files: Iterable[str | Path], vocab_size: int) -> FileEncoder:
         show_progress=False,
     )
     reader.train_from_iterator(_sample(files), trainer)
-    # A prompt begins as a document does, for whoever reads the file.
+    # A prompt begins as a document does, for every reader of the file.
     reader.post_processor = package.processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A",
         pair=f"{END_OF_TEXT} $A $B:1",
@@ -140,7 +141,7 @@ def _sample(files: Iterable[str | Path]) -> Iterator[str]:
 
 
 def _end_of(path: Path, reader: Any) -> str:
-    """The token that ends a text, as the file beside the tokenizer says, or by its name."""
+    """The token that ends a text, according to the file beside the tokenizer, or else by its name."""
     said = read_json(path.with_name("tokenizer_config.json")).get("eos_token")
     said = said.get("content") if isinstance(said, dict) else said
     for text in (said, *KNOWN_ENDS):

@@ -1,9 +1,8 @@
-"""What a pass over a few tokens does between its larger kernels, in few launches: products with the norm before them,
-the embedding with the angles.
+"""What a pass over a few tokens does between its larger kernels, in few launches.
 
-One sequence of a small model is bound by launches, not by what they compute. So where there are few rows and weights
-are plain and small, a product norms its rows itself, each of its programs all of them again, which costs it less than
-a launch (`triton_few`, `triton_few_embed`). The PyTorch here says what that means, and is what runs on a CPU.
+One sequence of a small model is bound by launches, not by arithmetic. So if there are few rows, and weights are plain
+and small, a product normalises its rows itself: each of its programs repeats this for all rows, which costs less than a
+launch (`triton_few`, `triton_few_embed`). The PyTorch code here defines the result, and runs on a CPU.
 """
 
 from __future__ import annotations
@@ -21,30 +20,30 @@ from dskernels.model.rope import Rope
 from dskernels.model.steps import PLACED, Placed, place, place_fake
 
 MOST_ROWS = 8
-MOST_VOCABULARY = 1 << 14  # of which one program finds the most likely token
-MOST_WEIGHTS = 1 << 22  # of a matrix, an estimate: larger ones are bound by their bytes, which hide what norms
+MOST_VOCABULARY = 1 << 14  # a vocabulary in which one program can find the most likely token
+MOST_WEIGHTS = 1 << 22  # elements of a matrix, an estimate: reading a larger one hides the launch of a norm
 
 
 class Unnormed:
-    """The residual stream as a block takes it, and the norm that its first product is to apply.
+    """The residual stream that enters a block, and the norm that the block's first product is to apply.
 
     Attributes:
-        stream: ``[T, hidden]``; once the product has run, with what was still to be added.
+        stream: ``[T, hidden]``; once the product has run, the sum with what was still to be added.
     """
 
     def __init__(self, x: Tensor, update: Tensor | None, norm: RMSNorm) -> None:
         self.stream, self._update, self._norm = x, update, norm
 
     def products(self, *layers: Linear) -> Tensor:
-        """What these make of the norm of the stream, side by side."""
+        """The products of these layers with the norm of the stream, side by side."""
         out, self.stream, _ = products(self.stream, layers, update=self._update, norm=self._norm)
         self._update = None
         return out
 
 
 def fit(rows: int, *layers: Linear | FeedForward | None) -> bool:
-    """Whether few rows go through these, whose weights are plain and small, with nothing to differentiate and no hook
-    of theirs to be called."""
+    """Whether these layers take few rows: weights are plain and small, no gradient is needed, and no layer has a
+    hook."""
     few_rows = rows <= MOST_ROWS and not torch.is_grad_enabled()
     return few_rows and all(layer is None or _plain(layer) for layer in layers)
 
@@ -70,14 +69,14 @@ def products(
 
     Args:
         x: ``[T, K]``; with `gated` ``[T, 2 * K]``, gate first.
-        layers: of K inputs.
-        update: ``[T, K]``, added first and rounded.
+        layers: with K inputs.
+        update: ``[T, K]``, added first; the sum is rounded.
         norm: the norm before the products.
-        gated: instead of that, a SwiGLU.
-        with_normed: also give what is multiplied.
+        gated: instead of a norm, a SwiGLU.
+        with_normed: also return what is multiplied.
 
     Returns:
-        The products side by side ``[T, N]``; ``x + update``; and the norm of that, empty if not asked for.
+        The products side by side ``[T, N]``; ``x + update``; and its norm, empty if not asked for.
     """
     first, second = layers if len(layers) == 2 else (layers[0], None)
     weights = first.weight, None if second is None else second.weight
@@ -87,19 +86,19 @@ def products(
 
 
 def linear(x: Tensor, layer: Linear) -> Tensor:
-    """``layer(x)`` of ``[T, K]``, by `products` where these are few."""
+    """``layer(x)`` for ``[T, K]``, by `products` if `fit` says so."""
     return products(x, (layer,))[0] if fit(x.shape[0], layer) else layer(x)
 
 
 def embed(tokens: Tensor, positions: Tensor, embedding: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of the embedding ``[T, hidden]``, and cos and sin as `Rope` has them."""
+    """Rows of the embedding ``[T, hidden]``, and cos and sin as in `Rope`."""
     return _embed(tokens, positions, embedding, rope.frequencies, rope.scale, None, None, None, 0.0)
 
 
 def embed_beside(
     tokens: Tensor, positions: Tensor, embedding: Tensor, rope: Rope, hidden: Tensor, enorm: RMSNorm, hnorm: RMSNorm
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, normed, and beside them the norm of ``hidden``: ``[T, 2 * hidden]``, as an MTP module takes them."""
+    """The same, normed, and next to it the norm of ``hidden``: ``[T, 2 * hidden]``, the input of an MTP module."""
     norms = hidden, enorm.weight, hnorm.weight, enorm.eps
     return _embed(tokens, positions, embedding, rope.frequencies, rope.scale, *norms)
 
@@ -119,28 +118,29 @@ def look_ahead(
     *,
     page_size: int,
 ) -> tuple[Placed, Tensor, Tensor, Tensor]:
-    """The most likely tokens become the drafts j, in place, and are taken in: their places, and `embed_beside`.
+    """Take the most likely tokens as the drafts j, in place, and lay out the pass that takes them in: places, and
+    `embed_beside`.
 
     Args:
         logits: ``[B, vocab]``.
         drafts: int64 ``[B, k]``.
-        j: which of them.
+        j: the index of the draft.
         lengths: int32 ``[B]``, cached tokens; draft j goes j places behind them.
         active: int32 ``[B]``, see `place`.
         block_table: int32 ``[B, pages]``.
         embedding: ``[vocab, hidden]``.
         rope: of the model.
         hidden: ``[B, hidden]``.
-        enorm: of embeddings.
-        hnorm: of hidden states.
-        page_size: tokens of a page.
+        enorm: the norm of embeddings.
+        hnorm: the norm of hidden states.
+        page_size: tokens in a page.
     """
     given = embedding, rope.frequencies, rope.scale, hidden, enorm.weight, hnorm.weight, enorm.eps
     *placed, both, cos, sin = _look_ahead(logits, drafts, j, lengths, active, block_table, page_size, *given)
     return Placed(*placed), both, cos, sin
 
 
-# ---- what they mean ------------------------------------------------------------------------------------------------
+# ---- what they mean, in PyTorch -------------------------------------------------------------------------------------
 
 
 def _products_reference(

@@ -1,4 +1,4 @@
-"""Where a number that is not finite came from."""
+"""Find where a number that is not finite came from."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dskernels.model.data import Packed
 
 
 def first_nonfinite(model: nn.Module, text: Sequence[Packed], gradients: Callable[[], Mapping[str, Tensor]]) -> str:
-    """Says which tensor was the first that is not finite, in the order in which a training step makes them.
+    """Say which tensor was the first that is not finite, in the order in which a training step computes them.
 
-    Parameters and buffers come first, then what each module gives in a forward pass that is run again, then gradients
-    from the loss backwards, which ``gradients`` computes, by parameter name.
+    Parameters and buffers come first, then the output of each module in a forward pass that is run again, then
+    gradients from the loss backwards, which ``gradients`` computes, by parameter name.
     """
     state: list[tuple[str, str, Tensor]] = [("parameter", *named) for named in model.named_parameters()]
     state += [("buffer", *named) for named in model.named_buffers()]

@@ -1,4 +1,4 @@
-"""Weights kept in e4m3: half the memory of bf16 and nothing quantised while the model runs. For inference."""
+"""Weights kept in e4m3, for inference: half the memory of bf16, and no quantisation of weights while the model runs."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ SCALE_SUFFIX = "_scale_inv"
 
 @torch.no_grad()
 def keep_in_fp8(model: DeepseekV3, *, scale_format: str = "fp32") -> DeepseekV3:
-    """Quantises the linear layers and experts of a model in place, one after the other, and drops what they were.
+    """Quantise the linear layers and experts of a model in place, one after the other, and drop the original weights.
 
-    The model computes what it computed before, up to where blocks begin: gate and up have blocks of their own, as in a
-    checkpoint. Their rows, and the columns of the matrix that follows, are filled up with zeros to whole blocks (of the
-    published models only DeepSeek-V2-Lite's dense layer, 10,944 wide, needs it), which adds nothing to any product.
+    The model computes the same as with weights that are quantised at each use, except for where blocks begin: gate and
+    up have separate blocks, as in a checkpoint. Their rows, and the columns of the matrix that follows, are padded with
+    zeros to whole blocks, which adds nothing to any product. (Of the published models, only DeepSeek-V2-Lite's dense
+    layer, 10,944 wide, needs this.)
 
     Args:
-        model: made with ``fp8=True``. On the meta device it gets the shapes, to be filled.
+        model: made with ``fp8=True``. On the meta device it only gets the shapes, to be filled later.
         scale_format: of the scales, "fp32" or "ue8m0" (powers of two).
 
     Returns:
         The same model, whose quantised weights have no gradient.
 
     Raises:
-        ValueError: the model was not made with ``fp8=True``, or a scale format that is not known.
+        ValueError: the model was not made with ``fp8=True``, or the scale format is unknown.
     """
     if not model.fp8:
         raise ValueError("model: expected one made with fp8=True, whose products run in e4m3")
@@ -57,7 +58,8 @@ def keep_in_fp8(model: DeepseekV3, *, scale_format: str = "fp32") -> DeepseekV3:
 
 
 def write_out_for_decode(model: DeepseekV3) -> None:
-    """Makes the copies that absorbed attention multiplies by now, rather than in a step that may be under capture."""
+    """Make the dequantised copies that absorbed attention multiplies by, before a step that may be captured needs
+    them."""
     dtype = model.embed_tokens.weight.dtype
     for module in model.modules():
         if isinstance(module, Attention) and module.kv_b_proj.weight.device.type != "meta":
@@ -65,7 +67,7 @@ def write_out_for_decode(model: DeepseekV3) -> None:
 
 
 def whole_blocks(size: int) -> int:
-    """A size filled up to whole blocks."""
+    """A size rounded up to whole blocks."""
     return -(-size // FP8_BLOCK[0]) * FP8_BLOCK[0]
 
 
@@ -83,7 +85,8 @@ def quantize_weight(weight: Tensor, scale_format: str = "fp32") -> Fp8Tensor:
 
 
 def _keep_experts(moe: MoE, config: Config, scale_format: str) -> None:
-    """Quantises the routed experts, and shared ones as further experts of the stack, which share their launches."""
+    """Quantise the routed experts, with the shared ones as further experts of the stack, which then share their
+    launches."""
     shared, n_shared = moe.shared_experts, config.n_shared_experts
     w13, w2 = [moe.experts.w13.detach()], [moe.experts.w2.detach()]
     if shared is not None and stacks_shared(config):
@@ -96,7 +99,8 @@ def _keep_experts(moe: MoE, config: Config, scale_format: str) -> None:
 
 
 def _keep_down(attention: Attention, scale_format: str) -> None:
-    """Quantises what multiplies the hidden state as one matrix: the rows of the query, then of latent and key."""
+    """Quantise the matrices that multiply the hidden state as one matrix: the rows of the query, then of latent and
+    key."""
     config = attention.config
     query = attention.q_proj if config.q_lora_rank is None else attention.q_a_proj
     parts = [
@@ -113,7 +117,7 @@ def _keep_down(attention: Attention, scale_format: str) -> None:
 
 
 def _keep(module: nn.Module, name: str, weights: list[Tensor], scale_format: str) -> None:
-    """Puts quantised weights, one behind the other, where a plain one was."""
+    """Replace a plain weight by quantised ones, stacked."""
     quantized = [_quantized_or_meta(weight, scale_format) for weight in weights]
     data, scale = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*quantized, strict=True))
     setattr(module, name, nn.Parameter(data, requires_grad=False))
@@ -121,7 +125,7 @@ def _keep(module: nn.Module, name: str, weights: list[Tensor], scale_format: str
 
 
 def _quantized_or_meta(weight: Tensor, scale_format: str) -> tuple[Tensor, Tensor]:
-    """Data and scales of a weight; on the meta device their shapes alone."""
+    """Data and scales of a weight; on the meta device only their shapes."""
     if weight.device.type != "meta":
         return quantize_weight(weight, scale_format)[:2]
     *stack, rows, columns = weight.shape
@@ -131,7 +135,7 @@ def _quantized_or_meta(weight: Tensor, scale_format: str) -> tuple[Tensor, Tenso
 
 
 def _whole_halves(w13: Tensor) -> Tensor:
-    """``[..., 2I, H]`` with the rows of gate and of up each filled up to whole blocks."""
+    """``[..., 2I, H]`` with the rows of gate and of up each padded to whole blocks."""
     gate, up = w13.detach().chunk(2, -2)
     more = whole_blocks(gate.shape[-2]) - gate.shape[-2]
     if not more:
@@ -140,5 +144,5 @@ def _whole_halves(w13: Tensor) -> Tensor:
 
 
 def _whole_columns(w2: Tensor) -> Tensor:
-    """``[..., H, I]`` with its columns filled up to whole blocks."""
+    """``[..., H, I]`` with its columns padded to whole blocks."""
     return nn.functional.pad(w2.detach(), (0, whole_blocks(w2.shape[-1]) - w2.shape[-1]))

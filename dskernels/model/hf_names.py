@@ -1,4 +1,4 @@
-"""Which tensor of a Hugging Face checkpoint is which part of which of our parameters."""
+"""Which tensor of a Hugging Face checkpoint corresponds to which part of which of our parameters."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class Entry(NamedTuple):
     Attributes:
         name: in the checkpoint.
         parameter: of the model, as in its state dict.
-        part: which part of the parameter: an expert, rows, both, or () for all of it.
-        quantized: in an fp8 checkpoint it is e4m3 with a sibling ``<name>_scale_inv``.
-        copy: another tensor holds the same; written for other readers, and compared when it is read.
-        across: the part is of several experts, which in the checkpoint are one matrix: they lie side by side in it
-            along this dimension.
+        part: the part of the parameter: an expert, rows, both, or () for all of it.
+        quantized: whether an fp8 checkpoint stores it in e4m3, with a sibling ``<name>_scale_inv``.
+        copy: whether another tensor has the same content; it is written for other readers, and compared when it is
+            read.
+        across: for a part that covers several experts which are one matrix in the checkpoint: the dimension along which
+            they lie side by side in it.
     """
 
     name: str
@@ -33,13 +34,13 @@ class Entry(NamedTuple):
 
     @property
     def scale_part(self) -> tuple[int | slice, ...]:
-        """Which part of the parameter's scales, one a block of 128x128, belongs to it."""
+        """The part of the parameter's scales (one for each block of 128x128) that belongs to this tensor."""
         of_experts = self.part[:1] if self.across is not None else ()
         rest = self.part[len(of_experts) :]
         return (*of_experts, *(part if isinstance(part, int) else _blocks(part) for part in rest))
 
     def to_part(self, stored: Tensor) -> Tensor:
-        """The checkpoint's tensor, or its scales, in the shape of the part."""
+        """Reshape the checkpoint's tensor, or its scales, to the part."""
         if self.across is None:
             return stored
         (experts, *_) = self.part
@@ -47,7 +48,7 @@ class Entry(NamedTuple):
         return stored.unflatten(self.across, (n_experts, -1)).movedim(self.across, 0)
 
     def from_part(self, part: Tensor) -> Tensor:
-        """The part, or its scales, in the shape that the checkpoint's tensor has."""
+        """Reshape the part, or its scales, to the checkpoint's tensor."""
         return part if self.across is None else part.movedim(0, self.across).flatten(self.across, self.across + 1)
 
 
@@ -56,17 +57,19 @@ def _blocks(part: slice) -> slice:
 
 
 def query_rows(config: Config) -> int:
-    """Rows of what makes the query, or the compressed one, of the hidden state."""
+    """Number of rows of the matrix that makes the query, or the compressed query, from the hidden state."""
     return config.num_attention_heads * config.qk_head_dim if config.q_lora_rank is None else config.q_lora_rank
 
 
 def stacks_down(config: Config) -> bool:
-    """Whether `keep_in_fp8` makes one matrix of what multiplies the hidden state: the blocks of each stay its own."""
+    """Whether `keep_in_fp8` stacks the matrices that multiply the hidden state: possible if no block covers two of
+    them."""
     return query_rows(config) % FP8_BLOCK[0] == 0
 
 
 def stacks_shared(config: Config) -> bool:
-    """Whether `keep_in_fp8` stacks the shared experts behind the routed ones: each of them is of blocks of its own."""
+    """Whether `keep_in_fp8` stacks the shared experts behind the routed ones: possible if no block covers two of
+    them."""
     n_shared = config.n_shared_experts
     return n_shared == 1 or (n_shared > 1 and config.moe_intermediate_size % FP8_BLOCK[0] == 0)
 
@@ -76,8 +79,8 @@ def entries(config: Config, *, kept_in_fp8: bool = False) -> Iterator[Entry]:
 
     Args:
         config: of the model.
-        kept_in_fp8: parts of a model that `keep_in_fp8` has quantised, where gate and up begin at whole blocks, and
-            some matrices are parts of one.
+        kept_in_fp8: the parts of a model that `keep_in_fp8` has quantised, in which gate and up begin at whole blocks,
+            and some matrices are stacked.
     """
     step = FP8_BLOCK[0] if kept_in_fp8 else 1
     yield Entry("model.embed_tokens.weight", "embed_tokens.weight")
@@ -96,7 +99,7 @@ def entries(config: Config, *, kept_in_fp8: bool = False) -> Iterator[Entry]:
 
 
 def mtp_prefix(config: Config, k: int) -> str:
-    """MTP modules are stored as further layers."""
+    """The name prefix of an MTP module, which is stored as a further layer."""
     return f"model.layers.{config.num_hidden_layers + k}"
 
 
@@ -134,7 +137,7 @@ def _block(theirs: str, ours: str, config: Config, step: int, *, moe: bool) -> I
 def _gated(
     theirs: str, w13: str, w2: str, inner: int, step: int, expert: tuple[int | slice, ...] = ()
 ) -> Iterator[Entry]:
-    """Gate and up are one matrix here and two there."""
+    """Gate and up: one matrix here, two in the checkpoint."""
     up = -(-inner // step) * step
     rows, columns = (0, 1) if expert and isinstance(expert[0], slice) else (None, None)
     yield Entry(f"{theirs}.gate_proj.weight", w13, (*expert, slice(0, inner)), quantized=True, across=rows)

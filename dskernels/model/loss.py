@@ -1,4 +1,4 @@
-"""What a forward pass is to be blamed for: next-token and multi-token prediction losses, and the balance loss."""
+"""The losses of a forward pass: next-token prediction, multi-token prediction, and the balance loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dskernels.model.mtp import targets
 
 
 class Losses(NamedTuple):
-    """The parts of the loss, each a scalar; what is minimised is ``main + lambda * mtp + balance``."""
+    """The parts of the loss, each a scalar; training minimises ``main + lambda * mtp + balance``."""
 
     main: Tensor
     mtp: Tensor
@@ -23,11 +23,11 @@ class Losses(NamedTuple):
 
 
 def losses(output: Output, batch: Packed, config: Config, *, balance_alpha: float) -> Losses:
-    """What a forward pass is to be blamed for, in nats.
+    """The losses of a forward pass, in nats.
 
-    With P positions that have a next token in their sequence: ``main`` is the cross entropy summed over them, by P;
-    ``mtp`` is ``1/D sum_k L^k``, where L^k sums over the positions that have a token k + 1 further on and is divided by
-    P all the same (report eqs. 24 and 25); ``balance`` sums eqs. 17-20 over the layers with experts.
+    P is the number of positions that have a next token in their sequence. ``main`` is the cross entropy summed over
+    them, divided by P. ``mtp`` is ``1/D sum_k L^k``, where L^k is summed over the positions that have a token k + 1
+    further on and also divided by P (report eqs. 24 and 25). ``balance`` sums eqs. 17-20 over the layers with experts.
     """
     predictions = batch.predictions.clamp(min=1)
 

@@ -1,4 +1,5 @@
-"""The safetensors files of a folder: every header checked before a byte is read, every tensor mapped from the disk."""
+"""The safetensors files of a folder: all headers are checked before any data is read, and tensors are mapped from
+disk."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-LARGEST_HEADER = 100_000_000  # what the safetensors library takes
-# Other types are named as the file names them, and nobody here reads them.
+LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
+# Other types keep the names that they have in the file; they cannot be read.
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -27,14 +28,14 @@ DTYPES = {
 
 
 class Stored(NamedTuple):
-    """What a header says of a tensor.
+    """What a header says about a tensor.
 
     Attributes:
-        file: where it is.
-        dtype: torch's, or the file's own name of a type that is not read here.
+        file: the file that contains it.
+        dtype: torch's, or the file's own name of a type that cannot be read.
         shape: sizes.
         nbytes: bytes in the file.
-        begin: where, behind the header.
+        begin: offset of the data behind the header.
     """
 
     file: Path
@@ -47,13 +48,13 @@ class Stored(NamedTuple):
 class Shards(Mapping[str, Stored]):
     """The tensors of a folder by name, whichever file they are in.
 
-    A file is mapped when its first tensor is read, and `close` gives it back: what was read of it then no longer counts
-    as memory of this process.
+    A file is mapped when its first tensor is read, and unmapped by `close`: after that, what was read of it no longer
+    counts as memory of this process.
 
     Raises:
-        FileNotFoundError: there are no weights, or a file of the index is not there.
+        FileNotFoundError: there are no weights, or a file of the index does not exist.
         ValueError: the index or a file is damaged, or they contradict each other. The message is one line that names
-            the file and, as far as it is known, the tensor.
+            the file and, if it is known, the tensor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,7 +68,7 @@ class Shards(Mapping[str, Stored]):
         else:
             raise FileNotFoundError(f"{folder}: neither {INDEX_FILE} nor {SINGLE_FILE}")
         self._stored: dict[str, Stored] = {}
-        self.unlisted: dict[str, Path] = {}  # in a file, and not in the index
+        self.unlisted: dict[str, Path] = {}  # in a file, but not in the index
         for file, names in promised.items():
             there = read_header(file, names[0] if names else None)
             for name in names:
@@ -92,7 +93,7 @@ class Shards(Mapping[str, Stored]):
         return name in self._stored
 
     def read(self, name: str) -> Tensor:
-        """A tensor as it is stored, on the CPU: a view of the file until that is closed and nobody holds it."""
+        """A tensor as it is stored, on the CPU: a view of the file, valid until the file is closed."""
         file = self[name].file
         try:
             if file not in self._open:
@@ -102,17 +103,17 @@ class Shards(Mapping[str, Stored]):
             raise ValueError(f"{file}: tensor {name} cannot be read ({_line(error)})") from None
 
     def close(self, keep: Iterable[Path] = ()) -> None:
-        """Gives back every file but those of ``keep``."""
+        """Unmap every file except those in ``keep``."""
         for file in self._open.keys() - set(keep):
             del self._open[file]
 
 
 def read_header(file: Path, promised: str | None = None) -> dict[str, Stored]:
-    """What is in a safetensors file, and whether all of it is there.
+    """Read the header of a safetensors file, and check that the file is complete.
 
     Args:
-        file: to look at.
-        promised: a tensor that should be in it, to be named where the file is too damaged to name one itself.
+        file: the file.
+        promised: a tensor that should be in it, named in the message if the file is too damaged to name one itself.
     """
     who = f", tensor {promised} cannot be read" if promised else ""
     try:
@@ -146,7 +147,7 @@ def read_header(file: Path, promised: str | None = None) -> dict[str, Stored]:
 
 
 def _read_entry(file: Path, entry: Mapping[str, Any]) -> tuple[Stored, int]:
-    """A tensor of a header, and where it ends."""
+    """A tensor of a header, and the offset of its end."""
     begin, stop = (int(place) for place in entry["data_offsets"])
     shape, name = [int(size) for size in entry["shape"]], str(entry["dtype"])
     if min((*shape, begin, stop - begin)) < 0:
@@ -157,7 +158,7 @@ def _read_entry(file: Path, entry: Mapping[str, Any]) -> tuple[Stored, int]:
 
 
 def _read_index(index: Path) -> dict[Path, list[str]]:
-    """The tensors of each file."""
+    """The names of the tensors in each file."""
     files: dict[Path, list[str]] = {}
     try:
         for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():

@@ -1,4 +1,4 @@
-"""From prompts in text to text as it comes: tokens become characters, stop strings end a text."""
+"""From prompts to text as it is generated: tokens become characters, and stop strings end a text."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def stream_text(
     stop: str | Sequence[str] = (),
     **options: Any,
 ) -> TextStream:
-    """Continues each prompt; iterate over the result to get the text as it comes.
+    """Continue each prompt; iterate over the result to get the text as it comes.
 
     ::
 
-        for step in stream_text(model, tokenizer, ["def "], stop=["\\n\\n"]):
+        for step in stream_text(model, tokenizer, ["def "], stop=["\n\n"]):
             print(step.deltas[0], end="", flush=True)
 
-    A delta never ends within a character, nor within what may become a stop string. The deltas of a prompt add up to
+    A delta never ends in the middle of a character or of a possible stop string. The deltas of a prompt add up to
     ``tokenizer.decode`` of its new tokens, up to the first stop string.
 
     Args:
@@ -58,7 +58,7 @@ def generate_text(
     stop: str | Sequence[str] = (),
     **options: Any,
 ) -> list[str]:
-    """Continues each prompt to its end.
+    """Continue each prompt to its end.
 
     Args:
         model: see `stream_text`, likewise the others.
@@ -79,10 +79,10 @@ def generate_text(
 
 @dataclass(frozen=True)
 class TextStep:
-    """What one step gave.
+    """The result of one step.
 
     Attributes:
-        deltas: for each prompt the text that is new, often none.
+        deltas: for each prompt the new text, often empty.
         tokens: for each prompt the new tokens.
     """
 
@@ -96,7 +96,7 @@ class TextStep:
 
 
 class TextStream:
-    """A generation as text: an iterator of steps, and what has come of it.
+    """A generation as text: an iterator of steps, and the results so far.
 
     Attributes:
         generation: tokens, steps and acceptance so far.
@@ -125,33 +125,33 @@ class TextStream:
         return TextStep(deltas, tokens)
 
     def close(self) -> None:
-        """Ends the generation early and gives its pages back."""
+        """End the generation early and give its pages back."""
         self.generation.close()
 
     def finish(self) -> list[str]:
-        """Runs to the end and returns the text of each prompt."""
+        """Run to the end and return the text of each prompt."""
         for _ in self:
             pass
         return self.texts
 
 
 class TextReader:
-    """The text of one sequence, taken from its tokens as they come.
+    """The text of one sequence, decoded from its tokens as they come.
 
     Attributes:
-        stopped: a stop string has come; there is no more text.
+        stopped: a stop string has occurred; there is no more text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.stopped = False
-        self._tokens: list[int] = []  # the latest; the first `_known` of them are but the context of the others
+        self._tokens: list[int] = []  # the latest; the first `_known` of them only serve as context for the others
         self._known = 0
-        self._text = ""  # of those tokens
+        self._text = ""  # decoded from those tokens
         self._held = ""  # text that may be the beginning of a stop string
 
     def read(self, tokens: Sequence[int], last: bool = False) -> str:
-        """The text that can be shown now that ``tokens`` came; all there is if they are the ``last``."""
+        """The text that can be shown after ``tokens``; everything that is left if they are the ``last``."""
         text = self._held + self._decode(tokens, last)
         found = [at for at in map(text.find, self.stops) if at >= 0]
         if found:
@@ -163,15 +163,15 @@ class TextReader:
         return text[:shown]
 
     def _decode(self, tokens: Sequence[int], last: bool) -> str:
-        """The further text of further tokens, without an unfinished character at the end, which decodes to U+FFFD."""
+        """The text that further tokens add, without an unfinished character at the end, which decodes to U+FFFD."""
         self._tokens += tokens
         text = self.tokenizer.decode(self._tokens)
         whole = text if last else text.rstrip("\ufffd")
         new = whole[len(self._text) :]
         self._text += new
         if new and whole == text:
-            # What follows is decoded behind these tokens alone: time does not grow with the text, and decoders that
-            # drop the space before a first word still see that it is not the first.
+            # From now on only these tokens are decoded as context: the time does not grow with the text, and decoders
+            # that drop the space before a first word still see that it is not the first.
             del self._tokens[: self._known]
             self._known = len(self._tokens)
             self._text = self.tokenizer.decode(self._tokens)
@@ -179,5 +179,5 @@ class TextReader:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` that ``stop`` begins with, without being the whole of it."""
+    """The length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,7 +1,7 @@
-"""Tokenizers in a ``tiktoken.model``, as Moonlight and Kimi-K2 have them.
+"""Tokenizers in a ``tiktoken.model``, as in Moonlight and Kimi-K2.
 
-The file lists the tokens. How text is cut before they are looked up is said nowhere but in the Python code beside it: a
-regular expression, the class attribute ``pat_str``. That code is read and never run.
+The file lists the tokens. How text is split before the tokens are looked up is only written in the Python code that
+comes with it, as a regular expression: the class attribute ``pat_str``. That code is parsed and never run.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from pathlib import Path
 from dskernels.model.chat import special_tokens
 from dskernels.model.config import read_json
 
-LONGEST = 400_000  # characters: the package fails for much longer texts, and Moonlight's own code cuts them here
+LONGEST = 400_000  # characters: the package fails for much longer texts, and Moonlight's own code splits them here
 
 
 class TiktokenTokenizer:
     """A ``tiktoken.model``, read by the package `tiktoken`.
 
-    The tokens behind those of the file are special ones: named by ``added_tokens_decoder`` in
-    ``tokenizer_config.json``, or else reserved. In a text their names stand for them, as in the templates of
-    conversations.
+    Token ids beyond those of the file are special tokens, which ``added_tokens_decoder`` in ``tokenizer_config.json``
+    may name; the others are reserved. In a text, a special token is written by its name, as chat templates do.
 
     Args:
         file: with the Python code of the tokenizer and ``tokenizer_config.json`` beside it.
@@ -53,7 +52,7 @@ class TiktokenTokenizer:
             self.reader = tiktoken.Encoding(
                 file.parent.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
             )
-        except ValueError as error:  # a regular expression that is none
+        except ValueError as error:  # the regular expression is invalid
             raise ValueError(f"{file}: not a tokenizer ({' '.join(str(error).split())})") from None
         self.bos: list[int] = []
         if settings.get("add_bos_token") is True:
@@ -63,18 +62,18 @@ class TiktokenTokenizer:
             self.bos = [special[token]]
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Tokens of a text; with ``special``, of a prompt, with what comes before it."""
+        """Tokens of a text; with ``special``, those of a prompt, including what precedes it."""
         parts = [text[start : start + LONGEST] for start in range(0, len(text), LONGEST)]
         ids = [token for part in parts for token in self.reader.encode(part, allowed_special="all")]
         return self.bos + ids if special and ids[:1] != self.bos else ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special ones left out."""
+        """Text of tokens, without special ones."""
         return self.reader.decode([token for token in tokens if token < self.ordinary])
 
 
 def _ranks(file: Path) -> dict[bytes, int]:
-    """The tokens of a file that has in each line one in base64 and its number, which are 0, 1, 2, ..."""
+    """The tokens of the file, which has in each line a token in base64 and its number: 0, 1, 2, ..."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
@@ -104,7 +103,7 @@ def _pattern(folder: Path) -> str:
 
 
 def _text(node: ast.expr) -> str | None:
-    """What a string or a join of strings comes to, None for other code."""
+    """The value of an expression that is a string or a join of strings; None for other code."""
     try:
         value = ast.literal_eval(node)
         return value if isinstance(value, str) else None

@@ -11,7 +11,7 @@ from dskernels.model.config import Config, read_json
 from dskernels.model.data import BOUNDARY, VOCAB_SIZE, decode, encode
 from dskernels.model.tiktoken import TiktokenTokenizer
 
-# What a folder has for text, beside its weights.
+# The files that a folder has for text, in addition to its weights.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer(Protocol):
-    """What generating text needs of a tokenizer."""
+    """The interface that generating text needs of a tokenizer."""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Tokens of a text; with ``special``, those that the tokenizer puts before a prompt come first."""
@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """Bytes, after the boundary that starts a document."""
+    """Bytes, preceded by the boundary token that starts a document."""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The boundary if ``special``, then the bytes of the text."""
@@ -49,8 +49,8 @@ class ByteTokenizer:
 class FileTokenizer:
     """A checkpoint's ``tokenizer.json``, read by the `tokenizers` package.
 
-    Where ``tokenizer_config.json`` asks for it (``add_bos_token``, as DeepSeek-V3's does), a prompt begins with the
-    token that starts a text, also if ``tokenizer.json`` does not put it there.
+    If ``tokenizer_config.json`` asks for it (``add_bos_token``, as in DeepSeek-V3), a prompt begins with the token that
+    starts a text, even if ``tokenizer.json`` does not put it there.
     """
 
     def __init__(self, file: Path) -> None:
@@ -71,29 +71,29 @@ class FileTokenizer:
             self.bos = [known]
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Tokens of a text; with ``special``, of a prompt, with what comes before it."""
+        """Tokens of a text; with ``special``, those of a prompt, including what precedes it."""
         ids: list[int] = self.reader.encode(text, add_special_tokens=special).ids
         return self.bos + ids if special and ids[:1] != self.bos else ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special ones left out."""
+        """Text of tokens, without special ones."""
         return self.reader.decode(list(tokens))
 
 
 def tokenizer_of(folder: str | Path, config: Config) -> Tokenizer:
-    """The tokenizer of a checkpoint: its ``tokenizer.json``, else its ``tiktoken.model``; without them, bytes where the
-    vocabulary is that of bytes.
+    """The tokenizer of a checkpoint: ``tokenizer.json``, else ``tiktoken.model``, else bytes if the vocabulary allows
+    it.
 
     Args:
         folder: of the checkpoint.
         config: of its model.
 
     Returns:
-        What has ``encode(text) -> tokens`` and ``decode(tokens) -> text``.
+        An object with ``encode(text) -> tokens`` and ``decode(tokens) -> text``.
 
     Raises:
-        FileNotFoundError: there is neither and the vocabulary is not that of bytes.
-        ValueError: it is damaged, or it has tokens that the model does not have.
+        FileNotFoundError: neither file exists, and the vocabulary is not that of bytes.
+        ValueError: the file is damaged, or it has tokens that the model does not have.
         ImportError: the package `tokenizers`, or `tiktoken`, is missing.
     """
     file = Path(folder) / "tokenizer.json"
@@ -111,8 +111,8 @@ def tokenizer_of(folder: str | Path, config: Config) -> Tokenizer:
 
 
 def end_tokens(folder: str | Path, config: Config) -> tuple[int, ...]:
-    """The tokens that end a text: those of ``generation_config.json``, where chat models have their own, else of the
-    config.
+    """The tokens that end a text: those in ``generation_config.json``, where chat models define them, else the
+    config's.
 
     Raises:
         ValueError: the file is damaged.

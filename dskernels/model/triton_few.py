@@ -1,5 +1,4 @@
-"""Triton kernels of `few` that multiply and norm. A program has some columns of the result and all rows, of which there
-are a handful; or a row.
+"""Triton kernels of `few` that multiply and normalise: a program has all of the few rows and some columns, or one row.
 
 Names: `p_` pointer, `o_` offsets, `m_` mask.
 """
@@ -23,7 +22,7 @@ ROWS_BY_COLUMNS, MOST_BLOCK_K = 8, 512  # of a tile; estimates, as a chip has ro
 
 @triton.jit
 def load_stream(p_x, p_update, o_r, o_k, mask, stride_x, stride_update, UPDATE: tl.constexpr):
-    """Rows of x + update, fp32 but rounded as the stream is."""
+    """Rows of x + update, in fp32 but rounded as the residual stream is."""
     x = tl.load(p_x + o_r[:, None] * stride_x + o_k[None, :], mask=mask, other=0.0).to(tl.float32)
     if UPDATE:
         more = tl.load(p_update + o_r[:, None] * stride_update + o_k[None, :], mask=mask, other=0.0)
@@ -60,11 +59,11 @@ def products_kernel(
     WHOLE: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """COLUMNS columns of h @ weight.T, or of h @ second.T behind those; h is the norm of x + update, or a SwiGLU of x,
-    or x. The first program also stores x + update and h, where that is wanted.
+    """COLUMNS columns of h @ weight.T, or of h @ second.T behind those; h is the norm of x + update, a SwiGLU of x, or
+    x.
 
-    WHOLE: K is not more than BLOCK_K. Then the weights, which no kernel of a step writes, are on their way before the
-    kernel in front has ended.
+    The first program also stores x + update and h, if they are wanted. WHOLE means that K is at most BLOCK_K: the
+    weights, which no kernel of a step writes, are then requested before the preceding kernel has ended.
     """
     o_r = tl.arange(0, ROWS).to(tl.int64)
     o_k = tl.arange(0, BLOCK_K)
@@ -136,7 +135,7 @@ def products(
     )
     if rows and n:
         padded, block_k = triton.next_power_of_2(rows), max(16, min(MOST_BLOCK_K, triton.next_power_of_2(k)))
-        # The interpreter takes its time by programs, not by what they do.
+        # The time of the interpreter depends on the number of programs, not on what they do.
         columns = 32 if INTERPRETED else max(ROWS_BY_COLUMNS // padded, 2)
         launch(
             products_kernel,
@@ -170,7 +169,7 @@ def products_supports(x, update, norm, weight, second, eps, gated, with_normed) 
 
 @triton.jit
 def normed_row(x, p_norm, o_k, m_k, width, eps):
-    """The norm of a row, which is 0 beyond its width."""
+    """The norm of a row; columns beyond its width are 0."""
     scale = tl.load(p_norm + o_k, mask=m_k, other=0.0).to(tl.float32)
     return x * (1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)) * scale
 
@@ -189,7 +188,7 @@ def add_norm_kernel(
     WIDTH: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """One row of x + update and of its norm."""
+    """One row of x + update, and its norm."""
     begin_dependent(PROGRAMMATIC)
     i_r = tl.program_id(0).to(tl.int64)
     o_k = tl.arange(0, WIDTH)
@@ -227,12 +226,12 @@ def add_norm_supports(x, update, norm, eps) -> str | None:
 
 
 def whole_row(width: int) -> dict[str, int]:
-    """Options of a kernel of which a program has a whole row."""
+    """Options of a kernel in which a program has a whole row."""
     return {"WIDTH": triton.next_power_of_2(width), "num_warps": 4 if width <= 2048 else 8}
 
 
 def reason_against_rows(width: int, x: Tensor, *others: Tensor | None) -> str | None:
-    """Why programs do not take whole rows of these, or None."""
+    """Why a program cannot have a whole row of these, or None."""
     if width > MOST_WIDTH:
         return f"it takes rows of up to {MOST_WIDTH}, they are {width}"
     return reason_against(x, *others)

@@ -1,5 +1,5 @@
-"""Triton kernels of `few` that embed tokens, with angles: those given, or the most likely ones as drafts. A row has
-a program.
+"""Triton kernels of `few` that embed tokens, given or just chosen as drafts, and their angles. One program for each
+row.
 
 Names: `p_` pointer, `o_` offsets, `m_` mask.
 """
@@ -20,14 +20,14 @@ from dskernels.portable import INTERPRETED, begin_dependent, cast, launch, progr
 
 @triton.jit
 def load_embedding(p_embedding, token, vocabulary, stride_embedding, o_k, m_k):
-    """The row of a token, 0 of one that is none."""
+    """The embedding of a token, 0 if the id is out of range."""
     known = m_k & (token >= 0) & (token < vocabulary)
     return tl.load(p_embedding + token * stride_embedding + o_k, mask=known, other=0.0)
 
 
 @triton.jit
 def store_beside(p_out, x, p_hidden, p_enorm, p_hnorm, i_t, width, stride_hidden, eps, o_k, m_k):
-    """The norm of an embedding and that of the hidden state beside it, as row i_t."""
+    """The norm of an embedding, and next to it that of the hidden state, as row i_t."""
     dtype: tl.constexpr = p_out.dtype.element_ty
     p_row = p_out + i_t * 2 * width + o_k
     tl.store(p_row, cast(normed_row(x.to(tl.float32), p_enorm, o_k, m_k, width, eps), dtype), mask=m_k)
@@ -78,7 +78,7 @@ def embed_kernel(
     PAIRS: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """A token's embedding and angles; with BESIDE both it and the hidden state behind it are normed."""
+    """A token's embedding and angles; with BESIDE, the embedding and the hidden state next to it are normed."""
     begin_dependent(PROGRAMMATIC)
     i_t = tl.program_id(0).to(tl.int64)
     token = tl.load(p_tokens + i_t).to(tl.int64)

@@ -26,7 +26,7 @@ def store_places(
     page_size,
     BLOCK: tl.constexpr,
 ):
-    """The pass in which this sequence has these tokens, the first `counted` of which end at `length`."""
+    """The layout of a pass in which this sequence has these tokens, of which the first `counted` end at `length`."""
     i_b = tl.program_id(0).to(tl.int64)
     o_q = tl.arange(0, BLOCK)
     m_q = o_q < queries
@@ -111,14 +111,14 @@ def advance_kernel(
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The drafts that stood and the token behind them, up to the end of the text."""
+    """Accept drafts and append the token behind them, up to the end of the text."""
     i_b = tl.program_id(0).to(tl.int64)
     o_q = tl.arange(0, BLOCK)
     m_q = o_q < queries
     draft = tl.load(p_drafts + i_b * (queries - 1) + o_q, mask=o_q < queries - 1, other=0)
     if GREEDY:
         best = tl.load(p_chosen + i_b * queries + o_q, mask=m_q, other=0)
-        falls = (o_q >= queries - 1) | (draft != best)  # what stands behind the last draft is none
+        falls = (o_q >= queries - 1) | (draft != best)  # there is no draft behind the last one
         accepted = tl.min(tl.where(falls, o_q, BLOCK), axis=0)
         last = tl.sum(tl.where(o_q == accepted, best, 0), axis=0)
     else:
@@ -175,7 +175,7 @@ def mix(x):
 
 @triton.jit(do_not_specialize=["ahead", "count", "purposes", "first", "numbers"])
 def chances_kernel(p_stream, p_places, p_out, ahead, count, purposes, first, numbers, BLOCK: tl.constexpr):
-    """`chance.uniform` of every place and purpose."""
+    """`chance.uniform` for every place and purpose."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = o < numbers
     i_b = o // (count * purposes)
@@ -239,7 +239,7 @@ def chances(stream: Tensor, places: Tensor, ahead: int, count: int, purposes: in
 
 
 def empty_places(last: Tensor, lengths: Tensor, queries: int) -> tuple[Tensor, ...]:
-    """What `store_places` fills."""
+    """The tensors that `store_places` fills."""
     rows = last.shape[0]
     tokens = [last.new_empty(rows * queries) for _ in range(3)]
     cu_seqlens = lengths.new_empty(rows + 1) if rows else lengths.new_zeros(1)

@@ -1,4 +1,4 @@
-"""Writing of checkpoints in the Hugging Face layout, byte for byte what was read where nothing changed."""
+"""Write checkpoints in the Hugging Face layout, byte for byte as they were read if nothing has changed."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ def save(
     tokenizer_from: str | Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a checkpoint that `load`, ``transformers``, vLLM and SGLang read.
+    """Write a checkpoint that `load`, ``transformers``, vLLM and SGLang can read.
 
-    A model that was read and not changed is written as it was, every tensor to the byte and ``config.json`` with every
-    field, into files of ``shard_size``. (Dequantised weights are another model, and so is a tensor that was stored in a
-    wider type than the model's and has more than two million elements.)
+    A model that was read and not changed is written as it was: every tensor to the byte, and ``config.json`` with every
+    field; only the division into files follows ``shard_size``. (This does not hold for dequantised weights, nor for a
+    tensor of more than two million elements that was stored in a wider type than the model's.)
 
-    Every file is written in full under another name first and the index comes last, so that an interruption leaves
-    what was there before. Other files in the folder stay. On the host there is one file's content at a time.
+    Every file is first written completely under another name, and the index comes last, so an interruption leaves what
+    was there before. Other files in the folder stay. The host holds the content of one file at a time.
 
     Args:
-        model: what to write.
-        folder: made if it does not exist.
+        model: the model.
+        folder: created if it does not exist.
         fp8: write the linear layers in e4m3 with a ``weight_scale_inv`` for each 128x128 block (not embedding, head,
             router, norms and the MTP projection). None does so if the model keeps its weights in fp8.
         scale_format: of those scales, "fp32" or "ue8m0" (powers of two). None takes the model's own.
-        shard_size: bytes after which a new file begins.
+        shard_size: the number of bytes after which a new file begins.
         tokenizer_from: a folder whose tokenizer, chat template and generation settings are copied.
         progress: called with the number of tensors written and their total.
 
     Raises:
-        ValueError: a shard size below 1, a scale format that is not known or not that of weights kept in fp8.
+        ValueError: a shard size below 1, or a scale format that is unknown or not that of weights kept in fp8.
         FileNotFoundError: ``tokenizer_from`` is not a folder.
     """
     if shard_size < 1:
@@ -86,7 +86,7 @@ def save(
             path.unlink(missing_ok=True)
         raise
 
-    # All tensors are on the disk; from here on files are only renamed.
+    # All data is on the disk; from here on files are only renamed.
     stale = {path.name for path in folder.iterdir() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", path.name)}
     weight_map = {}
     for i, (path, names) in enumerate(written, 1):
@@ -120,8 +120,8 @@ def _tensors(
     dtype = model.embed_tokens.weight.dtype
 
     def stored(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-        """As it was read, if it still means the same."""
-        # A tensor of its own: safetensors refuses views of shared memory.
+        """The value as it was stored, if it still means the same."""
+        # A separate tensor: safetensors refuses views that share memory.
         tensor = tensor.clone(memory_format=torch.contiguous_format).cpu()
         exact = None if source is None else source.exact.get(name)
         if exact is not None and exact.shape == tensor.shape and torch.equal(exact.to(tensor.dtype), tensor):
@@ -149,7 +149,7 @@ def _tensors(
 
 
 def in_shards(tensors: Iterable[tuple[str, Tensor]], shard_size: int) -> Iterator[dict[str, Tensor]]:
-    """The tensors in portions of at most so many bytes, or of one tensor."""
+    """The tensors in portions of at most this many bytes, or of one tensor."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -162,7 +162,7 @@ def in_shards(tensors: Iterable[tuple[str, Tensor]], shard_size: int) -> Iterato
 
 
 def _hf_config(model: DeepseekV3, scale_format: str | None) -> dict[str, Any]:
-    """What was read with what has changed since, or a description of our own."""
+    """The config that was read, with what has changed since, or a new one."""
     ours = model.config.to_hf()
     values = ours
     if model.source is not None:
@@ -186,7 +186,7 @@ def _hf_config(model: DeepseekV3, scale_format: str | None) -> dict[str, Any]:
     if (quantization.get("scale_fmt") == "ue8m0") != (scale_format == "ue8m0"):
         quantization["scale_fmt"] = scale_format
         if scale_format == "fp32":
-            del quantization["scale_fmt"]  # what other readers take for fp32
+            del quantization["scale_fmt"]  # other readers take its absence for fp32
     values["quantization_config"] = quantization
     return values
 
