@@ -21,6 +21,7 @@ from torch.autograd import forward_ad, profiler
 
 from dskernels.choice import IMPLEMENTATIONS, OPERATIONS, Choice, check_impl, choices, forced, reason_of_device
 from dskernels.device import PLAIN, dispatch_modes, several_gpus
+from dskernels.gradients import Differentiated, Gradient, is_asked_for, is_transformed, no_gradient
 from dskernels.metadata import ByMetadata
 
 _STRAIGHT_DEVICES = ("cuda",)  # where the host's share of a call matters
@@ -78,6 +79,7 @@ class Operation:
         self._candidates: dict[tuple[str | None, torch.device], list[str | tuple[Callable | None, Callable]]] = {}
         known = self._located is not None and len(tensors) + len(values) == self.arity
         self._straight = ByMetadata() if known else None
+        self._gradient: Gradient | None = None
         OPERATIONS[self.name] = self
 
     def __call__(self, *args: Any, impl: str | None = None) -> Any:
@@ -89,21 +91,18 @@ class Operation:
         """
         if impl is not None:
             check_impl(impl)
-        if (
-            torch.compiler.is_dynamo_compiling()
-            or self._straight is None
-            or dispatch_modes()
-            or profiler._is_profiler_enabled
-        ):
+        if torch.compiler.is_dynamo_compiling():
             return self.overload(*args, impl)
+        if self._straight is None or dispatch_modes() or profiler._is_profiler_enabled:
+            return self._by_torch(args, impl)
         if forward_ad._current_level >= 0:
             self._refuse_tangents(args)
         tensors, also = self._seen(args, impl)
         if also is None:
-            return self.overload(*args, impl)
+            return self._by_torch(args, impl)
         found = self._straight.find(tensors, also)
         if found is None:
-            result = self.overload(*args, impl)
+            result = self._by_torch(args, impl)
             if meets_nothing_else(tensors):
                 self._straight.keep(tensors, also, self._bound(args, impl or forced.get()))
             return result
@@ -112,6 +111,16 @@ class Operation:
         if self.writes:
             self._note_writes(args)
         return result
+
+    def _by_torch(self, args: tuple, impl: str | None) -> Any:
+        """Run the registered operation; as `Differentiated` where autograd would not know how."""
+        plain = torch.compiler.is_compiling() or (self._gradient is not None and not is_transformed())
+        if plain or not (is_transformed() or is_asked_for(args)):
+            return self.overload(*args, impl)
+        if self.writes:
+            with torch.no_grad():
+                return self.overload(*args, impl)
+        return Differentiated.apply(*args, impl, self.overload, self._gradient or no_gradient(self.name))
 
     def _seen(self, args: tuple, impl: str | None) -> tuple[tuple[Tensor, ...], Hashable]:
         """The tensors, and what else decides what runs; None for that where it must be decided anew."""
@@ -145,6 +154,8 @@ class Operation:
             function: Callable = functools.partial(self.composite, impl=impl)
         else:
             function = self._chosen(args, impl, self._device_of(args))
+        if torch._C._is_any_autocast_enabled():  # what is kept here is not found outside of it
+            return lambda addresses, args: _without_autocast(function, args)
         bound = getattr(function, "bound", None)  # as cuda.driver.Planned has it
         return (lambda addresses, args: function(*args)) if bound is None else bound(args)
 
@@ -176,12 +187,13 @@ class Operation:
                     )
 
         def run_backward(ctx: Any, *grads: Tensor) -> tuple:
-            with torch.no_grad():
+            with torch.no_grad(), torch._C._DisableAutocast():
                 results = (*backward(ctx, *grads), None)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled() and not is_transformed():  # there, what `backward` has run says so itself
                 return self._differentiable_once(results, (*grads, *ctx.saved_tensors))
             return results
 
+        self._gradient = Gradient(setup_context, run_backward)
         torch.library.register_autograd(f"dskernels::{self.name}", run_backward, setup_context=setup_context)
 
     def _differentiable_once(self, results: tuple, inputs: Sequence[Tensor | None]) -> tuple:
@@ -214,6 +226,8 @@ class Operation:
         return args[: self.arity], args[self.arity] if len(args) > self.arity else None
 
     def _run(self, *args: Any) -> Any:
+        if torch._C._is_any_autocast_enabled():
+            return _without_autocast(self._run, args)
         impl = forced.get()
         if len(args) > self.arity:
             args, impl = args[:-1], args[-1] or impl
@@ -276,6 +290,12 @@ class Operation:
     def _function(self, impl: str) -> Callable:
         target = self.targets[impl]
         return _load(target) if isinstance(target, str) else target  # type: ignore[return-value]
+
+
+def _without_autocast(function: Callable, args: Sequence[Any]) -> Any:
+    """Call a function: which dtypes an operation computes in its arguments say, autocast has no say in its products."""
+    with torch._C._DisableAutocast():
+        return function(*args)
 
 
 @contextlib.contextmanager

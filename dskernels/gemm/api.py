@@ -13,6 +13,7 @@ from dskernels.fp8 import quantize, quantize_both
 from dskernels.fp8.api import SCALE_FORMATS
 from dskernels.fp8.layout import empty_quantized
 from dskernels.gemm.weights import done_with, weight_operand
+from dskernels.gradients import refusing
 from dskernels.later import waiting_for
 from dskernels.reference import gemm as reference
 from dskernels.repeated import repeated
@@ -68,6 +69,7 @@ def fp8_gemm(
         raise ValueError(f"b: expected K = {k} columns like a, got {k_b}")
     if bias is not None:
         check_tensor("bias", bias, dtype=HALF_OR_SINGLE, shape=(n,), like=a.data)
+    made = out is None
     if out is None:
         if accumulate:
             raise ValueError("accumulate: expected `out` to add to, got out=None")
@@ -76,8 +78,9 @@ def fp8_gemm(
     else:
         check_tensor("out", out, dtype=HALF_OR_SINGLE, shape=(m, n), like=a.data)
         check_written("out", out)
-    _fp8_gemm(a.data, a.scale, b.data, b.scale, b.block[0], bias, out, accumulate, impl=impl)
-    return out
+    operands = a.data, a.scale, b.data, b.scale
+    _fp8_gemm(*operands, b.block[0], bias, out, accumulate, impl=impl)
+    return refusing("fp8_gemm", out, (*operands, bias)) if made else out
 
 
 @repeated
