@@ -44,8 +44,8 @@ class ByMetadata:
                 check, odd, value = entry
                 if check(*tensors):
                     addresses = list(map(_data_ptr, tensors))
-                    low = functools.reduce(operator.or_, addresses) & 15
-                    if odd == [address & 15 for address in addresses] if low else odd is None:
+                    plain = all(addresses) and not functools.reduce(operator.or_, addresses) & 15
+                    if odd is None if plain else odd == _odd(addresses):
                         if kept is not self._kept:
                             self._put(key, entry)
                         return value, addresses
@@ -67,8 +67,8 @@ class ByMetadata:
         sizes: list[Any] = [list(x.shape) for x in tensors]
         strides: list[Any] = [list(x.stride()) for x in tensors]
         guards = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        odd = [x.data_ptr() & 15 for x in tensors]
-        self._put((len(tensors), tensors[0].shape, also), (guards.check, odd if any(odd) else None, value))
+        odd = _odd([x.data_ptr() for x in tensors])
+        self._put((len(tensors), tensors[0].shape, also), (guards.check, odd, value))
 
     def _put(self, key: tuple, entry: _Entry) -> None:
         """Among those that are kept now, the latest first."""
@@ -76,6 +76,12 @@ class ByMetadata:
             self._n, self._before, self._kept = 0, self._kept, {}
         self._n += 1
         self._kept.setdefault(key, []).insert(0, entry)
+
+
+def _odd(addresses: list[int]) -> list[int] | None:
+    """Addresses modulo 16, -1 where there is no memory, as of what has lost it since; None if all are plain."""
+    odd = [address & 15 if address else -1 for address in addresses]
+    return odd if any(odd) else None
 
 
 def _places(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:

@@ -66,7 +66,10 @@ def repeated(function: Callable[P, R]) -> Callable[P, R]:
         modes = forced.get(), device, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         also = tuple(values), modes
         given = tuple(tensors)
-        found = known.kinds.find(given, also)
+        try:
+            found = known.kinds.find(given, also)
+        except RuntimeError:  # a nested tensor has no shape
+            return function(*args, **kwargs)
         if found is not None:
             kind, addresses = found
             return kind(addresses, given, args, kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dskernels.device import PLAIN
 from dskernels.types import Block, Fp8Tensor
 
 HALF_OR_SINGLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,8 +33,9 @@ def check_tensor(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{name}: expected a strided tensor, got one of layout {_dtype(x.layout)}")
+    if x.layout is not torch.strided or x.is_nested:
+        kind = "a nested one" if x.is_nested else f"one of layout {_dtype(x.layout)}"
+        raise TypeError(f"{name}: expected a strided tensor, got {kind}")
     if dtype is not None and x.dtype is not dtype:
         allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         if x.dtype not in allowed:
@@ -51,6 +53,18 @@ def check_tensor(
         raise ValueError(f"{name}: expected a tensor on {like.device} like the others, got one on {x.device}")
     if sizes and sizes[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: expected a contiguous last dimension, got strides {list(x.stride())}")
+    if _has_lost_memory(x):
+        raise ValueError(f"{name}: expected a tensor with memory, its storage was resized to 0 bytes (as FSDP does)")
+
+
+def _has_lost_memory(x: Tensor) -> bool:
+    """Whether the storage under a tensor that has elements was emptied; a kernel would read at address 0."""
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_meta:
+        return False
+    try:
+        return x.untyped_storage().nbytes() == 0 and x.numel() > 0
+    except NotImplementedError:  # inside a transform, where a tensor has no storage
+        return False
 
 
 def check_written(name: str, x: Tensor) -> None:
@@ -97,6 +111,8 @@ def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like
     if not _among(x.block, blocks):
         raise ValueError(f"{name}: expected block {' or '.join(str(b) for b in blocks)}, got {x.block}")
     check_tensor(f"{name}.data", x.data, dtype=torch.float8_e4m3fn, shape="ERC"[-ndim:], like=like)
+    if isinstance(x.scale, Tensor) and x.scale.layout is torch.strided and _has_lost_memory(x.scale):
+        raise ValueError(f"{name}.scale: expected a tensor with memory, its storage was resized to 0 bytes")
     if not isinstance(x.scale, Tensor):
         raise TypeError(f"{name}.scale: expected a torch.Tensor, got {type(x.scale).__name__}")
     if x.scale.layout is not torch.strided:
@@ -147,6 +163,8 @@ def _is_plain_fp8(x: Any, blocks: Sequence[Block], ndim: int, like: Tensor | Non
     if len(sizes) != 2 or len(scale_sizes) != 2 or data.stride()[1] != 1:
         return False
     if scale_sizes[0] != -(-sizes[0] // tile_rows) or scale_sizes[1] != -(-sizes[1] // tile_cols):
+        return False
+    if _has_lost_memory(data) or _has_lost_memory(scale):
         return False
     device = data.device
     if scale.device != device or (like is not None and like.device != device):

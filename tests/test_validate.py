@@ -89,3 +89,26 @@ def test_scales_of_another_layout_are_taken(sizes):
     assert Fp8Tensor.of(flat.data, flat.scale).scale.data_ptr() == flat.scale.data_ptr()  # not copied without need
     weight = ds.quantize(torch.randn(130, 300), (128, 128))
     assert torch.equal(Fp8Tensor.of(weight.data, weight.scale.mT.contiguous().mT, (128, 128)).scale, weight.scale)
+
+
+def test_a_tensor_that_has_lost_its_memory(device):
+    """As FSDP leaves a weight between passes: its metadata stay, and a kernel would read at address 0."""
+    x, weight = torch.randn(5, 256, device=device), torch.randn(128, 256, device=device)
+    for _ in range(4):
+        ds.quantize(x)
+        ds.fp8_linear(x, weight)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="weight: expected a tensor with memory"):
+        ds.fp8_linear(x, weight)
+    quantized = ds.quantize(x)
+    quantized.scale.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"a\.scale: expected a tensor with memory"):
+        ds.fp8_gemm(quantized, ds.quantize(x, (128, 128)))
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="x: expected a tensor with memory"):
+        ds.quantize(x)
+
+
+def test_a_nested_tensor_is_named(recwarn):
+    with pytest.raises(TypeError, match="x: expected a strided tensor, got a nested one"):
+        ds.quantize(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)]))
