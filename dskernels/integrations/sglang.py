@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import dskernels as ds
+from dskernels.device import capability
 from dskernels.types import Fp8Tensor
 
 HOOKS = "sglang.srt.plugins.hook_registry"
@@ -70,4 +71,5 @@ def linear_of(
 
 
 def _on_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    """Whether the current GPU is an sm_90 of NVIDIA's; an AMD GPU, a gfx90a say, may report (9, 0) too."""
+    return torch.cuda.is_available() and capability(torch.device("cuda", torch.cuda.current_device())) == (9, 0)

@@ -65,10 +65,9 @@ def linear_kernel() -> type:
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
             """NVIDIA GPUs that can multiply e4m3: sm_89 and newer."""
             if compute_capability is None:
-                if not torch.cuda.is_available():
+                compute_capability = _capability()
+                if not compute_capability:
                     return False, "dskernels: there is no CUDA GPU"
-                major, minor = torch.cuda.get_device_capability()
-                compute_capability = 10 * major + minor
             return (True, None) if compute_capability >= 89 else (False, "dskernels: e4m3 needs sm_89 or later")
 
         @classmethod

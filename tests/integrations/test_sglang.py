@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dskernels as ds
+from dskernels.device import capability
 from dskernels.integrations import sglang as plugin
 
 X, WEIGHT = torch.randn(2, 3, 256, dtype=torch.bfloat16), ds.quantize(torch.randn(200, 256), (128, 128))
@@ -41,6 +42,18 @@ def test_what_it_takes(monkeypatch, ue8m0):
 def test_elsewhere_it_is_theirs(monkeypatch):
     monkeypatch.setattr(plugin, "_on_hopper", lambda: False)
     assert plugin.linear_of(theirs, [128, 128])(1, 2)[:2] == ("theirs", ([128, 128], False))
+
+
+def test_an_amd_gpu_that_reports_9_0_is_no_hopper(monkeypatch):
+    for name, value in (("is_available", True), ("current_device", 0), ("get_device_capability", (9, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    capability.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not plugin._on_hopper()
+    capability.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert plugin._on_hopper()
+    capability.cache_clear()
 
 
 @pytest.mark.parametrize(("plugins", "times"), [(None, 0), ("", 0), ("other", 0), ("dskernels", 1), ("a,dskernels", 1)])
