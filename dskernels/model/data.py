@@ -1,4 +1,4 @@
-"""Text as tokens: bytes, read from files, held out, and packed into batches of a fixed number of tokens."""
+"""Text as tokens: bytes, read from files, partly held out, and packed into batches of a fixed number of tokens."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from torch import Tensor
 BOUNDARY = 256  # the token before and after every document; 0 to 255 are the bytes
 VOCAB_SIZE = 257
 
-# What lies among the standard library's sources and is not its code: packages of others, and tests (which many
-# distributions leave out: without them the text is the same everywhere).
+# Among the standard library's sources, but not its code: packages of others, and tests (which many distributions leave
+# out; without them the text is the same everywhere).
 NOT_LIBRARY_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 class Corpus(NamedTuple):
-    """Documents to learn from and documents held out, each an integer tensor of tokens; see `read_corpus`, and
-    `dskernels.model.token_file` for text that is larger than memory."""
+    """Documents to train on and documents held out, each an integer tensor of tokens; see `read_corpus`.
+
+    `dskernels.model.token_file` is for text that is larger than memory.
+    """
 
     train: Sequence[Tensor]
     validation: Sequence[Tensor]
 
 
 class Packed(NamedTuple):
-    """A batch: sequences one after the other.
+    """A batch: sequences one after the other, without padding.
 
     Attributes:
         tokens: int64 ``[T]``.
@@ -40,16 +42,16 @@ class Packed(NamedTuple):
 
     @property
     def predictions(self) -> Tensor:
-        """How many tokens have a next one in their sequence, int64 ``[]``."""
+        """How many tokens have a next token in their sequence, int64 ``[]``."""
         return (self.cu_seqlens.diff() - 1).clamp(min=0).sum()
 
     def to(self, device: torch.device | str) -> Packed:
-        """The batch on another device; a GPU is not waited for."""
+        """The batch on another device; the host does not wait for a GPU."""
         return Packed(*(on_device(tensor, device) for tensor in self))
 
 
 def on_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The tensor on another device; a GPU is not waited for."""
+    """The tensor on another device; the host does not wait for a GPU."""
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -61,19 +63,19 @@ def encode(text: str | bytes) -> list[int]:
 
 
 def decode(tokens: Iterable[int]) -> str:
-    """The text of tokens; boundaries are left out, bytes that are no UTF-8 become U+FFFD."""
+    """The text of tokens; boundaries are left out, and bytes that are not UTF-8 become U+FFFD."""
     return bytes(token for token in tokens if token < BOUNDARY).decode(errors="replace")
 
 
 def find_files(sources: Iterable[str | Path], pattern: str = "*") -> list[Path]:
-    """The files of ``sources``: each itself if it is a file, what it matches if it is a glob (``"lib/**/*.py"``), else
-    all below it whose names match, in a fixed order.
+    """The files that ``sources`` name, in a fixed order: a file, the matches of a glob (``"lib/**/*.py"``), or all
+    files in a folder.
 
-    Hidden files and folders are passed over.
+    Hidden files and folders are skipped.
 
     Raises:
         FileNotFoundError: a source does not exist, or a glob matches no file.
-        ValueError: a folder has no such file.
+        ValueError: a folder contains no such file.
     """
     found: list[Path] = []
     for source in map(Path, sources):
@@ -107,16 +109,17 @@ def standard_library() -> list[Path]:
 
 
 def read_corpus(files: Iterable[str | Path], *, held_out: float = 0.05, seed: int = 0) -> Corpus:
-    """Reads files as they are, byte for byte, and holds some out.
+    """Read files as they are, byte for byte, and hold some out.
 
     Args:
-        files: the documents. Empty ones are passed over.
-        held_out: part of the documents, at least one, that is not learnt from. Of a single document it is the end.
+        files: the documents. Empty ones are skipped.
+        held_out: the fraction of the documents, at least one, that is not trained on. With a single document it is its
+            end.
         seed: decides which. The same files in the same order with the same seed give the same corpus.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: it cannot be read, there is too little text, or ``held_out`` is not between 0 and 1.
+        ValueError: a file cannot be read, there is too little text, or ``held_out`` is not between 0 and 1.
     """
     texts = [text for text in map(_read, map(Path, files)) if text]
     parts, validation = held_out_order([len(text) for text in texts], held_out, seed)
@@ -125,11 +128,11 @@ def read_corpus(files: Iterable[str | Path], *, held_out: float = 0.05, seed: in
 
 
 def held_out_order(sizes: Sequence[int], held_out: float, seed: int) -> tuple[list[tuple[int, int, int]], int]:
-    """Which texts to hold out, for texts of these sizes, none of which is empty.
+    """Which texts to hold out, given their sizes, none of which is 0.
 
     Returns:
-        Documents, each a text's index and where in it the document begins and ends; and how many of them, the first
-        ones, are held out. Arguments and errors are those of `read_corpus`.
+        Documents, each as the index of a text and where in it the document begins and ends; and how many of them, the
+        first ones, are held out. Arguments and errors are those of `read_corpus`.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a part between 0 and 1, got {held_out}")
@@ -145,15 +148,15 @@ def held_out_order(sizes: Sequence[int], held_out: float, seed: int) -> tuple[li
 
 
 class Batches(Iterator[Packed]):
-    """Batches of exactly ``batch_tokens`` tokens, without end.
+    """An endless iterator over batches of exactly ``batch_tokens`` tokens.
 
     Documents are cut into sequences of at most ``sequence_length`` tokens, whose order is drawn anew for each pass over
-    all of them. A sequence that a batch has no room for is cut once more, and its rest opens the next batch. No token
-    of a pass is left out, and no sequence holds two documents. What is held in memory is 16 bytes a sequence.
+    the text. A sequence that does not fit into a batch is cut once more, and its rest opens the next batch. No token is
+    left out, and no sequence contains two documents. It needs 16 bytes of memory for each sequence.
 
     Args:
         documents: integer tensors of tokens.
-        batch_tokens: tokens of a batch.
+        batch_tokens: tokens in a batch.
         sequence_length: the longest sequence.
         seed: decides the order.
 
@@ -176,10 +179,10 @@ class Batches(Iterator[Packed]):
         self._draw()
 
     def _draw(self) -> None:
-        """The order of the next pass."""
+        """Draw the order of the next pass."""
         self._drawn_from = self._generator.get_state()
         self._order = torch.randperm(len(self._document), generator=self._generator)
-        self._next, self._taken = 0, 0  # the sequence that comes next, and how much of it was taken
+        self._next, self._taken = 0, 0  # the next sequence, and how many of its tokens are used up
 
     def __next__(self) -> Packed:
         parts: list[Tensor] = []
@@ -201,12 +204,12 @@ class Batches(Iterator[Packed]):
         return Packed(torch.cat([part.long() for part in parts]), ends.int())
 
     def state(self) -> dict[str, Any]:
-        """Where it stands: ``next`` and ``taken``, numbers, and ``generator``, the uint8 state that the order of this
-        pass was drawn from."""
+        """The position in the text: the numbers ``next`` and ``taken``, and ``generator``, the uint8 state from
+        which this pass was drawn."""
         return dict(next=self._next, taken=self._taken, generator=self._drawn_from)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where another one over the same documents stood."""
+        """Continue from the position of another iterator over the same documents."""
         self._generator.set_state(state["generator"])
         self._draw()
         self._next, self._taken = int(state["next"]), int(state["taken"])

@@ -10,17 +10,17 @@ EMA_EVERY = 10  # steps between two updates: a copy of all masters from the GPU 
 
 
 class Ema:
-    """``average = d average + (1 - d) masters`` every `EMA_EVERY` steps, in fp32, ``d = decay ** EMA_EVERY``.
+    """``average = d average + (1 - d) masters`` every `EMA_EVERY` steps, in fp32, with ``d = decay ** EMA_EVERY``.
 
-    At first ``d`` is less, ``(n + 1) / (n + 10)`` at update n, so that the initial weights do not linger. The copy is
-    made beside the next step; what it holds is the masters as they were when it was asked for.
+    At first ``d`` is smaller, ``(n + 1) / (n + 10)`` at update n, so that the initial weights fade quickly. The copy is
+    made while the next step runs, and contains the masters as they were when it was requested.
 
     Args:
-        optimizer: whose masters are averaged; they are where the average begins.
-        decay: of a step.
+        optimizer: whose masters are averaged; the average starts as a copy of them.
+        decay: of one step.
 
     Attributes:
-        average: fp32 on the CPU, flat as ``optimizer.flat``.
+        average: fp32 on the CPU, flat like ``optimizer.flat``.
     """
 
     def __init__(self, optimizer: MasterAdamW, decay: float) -> None:
@@ -32,7 +32,7 @@ class Ema:
 
     @torch.no_grad()
     def start(self, step: int) -> None:
-        """After step ``step``, from 0: asks for the masters where they are due."""
+        """After step ``step`` (counted from 0): request a copy of the masters if an update is due."""
         if (step + 1) % EMA_EVERY:
             return
         self.finish()
@@ -45,7 +45,7 @@ class Ema:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Brings the average up to date with what was asked for."""
+        """Complete the update that was requested."""
         if self._done is not None:
             self._done.synchronize()
         if self._weight:

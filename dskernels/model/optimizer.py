@@ -1,4 +1,4 @@
-"""The optimiser: AdamW on fp32 masters of low-precision parameters, moments in bf16, nothing waits for the GPU."""
+"""The optimiser: AdamW on fp32 masters of low-precision parameters, moments in bf16; nothing waits for the GPU."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from torch.optim.adamw import adamw
 from dskernels.dispatch import Operation
 from dskernels.gemm.weights import counts_changes
 
-# Numbers that torch updates at a time where moments are bf16: their fp32 copies take 256 MB.
+# How many numbers torch updates at a time if moments are bf16: their fp32 copies take 256 MB.
 PIECE = 1 << 25
-LARGE = 1 << 18  # numbers of a gradient that is worth a launch
+LARGE = 1 << 18  # elements from which on a gradient gets a launch of its own
 
 
 class MasterAdamW:
-    """AdamW on fp32 copies of the parameters (report section 3.3.1), or on the parameters where they are fp32.
+    """AdamW on fp32 copies of the parameters (report section 3.3.1), or on the parameters themselves if they are fp32.
 
-    Masters, gradients and moments are one flat tensor each, matrices first, so that a step is a few launches whatever
-    the number of parameters, and the norm of the gradient one reduction. The update is one kernel, which clips and
-    leaves a step out on the device: 20 bytes of traffic a number with bf16 moments. On the CPU it is torch's fused
-    AdamW, which takes only moments of the dtype of the masters ("expected scalar type Float but found BFloat16"), so
-    that bf16 moments are widened piece by piece before it and rounded to nearest after it: 52 bytes.
+    Masters, gradients and moments are one flat tensor each, matrices first, so a step is a few launches whatever the
+    number of parameters, and the norm of the gradient is one reduction. The update is one kernel, which clips the
+    gradient, and skips a step if necessary, on the device: 20 bytes of traffic per number with bf16 moments. On the CPU
+    it is torch's fused AdamW. That requires moments of the masters' dtype ("expected scalar type Float but found
+    BFloat16"), so bf16 moments are widened piece by piece before the update and rounded to nearest after it: 52 bytes.
 
     Args:
-        model: whose parameters are updated.
+        model: the model whose parameters are updated.
         betas: of AdamW.
         weight_decay: on matrices (not on norms).
-        moments: dtype in which moments are kept, torch.bfloat16 as in the report or torch.float32.
+        moments: dtype of the moments, torch.bfloat16 as in the report, or torch.float32.
 
     Attributes:
         masters: fp32, in the order and of the shape of the parameters; views of ``flat``.
         flat: all masters.
-        exp_avg: first moments, flat likewise.
+        exp_avg: first moments, flat as well.
         exp_avg_sq: second moments.
-        steps: how many updates were made, fp32 ``[]``.
-        parts: of ``flat``, from where to where, in the order in which a step updates them; none has both matrices and
-            other parameters.
+        steps: the number of updates so far, fp32 ``[]``.
+        parts: begin and end of each part of ``flat``, in the order in which a step updates them; none contains both
+            matrices and other parameters.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Adds the gradients of a backward pass to those of the masters, in fp32."""
+        """Add the gradients of a backward pass to those of the masters, in fp32."""
         pairs = [
             (total, parameter.grad)
             for total, parameter in zip(self._gradients, self.parameters, strict=True)
@@ -101,21 +101,21 @@ class MasterAdamW:
             parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """By parameter name."""
+        """The gradients by parameter name."""
         return dict(zip(self.names, self._gradients, strict=True))
 
     def norm(self) -> Tensor:
-        """Of the whole gradient, fp32 ``[]``; not finite where any of its numbers is not."""
+        """The norm of the whole gradient, fp32 ``[]``; not finite if any of its numbers is not."""
         return torch.linalg.vector_norm(self._gradient)
 
     @torch.no_grad()
     def step(self, learning_rate: float | Tensor, scale: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """Updates the masters, copies them to the parameters, and forgets the gradients.
+        """Update the masters, copy them to the parameters, and forget the gradients.
 
         Args:
-            learning_rate: of this step; fp32 ``[]`` where a CUDA graph is to read it from the device.
-            scale: fp32 ``[]``, what gradients are divided by first; see `clipping`.
-            skip: fp32 ``[]``: where it is 1 nothing changes, whatever the gradient holds.
+            learning_rate: of this step; fp32 ``[]`` if a CUDA graph is to read it from the device.
+            scale: fp32 ``[]``, by which gradients are divided first; see `clipping`.
+            skip: fp32 ``[]``: if it is 1, nothing changes, whatever the gradient contains.
         """
         if self._collected:
             if not isinstance(learning_rate, Tensor):
@@ -131,19 +131,20 @@ class MasterAdamW:
         self._collected = False
 
     def updated(self, begin: int, end: int) -> None:
-        """This part of the masters is what it is to be in this step; others are still to come."""
+        """Called when this part of the masters has its value for this step; other parts are still to come."""
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes the parameters what the masters are, rounded."""
+        """Set the parameters to the rounded masters."""
         if self._low:
             torch._foreach_copy_([self.parameters[i] for i in self._low], [self.masters[i] for i in self._low])
-        # Quantised weights are kept until their parameter's version changes, which that of a view of `flat` does not.
+        # Quantised copies of a weight are kept until its version changes, and writing to a view of `flat` does not
+        # change it.
         torch.autograd.graph.increment_version(self.parameters)
 
     @contextmanager
     def replaced(self, flat: Tensor) -> Iterator[None]:
-        """With the parameters of other masters for a while, such as their average."""
+        """Inside, the parameters are those of other masters, such as their average."""
         mine = self.flat.clone()
         self.flat.copy_(flat)
         self.refresh()
@@ -155,10 +156,10 @@ class MasterAdamW:
 
 
 def accumulate(totals: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool) -> None:
-    """Adds gradients to totals in fp32, or makes them the totals where they are the first.
+    """Add gradients to fp32 totals, or store them as the totals if they are the first.
 
-    Large ones are a launch each, small ones one together: 7.3 ms of a step of 1.9 G numbers and two micro-batches on an
-    H200. By torch's kernels, of which one widens bf16 and the next adds, it took 15.2.
+    Large ones take a launch each, small ones one together: 7.3 ms for a step of 1.9 G numbers and two micro-batches on
+    an H200. With torch's kernels, of which one widens bf16 and the next adds, it took 15.2.
     """
     small = [i for i, gradient in enumerate(gradients) if gradient.numel() < LARGE]
     for total, gradient in zip(totals, gradients, strict=True):
@@ -199,18 +200,18 @@ def _adamw_reference(
     beta2: float,
     weight_decay: float,
 ) -> None:
-    """Torch's fused AdamW, piece by piece where moments are not of the dtype of the masters."""
+    """Torch's fused AdamW, piece by piece if the moments do not have the dtype of the masters."""
     size = max(master.numel(), 1) if exp_avg.dtype == master.dtype else PIECE
     state = master, gradient, exp_avg, exp_avg_sq
     for masters, gradients, *kept in zip(*(x.split(size) for x in state), strict=True):
-        moments = [moment.to(master.dtype) for moment in kept]  # themselves, if they are of that dtype
+        moments = [moment.to(master.dtype) for moment in kept]  # the moments themselves, if they have that dtype
         adamw(
             [masters],
             [gradients],
             [moments[0]],
             [moments[1]],
             [],
-            [steps.clone()],  # which the update counts up, for each piece
+            [steps.clone()],  # each piece has its own, since the update increments it
             fused=True,
             grad_scale=scale,
             found_inf=skip,
@@ -235,5 +236,5 @@ _adamw = Operation(
 
 
 def clipping(norm: Tensor, largest: float) -> Tensor:
-    """What a gradient of this norm is divided by, to have at most that norm."""
+    """The number that a gradient of this norm is divided by, so that its norm is at most the given one."""
     return ((norm + 1e-6) / largest).clamp(min=1.0)

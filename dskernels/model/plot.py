@@ -129,7 +129,7 @@ def plot_training(history: History, path: str | Path, *, title: str, text: str =
 
 
 def plot_run(history: History, folder: str | Path) -> list[str]:
-    """Draws the pictures that a run of this history has, into its folder; gives their names."""
+    """Draw the pictures that this history allows into the run's folder; returns their names."""
     folder = Path(folder)
     plot_loss(history, folder / LOSS_FILE)
     if not any(record.get("load") for record in history):
@@ -186,7 +186,7 @@ def _draw_experts(figure: Any, history: History) -> None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a thirtieth of the run, without a bias at its beginning."""
+    """Exponential moving average over about a thirtieth of the run, corrected for the bias at its beginning."""
     keep = 1 - 1 / max(1.0, len(values) / 30)
     mean, weight, result = 0.0, 0.0, []
     for value in values:
@@ -198,7 +198,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 @contextmanager
 def drawing(path: str | Path, width: float, height: float) -> Iterator[Any]:
-    """A figure that is written to ``path`` at the end. No window, no global state of pyplot."""
+    """A figure that is written to ``path`` at the end of the block; opens no window and changes no global state of
+    pyplot."""
     require_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg

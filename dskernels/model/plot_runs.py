@@ -1,4 +1,4 @@
-"""One picture of several runs beside each other: losses, the load of the experts, throughput."""
+"""One picture of several runs: losses, the load of the experts, throughput."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dskernels.model.plot import FAINT, History, drawing, smoothed
 RUNS = ("#2563eb", "#d97706", "#dc2626", "#059669", "#7c3aed", "#0891b2")
 LAYERS = "viridis"
 WINDOWS = 20  # of a run; throughput is drawn as the median of each, which a step beside something else does not move
-PARTS, REPORTED = 30, 0.25  # of a pair; and how near to bf16, in percent, the report's runs in fp8 stay
-EVEN = 1.3  # where the line is drawn that a balanced layer stays under
+PARTS, REPORTED = 30, 0.25  # parts of a run; and how close to bf16, in percent, the report's fp8 runs stay
+EVEN = 1.3  # the load, relative to the mean, below which a layer counts as balanced
 
 
 def plot_runs(runs: Mapping[str, History], path: str | Path, *, title: str = "") -> None:
@@ -83,7 +83,7 @@ def plot_pairs(pairs: Mapping[str, tuple[History, History]], path: str | Path, *
 
 
 def difference(first: History, second: History, name: str, parts: int | None) -> tuple[list[float], list[float]]:
-    """Steps, and by how many percent the second's value is above the first's there; means over so many parts."""
+    """Steps, and by how many percent the second run's value is above the first's; averaged over this many parts."""
     here, there = (dict(zip(*_series(history, name), strict=True)) for history in (first, second))
     steps = sorted(here.keys() & there.keys())
     wide = -(-len(steps) // parts) if parts else 1
@@ -99,7 +99,8 @@ def _draw_losses(axes: Any, runs: Mapping[str, History]) -> None:
         axes.plot(x, smoothed(y), color=color, linewidth=1.0, alpha=0.55)
         looks, held_out = _series(history, "validation_loss")
         last = f", held out {held_out[-1]:.4f}" if held_out else ""
-        # Not joined: between two looks the loss is no straight line. The first runs are seen around the others.
+        # Not joined: between two validations the loss is not a straight line. The first runs are visible around the
+        # others.
         size = 3.5 + 1.5 * (len(runs) - 1 - i)
         axes.plot(looks, held_out, color=color, linewidth=0.0, marker="o", markersize=size, label=f"{name}{last}")
         shown += smoothed(y)[len(y) // 15 :] + held_out[1:]
@@ -184,7 +185,7 @@ def _finish(axes: Any, title: str, label: str, shown: Sequence[float], legend: s
     axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.set_xlim(left=0)
-    if shown:  # not the first steps, which are far above the rest
+    if shown:  # without the first steps, which are far above the rest
         low, high = min(shown), max(shown)
         room = 0.06 * (high - low) or 0.1
         axes.set_ylim(low - room, high + room)

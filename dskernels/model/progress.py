@@ -1,4 +1,4 @@
-"""What is seen of a training run: a live table in a terminal, lines in a log, TensorBoard."""
+"""Progress of a training run: a live table in a terminal, lines in a log, TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-LOOKS = 10  # rows of earlier looks at held-out text that the table keeps in sight
+LOOKS = 10  # rows of earlier validations that the table keeps in sight
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "step": ("step", "{:,}".format),
     "loss": ("loss", "{:.3f}".format),
@@ -25,24 +25,24 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "mfu": ("MFU", "{:.1%}".format),
     "memory_gb": ("GB", "{:.2f}".format),
 }
-# What a narrow terminal does without, the least needed first.
+# Columns that a narrow terminal leaves out, the least needed first.
 SPARED = ("balance_loss", "gradient_norm", "learning_rate", "memory_gb", "mfu", "mtp_loss", "max_load")
 BRIEF = {"loss": "loss", "mtp_loss": "MTP", "validation_loss": "held out"}  # of a line in a log
 
 
 class TrainingProgress:
-    """A bar and a table with a row for each look at held-out text and one for now; hand it to `train` as ``progress``.
+    """A progress bar and a table with a row for each validation and one for now; pass it to `train` as ``progress``.
 
     ::
 
         with TrainingProgress(config.steps) as progress:
             train(..., progress=progress)
 
-    Where the output is not a terminal it prints a plain line at each look at the held-out text instead.
+    If the output is not a terminal, it prints a plain line at each validation instead.
 
     Args:
-        steps: how many there will be.
-        console: where to, by default rich's own on stdout.
+        steps: the number of steps.
+        console: where to print, by default rich's own on stdout.
     """
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
@@ -65,7 +65,7 @@ class TrainingProgress:
             self.live.stop()
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Shows a line of the metrics."""
+        """Show a line of the metrics."""
         self.last |= record
         self.bar.update(self.task, completed=record["step"])
         if "validation_loss" in record:
@@ -99,7 +99,7 @@ def _cell(name: str, record: dict[str, Any]) -> str:
 
 
 def fitting(widths: dict[str, int], width: int) -> list[str]:
-    """The columns, of these widths and two apart, that a terminal of this width shows whole."""
+    """The columns, of these widths and two apart, that fit completely into a terminal of this width."""
     names = list(widths)
     for spared in SPARED:
         if sum(widths[name] + 2 for name in names) - 2 <= width:
@@ -117,11 +117,12 @@ def require_tensorboard() -> None:
 
 
 class TensorBoardLog:
-    """Writes the numbers of a run for TensorBoard; hand it to `train` as ``progress``, or call it beside another.
+    """Writes the numbers of a run for TensorBoard; pass it to `train` as ``progress``, or call it in addition to
+    another.
 
     Args:
-        run: the run's folder; events go to ``tensorboard`` in it.
-        step: the step from which on the run goes on: what another try wrote after it no longer counts.
+        run: the run's folder; events are written to ``tensorboard`` in it.
+        step: the step at which the run continues: what an earlier attempt wrote for later steps is dropped.
 
     Raises:
         ImportError: the package `tensorboard` is missing.
@@ -134,7 +135,7 @@ class TensorBoardLog:
         self.writer = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=step + 1 if step else None)
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Writes a line of the metrics."""
+        """Write a line of the metrics."""
         for name, value in record.items():
             if name == "layer_loads":
                 for layer, load in enumerate(value):
@@ -144,5 +145,5 @@ class TensorBoardLog:
                 self.writer.add_scalar(f"{kind}/{name}", value, record["step"])
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Write what is still buffered."""
         self.writer.close()

@@ -1,4 +1,4 @@
-"""Recomputation: what is cheap to compute again is not kept between forward and backward (report section 3.2.3)."""
+"""Recomputation: what is cheap to compute again is not saved for the backward (report section 3.2.3)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from dskernels.choice import forced_impl
 
 
 def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> contextlib.AbstractContextManager[Any]:
-    """While this holds, autograd keeps nothing of ``tensor`` and its views; its backward calls ``again()`` for it.
+    """Inside, autograd does not save ``tensor`` or views of it; its backward calls ``again()`` to get it.
 
-    Nothing else runs twice, as it would if a checkpoint ran a part of the model again: no router counts a token twice.
-    Inside `torch.compile`, whose partitioner decides for itself what to keep, this does nothing.
+    Nothing else runs twice, unlike a checkpoint around a part of the model: no router counts a token twice. Inside
+    `torch.compile`, whose partitioner decides what to save, this does nothing.
 
     Args:
-        tensor: a result that operations inside keep for their backward.
-        again: computes the same bits, in the same layout; called without gradients, once for all that was kept, by the
-            implementation that is asked for now.
+        tensor: a result that operations inside save for their backward.
+        again: computes the same bits in the same layout; called without gradients, once for everything that was not
+            saved, by the implementation that is then asked for.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not tensor.requires_grad or not tensor.numel():
         return contextlib.nullcontext()
     again_there = _Again(again)
-    place = tensor.untyped_storage()._cdata  # which memory it is, also of tensors that have none
+    place = tensor.untyped_storage()._cdata  # identifies the memory, also for empty tensors
 
     def pack(kept: Tensor) -> Tensor | _Part:
         if kept.device != tensor.device or kept.untyped_storage()._cdata != place:
@@ -40,7 +40,7 @@ def recomputed(tensor: Tensor, again: Callable[[], Tensor]) -> contextlib.Abstra
 
 
 class _Again:
-    """A tensor to be computed again, and let go when every part of it was taken."""
+    """A tensor to be computed again, and released when every part of it has been taken."""
 
     def __init__(self, again: Callable[[], Tensor]) -> None:
         self.compute, self.impl = again, forced_impl()
@@ -59,7 +59,7 @@ class _Again:
 
 
 class _Part(NamedTuple):
-    """What autograd keeps in place of a tensor: where it lies in one that is computed again."""
+    """What autograd saves instead of a tensor: its place within a tensor that is computed again."""
 
     whole: _Again
     shape: torch.Size

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dskernels.model.config import Config
 
-# Dense bf16 TFLOP/s of data sheets, by what `torch.cuda.get_device_name` begins with behind "NVIDIA "; longer names
+# Dense bf16 TFLOP/s from data sheets, by the prefix of `torch.cuda.get_device_name` after "NVIDIA "; longer names
 # first.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
@@ -33,7 +33,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a device by its data sheet; None where that is not known."""
+    """Dense bf16 FLOP/s of a device according to its data sheet; None if it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
@@ -44,8 +44,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def active_parameters(config: Config, *, mtp: bool) -> int:
-    """Matrix parameters that a token is multiplied by: see `ParameterCount.active`; with ``mtp`` those of the MTP
-    modules too, and the head again for each of them."""
+    """Matrix parameters that a token is multiplied by, see `ParameterCount.active`.
+
+    With ``mtp`` those of the MTP modules are included, and the head once more for each of them.
+    """
     count = config.parameter_count()
     if not mtp:
         return count.active
@@ -56,16 +58,16 @@ def active_parameters(config: Config, *, mtp: bool) -> int:
 
 
 def step_flops(config: Config, cu_seqlens: Tensor, *, mtp: bool) -> float:
-    """Floating-point operations of forward and backward over packed sequences, as one counts them for MFU.
+    """Floating-point operations of forward and backward over packed sequences, as they are counted for MFU.
 
-    With A the active parameters (`active_parameters`), L layers (MTP modules among them), H heads, and causal attention
+    With A active parameters (`active_parameters`), L layers (including MTP modules), H heads, and causal attention
     within sequences of lengths s::
 
         6 A sum(s) + 3 L H (qk_head_dim + v_head_dim) sum(s (s + 1))
 
-    A product is two operations for each pair, backward is twice forward, and half of the pairs of a sequence are
-    masked. What is recomputed does not count, nor does the router's choice, a norm, or the optimiser. In fp8 they are
-    the same operations, so that MFU is bf16-equivalent: these per second, by the peak of the chip in bf16.
+    A product is two operations for each pair, the backward is twice the forward, and half of the pairs of a sequence
+    are masked. Recomputation, the router's choice, norms and the optimiser do not count. In fp8 the operations are the
+    same, so MFU is bf16-equivalent: these operations per second, divided by the chip's bf16 peak.
 
     Args:
         config: the model's shape.
@@ -80,7 +82,7 @@ def step_flops(config: Config, cu_seqlens: Tensor, *, mtp: bool) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that were taken at most: of the GPU's memory by tensors, or by this process."""
+    """The peak number of bytes used: of the GPU's memory by tensors, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Text that is tokenised once, into a file that is mapped and not read: what a long run trains on."""
+"""Text that is tokenised once, into a file that is memory-mapped: what a long run trains on."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from dskernels.model.encoders import Encoder
 
 TOKENS_FILE, ENDS_FILE, ABOUT_FILE = "tokens.bin", "documents.bin", "tokens.json"
 PIECE = 1 << 20  # bytes of a text that are encoded in one go
-BATCH = 1 << 24  # bytes that are encoded at a time, on all cores: one by one, 31 MB of Python take 30 s
+BATCH = 1 << 24  # bytes encoded at a time, on all cores: one by one, 31 MB of Python take 30 s
 DTYPES = {"uint16": torch.uint16, "uint32": torch.uint32}
 
 
 class Documents(Sequence[Tensor]):
-    """Documents one after the other in one tensor, which may be a mapped file.
+    """Documents, one after the other, in one tensor, which may be a mapped file.
 
     Args:
         tokens: integers.
-        lengths: int64, tokens of each document; they add up to all of them.
+        lengths: int64, the number of tokens of each document; they add up to all tokens.
     """
 
     def __init__(self, tokens: Tensor, lengths: Tensor) -> None:
@@ -56,25 +56,25 @@ def write_tokens(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Corpus:
-    """Tokenises files, holds some out, and maps the result.
+    """Tokenise files, hold some out, and map the result.
 
-    ``folder`` gets ``tokens.bin`` (uint16, or uint32 for a vocabulary above 65,536: documents to learn from, then those
-    held out, each between two boundary tokens), ``documents.bin`` (int64, their lengths), ``tokens.json``, and the
-    tokenizer. They are written under another name first, so that an interruption leaves what was there before. At no
-    time is more than one document's text in memory.
+    ``folder`` gets ``tokens.bin`` (uint16, or uint32 for a vocabulary above 65,536: first the documents to train on,
+    then those held out, each between two boundary tokens), ``documents.bin`` (int64, their lengths), ``tokens.json``,
+    and the tokenizer. They are first written under other names, so that an interruption leaves what was there before.
+    At most one document's text is in memory at a time.
 
     Args:
-        files: the documents. Empty ones are passed over.
-        folder: made if it does not exist; what it held is replaced.
+        files: the documents. Empty ones are skipped.
+        folder: created if it does not exist; its content is replaced.
         encoder: text to tokens, see `dskernels.model.encoders`.
-        held_out: as for `read_corpus`, which holds the same documents out.
-        seed: likewise.
+        held_out: as for `read_corpus`, which holds out the same documents.
+        seed: as for `read_corpus`.
         progress: called with the bytes encoded and their total.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: one cannot be read or is not text, or there is too little; the message names it.
-        OSError: the disk is full; likewise.
+        ValueError: a file cannot be read or is not text, or there is too little text; the message names it.
+        OSError: the disk is full; the message names the file.
     """
     folder = Path(folder)
     sized = [(path, _size(path)) for path in map(Path, files)]
@@ -88,7 +88,7 @@ def write_tokens(
         with writing(partial):
             partial.mkdir(parents=True)
             encoder.save(partial)
-            # Those to learn from come first in the file, as in `Corpus`.
+            # The documents to train on come first in the file, as in `Corpus`.
             ordered = [(sized[i][0], begin, end) for i, begin, end in (*parts[n_validation:], *parts[:n_validation])]
             with (partial / TOKENS_FILE).open("wb") as file:
                 lengths, largest = _write(ordered, file, encoder, dtype, total, progress)
@@ -115,7 +115,7 @@ def write_tokens(
 
 
 def read_tokens(folder: str | Path) -> Corpus:
-    """Maps what `write_tokens` wrote.
+    """Map what `write_tokens` wrote.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -146,12 +146,12 @@ def read_tokens(folder: str | Path) -> Corpus:
 
 
 def is_token_folder(path: str | Path) -> bool:
-    """Whether a folder holds tokens and not text."""
+    """Whether a folder contains tokens rather than text."""
     return (Path(path) / ABOUT_FILE).is_file()
 
 
 def largest_token(documents: Sequence[Tensor]) -> int:
-    """The largest token of all documents, -1 without any."""
+    """The largest token of all documents, -1 if there is none."""
     if isinstance(documents, Documents):
         pieces = documents.tokens.split(1 << 24)
         return max((int(piece.view(-1).to(torch.int64).max()) for piece in pieces if len(piece)), default=-1)
@@ -159,7 +159,7 @@ def largest_token(documents: Sequence[Tensor]) -> int:
 
 
 def fingerprint(documents: Sequence[Tensor]) -> str:
-    """A number that differs, but for an accident, where documents do: of their lengths and first 1,024 tokens."""
+    """A number that differs, except by accident, if documents do: a hash of their lengths and first 1,024 tokens."""
     value = len(documents)
     for document in documents:
         weights = torch.arange(1, min(len(document), 1024) + 1)
@@ -176,7 +176,7 @@ def _write(
     total: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[numpy.ndarray, int]:
-    """Writes the tokens of parts of files; gives the length of each, and the largest token."""
+    """Write the tokens of parts of files; returns the length of each, and the largest token."""
     lengths, largest = numpy.zeros(len(documents), "int64"), encoder.boundary
     boundary = numpy.array([encoder.boundary], dtype)
     waiting: list[tuple[int, bytes]] = []
@@ -186,10 +186,10 @@ def _write(
         nonlocal size, done, document, largest
         for (i, text), ids in zip(waiting, encoder.encode([text for _, text in waiting]), strict=True):
             if i != document:
-                file.write(boundary.repeat(2 if document >= 0 else 1).data)  # the end of one, the start of the next
+                file.write(boundary.repeat(2 if document >= 0 else 1).data)  # end of one, start of the next
                 lengths[i], document = 2, i
             tokens = numpy.asarray(ids, dtype)
-            file.write(tokens.data)  # numpy's tofile does not say why a disk took less
+            file.write(tokens.data)  # numpy's tofile does not say why a disk accepted less
             lengths[i] += len(tokens)
             largest = max(largest, int(tokens.max(initial=0)))
             done += len(text)
@@ -222,7 +222,7 @@ def _size(path: Path) -> int:
 
 
 def _pieces(path: Path, begin: int, end: int) -> Iterator[bytes]:
-    """The bytes of a file between two places, a MiB or so at a time, cut behind a line where there are lines."""
+    """The bytes of a file between two offsets, about a MiB at a time, cut after a line if there are lines."""
     try:
         with path.open("rb") as file:
             file.seek(begin)

@@ -34,13 +34,13 @@ __all__ = ["DEMO", "MEASURED", "METRICS_FILE", "History", "Interrupted", "TrainC
 
 METRICS_FILE = "metrics.jsonl"
 EMA_FOLDER = "ema"
-GRAPHED = ("cuda",)  # devices whose steps can be recorded
+GRAPHED = ("cuda",)  # devices whose steps can be captured as graphs
 
 History = list[dict[str, Any]]
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, by Ctrl-C or SIGTERM, and has written a checkpoint; the message names it."""
+    """The run was asked to stop, by Ctrl-C or SIGTERM, and has written a checkpoint, which the message names."""
 
 
 def train(
@@ -58,57 +58,58 @@ def train(
     tokenizer_from: str | Path | None = None,
     cuda_graph: bool | None = None,
 ) -> History:
-    """Trains a model from its initial weights, or on from a checkpoint, and writes it in the Hugging Face layout.
+    """Train a model, from its initial weights or from a checkpoint, and write it in the Hugging Face layout.
 
-    ``out`` gets ``metrics.jsonl``, a line a step as it happens, ``checkpoints`` if they are asked for, and at the end
-    what `save` writes (and the averaged weights in ``ema``, likewise). A line has
+    ``out`` gets ``metrics.jsonl`` (one line per step, written as it happens), ``checkpoints`` if they are asked for,
+    and at the end what `save` writes (and the averaged weights, likewise, in ``ema``). A line has
 
-    - of a step: ``step`` (from 1), ``loss`` (main, nats a token), ``mtp_loss``, ``balance_loss``, ``max_load`` (of the
-      busiest expert of all layers, relative to an even load), ``layer_loads`` (the same of each layer with experts),
-      ``learning_rate``, ``gradient_norm`` (before clipping), ``tokens_per_second``, ``mfu`` (see `step_flops`; None
-      where the peak of the device is not known), ``memory_gb`` (at most, so far);
-    - of a look at the held-out text: ``step`` (0 is before the first), ``validation_loss``, ``validation_mtp_loss``,
-      ``load``, for each layer with experts the number of choices that fell on each; the last one also
-      ``ema_validation_loss``, of the averaged weights.
+    - for a step: ``step`` (from 1), ``loss`` (main, nats a token), ``mtp_loss``, ``balance_loss``, ``max_load`` (of the
+      busiest expert of all layers, relative to an even load), ``layer_loads`` (the same for each layer with experts),
+      ``learning_rate``, ``gradient_norm`` (before clipping), ``tokens_per_second``, ``mfu`` (see `step_flops`; None if
+      the peak of the device is not known), ``memory_gb`` (the peak so far);
+    - for a validation: ``step`` (0 is before the first), ``validation_loss``, ``validation_mtp_loss``, ``load`` (for
+    each
+      layer with experts, how often each expert was chosen); the last one also ``ema_validation_loss``, of the averaged
+      weights.
 
-    A run that is stopped, in whatever way, goes on from its last checkpoint with the same numbers: resumed on the same
-    machine it has the bits of one that was never stopped. The host is one step behind the device: a line comes while
-    the next step runs.
+    A run that is stopped, in whatever way, continues from its last checkpoint with the same numbers: resumed on the
+    same machine, it has the bits of a run that was never stopped. The host is one step behind the device: a line is
+    written while the next step runs.
 
     Args:
-        model_config: shape of the model.
+        model_config: the shape of the model.
         data: see `read_corpus` and `write_tokens`.
         train_config: how to train.
-        out: folder, made if it does not exist.
+        out: a folder, created if it does not exist.
         device: by default the GPU if there is one, else the CPU.
         progress: called with each line, see `TrainingProgress`.
         init: the folder of a model in the Hugging Face layout, such as another run's or its ``ema``, whose weights and
-            router biases the first step has instead of drawn ones, rounded to the type of the parameters; the model may
-            have been trained in any precision. Optimiser, schedule and order of the text begin anew. A run that goes on
-            does not read it again.
-        checkpoint_every: steps between two checkpoints; there is one after the last step too, and one at Ctrl-C or
+            router biases replace the random initial ones. They are rounded to the type of the parameters, and the model
+            may have been trained in any precision. Optimiser, schedule and order of the text start afresh. A run that
+            is resumed does not read it again.
+        checkpoint_every: steps between two checkpoints; there is also one after the last step, and one at Ctrl-C or
             SIGTERM. 0 writes none.
-        keep: how many of them.
-        resume: True goes on from the last checkpoint of ``out``, False begins anew and removes what is there, None
-            goes on if there is one.
-        tokenizer_from: a folder whose tokenizer is copied beside the weights.
+        keep: how many of them to keep.
+        resume: True continues from the last checkpoint of ``out``; False starts anew and removes what is there; None
+            continues if there is a checkpoint.
+        tokenizer_from: a folder whose tokenizer is copied next to the weights.
         cuda_graph: replay each step as a CUDA graph, with the same numbers to the bit: the host takes 50 ms to launch a
-            step, a GPU less to compute that of a model of 200 M parameters. The graph has memory of its own. By default
-            on a GPU, unless the reference is asked for.
+            step, longer than a GPU computes for a model of 200 M parameters. The graph has memory of its own. By
+            default on a GPU, unless the reference is asked for.
 
     Returns:
-        The lines, those before a checkpoint included. The same arguments on the same machine give the same numbers,
-        apart from the `MEASURED` ones.
+        The lines, including those before a checkpoint. The same arguments on the same machine give the same numbers,
+        except for the `MEASURED` ones.
 
     Raises:
         ValueError: ``out`` is a file, a token of the text is not in the vocabulary, sequences are longer than the
-            model's context, or the checkpoint is of another recipe, model or text; there is none to resume. ``init``
-            has other tensors than the model, or is damaged (see `load_weights`). A CUDA graph is asked for without a
-            GPU.
-        FileNotFoundError: ``init`` is not there.
+            model's context, or the checkpoint belongs to another recipe, model or text; there is no checkpoint to
+            resume. ``init`` has other tensors than the model, or is damaged (see `load_weights`). A CUDA graph is asked
+            for without a GPU.
+        FileNotFoundError: ``init`` does not exist.
         FloatingPointError: a loss or a gradient is not finite. The message names the first tensor that is not, and the
             last good checkpoint. The parameters are those before this step.
-        OSError: as from a full disk; the message names the file, and the last good checkpoint.
+        OSError: such as a full disk; the message names the file, and the last good checkpoint.
         Interrupted: see ``checkpoint_every``. Without checkpoints it is Python's KeyboardInterrupt.
     """
     check(model_config, data, train_config)
@@ -150,7 +151,7 @@ def train(
 
 
 class _Run:
-    """A model on its way through the steps."""
+    """A model on its way through the steps, with everything that a checkpoint stores."""
 
     def __init__(
         self,
@@ -173,7 +174,7 @@ class _Run:
         self.stepper = Stepper(self.model, self.optimizer, config, cuda_graph=cuda_graph)
         self.ema = Ema(self.optimizer, config.ema) if config.ema else None
         self.step, self.history_bytes = 0, 0
-        # What a checkpoint must have been made with.
+        # What a checkpoint has to agree with.
         begun = {} if init is None else {"init": str(Path(init).resolve())}
         self.identity = dict(
             recipe=json.loads(json.dumps(dataclasses.asdict(config))) | begun,
@@ -182,7 +183,7 @@ class _Run:
         )
 
     def lines(self, checkpoint_every: int, metrics: _Metrics, stopped: threading.Event) -> Iterator[dict[str, Any]]:
-        """Trains; gives the lines of the metrics as they come."""
+        """Train; yields the lines of the metrics as they come."""
         config, stepper = self.config, self.stepper
         if self.step == 0:
             yield dict(step=0, **evaluate(self.model, self.held_out))
@@ -220,14 +221,14 @@ class _Run:
             return dict(ema_validation_loss=evaluate(self.model, self.held_out)["validation_loss"])
 
     def export(self, tokenizer_from: str | Path | None) -> None:
-        """The model, and its average, as others read it."""
+        """Write the model, and its average, in the Hugging Face layout."""
         save(self.model, self.out, tokenizer_from=tokenizer_from)
         if self.ema is not None:
             with self.optimizer.replaced(self.ema.average):
                 save(self.model, self.out / EMA_FOLDER, tokenizer_from=tokenizer_from)
 
     def checkpoint(self, metrics: _Metrics) -> Path:
-        """Writes what `restore` reads."""
+        """Write what `restore` reads."""
         if self.ema is not None:
             self.ema.finish()
         place = self.text.state()
@@ -238,7 +239,7 @@ class _Run:
         )
 
     def restore(self, path: Path) -> None:
-        """Goes on from a checkpoint.
+        """Continue from a checkpoint.
 
         Raises:
             ValueError: it was made with other arguments; the message says which.
@@ -267,7 +268,7 @@ class _Run:
         self.text.restore({**position, "generator": generator})
 
     def _tensors(self, generator: Tensor) -> dict[str, Tensor]:
-        """All that a step depends on, by the name in a checkpoint."""
+        """All tensors that a step depends on, by their names in a checkpoint."""
         optimizer = self.optimizer
         state = {"master": optimizer.flat, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
         if self.ema is not None:
@@ -280,7 +281,7 @@ class _Run:
 
 
 class _Metrics:
-    """The file of lines, cut back to where a checkpoint was made."""
+    """The file of lines, truncated to where a checkpoint was made."""
 
     def __init__(self, out: Path, size: int) -> None:
         self.path = out / METRICS_FILE
@@ -304,14 +305,14 @@ class _Metrics:
         self._file.close()
 
     def append(self, line: dict[str, Any]) -> None:
-        """Writes a line, at once."""
+        """Write a line, at once."""
         rest = json.dumps(line).encode() + b"\n"
         with writing(self.path):
             while rest:
                 rest = rest[self._file.write(rest) :]
 
     def flushed(self) -> int:
-        """The bytes of all lines, which are on the disk now."""
+        """The number of bytes of all lines, which are on the disk now."""
         with writing(self.path):
             os.fsync(self._file.fileno())
         return self._file.tell()
@@ -319,7 +320,7 @@ class _Metrics:
 
 @contextmanager
 def _stopping(wanted: bool) -> Iterator[threading.Event]:
-    """Set by Ctrl-C or SIGTERM, so that a step is finished first; a second one interrupts at once."""
+    """Set by Ctrl-C or SIGTERM, so that the current step is finished first; a second signal interrupts at once."""
     stopped = threading.Event()
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -344,7 +345,7 @@ def _besides(out: Path) -> str:
 
 
 def _with_checkpoint(error: Exception, out: Path) -> Exception:
-    """The same, with the last good checkpoint named."""
+    """The same error, with the last good checkpoint named."""
     said, besides = str(error), _besides(out)
     if not besides or besides in said:
         return error

@@ -1,4 +1,4 @@
-"""What a run begins with, in one process or on many ranks: its weights, its text, and the text that is held out."""
+"""What a run starts from, in one process or on many ranks: its weights, its text, and the held-out text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def first_model(
 
 
 def texts(data: Corpus, config: TrainConfig) -> tuple[Batches, list[Packed]]:
-    """Micro-batches to learn from, without end, and those held out that each look is at: at most one pass over them."""
+    """An endless iterator of micro-batches to train on, and the held-out ones of each validation, at most all of
+    them."""
     tokens = config.batch_tokens // config.microbatches
     sizes = dict(batch_tokens=tokens, sequence_length=config.sequence_length, seed=config.seed)
     one_pass = -(-int(document_lengths(data.validation).sum()) // tokens)
@@ -38,7 +39,7 @@ def texts(data: Corpus, config: TrainConfig) -> tuple[Batches, list[Packed]]:
 
 
 def check(model_config: Config, data: Corpus, config: TrainConfig) -> None:
-    """Raises a ValueError where text, model and recipe do not fit each other."""
+    """Raise a ValueError if text, model and recipe do not fit each other."""
     for name, documents, why in (
         ("train", data.train, "nothing to learn from"),
         ("validation", data.validation, "nothing held out"),

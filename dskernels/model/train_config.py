@@ -17,31 +17,30 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
-        batch_tokens: tokens of a step.
-        microbatches: parts that a step is run in, to save memory; a divisor of ``batch_tokens``.
-        sequence_length: longest sequence; documents are cut to it.
-        learning_rate: after the warm-up.
+        batch_tokens: tokens in a step.
+        microbatches: the parts that a step is split into, to save memory; a divisor of ``batch_tokens``.
+        sequence_length: the longest sequence; longer documents are cut.
+        learning_rate: the peak, after the warm-up.
         final_learning_rate: at the end.
-        warmup_steps: steps over which the learning rate rises.
-        decay_from: part of the steps after which the learning rate falls along a cosine and ``final_mtp_lambda``
-            counts.
-        settle_from: part of the steps after which the learning rate and the router biases stay as they are.
+        warmup_steps: steps during which the learning rate rises.
+        decay_from: fraction of the steps after which the learning rate decays along a cosine and ``final_mtp_lambda``
+            applies.
+        settle_from: fraction of the steps after which the learning rate and the router biases stay constant.
         betas: of AdamW.
         weight_decay: of AdamW, on matrices (not on norms).
         clip: largest norm of the gradient.
-        bias_update_rate: gamma, how far `update_bias` moves the router biases at each step.
-        balance_alpha: factor of the sequence-wise balance loss.
+        bias_update_rate: gamma, by how much `update_bias` moves the router biases at each step.
+        balance_alpha: weight of the sequence-wise balance loss.
         mtp_lambda: weight of the MTP loss.
         final_mtp_lambda: its weight after ``decay_from``.
-        precision: "bf16"; "fp8" for linear layers and experts in e4m3 and the rest in bf16; "fp32". With the first two
+        precision: "bf16"; "fp8" for linear layers and experts in e4m3 and the rest in bf16; "fp32". With the first two,
             the optimiser keeps fp32 copies of the parameters, and its moments in bf16.
-        recompute: keep less between forward and backward and compute it again (norms, up-projections, SwiGLU).
-        ema: decay of an average of the masters, kept in fp32 on the CPU and exported beside the model; 0 for none. It
-            is updated every `EMA_EVERY` steps, by the decay of so many.
+        recompute: save less for the backward and compute it again (norms, up-projections, SwiGLU).
+        ema: decay of an average of the masters, which is kept in fp32 on the CPU and exported with the model; 0 for
+            none. It is updated every `EMA_EVERY` steps, by the decay of that many steps.
         seed: of the initial weights and of the order of the text.
-        validate_every: steps between two looks at the held-out text; there is one before the first step and one after
-            the last too.
-        validation_batches: batches of it, of ``batch_tokens / microbatches`` tokens each.
+        validate_every: steps between two validations; there is also one before the first step and one after the last.
+        validation_batches: batches in a validation, of ``batch_tokens / microbatches`` tokens each.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -105,11 +104,11 @@ class TrainConfig:
 
     @property
     def moments(self) -> torch.dtype:
-        """Of the moments: bf16, as in the report, but for a model that is fp32 throughout."""
+        """Dtype of the moments: bf16, as in the report, unless the whole model is fp32."""
         return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     def learning_rate_at(self, step: int) -> float:
-        """Of a step, counted from 0: linear warm-up, constant, cosine, constant."""
+        """The learning rate of a step, counted from 0: linear warm-up, constant, cosine, constant."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
         decay, settle = self.decay_from * self.steps, self.settle_from * self.steps

@@ -1,5 +1,5 @@
-"""A training step as a CUDA graph: the device is not kept waiting for the host, which takes longer to launch a small
-model's step than the device to compute it."""
+"""A training step as a CUDA graph: launching the step of a small model takes the host longer than the device
+computes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from dskernels.model.capture import aside, capturing, mode, stream_of
 from dskernels.model.data import Packed
 
-FEWEST = 16  # sequences that a graph is made for
+FEWEST = 16  # graphs are made for at least this many sequences
 
 
 class Inputs(NamedTuple):
-    """All of a step that is another at the next one, on its device.
+    """Everything about a step that changes from one to the next, on its device.
 
     Attributes:
-        text: the microbatches.
-        shares: of each its part of the predictions, fp32 ``[]``.
+        text: the micro-batches.
+        shares: for each its share of the predictions, fp32 ``[]``.
         learning_rate: fp32 ``[]``.
         mtp_lambda: fp32 ``[]``, weight of the MTP loss.
         moving: fp32 ``[]``, 1 while router biases move, else 0.
@@ -44,15 +44,16 @@ class StepGraphs:
     """Runs steps as CUDA graphs, one for each kind.
 
     A kind is what the host decides: whether MTP modules run, which implementations, and the number of sequences of each
-    microbatch, rounded up to a power of two by sequences without tokens. The first step of a kind runs as it stands
-    (what is compiled, loaded or kept cannot be within a capture), on the stream that the second one is captured on:
-    the accumulators of gradients belong to the stream of the step that made them, and where anything keeps one alive
-    it would bring another stream into the capture. The second one and all others are replays. The graphs share their
-    memory: one runs at a time, and only its numbers stay.
+    micro-batch, rounded up to a power of two with empty sequences. The first step of a kind runs normally (compiling,
+    loading and caching are not possible during a capture), on the stream on which the second one is captured: gradient
+    accumulators belong to the stream of the step that made them, and if anything kept one alive, it would bring another
+    stream into the capture. The second step and all later ones are replays. The graphs share their memory: only one
+    runs at a time, and only its numbers remain.
 
     Args:
-        step: all of a step: reads and writes only what stays where it is, gives its numbers in a new tensor.
-        parameters: what it writes. Whoever keeps something made of them goes by their version, which a replay moves.
+        step: a whole step: it only reads and writes tensors at fixed addresses, and returns its numbers in a new
+            tensor.
+        parameters: what it writes. Caches of things made from them compare versions, which a replay has to increment.
     """
 
     def __init__(self, step: Callable[[Inputs, bool], Tensor], parameters: Sequence[Tensor]) -> None:
@@ -65,12 +66,12 @@ class StepGraphs:
         """The numbers of a step.
 
         Args:
-            text: microbatches, on the CPU.
+            text: micro-batches, on the CPU.
             numbers: see `Inputs.of`, on the CPU.
             mtp: whether MTP modules run.
 
         Raises:
-            RuntimeError: the step does what cannot be in a graph.
+            RuntimeError: the step contains something that cannot be captured.
         """
         text = [padded(batch) for batch in text]
         key = (mtp, mode(), *(tuple(x.shape for x in batch) for batch in text))
@@ -86,24 +87,24 @@ class StepGraphs:
         return kind.values.clone()  # the next replay overwrites them
 
     def _first(self, inputs: Inputs, mtp: bool) -> Tensor:
-        """The numbers of a step that runs as it stands."""
+        """The numbers of a step that runs normally."""
         if self.device.type != "cuda":
             return self.step(inputs, mtp)
         current, stream = torch.cuda.current_stream(self.device), stream_of(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             values = self.step(inputs, mtp)
-        # What it allocated and freed is used again on its own stream alone, which waits for this one each time.
+        # Memory that it allocated and freed is only used again on its own stream, which waits for this one each time.
         current.wait_stream(stream)
         return values
 
     def _capture(self, inputs: Inputs, mtp: bool) -> tuple[Tensor, torch.cuda.CUDAGraph]:
-        """The graph of a step, which does not run, and where its numbers will be."""
+        """Capture the graph of a step, which does not run it; returns the graph and the tensor of its numbers."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.current_stream(self.device).synchronize()
-        gc.collect()  # what is left of a step's backward graph holds memory that the capture wants
-        torch.cuda.empty_cache()  # the graph has memory of its own for what the step before it took
+        gc.collect()  # leftovers of a step's backward hold memory that the capture needs
+        torch.cuda.empty_cache()  # the graph has memory of its own for what the step before used
         graph = torch.cuda.CUDAGraph()
         stream = stream_of(self.device)
         with aside(stream, "cuda_graph: a step", "cuda_graph=False runs without"), capturing(graph, self._pool):
@@ -112,12 +113,12 @@ class StepGraphs:
 
 
 class Kind:
-    """Steps of one kind: where their inputs lie, and their graph once there is one.
+    """Steps of one kind: the addresses of their inputs, and their graph once there is one.
 
     Attributes:
         inputs: of the step that runs, on the device.
         graph: None before the second step.
-        values: the numbers that it gives.
+        values: the numbers that it produces.
     """
 
     graph: torch.cuda.CUDAGraph | None = None
@@ -129,14 +130,14 @@ class Kind:
         self.fill(text, numbers)
 
     def fill(self, text: Sequence[Packed], numbers: Tensor) -> None:
-        """Takes the inputs of the next step; the host does not wait for the one that runs."""
+        """Copy in the inputs of the next step; the host does not wait for the one that runs."""
         inputs = [self._numbers, *(tensor for batch in self.inputs.text for tensor in batch)]
         for here, there in zip(inputs, [numbers, *(tensor for batch in text for tensor in batch)], strict=True):
             here.copy_(there.pin_memory() if here.is_cuda else there, non_blocking=True)
 
 
 def padded(batch: Packed) -> Packed:
-    """The batch with sequences without tokens behind its own, to a power of two of them: no loss changes by a bit."""
+    """The batch with empty sequences appended, up to a power of two of them; no loss changes by a bit."""
     sequences = batch.cu_seqlens.shape[0] - 1
     more = max(FEWEST, 1 << (sequences - 1).bit_length()) - sequences
     return Packed(batch.tokens, torch.cat((batch.cu_seqlens, batch.cu_seqlens[-1:].expand(more))))

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: everything that the next step depends on, whole or not there at all.
+"""Checkpoints of a run: everything that the next step depends on, complete or absent.
 
-Safetensors and JSON: `torch.distributed.checkpoint` keeps its metadata as a pickle, which runs what it holds when it is
-read. A folder ``checkpoints/step-00000120`` has ``state.json`` and files of tensors, by parameter name: the masters (of
-which the parameters are the rounded copy), both moments, the average if there is one, the router biases, and the state
-that the order of the text was drawn from. Nothing else is random in a step.
+They are safetensors and JSON: `torch.distributed.checkpoint` stores its metadata as a pickle, which can execute code
+when it is read. A folder ``checkpoints/step-00000120`` has ``state.json`` and files of tensors, by parameter name: the
+masters (the parameters are their rounded copy), both moments, the average if there is one, the router biases, and the
+generator state from which the order of the text was drawn. Nothing else in a step is random.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHARD = 2_000_000_000  # bytes of a file, and of what the host holds while it is
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, the newest first."""
+    """The complete checkpoints of a run, newest first."""
     folder = Path(run) / FOLDER
     found = folder.iterdir() if folder.is_dir() else ()
     named = [path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and (path / STATE_FILE).is_file()]
@@ -39,20 +39,20 @@ def checkpoints(run: str | Path) -> list[Path]:
 def write_checkpoint(
     run: str | Path, step: int, about: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]], *, keep: int
 ) -> Path:
-    """Writes the checkpoint of a step, then removes all but the ``keep`` newest.
+    """Write the checkpoint of a step, then remove all but the ``keep`` newest.
 
-    It is written to a folder of another name, flushed to the disk, and renamed: whenever the machine stops, each folder
-    that `checkpoints` finds is whole.
+    It is written to a folder with another name, flushed to the disk, and renamed: whenever the machine stops, each
+    folder that `checkpoints` finds is complete.
 
     Args:
         run: the run's folder.
         step: how many steps have been made.
-        about: what ``state.json`` is to hold.
+        about: the content of ``state.json``.
         tensors: names and tensors, on any device; each is copied when its turn comes.
         keep: at least 1.
 
     Raises:
-        OSError: as from a full disk. The checkpoints that were there stay.
+        OSError: such as a full disk. The checkpoints that were there remain.
     """
     last = next(iter(checkpoints(run)), None)
     besides = f"the last good checkpoint is {last}" if last else ""
@@ -84,7 +84,7 @@ def write_checkpoint(
 
 
 def remove_checkpoints(run: str | Path) -> None:
-    """Removes all of a run, and what an interrupted writing left."""
+    """Remove all checkpoints of a run, and the leftovers of an interrupted one."""
     for path in checkpoints(run):
         _remove(path)
     shutil.rmtree(Path(run) / FOLDER, ignore_errors=True)
@@ -104,7 +104,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, files: list[str], into: Mapping[str, Tensor]) -> None:
-    """Copies a checkpoint's tensors to where they belong.
+    """Copy a checkpoint's tensors to where they belong.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -134,12 +134,12 @@ def read_tensors(path: Path, files: list[str], into: Mapping[str, Tensor]) -> No
 
 
 def _without(path: Path) -> str:
-    """What a user can do about a damaged checkpoint: there may be one before it."""
+    """What a user can do about a damaged checkpoint: there may be an earlier one."""
     before = [other for other in checkpoints(path.parent.parent) if other != path]
     return f"; with {path} removed, the run goes on from {before[0]}" if before else ""
 
 
 def _remove(path: Path) -> None:
-    """First of all what makes it one, so that half of one is none."""
+    """Remove a checkpoint, beginning with the file that makes it one, so that half of one never counts."""
     (path / STATE_FILE).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

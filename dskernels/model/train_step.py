@@ -1,4 +1,5 @@
-"""One training step: forward, backward, update of the parameters and of the router biases; nothing waits for it."""
+"""One training step: forward, backward, update of the parameters and of the router biases, without waiting for the
+device."""
 
 from __future__ import annotations
 
@@ -20,21 +21,21 @@ from dskernels.model.throughput import peak_flops, peak_memory, step_flops
 from dskernels.model.train_config import TrainConfig
 from dskernels.model.train_graph import Inputs, StepGraphs
 
-Mark = float | torch.cuda.Event  # a moment: of the host's clock, or when the GPU gets there
-# Of a line, what another machine or another day changes.
+Mark = float | torch.cuda.Event  # a moment: by the host's clock, or when the GPU gets there
+# The fields of a line that differ on another machine or another day.
 MEASURED = ("tokens_per_second", "mfu", "memory_gb")
 
 
 class Stepper:
     """Runs the steps of one model.
 
-    A step that meets a loss or a gradient that is not finite changes nothing, and no step after it does: the device
-    itself decides, since the host hears of it one step later.
+    A step that meets a loss or a gradient that is not finite changes nothing, and neither does any step after it: the
+    device itself decides this, since the host learns of it one step later.
 
     Args:
-        model: to train.
+        model: the model to train.
         optimizer: of its parameters.
-        config: how.
+        config: how to train.
         cuda_graph: replay each step as a CUDA graph, see `StepGraphs`. Its numbers have the same bits.
     """
 
@@ -52,11 +53,11 @@ class Stepper:
         return self.update(*self._backward(inputs, mtp), inputs.learning_rate, inputs.moving)
 
     def rest(self) -> None:
-        """Something else than steps comes next, whose time is not to count as theirs."""
+        """Something other than a step comes next, and its time is not to count as that of a step."""
         self.last = None
 
     def start(self, text: Sequence[Packed], step: int) -> Pending:
-        """Everything of step ``step``, from 0, over these microbatches."""
+        """Launch step ``step`` (counted from 0) over these micro-batches."""
         begin = self._mark() if self.last is None else self.last
         with_mtp = self.config.mtp_lambda_at(step) > 0
         numbers = self._numbers(text, step)
@@ -73,14 +74,14 @@ class Stepper:
         return Pending(step, text, values, begin, self.last, flops)
 
     def _numbers(self, text: Sequence[Packed], step: int) -> Tensor:
-        """What `Inputs.of` takes."""
+        """The numbers that `Inputs.of` takes."""
         config = self.config
         moving = float(config.bias_update_rate_at(step) > 0)
         numbers = config.learning_rate_at(step), config.mtp_lambda_at(step), moving, *shares(text)
         return torch.tensor(numbers, dtype=torch.float32)
 
     def backward(self, text: Sequence[Packed], step: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of the step, and the load of each layer's experts; the optimiser has the gradients."""
+        """Losses of the step, and the load of each layer's experts; leaves the gradients in the optimiser."""
         inputs = Inputs.of([batch.to(self.device) for batch in text], numbers)
         return self._backward(inputs, self.config.mtp_lambda_at(step) > 0)
 
@@ -90,7 +91,7 @@ class Stepper:
         for batch, share in zip(inputs.text, inputs.shares, strict=True):
             output = model(*batch, mtp=mtp)
             parts = losses(output, batch, model.config, balance_alpha=config.balance_alpha)
-            # Microbatches hold different numbers of predictions; the loss is the mean over all of them.
+            # Micro-batches contain different numbers of predictions; the loss is the mean over all of them.
             parts = Losses(parts.main * share, parts.mtp * share, parts.balance / len(inputs.text))
             (parts.main + inputs.mtp_lambda * parts.mtp + parts.balance).backward()
             self.optimizer.collect()
@@ -99,14 +100,14 @@ class Stepper:
         return sums, load
 
     def update(self, sums: Tensor, load: Tensor, learning_rate: Tensor, moving: Tensor) -> Tensor:
-        """Updates parameters and biases, and gives the numbers of the step; reads and writes on the device alone."""
+        """Update parameters and biases; returns the numbers of the step. It only reads and writes on the device."""
         config, optimizer = self.config, self.optimizer
         norm = optimizer.norm()
         numbers = torch.stack([*sums, norm])
-        # Not their sum, which may overflow; 0 times what is not finite is NaN.
+        # Not their sum, which may overflow: 0 times a number that is not finite is NaN.
         self.failed.copy_(torch.maximum(self.failed, (numbers * 0).sum().ne(0).float()))
         optimizer.step(learning_rate, clipping(norm, config.clip), self.failed)
-        moved = load * (moving * (1 - self.failed)).to(load.dtype)  # where all are even no bias moves
+        moved = load * (moving * (1 - self.failed)).to(load.dtype)  # if all loads are equal, no bias moves
         for moe, moe_load in zip(self.model.moe_layers, moved, strict=True):
             if moe.gate.e_score_correction_bias is not None:
                 ds.update_bias(moe.gate.e_score_correction_bias, moe_load, config.bias_update_rate)
@@ -114,10 +115,10 @@ class Stepper:
         return torch.cat([numbers, self.failed[None], busiest])
 
     def finish(self, pending: Pending) -> dict[str, Any]:
-        """The line of the metrics of a step, once the device has done it.
+        """The line of the metrics of a step, once the device has finished it.
 
         Raises:
-            FloatingPointError: it met something that is not finite; the message names the first such tensor.
+            FloatingPointError: it met a number that is not finite; the message names the first such tensor.
         """
         if isinstance(pending.end, torch.cuda.Event):
             pending.end.synchronize()
@@ -142,7 +143,7 @@ class Stepper:
         )
 
     def _mark(self) -> Mark:
-        """Now, by the clock of the device."""
+        """Mark this moment by the clock of the device."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -150,7 +151,8 @@ class Stepper:
         return event
 
     def _culprit(self, pending: Pending) -> str:
-        """The parameters are those before the step, so that it fails again in the same way, and can be looked at."""
+        """The first tensor that is not finite. The parameters are those before the step, so it fails again in the
+        same way."""
 
         def gradients() -> dict[str, Tensor]:
             numbers = on_device(self._numbers(pending.text, pending.step), self.device)
@@ -162,13 +164,13 @@ class Stepper:
 
 @dataclass(frozen=True)
 class Pending:
-    """A step that the device may still be at.
+    """A step that the device may still be running.
 
     Attributes:
-        step: from 0.
-        text: its microbatches, on the CPU.
+        step: counted from 0.
+        text: its micro-batches, on the CPU.
         values: its numbers, on their way to the CPU.
-        begin: when the step before it ended, or this one began if there was none just before it.
+        begin: when the preceding step ended, or when this one began if there was none just before it.
         end: when the numbers are there.
         flops: operations of forward and backward.
     """
@@ -182,21 +184,21 @@ class Pending:
 
     @property
     def seconds(self) -> float:
-        """From begin to end."""
+        """The time from begin to end."""
         if isinstance(self.begin, float) or isinstance(self.end, float):
             return max(float(self.end) - float(self.begin), 1e-9)  # type: ignore[arg-type]
         return self.begin.elapsed_time(self.end) / 1000
 
 
 def shares(text: Sequence[Packed]) -> list[float]:
-    """The part of each microbatch in the predictions of all."""
+    """The share of each micro-batch in all predictions."""
     predictions = [int(batch.predictions) for batch in text]
     return [here / max(sum(predictions), 1) for here in predictions]
 
 
 @torch.no_grad()
 def evaluate(model: DeepseekV3, held_out: Sequence[Packed]) -> dict[str, Any]:
-    """Losses on held-out text, and which experts it went to; see `train` for the names."""
+    """Losses on held-out text, and the load of the experts; see `train` for the names."""
     device = model.embed_tokens.weight.device
     total, load, predictions = torch.zeros(2, device=device), no_load(model), 0
     for batch in held_out:
@@ -217,6 +219,6 @@ def no_load(model: DeepseekV3) -> Tensor:
 
 
 def count(load: Tensor, output: Output) -> None:
-    """Adds a pass to the load of each layer; MTP modules that did not run add none."""
+    """Add a pass to the load of each layer; MTP modules that did not run add none."""
     if output.routers:
         load[: len(output.routers)] += torch.stack([router.routing.load for router in output.routers])
