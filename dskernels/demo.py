@@ -1,7 +1,7 @@
-"""The library end to end on any machine, in a few minutes: ``python -m dskernels.demo``, or ``make demo``.
+"""The whole library on any machine, in a few minutes: ``python -m dskernels.demo``, or ``make demo``.
 
-What would run here and why; every kernel against its reference; then a small DeepSeek-V3 trained on the Python
-standard library, saved, loaded back, and asked to write code with the paged latent cache, with and without drafting.
+It shows what would run here and why, and compares every kernel with its reference. Then it trains a small DeepSeek-V3
+on the Python standard library, saves it, loads it back, and lets it write code with and without MTP drafts.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from dskernels.model.progress import TrainingProgress
 from dskernels.model.train import DEMO, History, train
 
 PROMPTS = ("class ", "def ", "        return ")
-# So small a model gains little from a second thread (0.11 s a step instead of 0.16). Where somebody else uses a core
-# too, threads that spin while they wait for one another make it seconds.
+# Such a small model gains little from a second thread (0.11 s a step instead of 0.16). If another process uses a core
+# too, threads that spin while waiting for one another turn this into seconds.
 THREADS = 1
 
 PAGES = 64  # of 64 tokens: room for all prompts of a kind at once
@@ -97,9 +97,9 @@ def _train(corpus: Corpus, out: Path, steps: int) -> tuple[History, float]:
 
 
 def _generate(model: DeepseekV3, corpus: Corpus) -> bool:
-    """Goes on with held-out files with and without drafting, and says whether both ways wrote the same."""
+    """Continue held-out files with and without drafts; returns whether both wrote the same."""
     long = [document for document in corpus.validation if len(document) > 2000]
-    # Of different lengths, from the middle of a file: what follows is seldom the same twice.
+    # Of different lengths, from the middle of a file, so that the continuations differ.
     passages = [document[1000 : 1100 + 10 * i].tolist() for i, document in enumerate(long[:8])]
     plain, plain_speed = _write(model, passages, max_new_tokens=64)
     drafting, drafting_speed = _write(model, passages, max_new_tokens=64, drafts=1)
@@ -126,7 +126,7 @@ def _write(model: DeepseekV3, prompts: list[list[int]], **options: Any) -> tuple
     weight = model.embed_tokens.weight
     cache = LatentCache(model.config, pages=PAGES, dtype=weight.dtype, device=weight.device)
     options |= {"cache": cache, "prefix_sharing": False}
-    if weight.is_cuda:  # kernels are compiled and graphs made, which stay with the cache
+    if weight.is_cuda:  # kernels are compiled, and graphs captured, which stay with the cache
         for _ in zip(range(3), generate(model, prompts, **options), strict=False):
             pass
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The command `dskernels`: what runs here, does it agree with the references, train, generate."""
+"""The command `dskernels`: what would run here, whether it agrees with the references, training, generation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ app = typer.Typer(
 )
 console = Console()
 EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, torch.OutOfMemoryError)
-# What typer raises for a wrong option; the class is click's, of which typer has its own copy since 0.25.
+# The class of typer's usage errors. It is click's, of which typer has its own copy since 0.25.
 USAGE: Any = typer.BadParameter.__mro__[2]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -92,12 +92,12 @@ def parity(
 ) -> None:
     """Run every kernel against its reference here, and show the differences.
 
-    Without a GPU the kernels run in Triton's interpreter. The difference is 1 - 2 sum(xy) / sum(x^2 + y^2) in fp64, the
-    largest over all results (and gradients); integer results must be equal. Exits with 1 if a case is beyond its
-    tolerance.
+    Without a GPU, the kernels run in Triton's interpreter. The difference is 1 - 2 sum(xy) / sum(x^2 + y^2) in fp64,
+    the largest over all results (and gradients); integer results must be equal. Exits with status 1 if a case is beyond
+    its tolerance.
     """
     if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported, which is after this
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is first imported, which happens below
     from dskernels.choice import reason_of_device
     from dskernels.device import default_device
     from dskernels.parity import FAMILIES, all_cases, check
@@ -179,7 +179,8 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; what a user can get wrong ends in one line on stderr: exit status 1, or 2 for a wrong option."""
+    """Run the command. Whatever a user can get wrong is one line on stderr and exit status 1, or 2 for a wrong
+    option."""
     try:
         sys.exit(app(standalone_mode=False, prog_name="dskernels") or 0)
     except USAGE as error:
@@ -188,7 +189,7 @@ def main() -> None:
         else:
             context = getattr(error, "ctx", None)
             said = error.format_message().rstrip(".")
-            if context is not None:  # "Did you mean 'doctor'?" has its mark already
+            if context is not None:  # "Did you mean 'doctor'?" has its punctuation already
                 said += f"{'' if said.endswith('?') else '.'} See {context.command_path} --help."
             _say(said)
         sys.exit(error.exit_code)
@@ -208,5 +209,5 @@ def main() -> None:
 def _say(text: str) -> None:
     line = " ".join(text.split())
     if together.tell_torchrun(line) and not together.speaks():
-        return  # most often all ranks would say the same
+        return  # usually all ranks would say the same
     Console(stderr=True).print(f"[red]error:[/red] {escape(line)}", highlight=False, soft_wrap=True)

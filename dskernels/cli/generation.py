@@ -1,4 +1,4 @@
-"""``dskernels generate``: text from a checkpoint, as it comes, as a conversation, or for a file of prompts."""
+"""``dskernels generate``: text from a checkpoint, a conversation, or the answers to a file of prompts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ torchrun --nproc-per-node 2 -m dskernels generate run --prompt "def "
 """
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAGE = 64
-CONVERSATION = 8192  # tokens that a conversation has room for at first, 0.58 GB of DeepSeek-V3
-# Text goes to stdout and nothing else does.
+CONVERSATION = 8192  # tokens that a conversation has room for at first: 0.58 GB with DeepSeek-V3
+# Only the text goes to stdout.
 console = Console(stderr=True)
 
 
@@ -89,7 +89,7 @@ def generate(
     ] = None,
 ) -> None:
     """Continue a text, answer in a conversation, or work through a file of prompts, and show the speed."""
-    # All that can be wrong is looked at before the weights are read, which may take minutes.
+    # Everything that can be wrong is checked before the weights are read, which may take minutes.
     from dskernels.cli.prompts import Prompt, read_prompts
     from dskernels.model import ChatTemplate, Sampling, tokenizer_of
     from dskernels.model.tokens import end_tokens
@@ -165,7 +165,7 @@ def generate(
 
 @dataclass
 class _Writer:
-    """Text by one model with one set of options."""
+    """Writes texts with one model and one set of options."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -173,19 +173,19 @@ class _Writer:
     options: dict[str, Any]
     seed: int
     model: DeepseekV3 | None = None
-    cache: LatentCache | None = None  # of a conversation, whose turns begin alike
+    cache: LatentCache | None = None  # of a conversation: each turn begins with the earlier ones
 
     def tokens(self, text: str) -> list[int]:
-        """A text as a prompt, or what is said as the next turn of the conversation."""
+        """The tokens of a prompt or, with a template, of the next turn of the conversation."""
         if self.template is None:
             return self.tokenizer.encode(text)
         prompt = self.template.render([*self.messages, {"role": "user", "content": text}])
-        return self.tokenizer.encode(prompt, special=False)  # the template has them
+        return self.tokenizer.encode(prompt, special=False)  # the template contains the special tokens
 
     def write(self, tokens: list[int], before: str = "") -> str:
-        """Prints a continuation behind what comes before it, or an answer, as it comes, then the speed."""
+        """Print a continuation (after ``before``) or an answer as it comes, then the speed; returns the new text."""
         start, first, count, answer = time.perf_counter(), 0.0, 0, ""
-        warm, before_that = start, 0  # when the second step was there, before which graphs are made, and tokens by then
+        warm, before_that = start, 0  # time of, and tokens before, the third step: earlier ones capture graphs
         stream = self._stream([tokens], cache=self.cache)
         print(before, end="", flush=True)
         try:
@@ -196,7 +196,7 @@ class _Writer:
                     warm, before_that = time.perf_counter(), count
                 print(step.deltas[0], end="", flush=True)
                 answer += step.deltas[0]
-        finally:  # Ctrl-C too ends the line and gives the pages back
+        finally:  # also after Ctrl-C: end the line, give the pages back
             stream.close()
             print(flush=True)
         speed = (count - before_that) / (time.perf_counter() - warm)
@@ -205,7 +205,7 @@ class _Writer:
         return answer
 
     def talk(self, said: str | None) -> None:
-        """Turn by turn until Ctrl-D; Ctrl-C ends an answer."""
+        """Converse until Ctrl-D; Ctrl-C ends an answer."""
         with suppress(ImportError):
             import readline  # noqa: F401 - with it, input() edits and remembers lines
         console.print("[dim]Ctrl-D ends the conversation, Ctrl-C an answer.[/dim]", highlight=False)
@@ -231,7 +231,7 @@ class _Writer:
             said = None
 
     def work_through(self, prompts: list[Any], file: TextIO) -> None:
-        """Writes a line for each prompt, in their order, as soon as it and those before it are done."""
+        """Write a line for each prompt, in order, as soon as it and those before it are done."""
         start, count, next_line = time.perf_counter(), 0, 0
         stream = self._stream([prompt.tokens for prompt in prompts])
         columns = (TextColumn("prompts"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"))
@@ -256,7 +256,8 @@ class _Writer:
         return prompt.answered(stream.texts[index], len(tokens), "stop" if stopped else "length")
 
     def _make_room(self, tokens: int) -> None:
-        """A cache that the turns share: what was said is not computed again, unless it has outgrown the pages."""
+        """Make sure that the cache shared by all turns has room; only if it is too small are earlier turns computed
+        again."""
         from dskernels.model import LatentCache
 
         model = self._loaded()
@@ -276,7 +277,7 @@ class _Writer:
     def _stream(self, prompts: list[list[int]], **options: Any) -> TextStream:
         from dskernels.model import stream_text
 
-        # One seed each: a text does not depend on those beside it.
+        # Each prompt has its own seed, so a text does not depend on those beside it.
         seeds = [self.seed + i for i in range(len(prompts))]
         return stream_text(self._loaded(), self.tokenizer, prompts, seed=seeds, **self.options, **options)
 
@@ -288,7 +289,7 @@ class _Writer:
 
 
 def _description(path: Path, fp8: bool | None, draft: int) -> tuple[Any, dict[str, Any]]:
-    """The config, and how to load the model."""
+    """The config, and the arguments to load the model with."""
     from dskernels.model import Config
     from dskernels.model.config import read_json
 
@@ -303,7 +304,7 @@ def _description(path: Path, fp8: bool | None, draft: int) -> tuple[Any, dict[st
         raise ValueError(f"--draft: {path} has no MTP module to draft with")
     if fp8 is None:
         fp8 = bool(read_json(path / "config.json").get("quantization_config"))
-    # Nobody else needs an MTP module, 11.6 GB of DeepSeek-V3's.
+    # The MTP module is only needed for drafts; DeepSeek-V3's has 11.6 GB.
     return config, {"fp8": fp8, "mtp": bool(draft)}
 
 
@@ -321,11 +322,11 @@ def _device(name: str | None) -> torch.device:
 
 
 def _load(path: Path, device: torch.device, settings: dict[str, Any]) -> DeepseekV3:
-    """Reads the model behind a bar."""
+    """Read the model, with a progress bar."""
     from dskernels.model import load
 
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    # A bar that is not drawn would still leave its line break.
+    # A bar that is not drawn would still print its line break.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
         return load(
@@ -335,7 +336,7 @@ def _load(path: Path, device: torch.device, settings: dict[str, Any]) -> Deepsee
 
 @contextmanager
 def _opened(out: Path | None) -> Iterator[TextIO]:
-    """The file that is written to, or stdout; the first of many ranks writes."""
+    """The file that is written to, or stdout; of several ranks only the first writes."""
     if out is None:
         yield sys.stdout
         return

@@ -1,4 +1,4 @@
-"""A file of prompts, one a line, and the lines that answer them."""
+"""A file of prompts, one per line, and the lines that answer them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Prompt:
 
     Attributes:
         where: file and line, for messages.
-        values: what stood in the line, which the answer repeats.
-        tokens: what the model sees.
+        values: the content of the line, which the answer repeats.
+        tokens: what the model is given.
     """
 
     where: str
@@ -28,10 +28,10 @@ class Prompt:
     tokens: list[int]
 
     def check(self, max_new_tokens: int, context: int) -> None:
-        """Whether it is not empty, and it and its answer fit the model.
+        """Check that the prompt is not empty, and that it fits the model's context together with its answer.
 
         Raises:
-            ValueError: it is, or they do not.
+            ValueError: one of these does not hold.
         """
         if not self.tokens:
             raise ValueError(f"{self.where}: the prompt is empty")
@@ -42,7 +42,7 @@ class Prompt:
             )
 
     def answered(self, text: str, tokens: int, finish_reason: str) -> str:
-        """The line with the answer."""
+        """The line of JSON with the answer."""
         answer = {"text": text, "tokens": tokens, "finish_reason": finish_reason}
         return json.dumps({**self.values, **answer}, ensure_ascii=False)
 
@@ -54,19 +54,19 @@ def read_prompts(
     tokenizer: Tokenizer,
     before: list[dict[str, Any]],
 ) -> list[Prompt]:
-    """The prompts of a file.
+    """Read the prompts of a file.
 
     Args:
-        file: with a prompt in each line, or a JSON object with "prompt" or "messages" (the first line tells which);
-            ``-`` is stdin. Empty lines are left out.
-        said: the template that makes a conversation of every prompt, None to continue them as they are.
-        template: the one for messages.
+        file: has a prompt in each line, or a JSON object with "prompt" or "messages" (the first line decides which);
+            ``-`` is stdin. Empty lines are skipped.
+        said: the template that makes every prompt a conversation; None to continue prompts as they are.
+        template: the template for messages.
         tokenizer: the model's.
-        before: messages that come before every conversation that does not begin with one of the system.
+        before: messages to put before every conversation that does not begin with a system message.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no text, or a line is not what it should be; the message names it.
+        ValueError: it is not text, or a line is not as described; the message names it.
     """
     name = "stdin" if str(file) == "-" else str(file)
     try:
@@ -77,7 +77,7 @@ def read_prompts(
         raise ValueError(f"{name}: a folder, expected a file of prompts") from None
     except UnicodeDecodeError:
         raise ValueError(f"{name}: not text in UTF-8") from None
-    # Not splitlines: a prompt may hold a form feed or a line separator.
+    # Not splitlines: a prompt may contain a form feed or a line separator.
     lines = [
         (f"{name}, line {n}", line) for n, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1) if line.strip()
     ]

@@ -1,4 +1,5 @@
-"""``torchrun ... -m dskernels train`` and ``generate``: the same commands on many ranks, of which the first speaks."""
+"""``torchrun ... -m dskernels train`` and ``generate``: the same commands on many ranks, of which only the first
+prints."""
 
 from __future__ import annotations
 
@@ -22,17 +23,18 @@ if TYPE_CHECKING:
 
 
 def ranks() -> int:
-    """How many ranks torchrun has started; 1 without it."""
+    """The number of ranks that torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def speaks() -> bool:
-    """Whether this rank writes and says things: the first, or the only one."""
+    """Whether this rank writes and prints: the first, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def tell_torchrun(error: str) -> bool:
-    """Hands what ended this rank to torchrun, whose report on all ranks comes last; false without torchrun."""
+    """Pass the error that ended this rank to torchrun, which reports on all ranks at the end; false without
+    torchrun."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is not None:
         said = {"message": f"error: {error}", "timestamp": int(time.time())}
@@ -41,9 +43,10 @@ def tell_torchrun(error: str) -> bool:
 
 
 def parse_plan(text: str | None, count: int) -> Plan:
-    """``data=2,expert=4`` as a `Plan` for so many ranks; by default each has its own text and all share the experts.
+    """Read ``data=2,expert=4`` as a `Plan` for this number of ranks; by default every rank has its own text and all
+    share the experts.
 
-    Two words may follow: ``gathered`` is ``reshard=False``, ``overlap`` is that and ``overlap=True``.
+    Two words may follow: ``gathered`` means ``reshard=False``, ``overlap`` means that and ``overlap=True``.
 
     Raises:
         ValueError: it cannot be read, or is for another number of ranks.
@@ -69,7 +72,7 @@ def parse_plan(text: str | None, count: int) -> Plan:
 
 
 def start(plan: Plan, device: str | None, console: Console) -> Team:
-    """Joins the ranks; all but the first are quiet from now on."""
+    """Join the ranks; all but the first print nothing from now on."""
     from dskernels.model.parallel.plan import Team
 
     team = Team.start(plan, device)
@@ -95,7 +98,7 @@ def train(
     keep: int,
     resume: bool | None,
 ) -> None:
-    """Trains on all ranks, and shows the table on the first."""
+    """Train on all ranks, and show the table on the first."""
     from dskernels.cli import training
     from dskernels.model.parallel.training import train as run
     from dskernels.model.progress import TrainingProgress
@@ -108,7 +111,7 @@ def train(
     team = start(split, device, console)
     chief = dist.get_rank() == 0
     split.check(training.shape_of(config), ranks())
-    if not chief:  # the first makes the tokens, which the others then read
+    if not chief:  # the first rank writes the tokens, then the others read them
         dist.barrier()
         data = [out / training.TOKENS] if not (data and len(data) == 1 and _tokens(data[0])) else data
     begun = training.begin(config, data, out, tokenizer, held_out, init, recipe, resume, writes=chief)
@@ -126,7 +129,7 @@ def train(
 
 
 def load(path: Path, device: str | None, settings: dict[str, Any], console: Console) -> DeepseekV3:
-    """A model of which each rank has its part, to generate with."""
+    """A model for generation, of which each rank has its part."""
     from dskernels.model import load as read
     from dskernels.model.parallel.decode import parallelize_decode
     from dskernels.model.parallel.plan import Plan

@@ -1,4 +1,4 @@
-"""``dskernels train`` and ``dskernels plot``: a run, and pictures of runs."""
+"""``dskernels train`` and ``dskernels plot``: training runs, and pictures of them."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def train(
         return
     begun = begin(config, data, out, tokenizer, held_out, init, recipe, resume)
     found = begun.checkpoint
-    # What imports have made stays: to look through it again and again would cost time in every step.
+    # Imported modules stay alive anyway: scanning them at every garbage collection would slow down each step.
     gc.collect()
     gc.freeze()
     with ExitStack() as stack:
@@ -288,7 +288,7 @@ def plot(
 
 
 class Begun(NamedTuple):
-    """What a run is begun with, or gone on with from a checkpoint."""
+    """What a run starts from, or resumes from."""
 
     model: Config
     corpus: Corpus
@@ -308,7 +308,7 @@ def begin(
     *,
     writes: bool = True,
 ) -> Begun:
-    """Finds or makes all that a run needs, says what it is, and writes it down where the run is new."""
+    """Find or make everything that a run needs, print what it is, and record it if the run is new."""
     from dskernels.model.train_state import checkpoints
 
     shape = shape_of(config)
@@ -331,8 +331,10 @@ def begin(
 
 
 def _of_init(init: Path | None, config: str | None, tokenizer: str | None, again: Path | None) -> tuple[str, str]:
-    """Which model and which tokenizer, where those of the first weights are meant; a run that goes on in ``again`` with
-    a model that is named needs them no more."""
+    """The model and the tokenizer to use, which by default are those of the ``--init`` folder.
+
+    A run that is resumed in ``again`` with a named model does not need that folder any more.
+    """
     from dskernels.model.train_state import checkpoints
 
     if init is None:
@@ -344,7 +346,7 @@ def _of_init(init: Path | None, config: str | None, tokenizer: str | None, again
 
 
 def _same_tokenizer(init: Path, tokens: Path) -> None:
-    """Raises a ValueError where weights were learnt with other tokens than these, as many as there may be."""
+    """Raise a ValueError if the weights were trained with another tokenizer, even one of the same size."""
     from dskernels.model.config import read_json
 
     theirs, ours = init / "tokenizer.json", tokens / "tokenizer.json"
@@ -353,7 +355,7 @@ def _same_tokenizer(init: Path, tokens: Path) -> None:
 
 
 def _same_data(data: list[Path] | None, out: Path) -> None:
-    """Raises a ValueError where a run that is resumed, which reads the tokens it has, is given other text."""
+    """Raise a ValueError if a run that is resumed, and so reads the tokens it has, is given other text."""
     from dskernels.model.config import read_json
 
     file = out / "train.json"
@@ -368,7 +370,7 @@ def _same_data(data: list[Path] | None, out: Path) -> None:
 
 
 def shape_of(config: str) -> Config:
-    """The model that is meant: a folder or file, or a preset."""
+    """The shape of the model that was asked for: a folder, a file, or a preset."""
     from dskernels.model import Config
 
     return Config.from_hf(config) if Path(config).exists() else Config.from_name(config)
@@ -377,7 +379,7 @@ def shape_of(config: str) -> Config:
 def _text(
     data: list[Path] | None, out: Path, tokenizer: str, held_out: float, seed: int, again: bool
 ) -> tuple[Corpus, Path, dict[str, Any]]:
-    """The text as tokens, the folder they lie in, and what its ``tokens.json`` says of them."""
+    """The text as tokens, the folder that contains them, and what its ``tokens.json`` says about them."""
     from dskernels.model.config import read_json
     from dskernels.model.data import document_lengths, find_files, standard_library
     from dskernels.model.encoders import encoder_of
@@ -387,7 +389,7 @@ def _text(
     if len(given) == 1 and is_token_folder(given[0]):
         folder = given[0]
         corpus = read_tokens(folder)
-    elif again and is_token_folder(out / TOKENS):  # what the run was begun with, whatever became of the files
+    elif again and is_token_folder(out / TOKENS):  # the tokens that the run began with, whatever has become of the files
         folder = out / TOKENS
         corpus = read_tokens(folder)
     else:
@@ -419,9 +421,9 @@ def _text(
 
 
 def _with_vocabulary(shape: Config, name: str, about: dict[str, Any]) -> Config:
-    """The model for these tokens: their vocabulary, and the token between documents at both ends of a text.
+    """The model for these tokens: with their vocabulary, and their boundary token at both ends of a text.
 
-    A tokenizer that was given may have fewer tokens than a model that was given, as DeepSeek-V3's has.
+    A given tokenizer may have fewer tokens than a given model, as DeepSeek-V3's has.
     """
     size, boundary = int(about["vocab_size"]), int(about["boundary"])
     given = Path(str(about["tokenizer"])).name == "tokenizer.json"

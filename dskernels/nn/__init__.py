@@ -1,4 +1,4 @@
-"""Modules on these operations, for models of one's own. Their state dicts have the names of published checkpoints."""
+"""Modules built on these operations. Their state dicts have the parameter names of published checkpoints."""
 
 from dskernels.nn.attention import LatentAttention
 from dskernels.nn.linear import Fp8Linear, convert_linear_to_fp8

@@ -10,11 +10,11 @@ from dskernels.mla.rope.gradient import rotated_from
 
 
 class LatentAttention(nn.Module):
-    """Attention whose keys and values are projections of one narrow latent: written out, or absorbed in decode.
+    """Attention whose keys and values are projections of one narrow latent: expanded, or absorbed in decode.
 
     Args:
-        hidden_size: of the tokens.
-        heads: how many.
+        hidden_size: width of the tokens.
+        heads: number of heads.
         kv_rank: width of the latent (512 in DeepSeek-V3).
         q_rank: width of the compressed query, None if it is not compressed.
         nope: columns of query and key without rotation.
@@ -26,8 +26,8 @@ class LatentAttention(nn.Module):
         dtype: of the parameters.
 
     The parameters have the names of DeepSeek's checkpoints: ``q_proj`` (or ``q_a_proj``, ``q_a_layernorm``,
-    ``q_b_proj``), ``kv_a_proj_with_mqa``, ``kv_a_layernorm``, ``kv_b_proj``, ``o_proj``. Rotation turns adjacent pairs,
-    as the original does.
+    ``q_b_proj``), ``kv_a_proj_with_mqa``, ``kv_a_layernorm``, ``kv_b_proj``, ``o_proj``. Rotation acts on adjacent
+    pairs, as in the original.
     """
 
     def __init__(
@@ -78,21 +78,21 @@ class LatentAttention(nn.Module):
         lengths: Tensor | None = None,
         absorb: bool = False,
     ) -> Tensor:
-        """Attends within packed sequences, or with a block table to all that is cached of them.
+        """Attend within packed sequences or, with a block table, to everything that is cached of them.
 
         Args:
             x: ``[T, hidden_size]``, sequences one after the other.
-            cos: float32 ``[T, rope / 2]`` of the tokens' positions.
-            sin: likewise.
+            cos: float32 ``[T, rope / 2]`` for the tokens' positions.
+            sin: float32 ``[T, rope / 2]`` likewise.
             cu_seqlens: int32 ``[S + 1]``, where the new tokens of each sequence begin, see `dskernels.mla_prefill`.
-            cache: ``[pages, page size, kv_rank + rope]`` to write the new latents to, see
+            cache: ``[pages, page size, kv_rank + rope]`` that the new latents are written to, see
                 `dskernels.write_latent_cache`.
-            slots: int64 ``[T]``, where to.
-            block_table: int32 ``[S, pages]``. Without it the new tokens are all there is; with it, what is cached
-                before them counts too, and nothing is differentiated.
-            lengths: int32 ``[S]``, cached positions of each sequence with the new tokens.
-            absorb: with a block table, that each sequence has T / S new tokens, few: keys and values are not written
-                out then.
+            slots: int64 ``[T]``, where in the cache they are written.
+            block_table: int32 ``[S, pages]``. Without it, sequences consist of the new tokens only; with it, they also
+                attend to what is cached before them, and there is no gradient.
+            lengths: int32 ``[S]``, cached positions of each sequence, including the new tokens.
+            absorb: only with a block table, and T / S new tokens for every sequence: do not expand keys and values,
+                which is faster for few new tokens.
 
         Returns:
             ``[T, hidden_size]``. Differentiable without a block table.

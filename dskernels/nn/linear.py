@@ -14,25 +14,24 @@ BLOCK = (128, 128)
 
 
 class Fp8Linear(nn.Module):
-    """``x @ weight.T + bias`` in e4m3, see `dskernels.fp8_linear`: all three products of training, or inference alone.
+    """``x @ weight.T + bias`` in e4m3, see `dskernels.fp8_linear`: all three products of training, or inference only.
 
     Args:
         in_features: columns of the weight.
         out_features: rows of the weight.
         bias: whether there is one.
-        keep: how the weight is kept: as it is (False), for training; or in e4m3 (True), at half of bf16's memory and
-            without a gradient.
+        keep: how the weight is stored: in its own dtype (False), for training; or in e4m3 (True), with half the memory
+            of bf16 and without a gradient.
         device: of the parameters.
         dtype: of the parameters that are not in e4m3.
 
     Attributes:
-        weight: ``[out_features, in_features]``, as in `torch.nn.Linear`; with `keep` e4m3.
+        weight: ``[out_features, in_features]``, as in `torch.nn.Linear`; in e4m3 with `keep`.
         weight_scale_inv: with `keep`, the scales of its 128x128 blocks, float32
-            ``[ceil(out_features / 128), ceil(in_features / 128)]``, as DeepSeek's checkpoints have them; else None.
+            ``[ceil(out_features / 128), ceil(in_features / 128)]``, as in DeepSeek's checkpoints; else None.
         bias: ``[out_features]`` or None.
 
-    A state dict of `torch.nn.Linear` loads into one that keeps its weight as it is, and into one with `keep` too: the
-    weight is quantised as it is loaded.
+    A state dict of `torch.nn.Linear` can be loaded with either `keep`: the weight is quantised on loading if necessary.
     """
 
     weight_scale_inv: Tensor | None
@@ -57,7 +56,7 @@ class Fp8Linear(nn.Module):
 
     @torch.no_grad()
     def keep(self) -> Fp8Linear:
-        """Quantises the weight and drops what it was. Once is enough."""
+        """Quantise the weight and drop the original. Calling it again has no effect."""
         if self.weight_scale_inv is None:
             data, scale, _ = _quantized(self.weight)
             self.weight = nn.Parameter(data, requires_grad=False)
@@ -65,7 +64,7 @@ class Fp8Linear(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
-        """Moves with the module; a weight in e4m3 and its scales keep their types."""
+        """Called by `to` and the like; a weight in e4m3 and its scales keep their types."""
         if self.weight_scale_inv is None:
             super()._apply(fn, recurse)
             return self
@@ -79,7 +78,7 @@ class Fp8Linear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        """Quantises a plain weight where one in e4m3 is kept."""
+        """Quantise a plain weight, if this layer keeps it in e4m3."""
         given = state_dict.get(f"{prefix}weight")
         if self.weight_scale_inv is not None and given is not None and given.dtype != torch.float8_e4m3fn:
             data, scale, _ = _quantized(given)
@@ -88,7 +87,7 @@ class Fp8Linear(nn.Module):
 
     @property
     def operand(self) -> Tensor | Fp8Tensor:
-        """The weight as the operations take it."""
+        """The weight in the form that the operations take."""
         scale = self.weight_scale_inv
         return self.weight if scale is None else Fp8Tensor(self.weight, scale, BLOCK)
 
@@ -97,7 +96,7 @@ class Fp8Linear(nn.Module):
         return ds.fp8_linear(x, self.operand, self.bias)
 
     def extra_repr(self) -> str:
-        """Sizes, as `torch.nn.Linear` shows them."""
+        """The sizes, as `torch.nn.Linear` shows them."""
         kept = ", kept in e4m3" if self.weight_scale_inv is not None else ""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{kept}"
 
@@ -108,17 +107,18 @@ def convert_linear_to_fp8(
     """Replace the linear layers of a model by `Fp8Linear`, in place.
 
     Args:
-        model: any model; of a bare `torch.nn.Linear` nothing can be replaced.
-        filter: called with the name and the layer: whether to replace it. By default all but ``lm_head`` and layers of
-            which a side is shorter than 128, which is less than one block.
-        keep: keep the weights in e4m3 alone, for inference. Otherwise the parameters stay the same objects, so that an
-            optimiser made before still trains them.
+        model: any model. A bare `torch.nn.Linear` cannot be replaced in place.
+        filter: called with the name and the layer; says whether to replace it. By default all layers but ``lm_head``
+            and those with fewer than 128 rows or columns, which is less than one block.
+        keep: store the weights only in e4m3, for inference. Otherwise the parameters remain the same objects, so an
+            optimiser that was made before still trains them.
 
     Returns:
-        The names of what was replaced. Layers of classes derived from `torch.nn.Linear` stay: they do something else.
+        The names of the layers that were replaced. Subclasses of `torch.nn.Linear` are left alone: they compute
+        something else.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -142,7 +142,7 @@ def _large(name: str, linear: nn.Linear) -> bool:
 
 
 def _quantized(weight: Tensor) -> Fp8Tensor:
-    """On the meta device, the shapes alone."""
+    """Quantise a weight; on the meta device, only make the shapes."""
     if weight.device.type != "meta":
         return ds.quantize(weight.detach(), BLOCK)
     grid = [-(-size // step) for size, step in zip(weight.shape, BLOCK, strict=True)]

@@ -13,14 +13,14 @@ class Router(nn.Module):
     """Chooses experts for each token, see `dskernels.route_hidden`.
 
     Args:
-        hidden_size: of the tokens.
-        n_experts: how many there are to choose from.
-        top_k: how many of them a token takes.
-        n_groups: of consecutive experts; a token chooses from `top_groups` of them.
-        top_groups: see `n_groups`.
+        hidden_size: width of the tokens.
+        n_experts: number of experts to choose from.
+        top_k: number of experts chosen for a token.
+        n_groups: number of groups of consecutive experts.
+        top_groups: a token chooses from this many of the groups.
         score: "sigmoid" (DeepSeek-V3, with a bias for the choice) or "softmax" (without).
-        normalize: whether the weights sum to `scale`.
-        scale: what the weights are multiplied by.
+        normalize: whether the weights of a token sum to `scale`.
+        scale: factor on the weights.
         device: of the parameters.
         dtype: of the weight.
 
@@ -54,10 +54,10 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Tensor) -> tuple[Routing, Tensor]:
-        """Of ``[T, hidden_size]`` the choice, and the logits, float32 ``[T, n_experts]``."""
+        """The choice for ``[T, hidden_size]``, and the logits, float32 ``[T, n_experts]``."""
         bias = self.e_score_correction_bias
         if bias is not None and bias.dtype != torch.float32:
-            bias = bias.float()  # after `.to(bfloat16)`, which rounds it: move it before, or load it again
+            bias = bias.float()  # `.to(bfloat16)` rounded it: load the weights after that
         return ds.route_hidden(
             x,
             self.weight,
@@ -72,7 +72,7 @@ class Router(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The weights of a gated network, with the names of checkpoints."""
+    """The weights of a gated network, named as in checkpoints."""
 
     def __init__(self, hidden_size: int, inner: int, **options: object) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Mlp(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stacked weights with transformers' names: ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``.
+    """Stacked weights, named as in transformers: ``gate_up_proj`` ``[E, 2I, H]`` and ``down_proj`` ``[E, H, I]``.
 
     A state dict with the names of published checkpoints, ``E.gate_proj.weight`` and so on, loads too.
     """
@@ -95,7 +95,7 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=inner**-0.5)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        """Stacks the weights of experts that come one by one."""
+        """Stack the weights of experts that are stored one by one."""
         one_by_one = [key for key in state_dict if key.startswith(prefix) and key[len(prefix)].isdigit()]
         given = {key: state_dict.pop(key) for key in one_by_one}
         if given:
@@ -109,14 +109,15 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Each token through the experts that a router chooses and through the shared ones, see `dskernels.fused_experts`.
+    """Every token goes through the experts that a router chooses and through the shared ones, see
+    `dskernels.fused_experts`.
 
     Args:
-        hidden_size: of the tokens.
+        hidden_size: width of the tokens.
         inner: width of an expert.
-        n_experts: how many are routed.
-        top_k: how many a token takes.
-        n_shared: how many all tokens take; their weights are one network, `n_shared` times as wide.
+        n_experts: number of routed experts.
+        top_k: number of experts chosen for a token.
+        n_shared: number of shared experts; their weights are one network, `n_shared` times as wide.
         fp8: multiply in e4m3, forward and backward; the weights stay as they are.
         device: of the parameters.
         dtype: of the parameters.
@@ -151,9 +152,10 @@ class MoE(nn.Module):
         self.shared_experts = Mlp(hidden_size, n_shared * inner, **options) if n_shared else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., hidden_size]`` to the same; what the router said is left in ``self.routing`` and ``self.logits``.
+        """``[..., hidden_size]`` to the same shape; the router's results are left in ``self.routing`` and
+        ``self.logits``.
 
-        They are what `dskernels.update_bias` and `dskernels.balance_loss` take.
+        `dskernels.update_bias` and `dskernels.balance_loss` take these.
         """
         tokens = x.reshape(-1, x.shape[-1])
         self.routing, self.logits = self.gate(tokens)
