@@ -185,11 +185,12 @@ class Recorder(TorchDispatchMode):
     def keep(self, x: Tensor, again: Kept) -> Sequence[Tensor]:
         """What ``again(x)`` keeps of a tensor, two tensors of which metadata depend on that of x; asked for anew at
         each launch."""
-        done, before = (len(self._launches), len(self._made)), (self.reason, self.later)
-        given = again(x)
-        if done != (len(self._launches), len(self._made)):  # and what it took to make it does not matter
-            self.reason, self.later = before
-            self.refuse("what is kept was not there yet", later=True)
+        token = driver.recorder.set(None)  # what it takes to make it, if it is not there yet, is no part of the call
+        try:
+            with torch._C._DisableTorchDispatch():
+                given = again(x)
+        finally:
+            driver.recorder.reset(token)
         number = self.number_of(x)
         if number is None:
             self.refuse("something is kept of a tensor that is no argument")

@@ -176,7 +176,7 @@ def kept_swiglu() -> bool:
     right = torch.equal(kept.cpu()[:, : 512 + 16], packed(gate_up).cpu()[:, : 512 + 16])
     for of_batch, rows, w in ((batch, 300, weights), (Batch(256), 256, None)):
         got = hopper_swiglu.swiglu_backward(kept[:rows], dhidden[:rows], of_batch, w)[0]
-        want = swiglu_backward(kept[:rows], dhidden[:rows], of_batch.source, w)[0]
+        want = swiglu_backward(kept[:rows], dhidden[:rows], of_batch.source, of_batch.index, w)[0]
         used = int(offsets.cpu()[-1]) if of_batch.offsets is not None else rows
         right &= near(got.to(CPU).dequantize()[:used], ds.quantize(want.cpu()).dequantize()[:used], 1e-4)
     return right

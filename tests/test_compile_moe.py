@@ -89,8 +89,8 @@ def test_row_kernels_compile_without_spills():
         combine |= {"p_came": dtype, "p_places": "*i32"}
         combine_backward = {"p_dout": dtype, "p_y": dtype, "p_offsets": "*i32", "p_index": "*i32"}
         combine_backward |= {"p_weights": "*fp32", "p_dy": dtype, "p_dweights": "*fp32"}
-        swiglu_backward = {"p_x": dtype, "p_dhidden": dtype, "p_source": "*i32", "p_weights": "*fp32"}
-        swiglu_backward |= {"p_dx": dtype, "p_hidden": dtype, "p_dweights": "*fp32"}
+        swiglu_backward = {"p_x": dtype, "p_dhidden": dtype, "p_source": "*i32", "p_index": "*i32"}
+        swiglu_backward |= {"p_weights": "*fp32", "p_dx": dtype, "p_hidden": dtype, "p_dweights": "*fp32"}
         for name, pointers, sizes, strides, constants in (
             (
                 f"{ROWS}:combine_kernel",
@@ -135,15 +135,15 @@ def test_row_kernels_compile_without_spills():
 def test_kernels_of_what_is_packed_compile_without_spills():
     """Of e4m3 and fp32 in one row, which begins at a multiple of 16 bytes."""
     bf16 = dict.fromkeys(("p_dhidden", "p_dx", "p_hidden"), "*bf16")
-    parts = {"p_parts": "*fp32", "p_source": "*i32", "p_out": "*fp32", **integers("rows", "parts")}
+    parts = {"p_parts": "*fp32", "p_source": "*i32", "p_index": "*i32", "p_out": "*fp32", **integers("rows", "parts")}
     assert_clean(
         compile_all(
             [
                 Compile(
                     f"{SWIGLU}:swiglu_backward_kernel",
                     signature={
-                        **{"p_x": "*fp8e4nv", "p_scales": "*fp32", "p_source": "*i32", "p_weights": "*fp32", **bf16},
-                        **{"p_dweights": "*fp32", **integers("width", "first_scale")},
+                        **{"p_x": "*fp8e4nv", "p_scales": "*fp32", "p_source": "*i32", "p_index": "*i32", **bf16},
+                        **{"p_weights": "*fp32", "p_dweights": "*fp32", **integers("width", "first_scale")},
                         **integers(*(f"stride_{name}" for name in ("x", "scales", "dhidden", "dx", "hidden"))),
                     },
                     constants={"HAS_WEIGHTS": True, "HAS_SCALES": True, "WIDTH": 1024},

@@ -103,7 +103,7 @@ def test_gradient(sm_90, grouped):
     torch.full((1 << 26,), NAN, device="cuda")  # freed at once: what is not written is NaN
     got = hopper_swiglu.swiglu_backward(kept, dhidden, batch, weights)
     again = hopper_swiglu.swiglu_backward(kept, dhidden, batch, weights)
-    dgate_up, hidden, dweights = swiglu_backward(kept, dhidden, batch.source, weights)
+    dgate_up, hidden, dweights = swiglu_backward(kept, dhidden, batch.source, batch.index, weights)
 
     by_row, along, along_hidden = got[0], got[1].data, got[2].data
     # Tiles of 128 tokens that no group fills are nobody's, as rows after the last group's are: no product reads them.

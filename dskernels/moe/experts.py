@@ -397,7 +397,7 @@ def gradient_by(
     """`Steps.gradient` by the portable kernel, its results written out and made operands one by one."""
 
     def gradient(kept, dhidden, batch, weights):
-        dgate_up, hidden, dweights = swiglu_backward(kept, dhidden, batch.source, weights)
+        dgate_up, hidden, dweights = swiglu_backward(kept, dhidden, batch.source, batch.index, weights)
         return operand(dgate_up), Rows(dgate_up), Rows(hidden), dweights
 
     return gradient

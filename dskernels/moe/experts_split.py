@@ -68,7 +68,7 @@ def inputs_of_network(
         gate_up = gate_up_again(steps, a, network, batch, x.dtype)
     dhidden = gradient_of_hidden(steps, steps.rows(da, batch), network, batch, x.dtype)
     weights = None if weights is None else weights.contiguous()
-    dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, weights)
+    dgate_up, hidden, dweights = swiglu_backward(gate_up, dhidden, batch.source, batch.index, weights)
     del gate_up, dhidden
     dx = gradient_of_tokens(steps, steps.operand(dgate_up), network, batch, x.dtype, residual, added_up)
     return dx, dweights, dgate_up, hidden

@@ -43,8 +43,8 @@ def swiglu_backward(
     operands = kept, dhidden, batch.offsets, batch.source, weights
     _swiglu_backward(*operands, *by_row[:2], *along[:2], *hidden[:2], partial)
     dweights = None
-    if partial is not None and weights is not None and batch.source is not None:
-        dweights = sum_of_choices(partial, batch.source, weights)
+    if partial is not None and weights is not None and batch.source is not None and batch.index is not None:
+        dweights = sum_of_choices(partial, batch.source, batch.index, weights)
     return by_row, Rows(along), Rows(hidden), dweights
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dskernels.dispatch import Operation
+from dskernels.gemm.weights import done_with
 from dskernels.later import Waiting
 from dskernels.moe.network import NETWORK, check_network, check_options, flat, flat_options
 from dskernels.moe.packed import KEPT, PACKED, empty_kept
@@ -166,7 +167,11 @@ def expert_rows_backward(
     fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in weights)
     given = dout.contiguous(), x, weights, chosen, kept
     if waiting is None:
-        return _gradients(*given, fp8, tuple(needs))
+        gradients = _gradients(*given, fp8, tuple(needs))
+        if fp8:
+            trained = zip(weights, needs[1:3], strict=True)
+            done_with(*[w for w, needed in trained if needed and isinstance(w, Tensor)])
+        return gradients
     dx, dgates, dgate_up, hidden = _gradients_of_inputs(*given, fp8)
     among = tuple(needs[1:3])
 

@@ -45,6 +45,7 @@ def swiglu_backward_kernel(
     p_scales,
     p_dhidden,
     p_source,
+    p_index,
     p_weights,
     p_dx,
     p_hidden,
@@ -67,6 +68,8 @@ def swiglu_backward_kernel(
     i_r = tl.program_id(0).to(tl.int64)
     weight = 1.0
     if HAS_WEIGHTS:
+        # There are as many choices as rows: a program also sees to the choice of its number, if that was dropped.
+        tl.store(p_dweights + i_r, 0.0, mask=tl.load(p_index + i_r) < 0)
         choice = tl.load(p_source + i_r)
         if choice < 0:  # a row after the last expert's: nobody reads it
             return
@@ -97,9 +100,11 @@ def swiglu_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "parts"])
-def sum_of_choices_kernel(p_parts, p_source, p_out, rows, parts, BLOCK: tl.constexpr):
-    """Of BLOCK rows the sum of their parts [parts, rows], in order, to where the choice of each stands."""
+def sum_of_choices_kernel(p_parts, p_source, p_index, p_out, rows, parts, BLOCK: tl.constexpr):
+    """Of BLOCK rows the sum of their parts [parts, rows], in order, to where the choice of each stands; 0 of those of
+    as many choices that were dropped."""
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_out + o_r, 0.0, mask=tl.load(p_index + o_r, mask=o_r < rows, other=0) < 0)
     choice = tl.load(p_source + o_r, mask=o_r < rows, other=-1)
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(parts):
@@ -136,7 +141,7 @@ def swiglu(gate_up: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 
 def swiglu_backward(
-    gate_up: Tensor, dhidden: Tensor, source: Tensor | None, weights: Tensor | None
+    gate_up: Tensor, dhidden: Tensor, source: Tensor | None, index: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient of `gate_up`, the weighted activation, and the gradient of the weights (0 for dropped choices).
 
@@ -148,7 +153,7 @@ def swiglu_backward(
     dgate_up = dhidden.new_empty(rows, 2 * width) if packed else torch.empty_like(gate_up)
     hidden = torch.empty_like(dhidden)
     x, scales = parts_of(gate_up) if packed else (gate_up, None)
-    dweights = None if weights is None else torch.zeros_like(weights)
+    dweights = None if weights is None else torch.empty_like(weights)
     if rows:
         config = choose_row(width)
         launch(
@@ -158,6 +163,7 @@ def swiglu_backward(
             scales,
             dhidden,
             source,
+            index,
             weights,
             dgate_up,
             hidden,
@@ -177,10 +183,10 @@ def swiglu_backward(
     return dgate_up, hidden, dweights
 
 
-def sum_of_choices(parts: Tensor, source: Tensor, weights: Tensor) -> Tensor:
+def sum_of_choices(parts: Tensor, source: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Like `weights`: of each choice the sum of the parts [P, R] of its row, and 0 of dropped ones."""
-    out, rows = torch.zeros_like(weights), source.shape[0]
+    out, rows = torch.empty_like(weights), source.shape[0]
     if rows:
         grid = (ceil_div(rows, 256),)
-        launch(sum_of_choices_kernel, grid, parts, source, out, rows, parts.shape[0], BLOCK=256, num_warps=4)
+        launch(sum_of_choices_kernel, grid, parts, source, index, out, rows, parts.shape[0], BLOCK=256, num_warps=4)
     return out
