@@ -1,8 +1,8 @@
-"""The expert block as its registered operations have it: flat arguments, what is kept for the backward, gradients.
+"""The expert block in the form of its registered operations: flat arguments, what is saved for the backward, gradients.
 
-What the block means stands in `moe`; here autograd differentiates that. Names and arguments are those of
-dskernels/moe/triton_experts.py, of which this is the reference: a weight comes as data and scale (None where it is not
-quantised), `keep` is made of the two bits in dskernels/moe/packed.py.
+The meaning of the block is in `moe`, and here autograd differentiates it. Names and arguments are those of
+dskernels/moe/triton_experts.py, of which this is the reference: a weight comes as data and scale (None if it is not
+quantised), and `keep` consists of the two bits in dskernels/moe/packed.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dskernels.types import Fp8Tensor, Routing
 
 
 def fused_experts(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [T, H], and gate and up of the routed experts' rows and of the shared one's; of no rows if not kept."""
+    """The output [T, H], and gate and up of the routed rows and of the shared expert; without rows if they are not
+    kept."""
     *block, fp8, keep, data, scale, n_shared = args
     if n_shared:
         block[5:7] = with_shared(block[5], block[6], block[1].shape[0], n_shared)
@@ -41,21 +42,21 @@ def fused_experts(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused_experts_backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of x, w13, w2, the routing weights and both shared weights; empty where one is not needed."""
+    """Gradients of x, w13, w2, the routing weights and both shared weights; empty for those that are not needed."""
     *block, gate_up, _, fp8, needs = args
     forward = functools.partial(_block, fp8=fp8, packed=is_packed(gate_up))
     return _gradients(forward, block, (0, 1, 3, 5, 7, 9), needs, dout)
 
 
 def fused_experts_backward_inputs(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Of `fused_experts_backward` those of x and of the routing weights; without what is left to the other half."""
+    """The part of `fused_experts_backward` for x and the routing weights, and nothing for the other part to use."""
     needs = [True, False, False, True, False, False]
     dx, _, _, dweights, _, _ = fused_experts_backward(dout, *args, needs)
     return dx, dweights
 
 
 def fused_experts_backward_weights(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Of `fused_experts_backward` those of w13, w2 and both shared weights; of the first half nothing is read."""
+    """The part of `fused_experts_backward` for w13, w2 and both shared weights; it uses nothing from the other part."""
     *block, _, _, _, _, fp8, needs = args
     w13, w2, shared_w13, shared_w2 = needs
     among = [False, w13, w2, False, shared_w13, shared_w2]
@@ -64,7 +65,7 @@ def fused_experts_backward_weights(dout: Tensor, *args: Any) -> tuple[Tensor, ..
 
 
 def feed_forward(x, w13, w13_scale, w2, w2_scale, fp8, keep, data, scale) -> tuple[Tensor, Tensor]:
-    """Output [T, H], and gate and up, of no rows if they are not kept."""
+    """The output [T, H], and gate and up, without rows if they are not kept."""
     out = _network(_given(x, data, scale), w13, w13_scale, w2, w2_scale, fp8=fp8).to(x.dtype)
     packed = fp8 and bool(keep & PACKED)
     if keep & KEPT:
@@ -73,14 +74,14 @@ def feed_forward(x, w13, w13_scale, w2, w2_scale, fp8, keep, data, scale) -> tup
 
 
 def feed_forward_backward(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Gradients of x, w13 and w2; empty where one is not needed."""
+    """Gradients of x, w13 and w2; empty for those that are not needed."""
     *network, gate_up, fp8, needs = args
     forward = functools.partial(_network, fp8=fp8, packed=is_packed(gate_up))
     return _gradients(forward, network, (0, 1, 3), needs, dout)
 
 
 def with_shared(weights: Tensor, experts: Tensor, n_experts: int, n_shared: int) -> tuple[Tensor, Tensor]:
-    """The choices of each token, and behind them the last experts, of weight 1."""
+    """Each token's choices, with the last experts (the shared ones) appended, with weight 1."""
     first = n_experts - n_shared
     shared = torch.arange(first, n_experts, dtype=experts.dtype, device=experts.device).expand(experts.shape[0], -1)
     chosen = torch.where(experts < first, experts, -1)
@@ -92,7 +93,7 @@ def _block(x, w13, w13_scale, w2, w2_scale, weights, experts, *shared, fp8, pack
     network = None
     if shared_w13 is not None:
         network = _weight(shared_w13, shared_w13_scale), _weight(shared_w2, shared_w2_scale)
-    routing = Routing(weights, experts, experts, experts)  # of which the last two are not looked at
+    routing = Routing(weights, experts, experts, experts)  # the last two fields are not used
     keep = "fp8" if packed else "input"
     w13, w2 = _weight(w13, w13_scale), _weight(w2, w2_scale)
     return moe.fused_experts(x, w13, w2, routing, shared=network, fp8=fp8, keep=keep)
@@ -108,12 +109,12 @@ def _weight(data: Tensor, scale: Tensor | None) -> Tensor | Fp8Tensor:
 
 
 def _given(x: Tensor, data: Tensor | None, scale: Tensor | None) -> Tensor:
-    """The tokens; as values where they come quantised, which quantised again are what they were."""
+    """The tokens. If they come quantised, their values: quantising these again gives the same bytes."""
     return x if data is None or scale is None else Fp8Tensor(data, scale).dequantize(torch.float32)
 
 
 def _gate_up(a: Tensor, w13: Tensor, scale: Tensor | None, offsets: Tensor, fp8: bool, packed: bool) -> Tensor:
-    """Gate and up of each row, as they are kept."""
+    """Gate and up of each row, in the form in which they are kept."""
     out = a.new_empty(a.shape[0], w13.shape[1])
     if not fp8:
         return grouped_gemm(a, w13, offsets, out=out)
@@ -123,7 +124,7 @@ def _gate_up(a: Tensor, w13: Tensor, scale: Tensor | None, offsets: Tensor, fp8:
 
 
 def _gate_up_of_all(x: Tensor, w13: Tensor, scale: Tensor | None, fp8: bool, packed: bool) -> Tensor:
-    """The same of a network that every token takes."""
+    """The same for a network that every token goes through."""
     every = torch.tensor([0, x.shape[0]])
     return _gate_up(x, w13[None], None if scale is None else scale[None], every, fp8, packed)
 
@@ -131,7 +132,7 @@ def _gate_up_of_all(x: Tensor, w13: Tensor, scale: Tensor | None, fp8: bool, pac
 def _gradients(
     forward: Callable[..., Tensor], args: Sequence[Any], places: Sequence[int], needs: Sequence[bool], dout: Tensor
 ) -> tuple[Tensor, ...]:
-    """Gradients of the arguments in these places; empty where one is not needed."""
+    """Gradients of the arguments in these places; empty for those that are not needed."""
     leaves = list(args)
     needed = [place for place, need in zip(places, needs, strict=True) if need]
     for place in needed:

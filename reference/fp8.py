@@ -1,4 +1,4 @@
-"""Quantising to e4m3 with one scale a tile (DeepSeek-V3 report, section 3.3.2), as plain PyTorch."""
+"""Quantising to e4m3 with one scale per tile (DeepSeek-V3 report, section 3.3.2), as plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SMALLEST_SCALE = 2.0**-126
 
 
 def tile_scale(amax: Tensor, scale_format: str = "fp32") -> Tensor:
-    """Scale of a tile whose largest magnitude is `amax`: amax / 448, at least 2^-126, and 1 where amax is 0.
+    """The scale of a tile whose largest magnitude is `amax`: amax / 448, at least 2^-126, and 1 if amax is 0.
 
     UE8M0 rounds it up to a power of two, by carrying any mantissa bit into the exponent.
     """
-    # Divided by a tensor: on CUDA, torch divides by a number by multiplying with its reciprocal, an ulp off.
+    # Divide by a tensor: on CUDA, torch divides by a number by multiplying with its reciprocal, which is off by an ulp.
     scale = (amax / torch.full_like(amax, E4M3_MAX)).clamp(min=SMALLEST_SCALE)
     if scale_format == "ue8m0":
         power = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
@@ -26,9 +26,11 @@ def tile_scale(amax: Tensor, scale_format: str = "fp32") -> Tensor:
 
 
 def quantize(x: Tensor, block: Block = (1, 128), *, scale_format: str = "fp32", transpose: bool = False) -> Fp8Tensor:
-    """e4m3 of `x` [rows, cols] in tiles of `block`: q = rne(x / scale), scale = max|tile| / 448.
+    """Quantise `x` [rows, cols] to e4m3 in tiles of `block`: q = round(x / scale), ties to even, scale = max|tile| /
+    448.
 
-    With `transpose`, of x.T in tiles of the block transposed. A stack [E, rows, cols] is quantised matrix by matrix.
+    With `transpose`, x.T is quantised, in tiles of the transposed block. A stack [E, rows, cols] is quantised matrix by
+    matrix.
     """
     if transpose:
         return quantize(x.mT, (block[1], block[0]), scale_format=scale_format)
@@ -51,7 +53,8 @@ def _stack(matrices: list[Fp8Tensor], block: Block) -> Fp8Tensor:
 
 
 def scale_layout(scale: Tensor, block: Block) -> Tensor:
-    """`scale` in the layout of its block: row-major, but for (1, 128) rows contiguous, columns padded to 16 bytes."""
+    """`scale` in the layout of its block: row-major, except that for (1, 128) rows are contiguous and columns padded
+    to 16 bytes."""
     if block != (1, 128):
         return scale.contiguous()
     rows, cols = scale.shape
@@ -59,18 +62,18 @@ def scale_layout(scale: Tensor, block: Block) -> Tensor:
 
 
 def quantize_both(x: Tensor, *, block: Block = (1, 128), scale_format: str = "fp32") -> tuple[Fp8Tensor, Fp8Tensor]:
-    """`x` [rows, cols] quantised in 1x128 tiles, and x.T in 1x128 tiles: the operands of Dgrad and of Wgrad.
+    """Quantise `x` [rows, cols] in 1x128 tiles, and x.T in 1x128 tiles: the operands of Dgrad and of Wgrad.
 
-    With a block of (128, 128) both in that, a weight for Fprop and for Dgrad.
+    With a block of (128, 128), both are quantised in those blocks: a weight for Fprop and for Dgrad.
     """
     by_row = quantize(x, block, scale_format=scale_format)
     by_column = quantize(x, (block[1], block[0]), scale_format=scale_format, transpose=True)
-    # In tiles of 128 columns' own, or of the block, transposed.
+    # x.T in tiles of its own 128 columns; or in the same blocks, transposed.
     return by_row, by_column._replace(block=block)
 
 
 def widened(x: Tensor) -> Tensor:
-    """`x` in fp32, or in fp64 where it is that already, to check the formulas below more closely than fp32 can."""
+    """`x` in fp32; fp64 stays fp64, so that the formulas below can be checked more closely than fp32 allows."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -91,13 +94,14 @@ def swiglu_gradient(dy: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def swiglu_quantize(gate_up: Tensor, *, scale_format: str = "fp32", transpose: bool = False) -> Fp8Tensor:
-    """e4m3 of silu(gate) * up [T, I] in 1x128 tiles, or of its transpose in 1x128 tiles, not rounded in between."""
+    """Quantise silu(gate) * up [T, I] in 1x128 tiles, or its transpose in 1x128 tiles; nothing is rounded in
+    between."""
     block = (128, 1) if transpose else (1, 128)
     return quantize(swiglu(gate_up), block, scale_format=scale_format, transpose=transpose)
 
 
 def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, *, scale_format: str = "fp32") -> tuple[Fp8Tensor, Fp8Tensor]:
-    """e4m3 of the gradient of silu(gate) * up, as `quantize_both` makes it, not rounded in between."""
+    """Quantise the gradient of silu(gate) * up in both ways of `quantize_both`; nothing is rounded in between."""
     return quantize_both(swiglu_gradient(dy, gate_up), scale_format=scale_format)
 
 
@@ -105,7 +109,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight in fp32, the mean in fp64 (Zhang and Sennrich, arXiv 1910.07467, eq. 4)."""
     x = widened(x)
     mean = x.double().square().mean(-1, keepdim=True).to(x.dtype)
-    root = (mean + eps).double().sqrt().to(x.dtype)  # the nearest float; torch's root in fp32 is not, on some CPUs
+    root = (mean + eps).double().sqrt().to(x.dtype)  # correctly rounded; torch's own fp32 root is not, on some CPUs
     return x * (1 / root) * widened(weight)
 
 
@@ -134,9 +138,9 @@ def rmsnorm_quantize(
     with_normed: bool = False,
     scale_format: str = "fp32",
 ) -> Fp8Tensor | tuple[Fp8Tensor, Tensor] | tuple[Fp8Tensor, Tensor, Tensor]:
-    """e4m3 of RMSNorm(x) [T, H] in 1x128 tiles; with `residual`, of RMSNorm(x + residual), and that sum.
+    """Quantise RMSNorm(x) [T, H] in 1x128 tiles; with `residual`, RMSNorm(x + residual), and also return that sum.
 
-    With `with_normed` always with the sum, and the norm.
+    With `with_normed`, always return the sum too, and the norm.
     """
     total = x if residual is None else x + residual
     normed = rmsnorm(total, weight, eps)

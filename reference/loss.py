@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each target, ``log(sum exp(logits[t])) - logits[t, targets[t]]``; 0 where it is no column of the logits.
+    """The loss of each target in nats, ``log(sum exp(logits[t])) - logits[t, targets[t]]``; 0 if it is not a column of
+    the logits.
 
-    In fp32, or in fp64 of fp64 logits. A row that is left out has no part in it, whatever it holds.
+    In fp32, or in fp64 for fp64 logits. A row that is left out has no influence, whatever it contains.
     """
     there = (targets >= 0) & (targets < logits.shape[1])
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -40,7 +40,7 @@ def write_latent_cache(
     *,
     eps: float,
 ) -> Tensor:
-    """Store all that attention needs of each token at its slot of the paged cache, in place.
+    """Store everything that attention needs of each token at its slot of the paged cache, in place.
 
     A row is ``[RMSNorm(kv), RoPE(k_rope)]``: c^KV and k^R of the DeepSeek-V3 report (arXiv 2412.19437), eqs. 1 and 3.
     Slots outside the cache are skipped.
@@ -59,7 +59,7 @@ def write_latent_cache(
 
 
 def pack_fp8(latent: Tensor, rope: Tensor) -> Tensor:
-    """One row of bytes a token: the latent in e4m3, one fp32 scale for each 128 of it, the rope part in bf16."""
+    """The row of bytes of a token: the latent in e4m3, one fp32 scale for each 128 elements, the rope part in bf16."""
     q = quantize(latent, (1, TILE))
     parts = [q.data, q.scale, rope.to(torch.bfloat16)]
     return torch.cat([part.clone(memory_format=torch.contiguous_format).view(torch.uint8) for part in parts], dim=-1)
@@ -87,7 +87,7 @@ def read_latent_cache(cache: Tensor, block_table: Tensor, lengths: Tensor, laten
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention with its log-sum-exp; a query that sees nothing gives 0 and -inf, one with a score of +inf NaN.
+    """Softmax attention and its log-sum-exp; a query that sees nothing gives 0 and -inf, a score of +inf gives NaN.
 
     ``lse = log sum_s exp(scale q.k_s)``, ``out = sum_s exp(scale q.k_s - lse) v_s`` over the visible s.
     q ``[..., Q, H, D]``, k ``[..., S, G, D]``, v ``[..., S, G, V]``, visible bool ``[..., Q, S]``.
@@ -98,13 +98,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) ->
     lse_GRQ = score_GRQS.logsumexp(-1)
     p_GRQS = torch.exp(score_GRQS - lse_GRQ.masked_fill(lse_GRQ == -math.inf, 0.0)[..., None])
     out_QGRV = torch.einsum("...grqs,...sgv->...qgrv", p_GRQS, v)
-    # The output of an infinite score is inf / inf; `merge_states` would drop it with an lse of +inf.
+    # With an infinite score the output is inf / inf; an lse of +inf would make `merge_states` drop it.
     lse_GRQ = lse_GRQ.masked_fill(lse_GRQ == math.inf, math.nan)
     return out_QGRV.flatten(-3, -2), lse_GRQ.flatten(-3, -2)
 
 
 def mla_decode_queries(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries that see the latent cache: ``[q^C W^UK, RoPE(q^R)]`` of each head, W^UK absorbed.
+    """Queries in the space of the cached latents: ``[q^C W^UK, RoPE(q^R)]`` for each head, W^UK absorbed.
 
     (q W) . c = q . (W c), DeepSeek-V2 (arXiv 2405.04434), 2.1.2.
     """
@@ -116,7 +116,7 @@ def mla_decode_queries(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor) -> Ten
 
 
 def mla_values_quantize(latents: Tensor, w_uv: Tensor) -> Fp8Tensor:
-    """e4m3 of each head's values ``W^UV c`` [T, H * V] in 1x128 tiles, W^UV absorbed into the output's side.
+    """Quantise each head's values ``W^UV c`` [T, H * V] in 1x128 tiles; W^UV is absorbed into the side of the output.
 
     DeepSeek-V2 (arXiv 2405.04434), 2.1.2.
     """
@@ -194,7 +194,7 @@ def mla_prefill_cached(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of packed new tokens over their whole latent cache, which already holds them, up-projected by `kv_b`.
+    """Attention of packed new tokens to their whole cached sequence, which includes them, expanded by `kv_b`.
 
     For each head ``[k_s^C, v_s] = kv_b c_s`` and ``k_s = [k_s^C, k_s^R]``, then causal attention (DeepSeek-V3 report,
     eqs. 2, 4, 5 and 10).
@@ -224,8 +224,8 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     """Attention over the union of two disjoint sets of keys, from the attention over each.
 
     ``lse = log(e^lse_a + e^lse_b)``, ``out = e^(lse_a - lse) out_a + e^(lse_b - lse) out_b`` (arXiv 2501.01005, 2.2);
-    out ``[..., Q, H, V]``, lse ``[..., H, Q]``. An lse of -inf, or of +inf as some kernels have it, is a state that saw
-    nothing.
+    out ``[..., Q, H, V]``, lse ``[..., H, Q]``. An lse of -inf (or of +inf, as some kernels write it) marks a state
+    that saw nothing.
     """
     dtype = _compute_dtype(out_a)
     both_HQ = torch.stack([lse_a.to(dtype), lse_b.to(dtype)], dim=-1)

@@ -15,7 +15,8 @@ from dskernels.types import Fp8Tensor, Permuted, Routing
 
 
 def permute(x: Tensor, experts: Tensor, n_experts: int) -> Permuted:
-    """Copy each token's row once for every expert it goes to, sorted by expert, tokens in order inside an expert.
+    """Copy each token's row once for every expert that it chose, sorted by expert; inside an expert, tokens keep their
+    order.
 
     ``permuted.x[index[t, j]] = x[t]``, a stable sort by ``experts[t, j]``. Ids outside ``[0, n_experts)`` are dropped.
     """
@@ -34,7 +35,7 @@ def permute(x: Tensor, experts: Tensor, n_experts: int) -> Permuted:
 
 
 def combine(y: Tensor, permuted: Permuted, weights: Tensor) -> Tensor:
-    """Sum each token's expert outputs, ``out[t] = sum_j weights[t, j] * y[index[t, j]]``, in fp32 in the order of j.
+    """Sum each token's expert outputs, ``out[t] = sum_j weights[t, j] * y[index[t, j]]``, in fp32, in the order of j.
 
     The outer sum of DeepSeek-V3 report eq. 12. Dropped choices (index -1) add nothing.
     """
@@ -87,9 +88,9 @@ def feed_forward(
 ) -> Tensor:
     """One gated network: ``w2 @ (silu(gate) * up)`` with ``gate, up = w13 @ x`` (Shazeer, arXiv 2002.05202).
 
-    With fp8 weights, or ``fp8=True``, each product is that of `fp8_linear`, and with ``keep="fp8"`` what enters the
-    SwiGLU is cached in e4m3 (report section 3.3.3). Rows are multiplied by `weights` [T], and their gradient only after
-    it is quantised; `dispatched`: with scales that are powers of two.
+    With fp8 weights, or ``fp8=True``, each product is that of `fp8_linear`, and with ``keep="fp8"`` the input of the
+    SwiGLU is saved for the backward in e4m3 (report section 3.3.3). Rows are multiplied by `weights` [T], and their
+    gradient only after it has been quantised; with `dispatched`, the scales of that are powers of two.
     """
     w13, w2 = _wide(w13), _wide(w2)
     if fp8 or isinstance(w13, Fp8Tensor) or isinstance(w2, Fp8Tensor):
@@ -105,7 +106,8 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 class _GatedLinear(torch.autograd.Function):
-    """``silu(gate) * up``, the product after it, and weights; the backward is that of gate and up as they are kept."""
+    """``silu(gate) * up``, the product after it, and weights; the backward uses gate and up in the form in which
+    they are kept."""
 
     @staticmethod
     def forward(ctx, gate_up, w2, scale, weights, dispatched, keep):
@@ -131,12 +133,12 @@ class _GatedLinear(torch.autograd.Function):
 
 
 def _matrices(stack: Tensor | Fp8Tensor) -> Sequence[Tensor | Fp8Tensor]:
-    """The matrix of each expert; taken apart at once, so that autograd puts their gradients together at once."""
+    """The matrix of each expert, split by one operation, so that autograd also joins their gradients in one."""
     if isinstance(stack, Fp8Tensor):
         return [Fp8Tensor(data, scale, stack.block) for data, scale in zip(stack.data, stack.scale, strict=True)]
     return stack.unbind()
 
 
 def _wide(x: Any) -> Any:
-    """The values in fp32; fp64 and fp8 stay as they are."""
+    """The values in fp32; fp64 and fp8 do not change."""
     return x if isinstance(x, Fp8Tensor) or x.dtype == torch.float64 else x.float()

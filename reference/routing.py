@@ -14,7 +14,7 @@ from torch import Tensor
 from dskernels.types import LoadStatistics, Routing
 
 LARGEST = 2.0**126
-LEAST_SUM = 1e-30  # affinities that sum to less are not normalised: the gradient of the division would overflow
+LEAST_SUM = 1e-30  # weights with a smaller sum are not normalised: the gradient of the division would overflow
 
 
 def route(
@@ -29,10 +29,10 @@ def route(
     scale: float = 1.0,
     physical: Tensor | None = None,
 ) -> Routing:
-    """Choose the `top_k` experts of largest s + b inside the best groups, and weigh them by s alone.
+    """Choose the `top_k` experts with the largest s + b in the best groups, and weigh them by s alone.
 
     s = sigmoid(logits), weight_i = scale * s_i / (sum of the chosen s): report eqs. 12-16 and "node-limited routing".
-    With a map of `physical` places the ids are those of places, which take turns from token to token (section 3.4).
+    With a map of `physical` places, ids are those of places, which are used in turn from token to token (section 3.4).
     """
     E = logits.shape[1]
     s_TE, void_T = affinities(logits, score)
@@ -46,22 +46,24 @@ def route(
 
 
 def route_hidden(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> tuple[Routing, Tensor]:
-    """Score each token against each expert's vector, u . e of eq. 15, and `route` by that; also returns the scores."""
+    """Score each token against each expert's vector (u . e in eq. 15), and `route` by the scores, which are returned
+    too."""
     logits = gate(x, weight)
     return route(logits, bias, **options), logits
 
 
 def gate(x: Tensor, weight: Tensor) -> Tensor:
-    """Logits x @ weight.T in fp32: rounded to bf16 they would tie, and sigmoid would tie more."""
+    """Logits x @ weight.T in fp32: rounded to bf16, different experts would tie, even more so after the sigmoid."""
     if x.dtype != torch.float64:
         x, weight = x.float(), weight.float()
     return x @ weight.T
 
 
 def place(experts_TK: Tensor, physical: Tensor) -> Tensor:
-    """Where each chosen expert is computed: place t % n of its n, for token t; -1 for an expert that has none.
+    """The place where each chosen expert is computed: for token t the place t % n of the expert's n places; -1 if it
+    has none.
 
-    Row e of `physical` [E, R] holds the places of expert e, and -1 after the last.
+    Row e of `physical` [E, R] contains the places of expert e, and -1 after the last.
     """
     there_ER = (physical >= 0).long().cumprod(1)
     n_TK = there_ER.sum(1)[experts_TK]
@@ -71,7 +73,8 @@ def place(experts_TK: Tensor, physical: Tensor) -> Tensor:
 
 
 def affinities(logits: Tensor, score: str) -> tuple[Tensor, Tensor]:
-    """Affinity s of each token to each expert, and which tokens have none: those with a NaN or nothing finite.
+    """The affinity s of each token to each expert, and which tokens are void: those with a NaN, or without a finite
+    logit.
 
     s = sigmoid(logits), report eq. 15, or softmax(logits), in fp32. An infinite logit counts as +-2^126.
     """
@@ -84,14 +87,15 @@ def affinities(logits: Tensor, score: str) -> tuple[Tensor, Tensor]:
 def choose_experts(
     s_TE: Tensor, bias: Tensor | None, void_T: Tensor, top_k: int, n_groups: int, top_groups: int, score: str
 ) -> Tensor:
-    """Ids of the `top_k` largest s + b in the `top_groups` best groups, best first, ties to the smaller id (eq. 16).
+    """The ids of the `top_k` largest s + b in the `top_groups` best groups, best first, ties to the smaller id (eq.
+    16).
 
-    A group scores the sum of its two largest s + b; with softmax, as in DeepSeek-V2, the largest. Void tokens take the
-    ids from 0 on.
+    The score of a group is the sum of its two largest s + b; with softmax, as in DeepSeek-V2, the largest. Void tokens
+    get the first ids.
     """
     T, E = s_TE.shape
     choice_TE = s_TE if bias is None else s_TE + bias
-    # Finite, so that even an expert with a bias of -inf comes before the experts of groups that are out.
+    # Finite, so that even an expert with a bias of -inf precedes the experts of groups that were not chosen.
     choice_TGM = finite(choice_TE.masked_fill(void_T[:, None], 0)).view(T, n_groups, E // n_groups)
 
     best_TGM, _ = descending(choice_TGM)
@@ -104,7 +108,8 @@ def choose_experts(
 
 
 def gates(s_TE: Tensor, void_T: Tensor, experts_TK: Tensor, normalize: bool, scale: float) -> Tensor:
-    """Weights of the chosen experts, scale * s_i / (sum of the chosen s): eqs. 13 and 14. The bias is not in them."""
+    """Weights of the chosen experts, scale * s_i / (sum of the chosen s): eqs. 13 and 14. The bias has no part in
+    them."""
     s_TK = s_TE.gather(1, experts_TK.long())
     return (scale * (normalized(s_TK) if normalize else s_TK)).masked_fill(void_T[:, None], 0)
 
@@ -144,7 +149,7 @@ def balance_loss(
 
 
 def load_statistics(load: Tensor) -> LoadStatistics:
-    """How far each expert's load, and all of them, are from the mean (MaxVio: arXiv 2408.15664, section 4.1)."""
+    """How far each expert's load, and all loads together, are from the mean (MaxVio: arXiv 2408.15664, section 4.1)."""
     load = load.float()
     mean = load.mean(-1, keepdim=True)
     share = torch.where(mean > 0, load / mean, 1.0)
@@ -163,22 +168,24 @@ def sum_by_sequence(x_TE: Tensor, sequence_T: Tensor, n_sequences: int) -> Tenso
 
 
 def normalized(s: Tensor) -> Tensor:
-    """Rows divided by their sum, or zeros where that is below 1e-30."""
+    """Rows divided by their sum, or zeros if that is below 1e-30."""
     total = s.sum(-1, keepdim=True)
     return s / total.masked_fill(total < LEAST_SUM, float("inf"))
 
 
 def finite(x: Tensor) -> Tensor:
-    """Infinities replaced by +-2^126, through which no gradient flows; sums of two and differences stay finite."""
+    """Infinities replaced by +-2^126, through which no gradient flows, so that sums of two and differences stay
+    finite."""
     return x.clamp(-LARGEST, LARGEST)
 
 
 def descending(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows sorted, largest first, and where each value stood; equal values keep their order (torch.topk may not)."""
+    """Rows sorted in descending order, and where each value was; equal values keep their order (with torch.topk they
+    may not)."""
     return torch.sort(x, dim=-1, descending=True, stable=True)
 
 
 def count(ids: Tensor, n: int) -> Tensor:
-    """How often each of 0 to n - 1 stands in `ids`, int32 [n]; an id of n is not counted."""
+    """How often each of 0 to n - 1 occurs in `ids`, int32 [n]; an id of n is not counted."""
     one = torch.ones_like(ids, dtype=torch.int32)
     return torch.zeros(n + 1, dtype=torch.int32, device=ids.device).index_add(0, ids, one)[:n]

@@ -1,6 +1,7 @@
 """The expert block in two halves: rows of experts, and sums of a token's rows (see dskernels/moe/rows.py).
 
-The backward is autograd's of what the rows mean. Names and arguments are those of dskernels/moe/triton_experts.py.
+The backward is autograd's, applied to the meaning of the rows. Names and arguments are those of
+dskernels/moe/triton_experts.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dskernels.reference.experts import _gate_up, _given, _weight
 def expert_rows(
     x, w13, w13_scale, w2, w2_scale, experts, first, fp8, keep, data, scale
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows [T * k, H] by expert, index [T, k], and gate and up, of no rows if not kept."""
+    """Rows [T * k, H] sorted by expert, index [T, k], and gate and up, without rows if they are not kept."""
     permuted = moe.permute(_given(x, data, scale), experts.long() - first, w13.shape[0])
     rows = _rows(permuted.x, permuted.offsets, w13, w13_scale, w2, w2_scale, None, fp8, False).to(x.dtype)
     packed = fp8 and bool(keep & PACKED)
@@ -31,7 +32,7 @@ def expert_rows(
 def expert_rows_backward(
     dout, x, w13, w13_scale, w2, w2_scale, weights, experts, first, gate_up, fp8, needs
 ) -> tuple[Tensor, ...]:
-    """Gradients of the rows of x [T * k, H], of w13, w2 and the weights; empty where one is not needed."""
+    """Gradients of the rows of x [T * k, H], of w13, w2 and the weights; empty for those that are not needed."""
     permuted = moe.permute(x, experts.long() - first, w13.shape[0])
     leaves = [permuted.x, w13, w2, weights]
     needed = [i for i, need in enumerate(needs) if need]
@@ -46,7 +47,7 @@ def expert_rows_backward(
         rows = _rows(rows_x, permuted.offsets, w13, w13_scale, w2, w2_scale, of_rows, fp8, packed)
         token = torch.arange(len(x), device=x.device)[:, None].expand(valid.shape)[valid]
         out = rows.new_zeros(x.shape).index_add(0, token, rows[places]).to(x.dtype)
-        for i in needed:  # also what no row was made of has a gradient: zeros
+        for i in needed:  # what no row depends on has a gradient too: zeros
             out = out + leaves[i].flatten()[:0].sum()
     gradients = iter(torch.autograd.grad(out, [leaves[i] for i in needed], dout))
     return tuple(next(gradients) if need else dout.new_empty(0) for need in needs)
@@ -55,7 +56,8 @@ def expert_rows_backward(
 def expert_rows_backward_inputs(
     dout, x, w13, w13_scale, w2, w2_scale, weights, experts, first, gate_up, fp8
 ) -> tuple[Tensor, ...]:
-    """Gradients of the rows of x and of the weights; what is left to the other half is not read."""
+    """Gradients of the rows of x and of the weights; what is returned for the other half is not used in this
+    reference."""
     block = x, w13, w13_scale, w2, w2_scale, weights, experts, first
     dx, _, _, dweights = expert_rows_backward(dout, *block, gate_up, fp8, [True, False, False, True])
     nothing = (dout.new_zeros(experts.numel(), n) for n in (w13.shape[1], w13.shape[1] // 2))
@@ -65,14 +67,15 @@ def expert_rows_backward_inputs(
 def expert_rows_backward_weights(
     dout, x, w13, w13_scale, w2, w2_scale, weights, experts, first, gate_up, dgate_up, hidden, fp8, needs
 ) -> tuple[Tensor, ...]:
-    """Gradients of w13 and w2; of the first half nothing is read."""
+    """Gradients of w13 and w2; it uses nothing from the other half."""
     block = x, w13, w13_scale, w2, w2_scale, weights, experts, first
     _, dw13, dw2, _ = expert_rows_backward(dout, *block, gate_up, fp8, [False, *needs, False])
     return dw13, dw2
 
 
 def sum_rows(rows: Tensor, index: Any, weights: Any, came: Any, places: Any, residual: Any, out: Tensor) -> None:
-    """Of each token the sum of its rows, weighted, of its places in `came`, and of `residual`, in this order."""
+    """For each token, the sum of its rows with their weights, of its rows in `came`, and of `residual`, in this
+    order."""
     index = torch.arange(rows.shape[0], device=rows.device)[:, None] if index is None else index
     total = _added(moe._wide(out).new_zeros(out.shape), rows, index, weights)
     if came is not None:
@@ -81,7 +84,7 @@ def sum_rows(rows: Tensor, index: Any, weights: Any, came: Any, places: Any, res
 
 
 def _added(total: Tensor, rows: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
-    """Plus the rows of each token, in fp32 in the order of their places; one outside of `rows` adds nothing."""
+    """Add the rows of each token, in fp32, in the order of their places; a place outside of `rows` adds nothing."""
     valid = (index >= 0) & (index < rows.shape[0])
     for j in range(index.shape[1]):
         if rows.shape[0] == 0:
@@ -93,7 +96,7 @@ def _added(total: Tensor, rows: Tensor, index: Tensor, weights: Tensor | None) -
 
 
 def _rows(x, offsets, w13, w13_scale, w2, w2_scale, weights, fp8, packed) -> Tensor:
-    """The rows of each expert through it, times their weights; zero after the last expert's."""
+    """The rows of each expert sent through it, times their weights; rows after the last expert's are zero."""
     ends = offsets.tolist()
     w13s, w2s = (moe._matrices(_weight(w, scale)) for w, scale in ((w13, w13_scale), (w2, w2_scale)))
     made = []

@@ -389,7 +389,7 @@ def _text(
     if len(given) == 1 and is_token_folder(given[0]):
         folder = given[0]
         corpus = read_tokens(folder)
-    elif again and is_token_folder(out / TOKENS):  # the tokens that the run began with, whatever has become of the files
+    elif again and is_token_folder(out / TOKENS):  # what the run began with, even if the files are gone
         folder = out / TOKENS
         corpus = read_tokens(folder)
     else:
