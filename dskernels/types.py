@@ -1,4 +1,4 @@
-"""The values that operations hand to each other. Plain named tuples, so that `torch.compile` takes them as they are."""
+"""The values that operations take and return: plain named tuples, which `torch.compile` supports."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Fp8Tensor(NamedTuple):
 
     @classmethod
     def of(cls, data: Tensor, scale: Tensor, block: Block = (1, 128)) -> Fp8Tensor:
-        """A matrix that something else quantised, with its scales in whatever layout they have.
+        """Wrap a matrix that something else quantised, with its scales in any layout.
 
         Args:
             data: float8_e4m3fn ``[..., rows, cols]``, last dimension contiguous.
-            scale: float32 ``[..., ceil(rows / block[0]), ceil(cols / block[1])]``, any strides; copied only where they
-                are not those that this class asks for.
+            scale: float32 ``[..., ceil(rows / block[0]), ceil(cols / block[1])]``, any strides; copied only if they
+                are not those that this class requires.
             block: the tile's (rows, columns).
 
         Nothing is checked here; the operations do that.

@@ -40,7 +40,7 @@ def quantize(
         scale_format: ``"fp32"``, or ``"ue8m0"``: scales rounded up to powers of two, stored as fp32.
         transpose: return x.T, contiguous, with block and scale transposed: ``quantize(x, (128, 1), transpose=True)`` is
             the operand of Wgrad.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         Fp8Tensor: data e4m3 ``[rows, cols]``, scale fp32 ``[ceil(rows / block[0]), ceil(cols / block[1])]``.
@@ -74,7 +74,7 @@ def quantize_both(
         x: bf16, fp16 or fp32 ``[T, N]``, last dimension contiguous; a weight also ``[E, rows, cols]``.
         block: ``(1, 128)`` of a gradient, ``(128, 128)`` of a weight.
         scale_format: ``"fp32"`` or ``"ue8m0"``, see :func:`quantize`.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         Fp8Tensor of x ``[T, N]`` and Fp8Tensor of x.T ``[N, T]``, both in 1x128 tiles, or both in 128x128 blocks.
@@ -107,12 +107,12 @@ def swiglu_quantize(
         scale_format: ``"fp32"`` or ``"ue8m0"``, see :func:`quantize`.
         transpose: quantise along tokens and return the transpose ``[I, T]``, as
             ``quantize(product, (128, 1), transpose=True)`` would: the operand of Wgrad, recomputed from what was kept.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         Fp8Tensor ``[T, I]``, or ``[I, T]`` if `transpose`. The product is formed in fp32 and not rounded before
-        quantising. Against the reference data agrees within one e4m3 step and scale within 2 ulp (to the bit where
-        both run on one GPU).
+        quantising. Compared with the reference, data agrees within one e4m3 step and scale within 2 ulp (to the bit
+        if both run on the same GPU).
 
     Raises:
         TypeError, ValueError: as :func:`quantize`, and ValueError for an odd number of columns.
@@ -136,14 +136,15 @@ def swiglu_quantize_backward(
 
     Args:
         dy: bf16, fp16 or fp32 ``[T, I]``, the gradient of the product.
-        gate_up: bf16, fp16 or fp32 ``[T, 2 * I]``, what the product was made of, as for :func:`swiglu_quantize`.
+        gate_up: bf16, fp16 or fp32 ``[T, 2 * I]``, the input of the product, as for :func:`swiglu_quantize`.
         scale_format: ``"fp32"`` or ``"ue8m0"``, see :func:`quantize`.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         Fp8Tensor of the gradient ``[T, 2 * I]`` and Fp8Tensor of its transpose ``[2 * I, T]``, both in 1x128 tiles, as
-        :func:`quantize_both` makes them. The gradient is formed in fp32 and not rounded before quantising. Against the
-        reference data agrees within one e4m3 step and scale within 2 ulp (to the bit where both run on one GPU).
+        :func:`quantize_both` makes them. The gradient is formed in fp32 and not rounded before quantising. Compared
+        with the reference, data agrees within one e4m3 step and scale within 2 ulp (to the bit if both run on the same
+        GPU).
 
     Raises:
         TypeError, ValueError: as :func:`quantize`, and ValueError where `dy` does not fit `gate_up`.
@@ -215,23 +216,23 @@ def rmsnorm_quantize(
         weight: bf16, fp16 or fp32 ``[H]``.
         eps: added to the mean square.
         residual: the residual stream, like `x`; the sum is rounded to x's dtype before it is normalised.
-        with_normed: return the norm in x's dtype as well, for what does not multiply in e4m3 (a router).
+        with_normed: return the norm in x's dtype as well, for consumers that do not multiply in e4m3 (a router).
         scale_format: ``"fp32"`` or ``"ue8m0"``, see :func:`quantize`.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         Fp8Tensor ``[T, H]``; with `residual`, that and the new residual stream ``x + residual``; with `with_normed`,
-        these two (the stream is `x` itself where there is no `residual`) and the norm. What is quantised was not
-        rounded to x's dtype before. Against the reference data agrees within one e4m3 step and scale within 2 ulp:
-        squares are added up more exactly than in fp32, so that the order does not matter.
+        these two (the stream is `x` itself if there is no `residual`) and the norm. The norm is not rounded to x's
+        dtype before it is quantised. Compared with the reference, data agrees within one e4m3 step and scale within
+        2 ulp: squares are summed in higher precision than fp32, so that their order does not matter.
 
     Raises:
         TypeError, ValueError: as :func:`quantize`, and ValueError where `weight` or `residual` does not fit `x`, or
             `eps` is not finite.
 
     Differentiable in `x`, `weight` and `residual`, through the norm and through the stream, by
-    :func:`rmsnorm_backward`, for which the stream is kept and not the norm. What is quantised carries no gradient: it
-    goes beside the norm to what multiplies it, see :func:`dskernels.fp8_linear`.
+    :func:`rmsnorm_backward`; the stream is saved for it, not the norm. The quantised result carries no gradient: pass
+    it to :func:`dskernels.fp8_linear` as `quantized`, next to the norm.
     Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4; DeepSeek-V3 report, section 3.3.
     """
     check_choice("scale_format", scale_format, SCALE_FORMATS)
@@ -274,12 +275,12 @@ def rmsnorm_backward(
 
     Args:
         dy: bf16, fp16 or fp32 ``[T, H]``, the gradient of the normalised rows.
-        x: bf16, fp16 or fp32 ``[T, H]``, what was normalised: with a residual, the sum that
+        x: bf16, fp16 or fp32 ``[T, H]``, the input of the norm: with a residual, the sum that
             :func:`rmsnorm_quantize` returned.
         weight: bf16, fp16 or fp32 ``[H]``.
         eps: added to the mean square.
         dresidual: bf16, fp16 or fp32 ``[T, H]``, the gradient that arrives on the residual stream past the norm.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         (dx ``[T, H]`` in x's dtype, dweight ``[H]`` in weight's dtype). All arithmetic is in fp32, rounded once.

@@ -48,7 +48,7 @@ def fp8_gemm(
         bias: bf16, fp16 or fp32 ``[N]``, added before rounding.
         out: ``[M, N]`` bf16, fp16 or fp32 to write to, last dimension contiguous.
         accumulate: add to `out` (in fp32, rounded once) instead of overwriting it.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         ``[M, N]``; `out` itself where that is given. Repeated calls return the same bits.
@@ -112,7 +112,7 @@ def fp8_linear(
         scale_format: of the scales of `x`, ``"fp32"`` or ``"ue8m0"`` (powers of two), see :func:`dskernels.quantize`.
         keep: what is kept of `x` for Wgrad: ``"fp8"``, its quantised transpose, a byte an element; ``"input"``, `x`
             itself, quantised in the backward, where something else keeps it anyhow. The gradients are the same bits.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         ``[..., N]`` in x's dtype. Gradients come in the dtype of what they belong to.

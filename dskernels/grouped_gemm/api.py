@@ -44,7 +44,7 @@ def grouped_gemm(
             that no value leads out of bounds.
         out_dtype: bf16, fp16 or fp32; by default that of `a`, bf16 for e4m3; ignored where `out` is given.
         out: ``[T, N]`` bf16, fp16 or fp32 to write to, last dimension contiguous; not where a gradient is needed.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         ``[T, N]``; `out` itself where that is given. Rows from ``offsets[E]`` on are zero, and those of `a` not read.
@@ -94,7 +94,7 @@ def grouped_gemm_masked(
         counts: int32 ``[E]`` on the device, clamped into [0, M].
         out_dtype: bf16, fp16 or fp32; by default that of `a`, bf16 for e4m3; ignored where `out` is given.
         out: ``[E, M, N]`` bf16, fp16 or fp32 to write to, last dimension contiguous.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         ``[E, M, N]``; `out` itself where that is given. Rows beyond the count are unspecified, those of `a` not read.
@@ -143,7 +143,7 @@ def grouped_wgrad(
             as in :func:`grouped_gemm`.
         out: fp32 ``[E, N, K]`` to write to, last dimension contiguous.
         accumulate: add to `out` instead of overwriting it.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         fp32 ``[E, N, K]``; `out` itself where that is given. A group without tokens is zero; where accumulating, its
@@ -197,7 +197,7 @@ def quantize_grouped(x: Tensor, offsets: Tensor, *, scale_format: str = "fp32", 
         offsets: int32 ``[E + 1]`` on the device, the end of each group; any values are safe, as in
             :func:`grouped_gemm`.
         scale_format: ``"fp32"`` or ``"ue8m0"``, see :func:`dskernels.quantize`.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         Fp8Tensor ``[K, P]`` in 1x128 tiles, ``P = 128 * (ceil(T / 128) + E)``, which is enough for any offsets. Columns

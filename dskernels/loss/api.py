@@ -1,4 +1,4 @@
-"""Public operation of the loss."""
+"""Public loss operation."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ FLOATS = (*HALF_OR_SINGLE, torch.float64)
 
 @repeated
 def cross_entropy(logits: Tensor, targets: Tensor, *, impl: str | None = None) -> Tensor:
-    """Nats of each token's target: ``log(sum over v of exp(logits[t, v])) - logits[t, targets[t]]``.
+    """Cross entropy of each token, in nats: ``log(sum over v of exp(logits[t, v])) - logits[t, targets[t]]``.
 
     Args:
         logits: bf16, fp16, fp32 or fp64 ``[T, V]``, last dimension contiguous, V at least 1.
-        targets: int32 or int64 ``[T]``, the column of each row; -100, or anything else that is no column, is left out.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        targets: int32 or int64 ``[T]``, the column of each row. Rows with -100, or any other number that is not a
+            column, are left out.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        fp32 ``[T]`` (fp64 of fp64 logits), 0 for a row that is left out. Computed in fp32 from logits that are never
-        written out in it. Repeated calls return the same bits.
+        fp32 ``[T]`` (fp64 for fp64 logits), 0 for a row that is left out. Computed in fp32, without an fp32 copy of the
+        logits. Repeated calls return the same bits.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, strides or devices do not fit.
 
-    Differentiable in `logits`: the gradient, ``(softmax - onehot)`` times that of the row, comes in their dtype, and
-    is 0 in rows left out. For it the logits are kept, and a number a row. A NaN stays in its row. (fp64 runs on the
-    reference.)
+    Differentiable in `logits`: the gradient, ``(softmax - onehot)`` times that of the row, has their dtype and is 0 in
+    rows that are left out. The logits and one number per row are saved for it. A NaN stays in its row. (fp64 runs on
+    the reference.)
     Source: `torch.nn.functional.cross_entropy`, of each row alone; DeepSeek-V3 report (arXiv 2412.19437), eq. 24.
     """
     check_tensor("logits", logits, dtype=FLOATS, shape=("T", "V"))

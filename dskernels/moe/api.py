@@ -41,7 +41,7 @@ def permute(x: Tensor, experts: Tensor, n_experts: int, *, impl: str | None = No
         x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
         experts: int32 or int64 ``[T, k]``, ids of the experts; -1 or any other outside ``[0, n_experts)`` is dropped.
         n_experts: number of experts E, 1 to 1024.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         Permuted: x ``[T * k, H]``, whatever the ids, rows from ``offsets[E]`` on zero; offsets int32 ``[E + 1]``; index
@@ -68,7 +68,7 @@ def combine(y: Tensor, permuted: Permuted, weights: Tensor, *, impl: str | None 
         y: bf16, fp16 or fp32 ``[T * k, H]``, the outputs in the order of `permuted`, last dimension contiguous.
         permuted: what :func:`permute` returned; only its offsets and index are used.
         weights: fp32 ``[T, k]``, see :class:`dskernels.Routing`.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         ``[T, H]`` in y's dtype, summed in fp32 in the order of j and rounded once: the same bits at each call. A
@@ -140,7 +140,7 @@ def fused_experts(
         keep: with `fp8`, how that is kept: ``"input"``, in x's dtype, or ``"fp8"``, in e4m3, half the bytes. The
             gradient of the SwiGLU, and its output for that of `w2`, are then those of the values so kept, also where
             they are computed again.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         ``[T, H]`` in x's dtype. Products are summed in fp32, and so are the experts' outputs, in the order of j; the

@@ -41,7 +41,7 @@ def feed_forward(
         fp8: quantise what is not quantised yet, inside.
         recompute: keep nothing but the arguments for the backward, see :func:`fused_experts`.
         keep: how what enters the SwiGLU is kept, see :func:`fused_experts`.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         ``[T, H]`` in x's dtype.

@@ -1,4 +1,4 @@
-"""The choice of experts: public operations."""
+"""Public routing operations: which experts each token goes to, and with which weights."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def route(
         top_groups: groups that a token may choose from.
         score: ``"sigmoid"`` (DeepSeek-V3) or ``"softmax"`` (DeepSeek-V2).
         normalize: divide the weights by their sum. Where the chosen s sum to less than 1e-30 the weights are 0.
-        scale: what the weights are multiplied by.
-        physical: int32 ``[E, R]``, contiguous, for experts of which there are copies: row e holds the ids of the places
-            that compute expert e, and -1 after the last of fewer than R.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        scale: factor on the weights.
+        physical: int32 ``[E, R]``, contiguous, if experts have copies: row e holds the ids of the places that compute
+            expert e, padded with -1.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         Routing: weights fp32 ``[T, top_k]``; experts int32 ``[T, top_k]``, the best first; load int32 ``[E]``, how
-            many choices fell on each expert; nonfinite int32 ``[]``, how many tokens had none to make. Repeated calls
-            return the same bits. With `physical` the experts are ids of places, while `load` still counts experts.
+            often each expert was chosen; nonfinite int32 ``[]``, how many tokens had nothing to choose from. Repeated
+            calls return the same bits. With `physical`, `experts` are ids of places, while `load` still counts experts.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -96,13 +96,13 @@ def route_hidden(
 ) -> tuple[Routing, Tensor]:
     """Choose the experts of each token from its hidden state: :func:`route` of ``logits = x @ weight.T``.
 
-    The product adds up in fp32, and its operands lose nothing: one of fp32 is multiplied as the sum of three bf16
+    The product is summed in fp32 and its operands are exact: an fp32 operand is multiplied as the sum of three bf16
     numbers.
 
     Args:
         x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
         weight: bf16, fp16 or fp32 ``[E, H]``, a row for each expert, last dimension contiguous.
-        bias: see :func:`route`, and so are the others.
+        bias: see :func:`route`.
         top_k: see :func:`route`.
         n_groups: see :func:`route`.
         top_groups: see :func:`route`.
@@ -110,18 +110,18 @@ def route_hidden(
         normalize: see :func:`route`.
         scale: see :func:`route`.
         physical: see :func:`route`.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        The Routing, and the logits, fp32 ``[T, E]``, as :func:`balance_loss` wants them. The routing is that of
-        :func:`route` for these logits. Repeated calls return the same bits.
+        The Routing, and the logits, fp32 ``[T, E]``, for :func:`balance_loss`. The routing is that of :func:`route` for
+        these logits. Repeated calls return the same bits.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, strides or devices do not fit, or a number is out of its range.
 
-    Differentiable in `x` and `weight`, through the weights and through the logits; gradients come in their dtypes. A
-    token whose hidden state is not finite has logits that are not finite either, which of them is left open.
+    Differentiable in `x` and `weight`, through the weights and through the logits; gradients have the dtypes of `x` and
+    `weight`. If a token's hidden state is not finite, neither are its logits; which of them are NaN is unspecified.
     Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 12-16.
     """
     check_tensor("x", x, dtype=HALF_OR_SINGLE, shape=("T", "H"))

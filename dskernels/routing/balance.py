@@ -1,4 +1,4 @@
-"""What keeps the load of experts even: public operations."""
+"""Public operations that measure the load of experts and keep it even."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def update_bias(
         load: int32 or int64 ``[E]``, see :func:`route`; left as it is.
         rate: size of the step, 0.001 in DeepSeek-V3, 0 at the end of training.
         group: ranks over whose batches the load is summed first, in int64; None for this rank alone.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         `bias`. An expert of exactly the mean load, compared in whole numbers, keeps its bias.
@@ -81,7 +81,7 @@ def balance_loss(
             sequence belong to none. A sequence ends where the tokens do, and a negative length is 0, so that lengths
             may be padded with zeros to a fixed S.
         score: ``"sigmoid"`` or ``"softmax"``, as in :func:`route`.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         fp32 ``[]``, differentiable in the logits. The average is over the sequences with at least one token that
@@ -104,13 +104,13 @@ def balance_loss(
 
 
 def load_statistics(load: Tensor) -> LoadStatistics:
-    """Say how even a load is, in numbers to plot: of one layer, or of many at once.
+    """Measure how even the load of experts is, for one layer or many at once.
 
     Args:
-        load: int32 or int64 ``[..., E]``, see :func:`route`; sums over steps and ranks are as good.
+        load: int32 or int64 ``[..., E]``, see :func:`route`; it may be summed over steps and ranks.
 
     Returns:
-        LoadStatistics: of fp32 tensors on the device of `load`, which are not waited for. A load of zeros counts as
+        LoadStatistics: fp32 tensors on the device of `load`; the host does not wait for them. A load of zeros counts as
             even.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Public projections around absorbed decode."""
+"""The public operation that prepares queries for absorbed decode."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mla_decode_queries(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, *, imp
             so that it may be a part of kv_b: ``kv_b.unflatten(0, (H, -1))[:, :nope]``.
         cos: fp32 ``[T, rope / 2]``, of each token's own position; rows may be strided.
         sin: likewise.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         ``[T, H, latent + rope]`` in q's dtype, contiguous: ``out.unflatten(0, (B, -1))`` is what mla_decode takes for B

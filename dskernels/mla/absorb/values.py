@@ -22,7 +22,7 @@ def mla_values_quantize(latents: Tensor, w_uv: Tensor, *, impl: str | None = Non
         latents: bf16, fp16 or fp32 ``[T, H, latent]``, tokens and heads may be strided, last dimension contiguous.
         w_uv: ``[H, V, latent]`` in the dtype of `latents`, each head's up-projection of the value, V a multiple of 128;
             heads and rows may be strided, so that it may be a part of kv_b: ``kv_b.unflatten(0, (H, -1))[:, nope:]``.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         Fp8Tensor ``[T, H * V]`` in 1x128 tiles, scales as by :func:`quantize` in fp32.

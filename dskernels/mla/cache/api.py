@@ -1,4 +1,4 @@
-"""Public writing to the paged latent cache."""
+"""The public operation that writes to the paged latent cache."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def write_latent_cache(
         slots: int64 ``[T]``, where each token goes: page * page_size + offset. A slot that is negative or beyond the
             cache is skipped. Slots should differ: a row that several tokens go to may hold parts of each.
         eps: added to the mean square.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        `cache` itself. The Hopper kernel's rows are the reference's to the bit; e4m3 rows of the portable one agree
-        with them (another order of the sum) within one e4m3 step and 4 ulp of scale.
+        `cache` itself. The Hopper kernel writes the same bits as the reference; e4m3 rows of the portable kernel, which
+        sums in another order, agree with them within one e4m3 step and 4 ulp of scale.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, strides or devices do not fit, or `eps` is not finite.
 
-    Other rows of the cache are not touched. No token is no work. Not differentiable.
+    Other rows of the cache are not touched. Zero tokens launch nothing. Not differentiable.
     Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 1 and 3; RoFormer (arXiv 2104.09864), eq. 34.
     """
     check_tensor("kv", kv, dtype=FLOATS, shape=("T", "latent"))

@@ -1,4 +1,4 @@
-"""Public attention of new tokens over the latent cache."""
+"""The public operation for attention of new tokens to the latent cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mla_decode(
 
     Args:
         q: bf16, fp16 or fp32 ``[B, Q, H, D]``, D = value_dim + rope dimension (576 in DeepSeek-V3); last dimension
-            contiguous. Made for Q from 1 to 8; any works. (fp64 runs on the reference.)
+            contiguous. Any Q works; the kernels are tuned for 1 to 8. (fp64 runs on the reference.)
         cache: ``[pages, page_size, D]`` in q's dtype, or uint8 ``[pages, page_size, bytes]`` with e4m3 rows: value_dim
             bytes of e4m3, one fp32 scale for each 128 of them, the rope part in bf16 (656 bytes in DeepSeek-V3). Any
             page size.
@@ -46,7 +46,7 @@ def mla_decode(
             64.
         q_lengths: int32 ``[B]``, how many of the Q tokens of each request are real; the others are padding on the
             right.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         out ``[B, Q, H, value_dim]`` in q's dtype, and the natural-log log-sum-exp of the scaled scores, fp32

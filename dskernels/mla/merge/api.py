@@ -1,4 +1,4 @@
-"""Public merging of attention over disjoint sets of keys."""
+"""The public operation that merges attention over disjoint sets of keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def merge_states(
             last, the head before the query, as prefill (``[H, T]``) and decode (``[B, H, Q]``) return it.
         out_b: like `out_a`.
         lse_b: like `lse_a`.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         out and lse, like `out_a` and `lse_a`.
@@ -37,9 +37,9 @@ def merge_states(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, strides or devices do not fit.
 
-    An lse of -inf, or of +inf as some kernels have it, is a state that saw nothing: whatever its out holds (NaN too)
-    does not count. Two of them give out 0 and lse -inf. A NaN passes on. No rows give an empty result.
-    Differentiable in all four; what saw nothing gets gradient 0.
+    An lse of -inf (or of +inf, as some kernels write it) marks a state that saw nothing: its out is ignored, even NaN.
+    Two such states give out 0 and lse -inf. A NaN in an lse, or in the out of a state that saw something, is passed on.
+    No rows give an empty result. Differentiable in all four arguments; a state that saw nothing gets gradient 0.
     Source: FlashInfer (arXiv 2501.01005), section 2.2.
     """
     check_tensor("out_a", out_a, dtype=(*HALF_OR_SINGLE, torch.float64))

@@ -1,4 +1,4 @@
-"""Public attention of packed sequences whose keys and values are written out."""
+"""The public operation for attention within packed sequences, with expanded keys and values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def mla_prefill(
         scale: factor of the scores; the Hopper kernel wants it above 0.
         causal: whether a query is kept from the keys after its own.
         k_rope: ``[Tk, rope]`` in q's dtype, the last part of the key, which all heads share.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         out ``[T, H, V]`` in q's dtype, and the natural-log log-sum-exp of the scaled scores, fp32 ``[H, T]`` (fp64 with
@@ -58,10 +58,11 @@ def mla_prefill(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, strides or devices do not fit, or `scale` is not finite.
 
-    Where cu_seqlens does not ascend or leaves the rows there are, what the rows concerned get is unspecified, but
+    If cu_seqlens does not ascend, or exceeds the number of rows, the results of the rows concerned are unspecified, but
     nothing is read or written out of bounds. Nothing waits for the device. A NaN does not leave its sequence.
-    Differentiable in q, k, v and k_rope, by both results; repeated gradients are the same bits. Beside these, the
-    Hopper kernels take 776 bytes for each query and head, and 256 for each key and head of a shared rope part.
+    Differentiable in q, k, v and k_rope, through both results; repeated calls give gradients with the same bits. The
+    backward of the Hopper kernels needs temporary memory: 776 bytes for each query and head, and with a shared rope
+    part 256 for each key and head.
     Source: DeepSeek-V3 report (arXiv 2412.19437), eqs. 4 and 10; FlashAttention-2 (arXiv 2307.08691), section 3.
     """
     check_tensor("q", q, dtype=FLOATS, shape=("T", "H", "D"))

@@ -1,4 +1,4 @@
-"""Public attention of packed new tokens over their whole latent cache."""
+"""The public operation for attention of packed new tokens to everything cached of their requests."""
 
 from __future__ import annotations
 
@@ -35,25 +35,26 @@ def mla_prefill_cached(
 ) -> tuple[Tensor, Tensor]:
     """Attend from packed new tokens to all that is cached of their requests, themselves included.
 
-    [k_s, v_s] = kv_b c_s for every head and cached latent c_s, and attention as in :func:`mla_prefill`, the cached rope
-    part being the shared key. Half a gigabyte of keys and values is written out at a time: those of some heads or,
-    where a few heads fill that and not the GPU, of some positions, whose results are merged as by :func:`merge_states`.
-    Up to 160 new tokens of a request, on average (more of few heads), are attended to absorbed where Hopper's kernel of
-    :func:`mla_decode` takes them: W^UK goes to the query and W^UV to the result, and nothing is written out.
+    [k_s, v_s] = kv_b c_s for every head and cached latent c_s, then attention as in :func:`mla_prefill`, with the
+    cached rope part as the shared key. Keys and values are expanded half a gigabyte at a time: those of some heads or,
+    if a few heads fill that but not the GPU, of some positions, whose results are merged as by :func:`merge_states`.
+    With up to 160 new tokens per request on average (more if there are few heads), attention is absorbed instead, if
+    the Hopper kernel of :func:`mla_decode` supports it: W^UK is applied to the query and W^UV to the result, and
+    nothing is expanded.
 
     Args:
         q: bf16, fp16 or fp32 ``[T, H, nope + rope]``. (fp64 runs on the reference.)
         kv_b: ``[H * (nope + V), latent]`` in q's dtype: of each head the rows of its key, then those of its value.
         cache: ``[pages, page_size, latent + rope]`` in q's dtype, or uint8 ``[pages, page_size, bytes]`` with e4m3
             rows: see :func:`write_latent_cache`. It already holds the new tokens.
-        block_table: int32 ``[B, pages per request]``. As only the device knows the lengths, there is memory for as many
-            latents as the table has room for, and all but Hopper's kernels also project so many: hand over the columns
+        block_table: int32 ``[B, pages per request]``. As only the device knows the lengths, memory is allocated for all
+            latents that the table has room for, and all but the Hopper kernels expand that many: pass only the columns
             that are in use.
         lengths: int32 ``[B]``, cached positions of each request, the new tokens included.
         cu_seqlens_q: int32 ``[B + 1]``, ascending from 0: the new tokens of request b are the rows from
             ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, and its last positions.
         scale: factor of the scores.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         out ``[T, H, V]`` in q's dtype, and the natural-log log-sum-exp of the scaled scores, fp32 ``[H, T]`` (fp64 with

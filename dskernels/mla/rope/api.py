@@ -1,4 +1,4 @@
-"""Public rotation by position."""
+"""The public operation that applies rotary positions."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, out: Tensor | None = None
         cos: fp32 ``[T, rope / 2]``, of each token's own position, last dimension contiguous.
         sin: likewise.
         out: like `x`, to write to; `x` itself rotates it in place.
-        impl: implementation to run, see :mod:`dskernels.dispatch`.
+        impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        ``[T, H, rope]`` in x's dtype; `out` itself where that is given.
+        ``[T, H, rope]`` in x's dtype; `out` itself if it is given.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, strides or devices do not fit.
 
-    An `out` that shares memory with `x` and is not `x` is unspecified. No tokens or heads are no work. Not
+    If `out` overlaps `x` without being `x`, the result is unspecified. Zero tokens or heads launch nothing. Not
     differentiable.
     Source: RoFormer (arXiv 2104.09864), eq. 34.
     """
