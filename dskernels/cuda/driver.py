@@ -137,45 +137,48 @@ class Plan:
         programmatic: bool = False,
         in_graph: bool = True,
     ) -> None:
-        once = {id(argument): argument for argument in arguments}  # what is given twice is packed and written once
-        # The maps go first, as they are aligned, then the other arguments, then their addresses, config and attributes.
-        ordered = sorted(once, key=lambda key: not isinstance(once[key], TensorMap))
-        starts, size = {}, 0
-        for key in ordered:
-            starts[key] = size
-            size += _words_of(once[key])
-        n_attributes = (cluster is not None) + programmatic
-        parts = len(arguments), _CONFIG_WORDS, n_attributes * _ATTRIBUTE_WORDS
-        self.memory = (ctypes.c_uint64 * (size + sum(parts) + MAP_ALIGNMENT // 8))()
-        base = ctypes.addressof(self.memory)
-        first = -base % MAP_ALIGNMENT // 8
-        base += 8 * first
-        pointers = (ctypes.c_void_p * len(arguments)).from_address(base + 8 * size)
-        self.arguments = ctypes.addressof(pointers)
         self.addresses: list[tuple[str, Any, int]] = []
         self.asked: list[tuple[int, Callable[[], int]]] = []
-        for key in ordered:
-            self._pack(once[key], first + starts[key])
-        for i, argument in enumerate(arguments):
-            pointers[i] = base + 8 * starts[id(argument)]
-        self.config = _Config.from_address(self.arguments + 8 * len(arguments))
-        attributes = (_Attribute * n_attributes).from_address(ctypes.addressof(self.config) + 8 * _CONFIG_WORDS)
-        given = [(CLUSTER_DIMENSION, cluster or 1)] * (cluster is not None)
-        given += [(PROGRAMMATIC_STREAM_SERIALIZATION, 1)] * programmatic
-        for i, (kind, value) in enumerate(given):
-            one = (value, 1, 1) if kind == CLUSTER_DIMENSION else (value,)
-            attributes[i] = _Attribute(kind, 0, one)
-        config = self.config
-        config.grid = Dim(*grid) if isinstance(grid, tuple) else Dim(grid, 1, 1)
-        config.block, config.shared = Dim(threads, 1, 1), shared
-        config.attributes, config.n_attributes = ctypes.addressof(attributes), n_attributes
+        attributes = []
+        if cluster is not None:
+            attributes.append(_Attribute(CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
+        if programmatic:
+            attributes.append(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
+        once = {id(argument): argument for argument in arguments}  # what is given twice is packed and written once
+        ordered = sorted(once.values(), key=lambda argument: not isinstance(argument, TensorMap))  # these are aligned
+        sizes = list(map(_words_of, ordered))
+        rest = len(arguments), len(attributes) * _ATTRIBUTE_WORDS, _CONFIG_WORDS
+        self.memory = (ctypes.c_uint64 * (MAP_ALIGNMENT // 8 + sum(sizes) + sum(rest)))()
+        i = -self._at(0) % MAP_ALIGNMENT // 8
+        place = {}
+        for argument, size in zip(ordered, sizes, strict=True):
+            self._pack(argument, i)
+            place[id(argument)] = self._at(i)
+            i += size
+        self.arguments = self._at(i)
+        for argument in arguments:
+            self.memory[i] = place[id(argument)]
+            i += 1
+        at_attributes = self._at(i)
+        for attribute in attributes:
+            self._copy(attribute, i)
+            i += _ATTRIBUTE_WORDS
+        config = _Config(
+            grid=Dim(*grid) if isinstance(grid, tuple) else Dim(grid, 1, 1),
+            block=Dim(threads, 1, 1),
+            shared=shared,
+            attributes=at_attributes,
+            n_attributes=len(attributes),
+        )
+        self._copy(config, i)
+        self.config = _Config.from_address(self._at(i))
         self.function, self.cluster, self.programmatic, self.in_graph = function, cluster, programmatic, in_graph
         self._device: int = device.index
         self._bound: list[tuple[int, Any, int]] = []
         self._last: Sequence[int] = []
         self.enqueue = functools.partial(
             libcuda.library().cuLaunchKernelEx,
-            *(ctypes.c_void_p(x) for x in (ctypes.addressof(config), function, self.arguments)),
+            *(ctypes.c_void_p(x) for x in (self._at(i), function, self.arguments)),
             _NOTHING,
         )
         self.owner: Any = None  # what has to live as long as the kernel's handle
@@ -238,7 +241,15 @@ class Plan:
         elif isinstance(argument, Word):
             self.asked.append((i, argument.ask))
         else:
-            ctypes.memmove(ctypes.addressof(self.memory) + 8 * i, ctypes.byref(argument), ctypes.sizeof(argument))
+            self._copy(argument, i)
+
+    def _copy(self, x: Any, i: int) -> None:
+        """Copy a ctypes value to word i."""
+        ctypes.memmove(self._at(i), ctypes.byref(x), ctypes.sizeof(x))
+
+    def _at(self, i: int) -> int:
+        """The address of word i."""
+        return ctypes.addressof(self.memory) + 8 * i
 
 
 def _words_of(argument: Any) -> int:
