@@ -1,4 +1,4 @@
-"""What stands around latent attention: the cache's rows, decode's queries and values, the merging of two results."""
+"""The operations around latent attention: writing the cache, decode's queries and values, merging two results."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ValuesQuantize(Case):
     """`mla_values_quantize`: the values' up-projection, absorbed, and e4m3 of what it gives."""
 
     workload: workloads.Tokens
-    tolerance = 1e-4  # a sum in another order may turn a rounding to e4m3, by a sixteenth
+    tolerance = 1e-4  # another order of summation may move a rounding to e4m3, by a sixteenth
 
     @property
     def op(self) -> str:
@@ -103,7 +103,7 @@ class WriteLatentCache(Case):
         )
 
     def ours(self, x, impl) -> Call:
-        cache = x.cache.clone()  # each caller fills its own
+        cache = x.cache.clone()  # each caller fills its own cache
         job = (x.kv, x.k_rope, x.norm_weight, x.cos, x.sin, cache, x.slots)
 
         def write():
@@ -113,7 +113,7 @@ class WriteLatentCache(Case):
         return write
 
     def comparable(self, out):
-        """Numbers: an fp8 element may fall on the other side of a rounding step, by another order of the sum."""
+        """As numbers: an fp8 element may be rounded to the other side, after sums in another order."""
         if not self.fp8:
             return out
         data, scale, rope = out.split([LATENT_DIM, 16, 2 * ROPE_DIM], dim=-1)

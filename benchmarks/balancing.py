@@ -1,8 +1,8 @@
-"""A skewed router becomes even: ``python -m benchmarks.balancing`` runs the experiment and draws it for the docs.
+"""A skewed router becomes balanced: ``python -m benchmarks.balancing`` runs the experiment and draws it for the docs.
 
-A gate likes some of 64 experts much better than others: their logits differ by up to 2, the standard deviation of a
-token's own taste being 1. At each step 8,192 new tokens choose 6 experts each, and `update_bias` moves every bias by
-one step. Numbers are drawn on the CPU, so that every machine sees the same tokens.
+A gate prefers some of 64 experts: their logits differ by up to 2, while the preferences of single tokens have a
+standard deviation of 1. At each step 8,192 new tokens choose 6 experts each, and `update_bias` moves every bias by one
+step. Random numbers are drawn on the CPU, so that every machine sees the same tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PICTURE = Path(__file__).parent.parent / "docs" / "images" / "balancing.svg"
 EXPERTS, TOP_K, TOKENS = 64, 6, 8192
 RATES = (0.0, 0.001, 0.01)
 STEPS = 500
-EVEN = 0.1  # an expert of the mean load varies by 3.6% from batch to batch, and the largest of 64 by about 8%
+EVEN = 0.1  # the load of an average expert varies by 3.6% from batch to batch, and the largest of 64 by about 8%
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Run:
     last: list[float]
 
     def even_from(self, limit: float = EVEN, window: int = 20) -> int | None:
-        """The first step from which the mean violation of so many steps is at most `limit`; None if there is none."""
+        """The first step from which on the violation, averaged over `steps` steps, is at most `limit`; None if there
+        is none."""
         for i in range(len(self.violation) - window + 1):
             if sum(self.violation[i : i + window]) / window <= limit:
                 return i
@@ -40,7 +41,7 @@ class Run:
 
 
 def run(rate: float, steps: int = STEPS, tokens: int = TOKENS) -> Run:
-    """Let `steps` batches choose, and move the bias by `rate` after each."""
+    """Let `steps` batches choose experts, moving the bias by `rate` after each."""
     generator = torch.Generator().manual_seed(0)
     skew = torch.linspace(-1, 1, EXPERTS)[torch.randperm(EXPERTS, generator=generator)]
     bias = torch.zeros(EXPERTS)
@@ -61,7 +62,8 @@ HEIGHT, TOP, LEFT, GAP, WIDTH = 240, 40, 60, 90, 380
 
 
 def draw(runs: Sequence[Run]) -> str:
-    """Left the violation at each step, right the experts' shares at the beginning and at the end, as an SVG."""
+    """Draw, as an SVG, the violation at each step (left), and the experts' shares at the beginning and the end
+    (right)."""
     right = LEFT + WIDTH + GAP
     most = 1.25 * max(runs[0].first)
     height = HEIGHT / max(max(r.violation) for r in runs) / 1.1
@@ -116,7 +118,7 @@ def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
 
 
 def main() -> None:
-    """Run, print when each rate is even, and draw."""
+    """Run the experiment, print when each rate is balanced, and draw the picture."""
     runs = [run(rate) for rate in RATES]
     for r in runs:
         even = r.even_from()

@@ -1,9 +1,9 @@
-"""Another commit beside this one, on this machine: ``python -m benchmarks gemm --base HEAD~5``.
+"""Compare with another commit on this machine: ``python -m benchmarks gemm --base HEAD~5``.
 
-The library of the other commit is timed by the benchmarks of this one, so that both do the same jobs. They run in
-processes of their own, the other commit first and last and this one twice between (base, here, here, base): what drifts
-steadily falls on both alike. How much two runs of the same commit differ is shown beside each ratio; less than that
-says nothing.
+The library of the other commit is timed by the benchmarks of this tree, so that both do the same jobs. They run in
+separate processes, the other commit first and last and this tree twice in between (base, here, here, base), so that
+steady drift affects both alike. How much two runs of the same commit differ is shown next to each ratio; a smaller
+difference means nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ ORDER = ("base", "here", "here", "base")
 
 
 class Failed(Exception):  # noqa: N818 - said to whoever asked, not an error of the program
-    """A commit that does not exist, or a run that ended badly; the message is its last words."""
+    """A commit that does not exist, or a run that failed; the message is the end of its output."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """A job, timed twice at either commit, in microseconds."""
+    """A job, timed twice with each commit, in microseconds."""
 
     row: SavedRow
     base: tuple[float, ...]
@@ -46,7 +46,7 @@ class Beside:
 
     @property
     def noise(self) -> float:
-        """The largest difference between two runs of the same commit, as a share."""
+        """The largest difference between two runs of the same commit, as a fraction."""
         return max(max(times) / min(times) - 1 for times in (self.base, self.here))
 
     @property
@@ -61,10 +61,10 @@ def _middle(times: Sequence[float]) -> float:
 
 @contextmanager
 def checked_out(commit: str) -> Iterator[tuple[str, Path]]:
-    """The full name of a commit, and a folder to run in: this tree's benchmarks beside that commit's library.
+    """The full name of a commit, and a folder to run in: this tree's benchmarks with that commit's library.
 
     Args:
-        commit: a commit, or the folder of another checkout, as on a machine that has the files alone.
+        commit: a commit, or the folder of another checkout, for machines that only have the files.
     """
     with tempfile.TemporaryDirectory(prefix="dskernels-base-") as folder:
         tree, place = Path(folder) / "tree", Path(folder) / "run"
@@ -95,7 +95,7 @@ def _add_worktree(commit: str, tree: Path) -> str:
 
 
 def run(arguments: Sequence[str], place: Path, commit: str, out: Path) -> str:
-    """Run the benchmarks in a process that finds the library in `place`; return what it printed."""
+    """Run the benchmarks in a process that imports the library from `place`; returns what it printed."""
     command = [sys.executable, "-m", "benchmarks", *arguments, "--save", "--out", str(out), "--commit", commit]
     environment = {**os.environ, "PYTHONPATH": str(place)}
     answer = subprocess.run(
@@ -114,8 +114,8 @@ def beside(
     Args:
         commit: what to compare with.
         arguments: what to run: families, filters, seconds.
-        say: is told what runs.
-        start: runs one of them, `run`.
+        say: called with what is about to run.
+        start: runs one of them; `run` by default.
     """
     with checked_out(commit) as (name, place), tempfile.TemporaryDirectory(prefix="dskernels-beside-") as folder:
         times: dict[str, list[list[SavedRow]]] = {"base": [], "here": []}
@@ -135,7 +135,7 @@ def beside(
 
 
 def match(base: Sequence[Sequence[SavedRow]], here: Sequence[Sequence[SavedRow]]) -> list[Beside]:
-    """The jobs that every run did, whatever implementation did them."""
+    """The jobs that all runs did, whatever implementation did them."""
 
     def fastest(runs: Sequence[Sequence[SavedRow]]) -> list[dict[tuple[str, str], SavedRow]]:
         return [{row.key: row for row in sorted(rows, key=lambda row: -row.us)} for rows in runs]
@@ -149,7 +149,7 @@ def match(base: Sequence[Sequence[SavedRow]], here: Sequence[Sequence[SavedRow]]
 
 
 def draw(found: Sequence[Beside], commit: str) -> Table:
-    """A line for each job; the ratio is dim where it says nothing."""
+    """A line for each job; the ratio is dim if it is within the noise."""
     table = Table(title=f"here against {commit}: above 1 is faster here", title_justify="left", title_style="bold")
     for heading in ("op", "workload", "impl"):
         table.add_column(heading, no_wrap=True)

@@ -1,4 +1,4 @@
-"""Quantising, alone and fused with what stands before it in a layer. Bound by memory."""
+"""Quantising, alone and fused with what precedes it in a layer. Bound by memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.peers import gemm as gemm_peers
 from dskernels import reference
 
 EPS = 1e-6
-COMPILED_FROM = 4096  # tokens; compiling takes seconds, and says little about smaller batches
+COMPILED_FROM = 4096  # tokens; compiling takes seconds, and for smaller batches tells little
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SwigluQuantize(Case):
 
     workload: workloads.Rows
     transpose: bool = False
-    tolerance = 1e-5  # the odd element falls on the other side of a rounding step, by another exponential
+    tolerance = 1e-5  # a rare element is rounded to the other side, because exp is computed differently
 
     @property
     def op(self) -> str:
@@ -151,7 +151,7 @@ class RmsnormQuantize(Case):
 
     workload: workloads.Rows
     residual: bool = False
-    tolerance = 1e-5  # as for SwiGLU, by another order of the sum
+    tolerance = 1e-5  # as for SwiGLU, because sums are in another order
 
     @property
     def op(self) -> str:
@@ -184,7 +184,7 @@ class RmsnormQuantize(Case):
 
 @dataclass(frozen=True)
 class RmsnormBackward(Case):
-    """The gradient of the norm, with or without the one that comes down the residual stream."""
+    """The gradient of the norm, with or without a gradient that arrives through the residual stream."""
 
     workload: workloads.Rows
     residual: bool = False

@@ -70,7 +70,7 @@ class Fp8Wgrad(Case):
 
 @dataclass(frozen=True)
 class Fp8LinearTraining(Case):
-    """`fp8_linear` forward and backward, quantising x and dy; the weight's quantised copy is kept between steps."""
+    """`fp8_linear` forward and backward, quantising x and dy; the quantised weight is kept between steps."""
 
     workload: workloads.Gemm
     tolerance = 1e-5

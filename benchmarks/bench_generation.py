@@ -1,7 +1,7 @@
-"""Tokens one after the other from the small model that `make demo` trains: drafting, and what invariance costs.
+"""Token by token from the small model that `make demo` trains: drafts, and what batch invariance costs.
 
-What is timed is what a user waits for, the host that reads tokens included, but for prompts where a case says so. The
-peer, "plain", is the same without what a case is about.
+The timings are what a user waits for, including the host that reads the tokens, but not the prompts unless a case says
+so. The peer, "plain", is the same generation without the feature.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from dskernels.model import Batch, Config, DeepseekV3, Generation, LatentCache, 
 from dskernels.model.data import Corpus, read_corpus, standard_library
 from dskernels.model.train import DEMO, train
 
-FOLDER = Path("demo")  # where `make demo` leaves the model; it is trained where there is none
+FOLDER = Path("demo")  # where `make demo` leaves the model; it is trained if it does not exist
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PAGE = 64
-START, LENGTH = 1000, 100  # of a prompt within a held-out file; each is ten tokens longer than the one before
+START, LENGTH = 1000, 100  # of a prompt within a held-out file; each is ten tokens longer than the preceding one
 CHECKED_PROMPTS, CHECKED_TOKENS = 2, 8
-RUNS = 9  # of texts with drafts and without; on a host that is not idle one run differs from the next by 20%
+RUNS = 9  # runs with drafts and without; if the host is not idle, one run differs from the next by 20%
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A model and what it is to go on with; ``checked`` is the part that the reference does too."""
+    """A model and its prompts; ``checked`` are those that the reference runs too."""
 
     model: DeepseekV3
     prompts: list[list[int]]
     checked: bool = False
 
     def begin(self, prompts: list[list[int]], cache: LatentCache, **options: Any) -> Generation:
-        """Greedy, and nothing ends it or spares it a pass."""
+        """Begin a greedy generation that nothing ends early."""
         return generate(self.model, prompts, cache=cache, eos=(), prefix_sharing=False, **options)
 
     def cache(self, sequences: int, tokens: int) -> LatentCache:
-        """Room for so many sequences of so many tokens."""
+        """A cache with room for this many sequences of this many tokens."""
         weight = self.model.embed_tokens.weight
         pages = sequences * -(-tokens // PAGE)
         return LatentCache(self.model.config, pages=pages, page_size=PAGE, dtype=weight.dtype, device=weight.device)
 
     def few(self, w: workloads.Generation, impl: str | None) -> Call:
-        """The first tokens of each prompt, and how far they are from the best; for the reference."""
+        """The first tokens of each prompt, and how far their scores are from the best; for the reference."""
 
         def run() -> Tensor:
             cache = self.cache(len(self.prompts), 2 * START)
@@ -63,8 +63,10 @@ class Inputs:
         return run
 
     def going_on(self, n: int, *, impl: str | None = None, **options: Any) -> Prepared:
-        """``n`` tokens of each text behind its first, one text at a time. Every run does the same ones: the prompts go
-        through the model again before it, which is not timed."""
+        """Generate ``n`` tokens after the first of each text, one text at a time.
+
+        Every run does the same texts: before each, the prompts go through the model again, which is not timed.
+        """
         caches = [self.cache(1, len(prompt) + n + PAGE) for prompt in self.prompts]
         texts: list[Generation] = []
 
@@ -84,7 +86,7 @@ class Inputs:
         return Prepared(first, rest, RUNS)
 
     def whole(self, w: workloads.Generation, *, impl: str | None = None, **options: Any) -> Call:
-        """All texts from their prompts to their ends, in one cache, so that its graphs are made once."""
+        """Generate all texts completely, including prompts, in one cache, so that its graphs are captured once."""
         cache = self.cache(w.b, START + w.n)
 
         def run() -> list[list[int]]:
@@ -94,8 +96,11 @@ class Inputs:
         return run
 
     def missed(self, texts: list[list[int]]) -> Tensor:
-        """1 and by how much each token's score is below the best one's, by a pass over the text without a cache: where
-        two tokens score alike either is right, and so is all that comes after it."""
+        """1 for each token, plus by how much its score is below the best one, according to a pass over the text without
+        a cache.
+
+        If two tokens have the same score, either is right, and so is everything that follows from it.
+        """
         missed = []
         for prompt, text in zip(self.prompts, texts, strict=True):
             tokens = torch.tensor(prompt + text, device=self.model.embed_tokens.weight.device)
@@ -110,12 +115,12 @@ class OfTexts(Case):
     """What both kinds of cases share."""
 
     workload: workloads.Generation
-    tolerance = 1e-3  # one token of 16 that is missed by 0.18, three steps of bf16 at a score of 10
+    tolerance = 1e-3  # one token of 16 that is off by 0.18, three steps of bf16 at a score of 10
     peer_tolerance = 1e-3
     waits = True
 
     def work(self) -> Work:
-        """Each token reads the weights that it is multiplied by; at this size nothing is bound by that."""
+        """Each token reads the weights that it is multiplied by; at this size nothing is bound by this."""
         w = self.workload
         active = Config.from_name(w.model).parameter_count().active
         return Work(None, w.prompts * w.n * active * DTYPES[w.dtype].itemsize)
@@ -148,7 +153,7 @@ class OfTexts(Case):
 
 @dataclass(frozen=True)
 class Drafted(OfTexts):
-    """Tokens of texts one at a time, with drafts, behind the first of each; "plain" is the same texts without."""
+    """Texts one at a time with drafts, after the first token of each; "plain" is the same without drafts."""
 
     @property
     def op(self) -> str:
@@ -164,7 +169,7 @@ class Drafted(OfTexts):
 
 @dataclass(frozen=True)
 class InAnyCompany(OfTexts):
-    """Whole texts that do not depend on what runs beside them; "plain" is where they may."""
+    """Whole texts with batch invariance; "plain" is the same without."""
 
     @property
     def op(self) -> str:
@@ -180,12 +185,12 @@ class InAnyCompany(OfTexts):
 
 @functools.cache
 def corpus() -> Corpus:
-    """What the demo learns from, and what it is kept from."""
+    """The text that the demo trains on, and the text that it holds out."""
     return read_corpus(standard_library(), seed=DEMO.seed)
 
 
 def passages(count: int) -> list[list[int]]:
-    """Beginnings from the middle of held-out files."""
+    """Prompts from the middle of held-out files."""
     long = [document for document in corpus().validation if len(document) > 2 * START]
     starts = [long[i % len(long)][START + 100 * (i // len(long)) :] for i in range(count)]
     return [text[: LENGTH + 10 * (i % 8)].tolist() for i, text in enumerate(starts)]

@@ -53,7 +53,7 @@ class GroupedGemm(Case):
 
 @dataclass(frozen=True)
 class GroupedGemmMasked(Case):
-    """`grouped_gemm_masked`: a buffer of fixed height for each expert, of which the first rows count."""
+    """`grouped_gemm_masked`: a buffer of fixed height for each expert, whose first rows are valid."""
 
     workload: workloads.GroupedGemm
 
@@ -75,7 +75,7 @@ class GroupedGemmMasked(Case):
         return lambda: ds.grouped_gemm_masked(x.a, x.b, x.counts, impl=impl)
 
     def comparable(self, out):
-        """The rows that count: the others are unspecified."""
+        """The valid rows; the others are unspecified."""
         return [out[e, :n] for e, n in enumerate(self.workload.rows)]
 
     def peers(self, x):

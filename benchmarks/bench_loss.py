@@ -14,9 +14,9 @@ from benchmarks import inputs, peers, roofline, workloads
 from benchmarks.cases import Call, Case
 from benchmarks.peers import Peer
 
-CHECKED_ROWS = 256  # a row does not depend on the others; the reference widens whole matrices
+CHECKED_ROWS = 256  # rows are independent of each other; the reference converts whole matrices to fp32
 
-COMPILED = 100_000  # columns from which on torch.compile is timed too
+COMPILED = 100_000  # number of columns from which on torch.compile is timed too
 
 
 def torch_nats(logits: Tensor, targets: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class CrossEntropy(Case):
 
 @dataclass(frozen=True)
 class CrossEntropyBackward(CrossEntropy):
-    """The gradient of the logits, from that of the nats."""
+    """The gradient of the logits, given the gradient of the losses."""
 
     @property
     def op(self) -> str:

@@ -1,4 +1,5 @@
-"""Multi-head latent attention: decode over the latent cache, prefill and its gradient, and what is around them."""
+"""Multi-head latent attention: decode over the latent cache, prefill and its gradient, and the operations around
+them."""
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ from benchmarks.prefix_sharing import decode_with_prefix, decode_with_written_pr
 from benchmarks.workloads import FP8_ROW_BYTES, LATENT_DIM, NOPE_DIM, QK_DIM, ROW_DIM, VALUE_DIM
 
 SCALE = QK_DIM**-0.5
-ABSORBED = 160  # new tokens of a request up to which nothing is projected
+ABSORBED = 160  # new tokens per request up to which nothing is expanded
 
 
 def spread(n: int) -> list[int]:
-    """The first and the last of `n` requests or heads, for the reference: its score matrix is in fp32, and whole."""
+    """The first and the last of `n` requests or heads, for the reference, whose score matrix is fp32 and complete."""
     return sorted({0, n - 1})
 
 
@@ -47,14 +48,15 @@ class _Attention(Case):
 
 @dataclass(frozen=True)
 class Decode(_Attention):
-    """`mla_decode`, partial results and their merging together."""
+    """`mla_decode`, including the merging of partial results."""
 
     workload: workloads.Decode
     fp8: bool = False
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
-        """An fp8 row is rounded to bf16 when it is dequantised, as key and as value, beside P and the output."""
+        """An fp8 row is rounded to bf16 when it is dequantised, as key and as value, in addition to P and the
+        output."""
         return 2e-5 if self.fp8 else 5e-6
 
     @property
@@ -98,7 +100,7 @@ class Decode(_Attention):
 
 @dataclass(frozen=True)
 class DecodeWithPrefix(_Attention):
-    """The recipe of docs/prefix_sharing.md, beside decode that does not know of the common prefix."""
+    """The recipe of docs/prefix_sharing.md, compared with decode that does not know about the common prefix."""
 
     workload: workloads.SharedPrefix
 
@@ -139,13 +141,13 @@ class DecodeWithPrefix(_Attention):
         return {"unshared": lambda: self.unshared(x)}
 
     def unshared(self, x) -> Peer:
-        """Each request reads the prefix for itself."""
+        """Every request reads the prefix separately."""
         return Peer(lambda: ds.mla_decode(x.q, x.cache, x.block_table, x.lengths, scale=SCALE))
 
 
 @dataclass(frozen=True)
 class DecodeWithWrittenPrefix(_Attention):
-    """The other recipe of docs/prefix_sharing.md, beside decode and the projection of what it gives."""
+    """The other recipe of docs/prefix_sharing.md, compared with decode and the projection of its result."""
 
     workload: workloads.SharedPrefix
     tolerance = 2e-5  # keys, values and absorbed queries are rounded to bf16 as well
@@ -190,7 +192,7 @@ class DecodeWithWrittenPrefix(_Attention):
         return {"unshared": lambda: self.unshared(x)}
 
     def unshared(self, x) -> Peer:
-        """Each request reads the latents of the prefix for itself."""
+        """Every request reads the latents of the prefix separately."""
 
         def run():
             latents, _ = ds.mla_decode(x.absorbed, x.cache, x.block_table, x.lengths, scale=SCALE)
@@ -340,11 +342,11 @@ class PrefillCached(_Attention):
         w = self.workload
         given = x.q, x.kv_b, x.cache, x.block_table, w.b, w.s, SCALE
         found = {"cudnn": lambda: attention_peers.cudnn_prefill_cached(*given)}
-        # Few new tokens are attended to absorbed: keys and values that are at hand are another job.
+        # For few new tokens attention is absorbed, and peers with expanded keys and values would do another job.
         return found if w.q <= ABSORBED else {"uncached": lambda: self.uncached(x), **found}
 
     def uncached(self, x) -> Peer:
-        """`mla_prefill` over keys and values that are all there: without gathering, projecting and merging."""
+        """`mla_prefill` over existing keys and values: without gathering, expanding and merging."""
         w = self.workload
         row = x.cache[x.block_table.long()].flatten(1, 2)[:, : w.s].flatten(0, 1)
         k, v = (row[:, :LATENT_DIM] @ x.kv_b.t()).unflatten(1, (w.h, -1)).tensor_split([NOPE_DIM], -1)

@@ -8,9 +8,10 @@ from benchmarks import model_roofline, models, workloads
 from benchmarks.cases import Call, Case, under
 from benchmarks.peers import model as model_peers
 
-# What a layer adds is DAMPING of the stream; were it all wrong, that would be 5e-3 of difference. Sums in another order
-# turn roundings to e4m3 and, where two experts are nearly alike, a choice: with noise of half an ulp of bf16 in all
-# that blocks add, 27 layers of Moonlight's kind differed by 3e-3 and 4e-3, three of DeepSeek-V3's by 5e-5.
+# Each layer adds DAMPING times the stream; if all of it were wrong, the difference would be 5e-3. Sums in another order
+# change roundings to e4m3 and, if two experts have nearly the same score, a choice: with noise of half an ulp of bf16
+# in everything that blocks add, 27 layers of Moonlight's kind differed by 3e-3 and 4e-3, three of DeepSeek-V3's by
+# 5e-5.
 LAYER_TOLERANCE = 1e-3
 MOST_WRITTEN_OUT = 1 << 16  # tokens
 ANCHORED = (workloads.MODEL_V3_SLICE, workloads.MODEL_TINY)
@@ -18,7 +19,7 @@ ANCHORED = (workloads.MODEL_V3_SLICE, workloads.MODEL_TINY)
 
 @dataclass(frozen=True)
 class DecodeStep(Case):
-    """The layout of the batch, embedding, blocks, final norm and the head in bf16, for one new token a sequence."""
+    """Layout of the batch, embedding, blocks, final norm and the head in bf16, for one new token of each sequence."""
 
     workload: workloads.ModelDecode
     peer_tolerance = 3e-2  # bf16 peers do not quantise activations at all
@@ -46,7 +47,7 @@ class DecodeStep(Case):
         return under(impl, x.decode)
 
     def peers(self, x):
-        # At every step it writes keys and values of all that is cached out: 17 GB a layer for 64 sequences of 4,096.
+        # At every step it expands the keys and values of everything cached: 17 GB a layer for 64 sequences of 4,096.
         w = self.workload
         if w.b * w.s > MOST_WRITTEN_OUT or w.model not in ANCHORED:
             return {}
@@ -55,7 +56,7 @@ class DecodeStep(Case):
 
 @dataclass(frozen=True)
 class Prefill(Case):
-    """A prompt through all blocks, its latents written to the cache, and the logits after its last token."""
+    """A prompt through all blocks, writing its latents to the cache, and the logits after its last token."""
 
     workload: workloads.ModelPrefill
     peer_tolerance = 3e-2
@@ -83,5 +84,5 @@ class Prefill(Case):
 
 
 _ALL = (*(DecodeStep(w) for w in workloads.MODEL_DECODES), *(Prefill(w) for w in workloads.MODEL_PREFILLS))
-# One model after the other: only the last one is kept.
+# One model at a time: only the last one is kept.
 CASES: list[Case] = sorted(_ALL, key=lambda case: case.workload.model != workloads.MODEL_V3_SLICE)

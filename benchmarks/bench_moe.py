@@ -15,11 +15,11 @@ from benchmarks.cases import Call, Case
 from benchmarks.peers import moe as moe_peers
 from dskernels import Fp8Tensor, Routing, reference
 
-CHECKED_TOKENS = 4  # the reference dequantises every expert that the checked tokens chose: 32 of them are 1.4 G weights
+CHECKED_TOKENS = 4  # the reference dequantises all experts that these chose: 32 of them have 1.4 G weights
 
 
 def routing(w: workloads.Moe, device: torch.device) -> Routing:
-    """Every token chooses `k` different experts, all equally liked."""
+    """Every token chooses `k` different experts, all with equal probability."""
     scores = torch.rand(w.t, w.e, device=device)
     weights, experts = scores.topk(w.k, dim=-1)
     load = torch.bincount(experts.flatten(), minlength=w.e).int()
@@ -53,7 +53,7 @@ class Permute(Case):
 
 @dataclass(frozen=True)
 class Combine(Case):
-    """`combine`, in the order of the choices."""
+    """`combine`, summed in the order of the choices."""
 
     workload: workloads.Moe
 
@@ -67,7 +67,7 @@ class Combine(Case):
     def inputs(self, device):
         w = self.workload
         chosen = routing(w, device)
-        narrow = torch.empty(w.t, 1, device=device, dtype=torch.bfloat16)  # only offsets and index are wanted of it
+        narrow = torch.empty(w.t, 1, device=device, dtype=torch.bfloat16)  # only its offsets and index are used
         permuted = ds.permute(narrow, chosen.experts, w.e, impl="reference")
         y = inputs.bf16(w.t * w.k, w.h, device=device)
         return SimpleNamespace(y=y, permuted=permuted, weights=chosen.weights)
@@ -89,7 +89,7 @@ class FusedExperts(Case):
 
     workload: workloads.Moe
     shared: bool = False
-    # What is between the two products is quantised again: a rounding before that may move it by an e4m3 step.
+    # The result of the first product is quantised again: a rounding before that may move it by one e4m3 step.
     tolerance = 1e-3
     peer_tolerance = 5e-3  # bf16 peers do not quantise it at all
 
@@ -118,7 +118,7 @@ class FusedExperts(Case):
         return sorted({i * (t - 1) // max(1, CHECKED_TOKENS - 1) for i in range(CHECKED_TOKENS)})
 
     def part(self, x):
-        """A few tokens, and of the experts those that they chose."""
+        """A few tokens, and the experts that they chose."""
         tokens = torch.tensor(self._tokens(), device=x.x.device)
         used, experts = x.routing.experts[tokens].unique(return_inverse=True)
         load = torch.bincount(experts.flatten(), minlength=len(used)).int()
@@ -130,7 +130,7 @@ class FusedExperts(Case):
         return out[self._tokens()]
 
     def peers(self, x):
-        if self.shared:  # of which the peers know nothing
+        if self.shared:  # the peers do not compute shared experts
             return {}
 
         @functools.cache
@@ -147,7 +147,7 @@ class FusedExperts(Case):
 
 @dataclass(frozen=True)
 class ExpertProducts(Case):
-    """The two grouped products of the block alone, in fp8: what `fused_experts` is to be measured by."""
+    """Only the two grouped products of the block, in fp8: the yardstick for `fused_experts`."""
 
     workload: workloads.Moe
 
@@ -201,7 +201,7 @@ class FusedExpertsTraining(Case):
     @property
     def tolerance(self) -> float:  # type: ignore[override]
         """In fp8, operands are quantised after roundings that differ; in bf16 a few roundings follow each other."""
-        # The kernels round to e4m3 before the routing weights are applied, the reference after: 1.2e-3 on an H100.
+        # The kernels round to e4m3 before the routing weights are applied, the reference does after: 1.2e-3 on an H100.
         return 2e-3 if self.fp8 else 3e-5
 
     @property
@@ -247,7 +247,7 @@ class FusedExpertsTraining(Case):
 
 
 def _choose(stack: Fp8Tensor, experts: torch.Tensor) -> Fp8Tensor:
-    data = stack.data.view(torch.uint8)[experts].view(torch.float8_e4m3fn)  # indexing knows no fp8
+    data = stack.data.view(torch.uint8)[experts].view(torch.float8_e4m3fn)  # indexing does not support fp8
     return Fp8Tensor(data, stack.scale[experts], stack.block)
 
 

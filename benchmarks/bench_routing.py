@@ -1,7 +1,7 @@
-"""Choosing experts and keeping them balanced. Bound by memory, and at small batches by the launch.
+"""Choosing experts and keeping their load even. Bound by memory, and for small batches by the launch.
 
 A launch alone takes longer than most of these calls, so `route` is also timed as a model runs it, in a CUDA graph: the
-rows of ``route_in_graph`` are of so many calls, one behind the other.
+rows ``route_in_graph`` are this many calls, one after the other.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Route(Case):
         return Route.ours(self, x, impl)
 
     def comparable(self, out):
-        """Weights where their experts are: the order of two equal ones means nothing."""
+        """The weights, ordered by expert: the order of two equal ones means nothing."""
         weights, experts = out[0], out[1]
         table = torch.zeros(len(weights), self.workload.e, device=weights.device)
         return table.scatter(1, experts.long(), weights.float())
@@ -76,7 +76,7 @@ class Route(Case):
 
 @dataclass(frozen=True)
 class RouteBackward(Route):
-    """The gradient of the logits, from that of the weights."""
+    """The gradient of the logits, given the gradient of the weights."""
 
     tolerance = 1e-4
 
@@ -107,7 +107,7 @@ class RouteBackward(Route):
 
 @dataclass(frozen=True)
 class Replayed(workloads.Route):
-    """`calls` calls in one CUDA graph, each on inputs of its own."""
+    """`calls` calls in one CUDA graph, each with its own inputs."""
 
     calls: int = 20
 
@@ -117,7 +117,7 @@ class Replayed(workloads.Route):
 
 
 class InGraph(Case):
-    """The calls of a `Replayed` workload, of which the reference is asked to do the first."""
+    """The calls of a `Replayed` workload; the reference computes the first."""
 
     workload: Replayed
 
@@ -167,7 +167,7 @@ class RouteInGraph(InGraph, Route):
 
 
 class RouteBackwardInGraph(InGraph, RouteBackward):
-    """Its gradient, replayed: the registered operation, as a graph has no part in what autograd does around it."""
+    """Its gradient, replayed: the registered operation, since autograd's own work is not part of the graph."""
 
     def calls(self, x, impl) -> list[Call]:
         backward = OPERATIONS["route_backward"]
@@ -208,7 +208,7 @@ class RouteHidden(Case):
         )
 
     def comparable(self, out):
-        """Weights where their experts are, and the logits."""
+        """The weights, ordered by expert, and the logits."""
         routing, logits = out
         table = torch.zeros_like(logits)
         return table.scatter(1, routing.experts.long(), routing.weights), logits
@@ -272,7 +272,7 @@ class UpdateBias(Case):
         )
 
     def ours(self, x, impl) -> Call:
-        bias = x.bias.clone()  # each caller steps its own
+        bias = x.bias.clone()  # each caller updates its own
         return lambda: ds.update_bias(bias, x.load, 1e-3, impl=impl)
 
 

@@ -1,4 +1,4 @@
-"""One size at a time: how time grows with rows, experts, tokens, batch, context, heads. The report draws it."""
+"""Sweeps over one size: how time grows with rows, experts, tokens, batch, context, heads. The report draws them."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ SWEEPS: tuple[Case, ...] = (
     *(Prefill(w.Prefill(1, s)) for s in PROMPTS),
 )
 
-# Two sweeps may cross at one job.
+# Two sweeps may have a job in common.
 CASES: list[Case] = list({case.title: case for case in SWEEPS}.values())

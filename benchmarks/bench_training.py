@@ -1,7 +1,8 @@
-"""A training step of a slice of a model: forward, losses and backward, beside the same model compiled by torch.
+"""A training step of a slice of a model: forward, losses and backward, compared with the same model under
+torch.compile.
 
-Ours is a CUDA graph, as `dskernels train` runs it; the peer is timed both as Python launches it and as a graph. They
-run in turns. To be run in a process of its own, alone on its GPU.
+Ours is a CUDA graph, as in `dskernels train`; the peer is timed both as Python launches it and as a graph. They run in
+turns. Run this in a separate process, alone on its GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.roofline import BF16, Work
 from dskernels.model import Config, DeepseekV3, targets
 
 ALPHA = 1e-4  # of the balance loss
-CHECKED_TOKENS = 256  # of the first sequence: what is computed for them does not depend on the tokens after them
+CHECKED_TOKENS = 256  # of the first sequence: their results do not depend on the tokens after them
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Inputs:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """Where sequences begin, and the end."""
+        """Where each sequence begins, and the end."""
         steps = torch.arange(self.batch + 1, device=self.tokens.device)
         return (steps * (self.tokens.shape[0] // self.batch)).int()
 
     @functools.cached_property
     def targets(self) -> Tensor:
-        """What each row is to predict."""
+        """What each row has to predict."""
         return targets(self.tokens, self.cu_seqlens)
 
     @property
@@ -51,7 +52,8 @@ class Inputs:
         return self.tokens.shape[0] - self.batch
 
     def step(self) -> Tensor:
-        """Nats of each token; gradients are left in the parameters. Weights count as changed since the last call."""
+        """The loss of each token in nats; leaves gradients in the parameters. Weights count as changed since the
+        last call."""
         model, parameters = self.model, list(self.model.parameters())
         for parameter in parameters:
             parameter.grad = None
@@ -78,7 +80,7 @@ def _weights(name: str, device: torch.device) -> DeepseekV3:
 
 
 def model_of(name: str, device: torch.device, *, fp8: bool, recompute: bool) -> DeepseekV3:
-    """A fresh model; those of one name share their weights."""
+    """A fresh model; models of the same name share their weights."""
     weights = _weights(name, device)
     model = DeepseekV3(weights.config, fp8=fp8, recompute=recompute, device="meta", dtype=torch.bfloat16)
     model.load_state_dict(weights.state_dict(), assign=True)
@@ -88,14 +90,14 @@ def model_of(name: str, device: torch.device, *, fp8: bool, recompute: bool) -> 
 
 @dataclass(frozen=True)
 class TrainingStep(Case):
-    """Forward, losses and backward. In e4m3 weights are quantised once a step, as after an optimiser's."""
+    """Forward, losses and backward. In e4m3, weights are quantised once per step, as after an optimiser's update."""
 
     workload: workloads.Training
     fp8: bool = True
     recompute: bool = False
     tolerance = 1e-3  # of nats
     peer_tolerance = 1e-3
-    rounds = 12  # five runs of a step that Python launches took 61.1 to 68.6 ms
+    rounds = 12  # five runs of a step launched by Python took 61.1 to 68.6 ms
 
     @property
     def op(self) -> str:
@@ -103,7 +105,7 @@ class TrainingStep(Case):
 
     def work(self):
         config = models.config_of(self.workload.model)
-        # Weights are read forward and backward, their gradients written.
+        # Weights are read forward and backward, and their gradients written.
         return Work(step_flops(config, self.workload), 3 * BF16 * config.parameter_count().total, "bf16")
 
     def inputs(self, device):
@@ -124,7 +126,8 @@ class TrainingStep(Case):
     def ours(self, x, impl) -> Call:
         if impl == "reference" or not x.tokens.is_cuda:
             return under(impl, x.step)
-        # Parameters of its own: those that have run on another stream may still be held by what ran, and be captured.
+        # Separate parameters: others may still be referenced by what ran on another stream, and would be captured with
+        # it.
         model = model_of(self.workload.model, x.tokens.device, fp8=self.fp8, recompute=self.recompute)
         return models.graph_of(under(impl, replace(x, model=model).step))
 
@@ -132,7 +135,7 @@ class TrainingStep(Case):
         return under(impl, lambda: x.model(x.tokens, x.cu_seqlens))
 
     def peers(self, x) -> dict[str, Callable[[], Peer]]:
-        # The weights themselves, which the models share, are a model in bf16.
+        # The weights that the models share are a bf16 model.
         weights = functools.partial(_weights, self.workload.model, x.tokens.device)
         peers = {"torch_compile": lambda: training_peers.torch_step(weights(), x)}
         if x.tokens.is_cuda:
@@ -141,9 +144,9 @@ class TrainingStep(Case):
 
 
 def step_flops(config: Config, w: workloads.Training) -> int:
-    """Of the matrix products of a step: forward, and twice that backward; what is computed again does not count.
+    """Operations of the matrix products in a step: the forward, and twice that for the backward, without recomputation.
 
-    Of causal attention half of the square counts. Embedding and norms have no products.
+    Causal attention counts half of the square. Embedding and norms have no products.
     """
     weights = config.parameter_count().active
     pairs = w.s * (w.s + 1) // 2

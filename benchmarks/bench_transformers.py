@@ -1,7 +1,8 @@
-"""A model of Hugging Face transformers, accelerated by one line, against itself unchanged: a prompt and a decode step.
+"""A model of Hugging Face transformers, accelerated by one line, compared with itself unchanged: a prompt and a decode
+step.
 
 The model is DeepSeek-V3's at half of its dimensions, one dense layer and three of 256 experts, with random weights. Its
-weights are kept in bf16, and multiplied as they are or, quantised once, in e4m3.
+weights are stored in bf16, and multiplied in bf16 or, quantised once, in e4m3.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _model(name: str, device: torch.device | str) -> Any:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Models that share their weights, tokens ``[B, S]``, and of a decode step how many are cached before them."""
+    """Models that share their weights, tokens ``[B, S]``, and for a decode step how many are cached before them."""
 
     models: tuple[Any, Any, Any]
     tokens: Tensor
@@ -91,11 +92,11 @@ class Inputs:
 
     @torch.no_grad()
     def prompt(self, model: Any) -> Tensor:
-        """All tokens, what is cached of them, and the logits after the last."""
+        """All tokens, the cache they fill, and the logits after the last."""
         return model(input_ids=self.tokens, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def step(self, model: Any) -> Call:
-        """One new token of each request behind the cached ones, which are dropped again at the next call."""
+        """One new token of each request after the cached ones; it is dropped again at the next call."""
         cache = importlib.import_module("transformers").DynamicCache()
         config, batch = model.config, self.tokens.shape[0]
         generator = torch.Generator(self.tokens.device).manual_seed(0)
@@ -129,7 +130,7 @@ class TransformersPrefill(Case):
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
-        """Of logits: a choice of experts may turn at a rounding, see `bench_model`."""
+        """For logits: a rounding may change a choice of experts, see `bench_model`."""
         return 1e-3 * config_of(self.workload.model).num_hidden_layers
 
     @property
@@ -137,7 +138,7 @@ class TransformersPrefill(Case):
         return "transformers_prefill_" + ("fp8" if self.fp8 else "bf16")
 
     def work(self) -> Chain:
-        """Of the products in e4m3, which is the floor whatever they run in."""
+        """The products in e4m3, which are the floor whatever precision is used."""
         return model_roofline.prefill(config_of(self.workload.model), self.workload)
 
     def inputs(self, device):
@@ -161,7 +162,7 @@ class TransformersDecode(Case):
 
     @property
     def tolerance(self) -> float:  # type: ignore[override]
-        """Of logits: a choice of experts may turn at a rounding, see `bench_model`."""
+        """For logits: a rounding may change a choice of experts, see `bench_model`."""
         return 1e-3 * config_of(self.workload.model).num_hidden_layers
 
     @property
@@ -169,7 +170,7 @@ class TransformersDecode(Case):
         return "transformers_decode_" + ("fp8" if self.fp8 else "bf16")
 
     def work(self) -> Chain:
-        """Of the products in e4m3, which is the floor whatever they run in."""
+        """The products in e4m3, which are the floor whatever precision is used."""
         return model_roofline.decode_step(config_of(self.workload.model), self.workload)
 
     def inputs(self, device):

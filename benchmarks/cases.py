@@ -1,7 +1,7 @@
 """What a benchmark case is: an operation on a workload, with its inputs, its oracle and its peers.
 
-A family lists cases in ``bench_<family>.py``; `runner` checks and times them. The oracle of every case is the
-operation's own reference implementation, run on the inputs or on a part of them that does not depend on the rest (some
+A family lists its cases in ``bench_<family>.py``; `runner` checks and times them. The oracle of every case is the
+operation's reference implementation, run on the inputs or on a part of them that does not depend on the rest (some
 heads, some requests).
 """
 
@@ -23,13 +23,13 @@ from dskernels import Fp8Tensor, use_impl
 
 Call = Callable[[], Any]
 _forgetting: list[Callable[[], None]] = []
-CHUNK = 1 << 25  # elements compared at once: gradients of 32 experts have 0.9 G, which would be 40 GB of fp64
+CHUNK = 1 << 25  # elements compared at once: gradients of 32 experts have 0.9 G, which would be 40 GB in fp64
 
 
 def kept_within_a_family(function: Callable | None = None, *, most: int | None = 1) -> Callable:
-    """Keeps what it made last, a model say, for the cases of a family that want the same; `forget` lets go of it.
+    """Keep what was made last (such as a model) for other cases of the same family; `forget` drops it.
 
-    `most` is how many it keeps, None for all.
+    `most` is how many are kept, None for all.
     """
     if function is None:
         return functools.partial(kept_within_a_family, most=most)
@@ -39,22 +39,22 @@ def kept_within_a_family(function: Callable | None = None, *, most: int | None =
 
 
 def forget() -> None:
-    """Let go of what is kept within a family: the models of three families do not fit into 140 GB together."""
+    """Drop everything that is kept within a family: the models of three families do not fit into 140 GB together."""
     for clear in _forgetting:
         clear()
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on one workload; a subclass for each operation.
+    """One operation on one workload; each operation has a subclass.
 
     Attributes:
-        tolerance: the largest `calc_diff` from the reference that counts as right; what is not a float must be equal.
-            5e-6 is what rounding a result to bf16 costs, with a margin of ten.
-        peer_tolerance: the same for peers, which may not quantise, or not alike.
-        waits: whether the call waits for the device, so that the host's share of it says nothing.
-        rounds: how often at least ours and peers run in turns, 0 where a few of the slow ones do. From then on how far
-            they are apart is the median of the rounds, each of which has its own ratio.
+        tolerance: the largest `calc_diff` from the reference that counts as right; results that are not floats must be
+            equal. Rounding a result to bf16 costs 5e-6, with a margin of ten.
+        peer_tolerance: the same for peers, which may not quantise, or do it differently.
+        waits: whether the call waits for the device, so that its host time means nothing.
+        rounds: the least number of rounds in which ours and the peers run in turns, 0 if a few are enough. Otherwise
+            the ratio is the median over rounds, each of which has its own.
     """
 
     workload: Any
@@ -70,7 +70,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """The operation and its workload, what ``--filter`` looks at."""
+        """The operation and its workload, which ``--filter`` matches."""
         workload: Workload = self.workload
         return f"{self.op} {workload.name}"
 
@@ -83,36 +83,36 @@ class Case:
         raise NotImplementedError
 
     def ours(self, x: Any, impl: str | None) -> Call:
-        """The call that is timed. What it prepares here is not."""
+        """The call that is timed. What it prepares before returning the call is not."""
         raise NotImplementedError
 
     def forward(self, x: Any, impl: str | None) -> Call:
-        """The part of the call that says which implementation runs: without the backward, which follows it."""
+        """The part of the call that decides which implementation runs: without the backward."""
         return self.ours(x, impl)
 
     def part(self, x: Any) -> Any:
-        """Inputs of the part of the job that the reference is asked to do: all of it, where that is not too much."""
+        """The inputs of the part that the reference computes: everything, unless that is too much."""
         return x
 
     def part_of_output(self, out: Any, x: Any) -> Any:
-        """What that part of the job gives, out of the output of the whole."""
+        """The corresponding part of the whole output."""
         return out
 
     def comparable(self, out: Any) -> Any:
-        """The output in a form in which right means near."""
+        """The output in a form in which right means close."""
         return out
 
     def comparable_peer(self, out: Any) -> Any:
-        """The same for comparing with peers, where they return less or quantise differently."""
+        """The same for comparing with peers, if they return less or quantise differently."""
         return self.comparable(out)
 
     def peers(self, x: Any) -> dict[str, Callable[[], Peer]]:
-        """For each peer that can do this job, what makes it ready."""
+        """For each peer that can do this job, a function that prepares it."""
         return {}
 
 
 def under(impl: str | None, call: Call) -> Call:
-    """A call of what takes no `impl` itself, run by that implementation where one is asked for."""
+    """A call that takes no `impl` itself, run under the implementation that is asked for, if any."""
 
     def run() -> Any:
         with use_impl(impl):
@@ -122,7 +122,7 @@ def under(impl: str | None, call: Call) -> Call:
 
 
 def difference(got: Any, expected: Any) -> float:
-    """The largest `calc_diff` between the tensors of two outputs; infinite where what must be equal is not."""
+    """The largest `calc_diff` between the tensors of two outputs; infinite if tensors that must be equal are not."""
     pairs = list(zip(leaves(got), leaves(expected), strict=True))
     return max((_difference(a, b) for a, b in pairs), default=0.0)
 
@@ -145,7 +145,7 @@ def calc_diff(x: Tensor, y: Tensor) -> float:
     """
     error, total = torch.zeros(2, dtype=torch.float64, device=x.device)
     for a, b in zip(x.flatten().split(CHUNK), y.flatten().split(CHUNK), strict=True):
-        same = (a == b) & a.isinf()  # -inf is a right answer of a log-sum-exp, and would give NaN here
+        same = (a == b) & a.isinf()  # -inf is a right answer for a log-sum-exp, and would give NaN here
         a, b = a.double().masked_fill(same, 0), b.double().masked_fill(same, 0)
         error += (a - b).square().sum()
         total += a.square().sum() + b.square().sum()

@@ -1,4 +1,4 @@
-"""Pictures of a report as SVG text. Colours are classes, which the style sheet gives for light and for dark."""
+"""Pictures of a report as SVG text. Colours are CSS classes, so that the page can be light or dark."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from benchmarks.curves import OURS, ROOF, SIZES, Curve
 
 WIDTH, HEIGHT = 460, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 130, 14, 44
-TICK_ROOM, LABEL_ROOM = 46, 15  # pixels that a tick of x needs, and a label at a line's end
+TICK_ROOM, LABEL_ROOM = 46, 15  # pixels that a tick on the x axis needs, and a label at the end of a line
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point: 0.123, 12.3, 1,234."""
+    """Three digits, or all digits before the decimal point: 0.123, 12.3, 1,234."""
     digits = max(0, 2 - math.floor(math.log10(float(f"{value:.2e}")))) if 0 < value < 100 else 0
     return f"{value:,.{digits}f}"
 
 
 def tick(value: float) -> str:
-    """The number of a tick, which is round: 1,000, 30, 0.001."""
+    """The number at a tick, which is round: 1,000, 30, 0.001."""
     return f"{value:,.0f}" if value >= 1 else f"{value:g}"
 
 
 def scaling(curve: Curve) -> str:
-    """Time against a size, on logarithmic axes, with the roof drawn in."""
+    """Time against a size, on logarithmic axes, with the roof."""
     lines = curve.lines
     us = [value for values in lines.values() for value in values if value]
     x = Axis(curve.at[0], curve.at[-1], LEFT, WIDTH - RIGHT)
@@ -47,7 +47,7 @@ def scaling(curve: Curve) -> str:
 
 
 def colour(name: str) -> str:
-    """The class of a line: ours and the roof have their own, every peer another."""
+    """The CSS class of a line: ours and the roof have their own, peers another each."""
     return {OURS: "ours", ROOF: "roof"}.get(name, f"peer-{name}")
 
 
@@ -74,7 +74,7 @@ class Axis:
 
 
 def spread(wanted: dict[str, float], low: float, high: float) -> dict[str, float]:
-    """Move labels apart that would overlap, in their order, within bounds."""
+    """Move labels apart that would overlap, keeping their order, within bounds."""
     names = sorted(wanted, key=wanted.__getitem__)
     at = [wanted[name] for name in names]
     for i in range(1, len(at)):
@@ -103,7 +103,7 @@ def _grid(x: Axis, y: Axis, curve: Curve) -> list[str]:
 
 
 def roomy(values: Sequence[int], x: Axis) -> list[int]:
-    """Those that have room for a label: the last always, others from the right."""
+    """The labels that have room: always the last, then others from the right."""
     kept: list[int] = []
     for value in sorted(set(values), reverse=True):
         if not kept or x(kept[-1]) - x(value) >= TICK_ROOM:

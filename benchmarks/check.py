@@ -1,10 +1,10 @@
-"""A gate: has anything become slower than what was saved of this GPU? ``python -m benchmarks gemm --check``
+"""A gate: is anything slower than the saved results of this GPU? ``python -m benchmarks gemm --check``
 
-A figure has fallen if it is more than 5% below the saved one however it is looked at: as a time, as a share of the roof
-that was measured in its own run, and as a ratio to the same peer timed beside it. A machine that is slower as a whole
-moves the first and leaves the others; a roof or a peer that was measured badly moves one of these and leaves the time.
-And it has to have fallen in every repetition: noise goes both ways, a loss stays. What fell is timed again, inputs and
-roofs too, until it once did not fall, or three times.
+A figure has fallen if it is more than 5% below the saved one in every view: as a time, as a share of the roof that was
+measured in the same run, and as a ratio to the same peer timed next to it. A machine that is slower as a whole changes
+the first view but not the others; a badly measured roof or peer changes its own view but not the time. And it has to
+have fallen in every repetition, since noise goes both ways while a real loss stays. A figure that seems to have fallen
+is timed again, including inputs and roofs, until it has not, or three times.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Verdict:
-    """How one job stands beside what was saved of it.
+    """How one job compares with its saved result.
 
     Attributes:
-        ratios: for each repetition the speed now over that of then, by the kindest of its views: below 1 is a loss.
-        views: the same by each view (time, roof, each peer), of the kindest repetition.
+        ratios: for each repetition the speed now divided by the speed then, in the most favourable view: below 1 is a
+            loss.
+        views: the same for each view (time, roof, each peer), in the most favourable repetition.
     """
 
     saved: SavedRow
@@ -38,7 +39,7 @@ class Verdict:
 
     @property
     def ratio(self) -> float:
-        """The kindest of all."""
+        """The most favourable ratio."""
         return max(self.ratios)
 
     @property
@@ -48,9 +49,9 @@ class Verdict:
 
 
 def views(now: SavedRow, then: SavedRow, *, same_peers: bool = True) -> dict[str, float]:
-    """The speed now over that of then, by time, by share of the roof, and beside each peer that is in both.
+    """The speed now divided by the speed then: by time, by share of the roof, and relative to each peer in both.
 
-    A peer counts only where both runs have the same version of it, which for those of torch is torch's.
+    A peer only counts if both runs have the same version of it; for torch's own peers that is torch's version.
     """
     found = {"time": then.us / now.us, "roof": now.roof_pct / then.roof_pct}
     if same_peers:
@@ -60,7 +61,7 @@ def views(now: SavedRow, then: SavedRow, *, same_peers: bool = True) -> dict[str
 
 
 def verdict(repeats: Sequence[SavedRow], then: SavedRow, *, same_peers: bool = True) -> Verdict:
-    """Of one job that was timed once or more."""
+    """The verdict on a job that was timed once or more."""
     seen = [views(now, then, same_peers=same_peers) for now in repeats]
     ratios = tuple(max(view.values()) for view in seen)
     kindest = ratios.index(max(ratios))
@@ -68,7 +69,8 @@ def verdict(repeats: Sequence[SavedRow], then: SavedRow, *, same_peers: bool = T
 
 
 def saved_figure(rows: Iterable[SavedRow], impl: str | None) -> SavedRow | None:
-    """The figure to hold: of `impl` where one was asked for, else the fastest, whatever made it.
+    """The saved figure to compare with: that of `impl` if one was asked for, else the fastest, whichever implementation
+    it is.
 
     So a job that a slower implementation takes over is a loss too.
     """
@@ -83,13 +85,13 @@ def judge(
     *,
     same_peers: bool = True,
 ) -> Verdict:
-    """The verdict on a job, with `again` to time it once more where it seems to have fallen.
+    """The verdict on a job, timing it again with `again` if it seems to have fallen.
 
     Args:
         first: what was timed.
         then: what was saved.
         again: times the job anew; None if that failed.
-        same_peers: whether the peers are the same versions.
+        same_peers: whether the peers have the same versions.
     """
     repeats = [first]
     while (found := verdict(repeats, then, same_peers=same_peers)).fell and len(repeats) < REPEATS:
@@ -101,7 +103,7 @@ def judge(
 
 
 def draw(verdicts: Sequence[Verdict], saved: Saved) -> Table:
-    """What fell, or a title that says that nothing did."""
+    """What fell, or a title saying that nothing did."""
     fallen = [v for v in verdicts if v.fell]
     source = f"saved on {saved.stamp['date'][:10]} at {saved.stamp['commit'][:12]}"
     title = f"{saved.family}: {len(fallen)} of {len(verdicts)} figures fell by more than {MARGIN:.0%} ({source})"

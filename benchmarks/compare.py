@@ -13,21 +13,21 @@ from benchmarks.saved import SWEEPS, Saved, SavedRow, by_key
 
 @dataclass(frozen=True)
 class Pair:
-    """The same job in both."""
+    """The same job in both sets."""
 
     a: SavedRow
     b: SavedRow
 
     @property
     def speedup(self) -> float:
-        """How many times as fast B is."""
+        """How many times as fast the second one is."""
         return self.a.us / self.b.us
 
 
 def pairs(a: Iterable[Saved], b: Iterable[Saved]) -> list[Pair]:
-    """The jobs that are in both; of one that several implementations did, those of the same name, else the fastest.
+    """The jobs that are in both sets; if several implementations did one, those of the same name, else the fastest.
 
-    A family is compared with itself, or, where the other set has none of that name, with whatever did its jobs.
+    A family is compared with itself or, if the other set has none of that name, with whichever family did its jobs.
     """
     b = list(b)
     others_of = {one.family: [one] for one in b}
@@ -44,13 +44,13 @@ def pairs(a: Iterable[Saved], b: Iterable[Saved]) -> list[Pair]:
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
-    """Of ratios; 1 of none."""
+    """The geometric mean of ratios; 1 if there are none."""
     logs = [math.log(ratio) for ratio in ratios]
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
 
 def introduce(name: str, saved: Mapping[str, Saved]) -> list[str]:
-    """What a set of results is of; families of one run share a line."""
+    """What a set of results was measured on; families of one run share a line."""
     lines: dict[str, list[str]] = {}
     for family in saved.values():
         s, r = family.stamp, family.roofs
@@ -63,7 +63,7 @@ def introduce(name: str, saved: Mapping[str, Saved]) -> list[str]:
 
 
 def draw(found: Iterable[Pair], a: str = "A", b: str = "B") -> Table:
-    """A line for each job, and the geometric mean of each operation."""
+    """A line for each job, and the geometric mean for each operation."""
     table = Table(title=f"{b} against {a}: above 1 is faster", title_justify="left", title_style="bold")
     for heading in ("op", "workload", "impl"):
         table.add_column(heading, no_wrap=True)

@@ -1,4 +1,4 @@
-"""``pytest benchmarks``: what the machine is goes into pytest-benchmark's JSON, beside what the plugin knows of it."""
+"""``pytest benchmarks``: adds what is known about the machine to pytest-benchmark's JSON."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The scaling view of saved results: how time grows with one size while the others stay.
+"""Curves from saved results: how time grows with one size while the others stay the same.
 
-A workload's name spells its sizes (``b128_s4096_q1_h128``), so the curves are found in the names: rows of one operation
+The name of a workload contains its sizes (``b128_s4096_q1_h128``), so curves are found by name: rows of one operation
 that differ in a single number lie on one curve.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from benchmarks.saved import SavedRow
 
-FEWEST = 3  # points of a curve
+FEWEST = 3  # the least number of points in a curve
 OURS, ROOF = "dskernels", "roof"
 
-# Sizes that are looked at, and their names on an axis. What else a name has (n, k) only tells curves apart.
+# Sizes to plot, and their names on an axis. Other parts of a name (n, k) only tell curves apart.
 SIZES = {
     "m": "rows M",
     "t": "tokens T",

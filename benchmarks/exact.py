@@ -1,7 +1,7 @@
-"""What each operation means, in fp64 and in the plainest loops: an oracle that shares no code with the library.
+"""What each operation means, in fp64 and the plainest loops: an oracle that shares no code with the library.
 
-Arguments are those of the public functions; e4m3 operands count as the numbers that they stand for. Nothing is rounded
-in between, so that the distance to these is all that an implementation, or a format, loses.
+Arguments are those of the public functions; e4m3 operands stand for the numbers that they represent. Nothing is rounded
+in between, so the distance from these results is the whole error of an implementation or a format.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Saved results in the middle of a sentence, filled in by ``python -m benchmarks --report``.
+"""Saved results in the middle of sentences, filled in by ``python -m benchmarks --report``.
 
-What stands between ``<!-- saved: ... -->`` and ``<!-- /saved -->`` is made anew. The dots are a GPU, an operation, a
-workload (or a pattern of several, whose values are said from the least to the largest, or one by one with ``each``) and
-what is said of it: ``h200 fused_experts t8192_* ms``. A line of Markdown must not begin with one, or is taken for HTML.
+The text between ``<!-- saved: ... -->`` and ``<!-- /saved -->`` is generated. In the place of the dots are a GPU, an
+operation, a workload (or a pattern for several, whose values are given from the smallest to the largest, or one by one
+with ``each``), and the quantity: ``h200 fused_experts t8192_* ms``. A line of Markdown must not begin with such a
+comment, or it is taken for HTML.
 """
 
 from __future__ import annotations

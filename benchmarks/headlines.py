@@ -1,4 +1,4 @@
-"""What README says of speed: some operations at the sizes that people ask for, of the GPU that was measured last."""
+"""The speed table in README: some operations at common sizes, on the GPU that was measured last."""
 
 from __future__ import annotations
 

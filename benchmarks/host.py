@@ -1,11 +1,7 @@
-"""What a call costs the host, measured alone: nothing is checked or timed on the device, no peer is made.
+"""Host time of a call, measured alone: nothing is checked or timed on the device, and no peer is made.
 
-A run of all families keeps the host busy with peers and compilers, and what it said of the host was up to twice of this
-(`route` 28 to 30 µs beside 14). So `--host-only` is run by itself, and puts its figures into the saved results.
-
-Calls are timed in a row, as a model makes them. The first after a wait for the device takes up to ten times as long,
-`x.add_(1)` two and a half: of a block of 7 launches that waited 2.6 ms it was 173 µs, the second 30, the fifth 17. So
-the first ones of a row are not counted.
+A run of all families keeps the host busy with peers and compilers, and then measures up to twice these figures
+(`route` 28 to 30 µs instead of 14). So `--host-only` is run separately, and puts its figures into the saved results.
 """
 
 from __future__ import annotations

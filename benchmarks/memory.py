@@ -1,8 +1,8 @@
-"""Peak memory of a training step of the expert block, beside autograd's: ``python -m benchmarks.memory``.
+"""Peak memory of a training step of the expert block, compared with autograd's: ``python -m benchmarks.memory``.
 
-What is counted is what a step takes at its peak over what there is before it: inputs, weights and, in fp8, their
-quantised copies, which stay until the weights change. The weights' gradients, which every version has to make, are
-also left out in the last columns.
+It counts what a step needs at its peak in addition to what exists before it: inputs, weights and, in fp8, their
+quantised copies, which stay until the weights change. The last columns also leave out the gradients of the weights,
+which every version has to make.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run leaves behind: rows, the table on the screen, and the JSON file of a GPU and family."""
+"""The results of a run: rows, the table on the screen, and the JSON file of a GPU and family."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a job must at least do, and what this machine can do at best.
+"""The least that a job has to do, and the most that this machine can do.
 
-`Work` counts floating-point operations (a multiply-add is two; only those of matrix products, None where there are
-none) and the fewest bytes: each input read once, each output written once. The roofs are measured here, not taken from
-a datasheet: the percentage of the roof is the time that the slower of the two would take over the measured time.
+`Work` counts floating-point operations (a multiply-add is two; only those of matrix products, None if there are none)
+and the fewest bytes: each input is read once, each output written once. The roofs are measured here, not taken from a
+datasheet. The percentage of the roof is the time that the slower of the two would take, divided by the measured time.
 """
 
 from __future__ import annotations
