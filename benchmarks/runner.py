@@ -1,4 +1,4 @@
-"""Runs a case: make inputs, check ours and the peers against the reference, time those that are right, clean up."""
+"""Runs a case: makes inputs, checks ours and the peers against the reference, times those that are right, cleans up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.results import Failure, Row
 from benchmarks.roofline import Roofs
 from benchmarks.timing import Prepared, Times, ratios
 
-LEFT_BEHIND = 1 << 30  # bytes; of a case that leaves less, nothing has to be looked for
+LEFT_BEHIND = 1 << 30  # bytes; if a case leaves fewer behind, there is no need to collect garbage
 
 Timer = Callable[[Mapping[str, Call]], dict[str, Times]]
 
@@ -30,9 +30,9 @@ class WrongResult(Exception):  # noqa: N818 - an outcome, not an error of the pr
 
 @dataclass
 class Outcome:
-    """Of one case: a row or a failure for each implementation asked for, and what there is to say about its peers.
+    """The outcome of one case: a row or a failure for each implementation asked for, and notes about its peers.
 
-    `spent` is in seconds of the host, which waits for what it compares: where a run's time goes.
+    `spent` is the host's time in seconds, including waiting for comparisons: it tells where the time of a run goes.
     """
 
     results: list[Row | Failure] = field(default_factory=list)
@@ -54,11 +54,11 @@ class Runner:
     """Runs cases on one device.
 
     Args:
-        device: where to.
+        device: where to run.
         time: times named calls against each other.
-        roofs: ceilings of the device.
+        roofs: the ceilings of the device.
         impls: implementations to run, None for the one that dskernels chooses.
-        host_cost: measures what one call costs on the host, where that is wanted.
+        host_cost: measures the host time of a call, if that is wanted.
     """
 
     device: torch.device
@@ -68,7 +68,7 @@ class Runner:
     host_cost: Callable[[Call], float] | None = None
 
     def run(self, case: Case) -> Outcome:
-        """Check and time one case; whatever it raises becomes a failure, so that the others can go on."""
+        """Check and time one case; any exception becomes a failure, so that the other cases still run."""
         outcome = Outcome()
 
         def failed(reason: str) -> None:
@@ -79,10 +79,10 @@ class Runner:
                 self._run(case, outcome)
         finally:
             if self.device.type == "cuda":
-                # After an illegal access every call raises; the next case says so.
+                # After an illegal access every call raises; the next case will report it.
                 with outcome.spending("clearing up"), contextlib.suppress(RuntimeError):
                     if torch.cuda.memory_allocated() > LEFT_BEHIND:
-                        gc.collect()  # 0.1 to 0.3 s: of a run of all kernels' families it was 29 of 140 s
+                        gc.collect()  # takes 0.1 to 0.3 s: in a run of all kernel families 29 of 140 s
                     torch.cuda.empty_cache()
         return outcome
 
@@ -114,7 +114,7 @@ class Runner:
             if case.rounds:
                 calls = {name: Prepared(lambda: None, call, case.rounds) for name, call in calls.items()}
             times = self.time(calls)
-            if case.rounds:  # what was right before peers ran may read what they wrote
+            if case.rounds:  # a result that was right before the peers ran may read what they wrote
                 for call in ours.values():
                     check(case, case.part_of_output(call(), x), expected)
             against = {name: times[f"peer {name}"].us for name in rivals}
@@ -128,12 +128,12 @@ class Runner:
                 outcome.results.append(row)
 
     def _wait(self) -> None:
-        """For the device, so that what it still has to do is not counted as what comes next."""
+        """Wait for the device, so that its remaining work does not count as that of the next step."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def _peers(self, case: Case, x: Any, expected: Any, notes: list[str]) -> dict[str, Call]:
-        """The calls of the peers that are here, take the job, and agree with the reference."""
+        """The calls of the peers that are installed, support the job, and agree with the reference."""
         rivals: dict[str, Call] = {}
 
         def left_out(name: str, reason: str) -> None:
@@ -151,7 +151,7 @@ class Runner:
 
 @contextlib.contextmanager
 def surviving(report: Callable[[str], None]) -> Iterator[None]:
-    """What fails inside is reported in one line and does not end the run."""
+    """An exception inside is reported in one line and does not end the run."""
     try:
         yield
     except Exception as error:
@@ -159,18 +159,18 @@ def surviving(report: Callable[[str], None]) -> Iterator[None]:
 
 
 def failure(case: Case, impl: str | None, reason: str) -> Failure:
-    """Of one implementation asked for, which makes the run fail; a peer that is left out is only noted."""
+    """A failure of an implementation that was asked for makes the run fail; a peer that is left out is only noted."""
     return Failure(case.op, case.workload.name, impl or "auto", reason)
 
 
 def chosen_impl(case: Case, x: Any, impl: str | None) -> str:
-    """The implementation that runs, such as ``triton``; those of a call of several operations are joined by ``+``."""
+    """The implementation that runs, such as ``triton``; if a call has several operations, theirs joined by ``+``."""
     chosen = dict.fromkeys(choice.impl for choice in ds.explain(case.forward(x, impl)))
     return "+".join(chosen)
 
 
 def check(case: Case, got: Any, expected: Any, *, peer: bool = False) -> float:
-    """Raise if `got` is not what the reference says; return how far from it it is."""
+    """Raise if `got` differs too much from the reference; returns the difference."""
     form = case.comparable_peer if peer else case.comparable
     limit = case.peer_tolerance if peer else case.tolerance
     diff = difference(form(got), form(expected))
@@ -180,7 +180,7 @@ def check(case: Case, got: Any, expected: Any, *, peer: bool = False) -> float:
 
 
 def one_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     text = str(error).strip().splitlines()
     kind = "" if isinstance(error, (WrongResult, peers.NotApplicable)) else f"{type(error).__name__}: "
     return (kind + (text[0] if text else "")).rstrip(": ")[:300]

@@ -1,6 +1,6 @@
-"""Results that were saved before: found by a path, by the name of a GPU, or as a commit had them.
+"""Saved results: found by a path, by the name of a GPU, or as a commit had them.
 
-Nothing here needs torch: reports and comparisons are made on any machine.
+Nothing here needs torch: reports and comparisons can be made on any machine.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
 
-# Eager PyTorch is a rival where it calls one tuned product, not where it is a chain of elementwise kernels.
+# Eager PyTorch counts as a rival if it calls one tuned product, not if it is a chain of elementwise kernels.
 PRODUCTS = ("fp8_gemm", "fp8_linear", "grouped_gemm")
-SWEEPS = "scaling"  # a family that is there for its curves: some of its jobs are other families' too
-OURS_WITHOUT = ("plain", "uncached", "unshared")  # dskernels too, without what the row is about
+SWEEPS = "scaling"  # a family that exists for its curves; some of its jobs also belong to other families
+OURS_WITHOUT = ("plain", "uncached", "unshared")  # dskernels itself, without the feature that the row is about
 LABELS = {
     "torch": "eager torch",
     "torch_compile": "torch.compile",
@@ -36,10 +36,10 @@ LABELS = {
 
 @dataclass(frozen=True)
 class SavedRow:
-    """One line of a saved file; fields that an older file does not have are None.
+    """One line of a saved file; fields that an older file lacks are None.
 
-    `rounds`, where ours and peers ran in turns for that, is how many times as fast as the fastest peer ours was in each
-    round: the median, and what 20% and 80% of the rounds stayed below.
+    `rounds`, if ours and the peers ran in turns, says how many times as fast as the fastest peer ours was: the median
+    over the rounds, and the values below which 20% and 80% of the rounds were.
     """
 
     op: str
@@ -58,7 +58,7 @@ class SavedRow:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What is the same job in another file, whatever did it."""
+        """What identifies the same job in another file, whichever implementation did it."""
         return self.op, self.workload
 
     @property
@@ -68,7 +68,7 @@ class SavedRow:
 
     @property
     def roof_us(self) -> float:
-        """What the job would take at the roof that binds it."""
+        """The time of the job at the roof that limits it."""
         return self.roof_pct / 100 * self.us
 
     @property
@@ -77,7 +77,7 @@ class SavedRow:
         return min(self.peers, key=self.peers.__getitem__, default=None)
 
     def times_as_fast(self, peer: str) -> float:
-        """As a peer: the median of the rounds, where the two ran in turns for that."""
+        """How many times as fast as a peer: the median of the rounds, if the two ran in turns."""
         if self.rounds is not None and peer == self.best_peer:
             return self.rounds[0]
         return self.peers[peer] / self.us
@@ -95,17 +95,17 @@ class SavedRow:
 
     @property
     def vs_rival(self) -> float | None:
-        """How many times as fast as that."""
+        """How many times as fast as the rival."""
         return None if self.rival is None else self.times_as_fast(self.rival)
 
     def label(self, peer: str) -> str:
-        """What a peer is called in words: eager PyTorch's products are cuBLAS in bf16."""
+        """The name of a peer in words: eager PyTorch's matrix products are cuBLAS in bf16."""
         return "torch bf16" if peer == "torch" and self.op.startswith(PRODUCTS) else LABELS.get(peer, peer)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The results of one family on one machine, and what they are results of."""
+    """The results of one family on one machine, and the conditions they were taken under."""
 
     family: str
     stamp: Mapping[str, Any]
@@ -126,7 +126,7 @@ class NotThere(Exception):  # noqa: N818 - said to whoever asked, not an error o
 
 
 def read(where: str, folder: Path = FOLDER) -> dict[str, Saved]:
-    """The saved families of a place.
+    """Read the saved families of a place.
 
     Args:
         where: a file, a folder of files, the short name of a GPU (``h100``: that folder of the saved results), or
@@ -145,12 +145,12 @@ def read(where: str, folder: Path = FOLDER) -> dict[str, Saved]:
 
 
 def gpus(folder: Path = FOLDER) -> list[str]:
-    """The GPUs of which there are results."""
+    """The GPUs that have results."""
     return sorted({file.parent.name for file in folder.glob("*/*.json")})
 
 
 def everything(folder: Path = FOLDER) -> dict[str, dict[str, Saved]]:
-    """All families of each GPU, the one that was measured last first."""
+    """All families of each GPU, the one measured last first."""
     found = {gpu: read(gpu, folder) for gpu in gpus(folder)}
     last = {gpu: max(family.stamp["date"] for family in families.values()) for gpu, families in found.items()}
     return {gpu: found[gpu] for gpu in sorted(found, key=last.__getitem__, reverse=True)}
@@ -188,7 +188,7 @@ def _parse(family: str, text: str, where: str) -> Saved:
 
 
 def jobs(families: Mapping[str, Saved]) -> list[SavedRow]:
-    """One row for each job, the fastest where several implementations did it; not those of the sweeps."""
+    """One row for each job, the fastest if several implementations did it; without the jobs of sweeps."""
     found: dict[tuple[str, str], SavedRow] = {}
     for family in families.values():
         for row in family.rows if family.family != SWEEPS else ():
@@ -198,7 +198,7 @@ def jobs(families: Mapping[str, Saved]) -> list[SavedRow]:
 
 
 def by_key(saved: Iterable[Saved]) -> dict[tuple[str, str], list[SavedRow]]:
-    """The rows of each job: more than one where several implementations did it."""
+    """The rows of each job: several if several implementations did it."""
     found: dict[tuple[str, str], list[SavedRow]] = {}
     for family in saved:
         for row in family.rows:

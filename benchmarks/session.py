@@ -1,4 +1,4 @@
-"""A run on this machine's GPU: roofs, then case after case, a table for each family, and what is kept of it."""
+"""A run on this machine's GPU: roofs, then case after case, a table for each family, and saving the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLUMNS = TextColumn("{task.description:60}"), BarColumn(), MofNCompleteColumn()
 
 @dataclass
 class Family:
-    """What a run found out about one family."""
+    """The results of a run for one family."""
 
     name: str
     timed: list[tuple[Case, Row]] = field(default_factory=list)
@@ -36,12 +36,12 @@ class Family:
 
     @property
     def rows(self) -> list[Row]:
-        """What was timed."""
+        """The rows that were timed."""
         return [o for o in self.outcomes if isinstance(o, Row)]
 
     @property
     def failures(self) -> list[Failure]:
-        """What was not."""
+        """The cases that were not."""
         return [o for o in self.outcomes if isinstance(o, Failure)]
 
 
@@ -51,9 +51,9 @@ class Session:
     Args:
         console: where to print.
         impls: implementations to run, None for the one that dskernels chooses.
-        seconds: about how long to time each rival for.
-        host: whether to measure what a call costs on the host.
-        commit: the commit to record, where git cannot tell.
+        seconds: roughly how long to time each rival.
+        host: whether to measure the host time of a call.
+        commit: the commit to record, if git cannot tell.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Session:
         machine = Machine.current()
         self.machine = dataclasses.replace(machine, commit=commit) if commit else machine
         if DEVICE == "cuda":
-            gc.freeze()  # what is imported stays: each case ends with a collection, which need not look at it
+            gc.freeze()  # imported modules stay: each case ends with a garbage collection, which need not scan them
         with console.status("warming up, and measuring the roofs"):
             self._time = timing.Stopwatch(seconds).time
             self.warm_up = steadiness.warm_up(self._time, roofline.products()["bf16"])
@@ -79,7 +79,7 @@ class Session:
         )
 
     def introduce(self) -> None:
-        """Print what the numbers are of."""
+        """Print what the numbers are measured on."""
         m, roofs = self.machine, self.roofs
         lines = [
             f"{m.gpu}, driver {m.driver}, torch {m.torch}, Triton {m.triton}, CUDA {m.cuda}, CuPy {m.cupy}, "
@@ -94,7 +94,7 @@ class Session:
         self.console.print()
 
     def run(self, chosen: Mapping[str, Sequence[Case]]) -> Iterator[Family]:
-        """Run the cases, family by family, and print what came of each."""
+        """Run the cases, family by family, and print the results of each."""
         with Progress(*COLUMNS, console=self.console, transient=True) as progress:
             task = progress.add_task("", total=sum(len(cases) for cases in chosen.values()))
             for name, cases in chosen.items():
@@ -114,7 +114,7 @@ class Session:
                 gc.collect()
                 try:
                     after, mhz = self._look()
-                except RuntimeError as error:  # a case has left the device unusable: what came before it is kept
+                except RuntimeError as error:  # a case has left the device unusable: the results before it are kept
                     family.notes.append(f"the roofs could not be measured again, {one_line(error)}")
                 else:
                     family.clocks = steadiness.clocks(self.roofs, after, self._mhz, mhz) | {"turns": self.warm_up.turns}
@@ -122,7 +122,8 @@ class Session:
                 yield family
 
     def check(self, family: Family) -> bool:
-        """Say which figures fell against the saved ones of this GPU; whether none did. Nothing saved is no figure."""
+        """Print which figures fell below the saved ones of this GPU; returns whether none did. Without saved results
+        there are none to compare."""
         try:
             kept = saved.read(str(results.FOLDER / self.machine.folder / f"{family.name}.json"))[family.name]
         except (saved.NotThere, OSError):
@@ -141,21 +142,21 @@ class Session:
         return not any(verdict.fell for verdict in verdicts)
 
     def _again(self, case: Case, impl: str) -> Row | None:
-        """Time a case anew, with roofs of its own."""
+        """Time a case anew, with freshly measured roofs."""
         roofs, _ = self._look()
         outcome = dataclasses.replace(self.runner, roofs=roofs).run(case)
         rows = (row for row in outcome.results if isinstance(row, Row) and row.impl == impl)
         return next(rows, None)
 
     def save(self, family: Family, folder: Path | None = None) -> None:
-        """Write the file of a family, if anything of it was timed."""
+        """Write the file of a family, if anything was timed."""
         if family.rows:
             clocks = family.clocks or None
             path = results.save(family.name, self.machine, self.roofs, family.rows, folder=folder, clocks=clocks)
             self.console.print(f"saved {path}", highlight=False)
 
     def _look(self) -> tuple[roofline.Roofs, float | None]:
-        """The roofs, and the clock beside them."""
+        """Measure the roofs, and the clock at the same time."""
         roofs, mhz = roofline.measure(self._time), steadiness.clock_mhz(roofline.products()["bf16"])
         torch.cuda.empty_cache()
         return roofs, mhz

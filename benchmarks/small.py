@@ -1,4 +1,5 @@
-"""Every case at a size that a CPU can do with the reference: for tests, and for ``pytest benchmarks`` without a GPU."""
+"""Every case at a size that a CPU can compute with the reference: for tests, and for ``pytest benchmarks`` without a
+GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import dataclasses
 from benchmarks import workloads
 from benchmarks.cases import Case
 
-# What each size is cut down to: a few tiles of every kind, the last one ragged, and no two sizes alike.
+# What each size is reduced to: a few tiles of every kind, the last one ragged, and no two sizes alike.
 SIZES = {
     "Rows": {"m": 5, "n": 264},
     "Gemm": {"m": 5, "n": 136, "k": 256},
@@ -31,11 +32,11 @@ SIZES = {
 
 
 def shrunk(case: Case) -> Case:
-    """The same case with every size cut down; a workload of a new kind needs a line in `SIZES`."""
+    """The same case with every size reduced; a workload of a new kind needs a line in `SIZES`."""
     limits = SIZES[type(case.workload).__name__]
     sizes = {name: min(getattr(case.workload, name), limit) for name, limit in limits.items()}
     if getattr(case.workload, "uneven", ()):
-        sizes["uneven"] = (7, sizes["s"], 5)[: sizes["b"]]  # no fewer than new tokens
+        sizes["uneven"] = (7, sizes["s"], 5)[: sizes["b"]]  # no fewer than the new tokens
     if hasattr(case.workload, "model"):
         sizes["model"] = workloads.MODEL_TINY
     return dataclasses.replace(case, workload=dataclasses.replace(case.workload, **sizes))

@@ -1,8 +1,8 @@
-"""Whether the machine stood still while it was measured: warm before, and with the same roofs after.
+"""Whether the machine was steady during a measurement: warm at the beginning, and with the same roofs at the end.
 
-A GPU that has been idle runs its first products faster than it can keep up: it is cool, and its power limit has not
-come into play. So a run begins with products until their time settles, and says how many that took; and after each
-family the roofs are measured again, beside the clock that the multiprocessors then run at.
+A GPU that has been idle runs its first products faster than it can keep up: it is cool, and its power limit does not
+apply yet. So a run begins with products until their time settles, and records how many that took; and after each family
+the roofs are measured again, together with the clock of the multiprocessors at that moment.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from benchmarks.roofline import Roofs
 from benchmarks.timing import Call, Times
 
-SETTLED = 0.01  # two turns that differ by less are taken for the same
+SETTLED = 0.01  # two turns that differ by less count as equal
 MOST_TURNS = 20
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """How warming up went: the turns that it took, and microseconds of the product in the first and the last."""
+    """The warm-up: how many turns it took, and the microseconds of the product in the first and the last."""
 
     turns: int
     first_us: float
@@ -33,7 +33,7 @@ class WarmUp:
 
 
 def warm_up(measure: Callable[[Mapping[str, Call]], dict[str, Times]], product: Call) -> WarmUp:
-    """Time `product` with `timing.Stopwatch.time` until it takes as long as in the turn before, twice in a row."""
+    """Time `product` with `timing.Stopwatch.time` until it takes as long as in the preceding turn, twice in a row."""
     first = last = measure({"product": product})["product"].us
     turns, alike = 1, 0
     while turns < MOST_TURNS and alike < 2:
@@ -44,7 +44,7 @@ def warm_up(measure: Callable[[Mapping[str, Call]], dict[str, Times]], product: 
 
 
 def clock_mhz(product: Call, times: int = 200) -> float | None:
-    """The clock of the multiprocessors amid so many products (0.3 s of the roof's); None where nobody can tell."""
+    """The clock of the multiprocessors while products run (for 0.3 s); None if it cannot be read."""
     import torch
 
     for _ in range(times):
@@ -56,9 +56,9 @@ def clock_mhz(product: Call, times: int = 200) -> float | None:
 
 
 def _sm_clock(uuid: str) -> float | None:
-    """What the driver's own library says at once; nvidia-smi would still be starting when the products are done.
+    """The clock according to the driver's library; nvidia-smi would still be starting when the products are done.
 
-    It counts all GPUs of the machine, CUDA_VISIBLE_DEVICES or not: so a GPU is asked for by its name.
+    The library counts all GPUs of the machine whatever CUDA_VISIBLE_DEVICES says, so the GPU is found by its name.
     """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
@@ -75,7 +75,8 @@ def _sm_clock(uuid: str) -> float | None:
 
 
 def clocks(before: Roofs, after: Roofs, mhz_before: float | None, mhz_after: float | None) -> dict[str, float | None]:
-    """What the file of a family keeps: clocks before and after it, and the roofs after it over those before."""
+    """What the file of a family records: clocks before and after it, and the roofs after it relative to those
+    before."""
 
     def ratio(now: float | None, then: float | None) -> float | None:
         return now / then if now and then else None

@@ -1,11 +1,11 @@
 """Tables of saved results in README and the documentation, filled in by ``python -m benchmarks --report``.
 
-A page says where: what stands between ``<!-- speed: ... -->`` and ``<!-- /speed -->`` is made anew. Between them comes
+The text of a page between ``<!-- speed: ... -->`` and ``<!-- /speed -->`` is generated. The dots are one of
 
-``fp8_gemm fp8_gemm_wgrad``  a line for each workload of these operations, beside each other on every GPU;
+``fp8_gemm fp8_gemm_wgrad``  a line for each workload of these operations, with all GPUs side by side;
 ``* h200``                   a line for each operation that was measured on that GPU;
-``grid fp8_gemm h200``       an operation's rows M across, its other sizes down;
-``headlines``                what README says, of the GPU that was measured last.
+``grid fp8_gemm h200``       an operation with its rows M across and its other sizes down;
+``headlines``                README's table, for the GPU that was measured last.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.saved import Saved, SavedRow
 REGION = re.compile(r"(<!-- speed: ([\w* ]+) -->\n).*?(<!-- /speed -->)", re.DOTALL)
 NONE = "–"
 NOTHING = "Not measured yet."
-Results = Mapping[str, Mapping[str, Saved]]  # of each GPU, each family
+Results = Mapping[str, Mapping[str, Saved]]  # for each GPU, each family
 
 
 def fill_pages(pages: Iterable[Path], gpus: Results) -> list[Path]:
@@ -39,7 +39,7 @@ def fill_pages(pages: Iterable[Path], gpus: Results) -> list[Path]:
 
 
 def fill(text: str, gpus: Results) -> str:
-    """The same page with its tables, and the figures in its text (`figures`), made anew."""
+    """The same page with new tables and new figures in its text (`figures`)."""
 
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}{_made(match[2].split(), gpus)}\n{match[3]}"
@@ -60,7 +60,7 @@ def _made(words: Sequence[str], gpus: Results) -> str:
 
 
 def of_operations(names: Sequence[str], gpus: Results) -> str:
-    """A line for each workload of these operations: all that is known of it on the first GPU, less on the others."""
+    """A line for each workload of these operations: everything known on the first GPU, less on the others."""
     found = {gpu: {row.key: row for row in saved.jobs(families) if row.op in names} for gpu, families in gpus.items()}
     found = {gpu: rows for gpu, rows in found.items() if rows}
     if not found:
@@ -114,14 +114,14 @@ def summary(families: Mapping[str, Saved]) -> str:
 
 
 def _own(row: SavedRow) -> str | None:
-    """What of ours a row is held beside, where it has no rival."""
+    """The variant of ours that a row is compared with if it has no rival."""
     return next((name for name in row.peers if name in saved.OURS_WITHOUT), None)
 
 
 def grid(rows: Iterable[SavedRow]) -> str:
-    """Rates of many rows or times of few, with the ratio to the fastest rival, at each M and other sizes.
+    """Rates for many rows or times for few, with the ratio to the fastest rival, for each M and the other sizes.
 
-    A rival is named where it is not cuBLASLt. The mean leaves out what only bf16 is a rival of, which would flatter it.
+    A rival is named unless it is cuBLASLt. The mean leaves out rows whose only rival is bf16, which would flatter it.
     """
     at: dict[tuple[str, int], SavedRow] = {}
     for row in rows:
@@ -151,7 +151,7 @@ def _grid_cell(row: SavedRow | None) -> str:
 
 
 def solid(text: str) -> str:
-    """The same, never broken into two lines."""
+    """The same text, never broken into two lines."""
     return text.replace(" ", "\u00a0")
 
 
@@ -161,7 +161,7 @@ def lay_out(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def mean_and_range(ratios: Sequence[float]) -> str:
-    """The geometric mean, and from where to where."""
+    """The geometric mean, and the range."""
     if not ratios:
         return NONE
     mean = f"{geometric_mean(ratios):.2f}"
@@ -169,7 +169,7 @@ def mean_and_range(ratios: Sequence[float]) -> str:
 
 
 def percent(value: float) -> str:
-    """Without decimals, but of less than one."""
+    """Without decimals, unless below one."""
     return f"{value:.0f}" if value >= 1 else f"{value:.2g}"
 
 

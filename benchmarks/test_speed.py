@@ -1,8 +1,9 @@
 """Every case under pytest-benchmark: ``pytest benchmarks -k fp8_gemm --benchmark-json gemm.json``.
 
-On a GPU these are the cases and the clock of ``python -m benchmarks``, device time with a cold L2, so that its history
-and ``pytest-benchmark compare`` work on them; peers are timed by ``python -m benchmarks`` alone. Without a GPU the
-reference runs at sizes that a CPU can do: that says whether a case still works, and little about speed.
+On a GPU these are the cases and the clock of ``python -m benchmarks``: device time with a cold L2, so that
+pytest-benchmark's history and ``pytest-benchmark compare`` work on them. Peers are only timed by ``python -m
+benchmarks``. Without a GPU, the reference runs at sizes that a CPU can compute: this shows whether a case still works,
+and little about speed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROUNDS = 30 if GPU else 3
 
 
 class DeviceClock:
-    """The time that the device has spent in calls: what pytest-benchmark reads before and after each."""
+    """The device time spent in calls, which pytest-benchmark reads before and after each."""
 
     __name__ = "device time, cold L2"
 
@@ -34,7 +35,7 @@ class DeviceClock:
         return self.seconds
 
     def timed(self, call: Call) -> Call:
-        """The call, after which this clock is ahead by what it took on the device."""
+        """The call, which then advances this clock by its device time."""
         stopwatch = _stopwatch()
         call()
         spin_us = timing.spin_before(call, stopwatch.once(call, 0.0))
@@ -59,7 +60,7 @@ def _roofs() -> roofline.Roofs:
 
 
 def _cases() -> list:
-    """Each once: without a GPU many are the same when they are small."""
+    """Each case once: without a GPU many are the same after their sizes are reduced."""
     found: dict[tuple[type, str], tuple[str, Case]] = {}
     for family, cases in select(FAMILIES, []).items():
         for case in cases:

@@ -1,8 +1,8 @@
-"""How long a call takes on the device, with a cold L2, beside its rivals and in both orders.
+"""Device time of a call, with a cold L2, compared with its rivals in both orders.
 
-What is timed is the device alone: before each call the L2 is flushed and the device is kept busy for as long as the
-host needs to enqueue the call, so that a short kernel is not charged for the gaps between launches (a decode step runs
-in a CUDA graph, which has none). What the host pays is measured apart, by `host_cost`.
+Only the device is timed: before each call the L2 is flushed, and the device is kept busy for as long as the host needs
+to enqueue the call, so that a short kernel is not charged for gaps between launches (a decode step runs in a CUDA
+graph, which has none). Host time is measured separately, by `host_cost`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 
 Call = Callable[[], object]
 
-# An upper bound of the multiprocessors' clock (1.98 GHz on an H100), so that the device is busy at least that long.
+# An upper bound of the multiprocessors' clock (1.98 GHz on an H100), so that the device is busy for at least that long.
 SPIN_CYCLES_PER_US = 2000
-# With 1.5 times the host's share and no more, calls from Python took 1 to 5 us longer than their launches alone.
+# With only 1.5 times the host's time, calls from Python took 1 to 5 us longer than their launches alone.
 SPIN_US = 20
-SLOW_US = 20_000  # from here on neither the host's share nor many runs are worth their time
+SLOW_US = 20_000  # from here on, neither the host's share nor many runs are worth their time
 
 
 @dataclass(frozen=True)
