@@ -1,11 +1,11 @@
-"""Gradients of weights later than gradients of inputs: the split that ZeroBubble and DualPipe schedules are made of.
+"""Gradients of weights after gradients of inputs: the split that ZeroBubble and DualPipe schedules consist of.
 
-Only the gradient of a stage's input keeps other ranks waiting. Inside `WeightGradients.collecting` the operations of
-this library that multiply by a weight note, in their forward, where the gradient of that weight may wait; their
-backward then computes the gradient of the input alone, and puts the other product into the queue. What the queue gives,
-added to ``weight.grad``, is what the backward would have given, from the same kernels on the same operands.
+Other ranks only wait for the gradient of a stage's input. Inside `WeightGradients.collecting`, the operations of this
+library that multiply by a weight record, in their forward, where the gradient of that weight may wait. Their backward
+then computes only the gradient of the input, and puts the other product into the queue. What the queue computes, added
+to ``weight.grad``, is what the backward would have computed, by the same kernels on the same operands.
 
-(Asking autograd for some gradients only would not do: inside an operation ``ctx.needs_input_grad`` says that all are
+(Asking autograd for only some gradients would not help: inside an operation, ``ctx.needs_input_grad`` says that all are
 needed, whatever was asked for, and both halves would compute both products.)
 """
 
@@ -30,12 +30,13 @@ class WeightGradients:
         self._waiting: list[tuple[Sequence[Tensor], Callable[[], Sequence[Tensor]]]] = []
 
     def __len__(self) -> int:
-        """How many products, or groups of them, wait."""
+        """How many products, or groups of them, are waiting."""
         return len(self._waiting)
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """What runs forward in here puts gradients of its weights into this queue when it runs backward."""
+        """Operations that run forward inside will put the gradients of their weights into this queue when they run
+        backward."""
         token = _collecting.set(self)
         try:
             yield
@@ -43,7 +44,8 @@ class WeightGradients:
             _collecting.reset(token)
 
     def take(self) -> Callable[[], None]:
-        """What has come since the last call, as a function that computes all of it and adds it to each ``.grad``."""
+        """Take what was queued since the last call, as a function that computes it all and adds it to each
+        ``.grad``."""
         taken, self._waiting = self._waiting, []
 
         @torch.no_grad()
@@ -66,7 +68,7 @@ class Waiting(NamedTuple):
     weights: Sequence[Tensor]
 
     def compute(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
-        """Lets them wait; ``gradients()`` gives one for each weight, when its time has come."""
+        """Queue them; ``gradients()`` returns one for each weight, when its time has come."""
         self.queue._waiting.append((self.weights, gradients))
 
 

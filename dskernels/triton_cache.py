@@ -1,8 +1,8 @@
-"""Kernels that are cut off in Triton's cache, named before the driver gets them.
+"""Detect truncated kernels in Triton's cache before the driver gets them.
 
-Triton (3.6 to 3.9) loads what it finds in its folder, and given half a binary the driver ends the process (SIGSEGV). A
-binary says in its header where it ends. So a file is looked at when its kernel is loaded, once a process: 0.13 ms on a
-busy CPU, and nothing at a call.
+Triton (3.6 to 3.9) loads whatever it finds in its folder, and given half a binary the driver ends the process
+(SIGSEGV). The header of a binary says where it ends. So each file is checked when its kernel is loaded, once per
+process: 0.13 ms on a busy CPU, and nothing at a call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _cut_off: dict[str, str] = {}  # by the hash of a kernel, whose binary stays in 
 
 
 def name_what_is_cut_off() -> None:
-    """Have each kernel of Triton's looked at before it is loaded."""
+    """Have each Triton kernel checked before it is loaded."""
     triton.knobs.runtime.kernel_load_start_hook.add(_look)
 
 
@@ -37,7 +37,7 @@ def _look(module: Any, function: Any, name: str, files: Mapping[str, str], key: 
 
 
 def is_cut_off(path: Path) -> bool:
-    """Whether an ELF file ends before its tables of sections and segments do; False of what is no longer there."""
+    """Whether an ELF file ends before its section and segment tables do; False if the file no longer exists."""
     try:
         with path.open("rb") as file:
             header = file.read(64)

@@ -13,7 +13,8 @@ INVALID_CONTEXT = 201
 
 @functools.cache
 def library(kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
-    """The driver. As a CDLL it lets other Python threads run during a call, as a launch may wait for a full queue."""
+    """The driver. As a CDLL it lets other Python threads run during a call, since a launch may wait for a full
+    queue."""
     functions = kind("libcuda.so.1")
     functions.cuTensorMapReplaceAddress.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     return functions
@@ -30,7 +31,8 @@ def check(status: int, call: str) -> None:
 def call(name: str, device: int, *arguments: Any) -> None:
     """Call a function of the driver in torch's context of a device.
 
-    Arguments are ctypes values: the driver is not told what it takes. RuntimeError if it does not succeed.
+    Arguments have to be ctypes values: the argument types of functions are not declared. Raises RuntimeError on
+    failure.
     """
     function = getattr(library(), name)
     status = function(*arguments)
@@ -41,8 +43,7 @@ def call(name: str, device: int, *arguments: Any) -> None:
 
 
 def capture_id(device: torch.device) -> int | None:
-    """What tells the capture that the current stream is part of from all others; None where there is none, or no driver
-    to say it."""
+    """An id of the capture that the current stream is part of; None if there is none, or no driver to ask."""
     if not torch.cuda.is_current_stream_capturing() or torch.version.hip:
         return None
     status, number = ctypes.c_int(), ctypes.c_uint64()
@@ -53,7 +54,7 @@ def capture_id(device: torch.device) -> int | None:
 
 
 def give_context(device: int) -> None:
-    """Give the context in which torch works on this device to a thread that had not called CUDA."""
+    """Give a thread that has not called CUDA yet the context in which torch works on this device."""
     check(library().cuCtxSetCurrent(_primary_context(device)), "cuCtxSetCurrent")
 
 

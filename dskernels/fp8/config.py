@@ -18,7 +18,8 @@ class PatchConfig:
 
 
 def choose_patch(block: Block) -> PatchConfig:
-    """Patch for tiles of `block`: about 4K elements (32 a thread), except that a 128x128 tile is a patch of its own."""
+    """The patch for tiles of `block`: about 4K elements (32 per thread), except that a 128x128 tile is a patch of
+    its own."""
     if block == (1, 128):
         return PatchConfig(rows=32, cols=128, num_warps=4)
     if block == (128, 1):
@@ -27,10 +28,10 @@ def choose_patch(block: Block) -> PatchConfig:
 
 
 def choose_columns(operands: int = 1) -> PatchConfig:
-    """Patch of 128 rows whose columns are quantised and become rows: 41 us at 4096 x 7168, 45 to 56 in other shapes.
+    """A patch of 128 rows whose columns are quantised and become rows: 41 us at 4096 x 7168, other shapes 45 to 56.
 
-    With two operands, a gated product, it has twice the warps, and with three, its gradient, four times, or sm_89 would
-    spill.
+    With two operands (a gated product) it has twice the warps, and with three (its gradient) four times, since sm_89
+    would spill otherwise.
     """
     return PatchConfig(rows=128, cols=64, num_warps=4 << (operands - 1))
 
@@ -45,7 +46,8 @@ class NormConfig:
 
 
 def choose_norm(cols: int) -> NormConfig:
-    """A row of up to 16,384 columns stays in registers, 32 elements a thread: 131 us at 7168 x 16384, 202 if not."""
+    """A row of up to 16,384 columns stays in registers, 32 elements per thread: 131 us at 7168 x 16384, otherwise
+    202."""
     tiles = 1 << max(ceil_div(cols, 128) - 1, 0).bit_length()
     if tiles <= 128:
         return NormConfig(tiles, True, num_warps=max(4, tiles // 8))
@@ -78,7 +80,8 @@ SHARES = {(1, 128): BY_ROW, (128, 1): BY_COLUMN, (128, 128): BY_TILE}
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Options of hopper.cu: what is quantised, what shares a scale in each of the results, and how the work is cut."""
+    """Options of hopper.cu: what is quantised, which elements share a scale in each result, and how the work is
+    divided."""
 
     source: int
     plain: int
@@ -95,15 +98,15 @@ class HopperConfig:
 
     @property
     def shared(self) -> int:
-        """Dynamic shared memory of a block: half of a gradient, in fp32, waits there."""
+        """Dynamic shared memory of a block: half of a gradient waits there in fp32."""
         return self.rows * 128 * 4 if self.source == GRADIENT else 0
 
 
-# As many blocks to an SM as registers allow without spilling. `down`, so that the rows of a transposed result fill from
-# tiles that run at the same time, is 2% faster where it is the only result (129 us against 132 at 7168 x 16384), and 2%
-# slower where there are two (180 against 176) and for SwiGLU (60.7 against 60.0 at 4096 x 7168).
+# As many blocks per SM as registers allow without spilling. `down` orders tiles so that the rows of a transposed result
+# are filled by tiles that run at the same time: 2% faster if it is the only result (129 us against 132 at 7168 x
+# 16384), and 2% slower if there are two (180 against 176) and for SwiGLU (60.7 against 60.0 at 4096 x 7168).
 QUANTIZE_BOTH = HopperConfig(MATRIX, BY_ROW, BY_COLUMN, warps=8, blocks=3, down=False)
-QUANTIZE_WEIGHT = HopperConfig(MATRIX, BY_TILE, BY_TILE, warps=8, blocks=2, down=False)  # with 3 a register spills
+QUANTIZE_WEIGHT = HopperConfig(MATRIX, BY_TILE, BY_TILE, warps=8, blocks=2, down=False)  # 3 blocks would spill
 SWIGLU = HopperConfig(PRODUCT, BY_ROW, 0, warps=4, blocks=4, down=False)
 SWIGLU_KEPT = HopperConfig(PRODUCT, BY_ROW, 0, warps=4, blocks=4, down=False, kept=True)
 SWIGLU_TRANSPOSED = HopperConfig(PRODUCT, 0, BY_COLUMN, warps=8, blocks=2, down=False)
@@ -122,13 +125,13 @@ HOPPER_CONFIGS = (*PLAIN.values(), *TRANSPOSED.values(), *BOTH, SWIGLU, SWIGLU_K
 
 
 def choose_hopper(block: Block, transpose: bool) -> HopperConfig:
-    """Options for a matrix in tiles of `block` (of x, also where the result is x.T)."""
+    """Options for a matrix in tiles of `block` (of x, even if the result is x.T)."""
     return (TRANSPOSED if transpose else PLAIN)[block]
 
 
 @dataclass(frozen=True)
 class HopperNormConfig:
-    """Options of hopper_norm.cu: a row is `per` chunks of 8 columns for each thread of `warps`; `blocks` to an SM."""
+    """Options of hopper_norm.cu: a row is `per` chunks of 8 columns for each thread of `warps`; `blocks` per SM."""
 
     warps: int
     per: int

@@ -1,9 +1,9 @@
 """Launcher of hopper.cu: quantising for sm_90a, in CUDA C++.
 
-CUDA C++ because Triton turns a tile of bytes through shared memory a word a thread. On an H100 at 4096 x 7168, Triton's
-time first: both results 72 us and 48, transposed 41 and 37, columns 55 and 37, tiles 39 and 36, rows 37 and 36; the
-transposed SwiGLU 77 and 60. A copy of the bytes that `quantize` moves takes 34.4. The gradient of RMSNorm is left to
-Triton, 73.6 and 71.0; RMSNorm itself is in hopper_norm.cu.
+It is CUDA C++ because Triton transposes a tile of bytes through shared memory one word per thread. On an H100 at
+4096 x 7168, with Triton's time first: both results 72 us and 48, transposed 41 and 37, columns 55 and 37, tiles 39 and
+36, rows 37 and 36; the transposed SwiGLU 77 and 60. A copy of the bytes that `quantize` moves takes 34.4. The gradient
+of RMSNorm is left to Triton (73.6 against 71.0); RMSNorm itself is in hopper_norm.cu.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dskernels.recording import Recorded
 from dskernels.validate import ceil_div
 
 SOURCE = Path(__file__).with_name("hopper.cu")
-# The gated product as it stands is Triton's where rows are few: on an H200 128 of them take 6.9 us and 7.5, 4096 19.5
-# and 17.3.
+# With few rows, Triton computes the untransposed gated product: on an H200, 128 rows take 6.9 us (here 7.5), 4096 rows
+# 19.5 (here 17.3).
 FEWEST_GATED = 1024
 MOST_STRIDE = 1 << 27  # seven rows of it, counted in 32 bits
 
@@ -77,9 +77,9 @@ def swiglu_quantize(gate_up: Tensor, ue8m0: bool, transpose: bool) -> tuple[Tens
 def swiglu_quantize_rows(
     gate_up: Tensor, offsets: Tensor | None = None, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `swiglu_quantize` gives, of rows in groups: those from ``offsets[-1]`` on are left as they are.
+    """The results of `swiglu_quantize` for rows in groups: rows from ``offsets[-1]`` on are not written.
 
-    `gate_up` itself, in 1x128 tiles, goes to `kept` where that is given (see dskernels.moe.packed).
+    `gate_up` itself, in 1x128 tiles, is written to `kept` if that is given (see dskernels.moe.packed).
     """
     data, scale = empty_quantized(gate_up[:, : gate_up.shape[1] // 2], (1, 128))
     config = SWIGLU if kept is None else SWIGLU_KEPT
@@ -108,7 +108,7 @@ def _quantize(
     kept: Tensor | None,
     offsets: Tensor | None,
 ) -> Plan:
-    """Fill the results that are there: of x, and of its transpose."""
+    """Fill the results that exist: of x, and of its transpose."""
     rows, cols = x.shape[-2:]
     if config.source != MATRIX:
         cols //= 2
@@ -133,7 +133,7 @@ def _quantize(
 
 
 def options(config: HopperConfig, ue8m0: bool) -> dict[str, int]:
-    """What hopper.cu is specialised by."""
+    """The options that hopper.cu is specialised by."""
     return {
         "SOURCE": config.source,
         "PLAIN": config.plain,
@@ -147,7 +147,7 @@ def options(config: HopperConfig, ue8m0: bool) -> dict[str, int]:
 
 
 def _tile_stride(kind: int, scale: Tensor | None) -> int:
-    """Stride of `scale` from one tile to the next, across the direction in which its elements stand side by side."""
+    """The stride of `scale` from one tile to the next, across the direction of a tile's elements."""
     if scale is None:
         return 0
     return scale.stride(-2) if kind == BY_TILE else max(scale.stride())

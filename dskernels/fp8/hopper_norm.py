@@ -1,9 +1,9 @@
 """Launcher of hopper_norm.cu: RMSNorm quantised on sm_90a, in CUDA C++.
 
-CUDA C++ because Hopper adds up a row's squares in fp64 at little cost, which makes scales and bytes the reference's.
+It is CUDA C++ because Hopper sums a row's squares in fp64 at little cost, which gives the reference's scales and bytes.
 The portable kernel adds pairs of floats, as not every GPU is fast in fp64. On an H200 at 4096 x 7168 that takes 56.2
-us, this 37.7, and sums in fp32, whose scales are up to 5 ulp off, 35.8; with a residual 69.6, 60.2 and 57.7. Rows that
-stream through shared memory, loaded ahead by the accelerator, took 43.6 and 62.4: a multiprocessor has fewer of them.
+us, this kernel 37.7, and sums in fp32, whose scales are off by up to 5 ulp, 35.8; with a residual 69.6, 60.2 and 57.7.
+Rows that stream through shared memory, loaded ahead by TMA, took 43.6 and 62.4: fewer of them fit on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SOURCE = Path(__file__).with_name("hopper_norm.cu")
 def rmsnorm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool, with_normed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Data and scale of RMSNorm(x [+ residual]), that sum, and the norm itself; what was not asked for has no rows."""
+    """Data and scale of RMSNorm(x [+ residual]), that sum, and the norm; results not asked for have no rows."""
     rows, cols = x.shape
     data, scale = empty_quantized(x, (1, 128))
     total = empty(x, (0 if residual is None else rows, cols), x.dtype)
@@ -72,7 +72,7 @@ def _rmsnorm_quantize(
 
 
 def options(config: HopperNormConfig, residual: bool, ue8m0: bool, normed: bool = False) -> dict[str, int]:
-    """What hopper_norm.cu is specialised by."""
+    """The options that hopper_norm.cu is specialised by."""
     return {
         "RESIDUAL": int(residual),
         "NORMED": int(normed),

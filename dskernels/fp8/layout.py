@@ -1,4 +1,4 @@
-"""Empty tensors of the shapes and strides that quantising returns, for kernels and for fake implementations alike."""
+"""Empty tensors with the shapes and strides that quantising returns, for kernels and fake implementations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def empty_quantized(x: Tensor, block: Block, transpose: bool = False) -> tuple[T
 
 
 def empty_scale(x: Tensor, shape: tuple[int, ...], block: Block) -> Tensor:
-    """Scales in the layout of their block: row-major, but for (1, 128) rows contiguous, columns padded to 16 bytes."""
+    """Scales in the layout of their block: row-major, except that for (1, 128) rows are contiguous and columns
+    padded to 16 bytes."""
     if block != (1, 128) or len(shape) != 2:
         return empty(x, shape, torch.float32)
     padded = ceil_div(shape[0], 4) * 4

@@ -30,12 +30,12 @@ def magnitude(x):
 
 @triton.jit
 def tile_scale(amax, UE8M0: tl.constexpr):
-    """Scale of a tile from the bits of its largest magnitude: amax / 448, at least 2^-126, and 1 where amax is 0."""
+    """The scale of a tile from the bits of its largest magnitude: amax / 448, at least 2^-126, and 1 if amax is 0."""
     amax = amax.to(tl.float32, bitcast=True)
     scale = tl.div_rn(amax, 448.0)
     scale = tl.where(scale < 1.1754943508222875e-38, 1.1754943508222875e-38, scale)
     if UE8M0:
-        # Up to a power of two: any bit of the mantissa carries into the exponent. Infinity and NaN stay.
+        # Round up to a power of two: any bit of the mantissa carries into the exponent. Infinity and NaN do not change.
         power = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
         scale = tl.where(scale < float("inf"), power.to(tl.float32, bitcast=True), scale)
     return tl.where(amax == 0.0, 1.0, scale)
@@ -43,14 +43,15 @@ def tile_scale(amax, UE8M0: tl.constexpr):
 
 @triton.jit
 def to_e4m3(x, scale):
-    """q = rne(x / scale) for |x| <= 448 * scale, to the byte of IEEE division, which takes three times as long.
+    """q = round(x / scale) for |x| <= 448 * scale, with the same bytes as IEEE division, which takes three times as
+    long.
 
-    The product with the reciprocal is 1.5 ulp off at most. One step of Newton's leaves it at the nearest float but for
-    quotients within 2^-22 ulp of the middle between two, none of which is a place where e4m3 rounds. Scale and x are
-    first multiplied by a power of two, so that the step neither underflows nor overflows.
+    The product with the reciprocal is off by at most 1.5 ulp. One Newton step makes it the nearest float, except for
+    quotients within 2^-22 ulp of the middle between two floats, and e4m3 never rounds there. Scale and x are first
+    multiplied by a power of two, so that the step neither underflows nor overflows.
     """
     finite = scale < float("inf")
-    # Both with a minus sign, since `-x` is `0 - x` in Triton, which loses the sign of zero.
+    # Both are multiplied by -1, since `-x` is `0 - x` in Triton, which loses the sign of zero.
     up = (-0x1000000 - (scale.to(tl.int32, bitcast=True) & 0x7F800000)).to(tl.float32, bitcast=True)
     # finite / infinity is 0, infinity / infinity and everything / NaN is NaN
     up = tl.where(finite, up, tl.where(scale == float("inf"), -0.0, scale))
@@ -76,7 +77,8 @@ def store_rows(
     ROWS: tl.constexpr,
     STEP: tl.constexpr = 1,
 ):
-    """Quantise fp32 `x` [ROWS, 128], the 1x128 tiles at `i_tile` of every STEP-th row from `i_row` on; store them."""
+    """Quantise fp32 `x` [ROWS, 128], the 1x128 tiles at `i_tile` of every STEP-th row from `i_row` on, and store
+    them."""
     o_r = i_row + tl.arange(0, ROWS) * STEP
     o_c = i_tile * 128 + tl.arange(0, 128)
     m_r = o_r < rows
@@ -113,10 +115,10 @@ def store_turned(
     COLS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Quantise the columns of 128 rows and store them as rows; fp32 `xk` [32, COLS] holds rows i_row + 4 i + k.
+    """Quantise the columns of 128 rows and store them as rows; fp32 `xk` [32, COLS] contains rows i_row + 4 i + k.
 
-    A thread has four rows of a column that way, which it stores as one word where the rows of the result are whole
-    WORDS (`p_q` is then a pointer to int32): single bytes take three times as long to change places.
+    This gives a thread four rows of a column, which it stores as one word if the rows of the result are whole WORDS
+    (`p_q` is then a pointer to int32): exchanging single bytes takes three times as long.
     """
     o_c = i_col + tl.arange(0, COLS)
     o_w = i_row // 4 + tl.arange(0, 32)
@@ -169,7 +171,7 @@ def quantize_kernel(
     UE8M0: tl.constexpr,
     TRANSPOSE: tl.constexpr,
 ):
-    """q and scale of the patch (program 0, program 1) of matrix (program 2), transposed if asked."""
+    """q and scale of the patch (program 0, program 1) of matrix (program 2), transposed if asked for."""
     i_r, i_c, i_e = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_r = i_r.to(tl.int64) * PATCH_R + tl.arange(0, PATCH_R)
     o_c = i_c.to(tl.int64) * PATCH_C + tl.arange(0, PATCH_C)
@@ -217,10 +219,10 @@ def quantize_columns_kernel(
     COLS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """1x128 tiles of x.T, from 128 rows and COLS columns; if BOTH, of 128 columns, and before them those of x too.
+    """1x128 tiles of x.T, from 128 rows and COLS columns; if BOTH, of 128 columns, and first those of x too.
 
-    With BOTH the patch is loaded again from the L2, 64 columns at a time: to keep it all takes 200 registers a thread,
-    and 91 us at 4096 x 7168.
+    With BOTH, the patch is loaded again from the L2, 64 columns at a time: keeping it all would take 200 registers a
+    thread, and 91 us at 4096 x 7168.
     """
     i_r, i_c = tl.program_id(0) * 128, tl.program_id(1)
     if BOTH:
@@ -279,7 +281,7 @@ def quantize(x: Tensor, block_rows: int, block_cols: int, ue8m0: bool, transpose
 
 
 def _quantize_columns(x: Tensor, ue8m0: bool, both: bool) -> tuple[Tensor, ...]:
-    """Data and scale of x.T in 1x128 tiles, behind those of x [rows, cols] if `both`."""
+    """Data and scale of x.T in 1x128 tiles, after those of x [rows, cols] if `both`."""
     rows, cols = x.shape
     data, scale = empty_quantized(x, (1, 128)) if both else (None, None)
     data_t, scale_t = empty_quantized(x, (128, 1), transpose=True)
@@ -311,7 +313,7 @@ def _quantize_columns(x: Tensor, ue8m0: bool, both: bool) -> tuple[Tensor, ...]:
 
 
 def words_of(data: Tensor) -> Tensor:
-    """`data` as int32 where its rows are whole words."""
+    """`data` as int32 if its rows are whole words."""
     return data.view(torch.int32) if data.shape[1] % 4 == 0 else data
 
 

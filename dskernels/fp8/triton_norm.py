@@ -40,9 +40,10 @@ def rmsnorm_quantize_kernel(
     TILES: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """1x128 tiles of RMSNorm(x [+ residual]) of one row, kept in registers if WHOLE, else read a second time."""
+    """1x128 tiles of RMSNorm(x [+ residual]) of one row, which is kept in registers if WHOLE, and otherwise read
+    twice."""
     i_r = tl.program_id(0).to(tl.int64)
-    # A row is walked TILES tiles at a time, as [TILES, 128].
+    # A row is processed TILES tiles at a time, as [TILES, 128].
     o_c = tl.arange(0, TILES)[:, None] * 128 + tl.arange(0, 128)[None, :]
     p_x += i_r * stride_xr
     if HAS_RESIDUAL:
@@ -79,20 +80,20 @@ def rmsnorm_quantize_kernel(
                 total += tl.sum(square_in_fp64(x), axis=0)
         factor = norm_factor(total, cols, eps)
         for start in range(0, cols, TILES * 128):
-            # The sum is formed again rather than read back: a thread may not see what another has stored.
+            # The sum is computed again rather than read back: a thread may not see what another has stored.
             x = stream(p_x, p_residual, start + o_c, cols, HAS_RESIDUAL).to(tl.float32)
             weight = tl.load(p_weight + start + o_c, mask=start + o_c < cols, other=0.0).to(tl.float32)
             store_normed(x * factor * weight, p_normed, p_q, p_s, start, cols, stride_sc, UE8M0, NORMED, TILES)
 
 
-# The factor of a row is the reference's to the bit, and so are the scales: one ulp of it would be up to five of theirs.
-# For that the squares are added up with twice the mantissa, each sum held as a float and the rest that it leaves out.
-# In fp64, which some GPUs have little of, it is done only where a square is beyond fp32, as of 2e19, or not finite.
+# The factor of a row has the reference's bits, and so have the scales: one ulp of the factor could be up to five ulp of
+# a scale. For this the squares are summed with twice the mantissa: each sum is a float and the remainder that it leaves
+# out. fp64, which is slow on some GPUs, is only used if a square exceeds fp32 (such as that of 2e19) or is not finite.
 
 
 @triton.jit
 def add_pairs(high_a, low_a, high_b, low_b):
-    """Sum of two numbers of two floats each (Knuth, TAOCP 2, 4.2.2, theorem B)."""
+    """Sum of two numbers, each of which is a pair of floats (Knuth, TAOCP 2, 4.2.2, theorem B)."""
     high = high_a + high_b
     of_b = high - high_a
     return high, low_a + low_b + ((high_a - (high - of_b)) + (high_b - of_b))
@@ -100,7 +101,7 @@ def add_pairs(high_a, low_a, high_b, low_b):
 
 @triton.jit
 def squared(x):
-    """x^2 as two floats."""
+    """x^2 as a pair of floats."""
     square = x * x
     return square, fused_multiply_add(x, x, 0.0 - square)
 
@@ -176,7 +177,7 @@ def rmsnorm_backward_kernel(
 ):
     """dx of every programs-th row, and this program's part of dweight, the sum of dy * x * r over its rows.
 
-    A row is BLOCK columns wide at most and stays in registers; the next one is on its way while it is worked on.
+    A row is at most BLOCK columns wide and stays in registers; the next row is loaded while this one is processed.
     """
     i_p = tl.program_id(0)
     o_c = tl.arange(0, BLOCK)
@@ -227,7 +228,8 @@ def rmsnorm_backward_wide_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The same for rows that are wider than registers: BLOCK columns at a time, read twice, the sums kept in memory."""
+    """The same for rows that do not fit in registers: BLOCK columns at a time, read twice, with the sums kept in
+    memory."""
     i_p = tl.program_id(0)
     o_b = tl.arange(0, BLOCK)
     p_partial += i_p.to(tl.int64) * cols
@@ -253,7 +255,7 @@ def rmsnorm_backward_wide_kernel(
             if HAS_RESIDUAL:
                 dx += load_row(p_dresidual, stride_rr, i_r, rows, o_c, o_c < cols).to(tl.float32)
             tl.store(p_dx + tl.cast(i_r, tl.int64) * stride_dxr + o_c, cast(dx, p_dx.dtype.element_ty), mask=o_c < cols)
-            # A thread reads back only what it stored itself: the columns are spread over threads as before.
+            # A thread only reads back what it stored itself: columns are distributed over threads as before.
             part = tl.load(p_partial + o_c, mask=(o_c < cols) & (i_r > i_p), other=0.0)
             tl.store(p_partial + o_c, part + dy * n, mask=o_c < cols)
 
@@ -276,7 +278,7 @@ def sum_parts_kernel(p_partial, p_out, parts, cols, PARTS: tl.constexpr, COLS: t
 def rmsnorm_quantize(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, ue8m0: bool, with_normed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Data and scale of RMSNorm(x [+ residual]), that sum, and the norm itself; what was not asked for has no rows."""
+    """Data and scale of RMSNorm(x [+ residual]), that sum, and the norm; results not asked for have no rows."""
     rows, cols = x.shape
     data, scale = empty_quantized(x, (1, 128))
     total = torch.empty_like(x) if residual is not None else x.new_empty(0, cols)

@@ -24,7 +24,7 @@ def gated(gate, up):
 def swiglu_quantize_kernel(
     p_x, p_q, p_s, rows, cols, stride_xr, stride_qr, stride_sc, UE8M0: tl.constexpr, PATCH_R: tl.constexpr
 ):
-    """1x128 tiles of silu(gate) * up, gate and up being the two halves of a row of 2 * cols."""
+    """1x128 tiles of silu(gate) * up; gate and up are the two halves of a row of 2 * cols."""
     i_r, i_c = tl.program_id(0), tl.program_id(1)
     o_r = i_r * PATCH_R + tl.arange(0, PATCH_R)
     o_c = i_c * 128 + tl.arange(0, 128)
@@ -70,9 +70,9 @@ def swiglu_quantize_columns_kernel(
 def load_gated_gradient(
     p_dy, p_x, i_row, i_col, rows, cols, stride_dyr, stride_xr, STEP: tl.constexpr, COLS: tl.constexpr
 ):
-    """Gradient of silu(gate) * up: every STEP-th row from `i_row` on, COLS of its 2 * cols columns from `i_col` on.
+    """The gradient of silu(gate) * up: every STEP-th row from `i_row` on, COLS of its 2 * cols columns from `i_col` on.
 
-    The first `cols` columns are those of the gate, the others those of up; a tile may have some of both.
+    The first `cols` columns belong to the gate, the others to up; a tile may have some of both.
     """
     o_r = i_row + tl.arange(0, 32) * STEP
     o_c = i_col + tl.arange(0, COLS)
@@ -91,7 +91,7 @@ def load_gated_gradient(
 def load_half_gradient(
     p_dy, p_x, i_row, i_col, rows, cols, stride_dyr, stride_xr, STEP: tl.constexpr, COLS: tl.constexpr, UP: tl.constexpr
 ):
-    """The same, from column `i_col` of the gate's half on, or of UP's."""
+    """The same, from column `i_col` of the gate's half on, or of up's if UP."""
     dy = load_rows(p_dy, i_row, i_col, rows, cols, stride_dyr, STEP, COLS)
     gate = load_rows(p_x, i_row, i_col, rows, cols, stride_xr, STEP, COLS)
     s = sigmoid(gate)
@@ -122,10 +122,10 @@ def swiglu_quantize_backward_kernel(
     COLS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Both quantisations of the gradient of silu(gate) * up, a 128x128 patch of it.
+    """Both quantisations of the gradient of silu(gate) * up, for a 128x128 patch of it.
 
     If ALIGNED, cols % 128 == 0: a program has the patch of the gate and that of up, which need the same inputs. They
-    are read again from the caches for each of the results, which is cheaper than to keep them.
+    are read again from the caches for each of the results, which is cheaper than keeping them.
     """
     i_r, i_c = tl.program_id(0) * 128, tl.program_id(1)
     for half in tl.static_range(2 if ALIGNED else 1):
@@ -240,7 +240,8 @@ def swiglu_quantize_backward(dy: Tensor, gate_up: Tensor, ue8m0: bool) -> tuple[
             COLS=config.cols,
             WORDS=rows % 4 == 0,
             num_warps=config.num_warps,
-            # Rounded as the reference rounds: where the terms of a tile's largest all but cancel, its scale would tell.
+            # Rounded as in the reference: if the terms of a tile's largest element nearly cancel, the scale would show
+            # it.
             enable_fp_fusion=False,
         )
     return data, scale, data_t, scale_t

@@ -1,7 +1,7 @@
-"""Portable Triton kernels of the cross entropy and its gradient: a program a row, which is read once in each.
+"""Portable Triton kernels of the cross entropy and its gradient: one program per row, which reads the row once in each.
 
-In torch's kernels a step's 16,384 x 16,384 logits took 2.9 ms on an H200: copied to fp32, their softmax and its
-gradient written out in it. These move 1.6 GB in place of 8.
+In torch's kernels, 16,384 x 16,384 logits took 2.9 ms of a training step on an H200: they copy the logits to fp32, and
+write their softmax and its gradient in fp32. These kernels move 1.6 GB instead of 8.
 
 Names: `p_` pointer, `i_` index of a program, `o_` offsets, `m_` mask.
 """
@@ -21,17 +21,17 @@ WARPS = 8
 
 @triton.jit
 def cross_entropy_kernel(p_logits, p_targets, p_nats, p_lse, V, stride_lt, BLOCK: tl.constexpr):
-    """Log-sum-exp and nats of one row."""
+    """The log-sum-exp and the loss, in nats, of one row."""
     i_t = tl.program_id(0).to(tl.int64)
     p_logits += i_t * stride_lt
-    # Every lane sums up its own columns by its own maximum; both are joined at the end.
+    # Every lane sums its own columns relative to its own maximum; lanes are combined at the end.
     highest = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         o_v = start + tl.arange(0, BLOCK)
         x = tl.load(p_logits + o_v, mask=o_v < V, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(highest, x, propagate_nan=tl.PropagateNan.ALL)
-        # A lane that has met nothing but -inf subtracts 0: -inf less -inf would be NaN.
+        # A lane that has only met -inf subtracts 0: -inf - (-inf) would be NaN.
         base = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp(highest - base) + tl.exp(x - base)
         highest = higher

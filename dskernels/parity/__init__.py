@@ -17,8 +17,8 @@ from torch import Tensor
 import dskernels
 from dskernels.types import Fp8Tensor
 
-# Tensor cores keep 13 to 14 bits while they add up 128 products of e4m3: a relative error below 2^-12, of which
-# `difference` is half the square. Measured on an H100: up to 9e-9.
+# Tensor cores keep 13 to 14 bits while they add up 128 e4m3 products: a relative error below 2^-12, and `difference` is
+# half its square. Measured on an H100: up to 9e-9.
 E4M3_SUMS = 3e-8
 
 FAMILIES = ("fp8", "gemm", "grouped_gemm", "routing", "moe", "mla_decode", "mla_prefill")
@@ -30,11 +30,11 @@ class Case:
 
     Attributes:
         op: name of the public function, the same in `dskernels` and in `dskernels.reference`.
-        label: what is special about the shape, spelt by sizes.
+        label: what is special about the case, such as its sizes.
         inputs: makes (args, kwargs) on a device. It is called anew for each implementation and seeds itself, so that an
             operation may write to its arguments.
         tolerance: largest allowed `difference` of a floating-point output; integer outputs must be equal.
-        gradient: compare, besides the outputs, the gradients of all floating-point tensors among the arguments.
+        gradient: also compare the gradients of all floating-point tensors among the arguments.
     """
 
     op: str
@@ -45,7 +45,7 @@ class Case:
 
 
 class Outcome(NamedTuple):
-    """What a comparison found: the largest difference over all outputs, and whether it is within the tolerance."""
+    """The result of a comparison: the largest difference over all outputs, and whether it is within the tolerance."""
 
     difference: float
     passed: bool
@@ -57,7 +57,7 @@ def all_cases(families: Iterable[str] = FAMILIES) -> list[Case]:
 
 
 def check(case: Case, device: torch.device, impl: str, reference_on: torch.device | None = None) -> Outcome:
-    """Run `case` by `impl` and by the reference, on the same device unless another is given, and compare."""
+    """Run `case` with `impl` and with the reference, on the same device unless another is given, and compare."""
     reference = importlib.import_module("dskernels.reference")
     got = [x.to(reference_on or device) for x in _results(getattr(dskernels, case.op), case, device, impl=impl)]
     want = _results(getattr(reference, case.op), case, reference_on or device)
@@ -104,7 +104,7 @@ def _results(function: Callable, case: Case, device: torch.device, **impl: str) 
 
 
 def _flatten(output: Any) -> list[Tensor]:
-    """The tensors of a result; an `Fp8Tensor` counts as what it stands for."""
+    """The tensors of a result; an `Fp8Tensor` as the numbers that it stands for."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Fp8Tensor):

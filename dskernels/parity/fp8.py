@@ -1,4 +1,4 @@
-"""Parity cases of quantising. The plain ones must match to the byte, the fused ones to a step of e4m3."""
+"""Parity cases of quantising. Plain results must be equal to the byte, fused ones within a step of e4m3."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dskernels.parity.inputs import normal, spread
 from dskernels.types import Block
 
 EXACT = 0.0
-# A step of e4m3 in a few elements: 2^-4 of relative error in 1% of them is 4e-5.
+# A step of e4m3 in a few elements: a relative error of 2^-4 in 1% of them is 4e-5.
 ONE_STEP = 4e-5
-# Two roundings to bf16, each to 2^-9: half of the square of that.
+# Two roundings to bf16, each of 2^-9: half of the square of that.
 SUMS = 4e-6
 
 

@@ -16,7 +16,7 @@ BF16 = 5e-6
 FP32 = 1e-10
 EXACT = 0.0
 
-# Four groups, the second empty, the last after 70 rows; two rows belong to none.
+# Four groups: the second is empty, the last begins after 70 rows; two rows belong to none.
 OFFSETS = [0, 37, 37, 69, 70]
 ROWS = 72
 
@@ -34,7 +34,7 @@ def _weights(n: int, k: int) -> Fp8Tensor:
 
 
 def _ragged(n: int, k: int, dtype: torch.dtype | None, **options):
-    """Operands of `dtype`, or e4m3; NaN where no group is."""
+    """Operands of `dtype`, or e4m3; rows that belong to no group are NaN."""
 
     def inputs(device: torch.device) -> tuple[tuple, dict]:
         if dtype is None:
@@ -53,7 +53,7 @@ def _masked(device: torch.device) -> tuple[tuple, dict]:
     a = quantized(0, 4 * 24, 200, (1, 128), device)
     a = Fp8Tensor(a.data.view(4, 24, 200), a.scale.view(4, 24, 2))
     counts = torch.tensor([24, 0, 5, 17], dtype=torch.int32, device=device)
-    # Rows beyond the counts are unspecified: they start as zeros, which the reference writes there.
+    # Rows beyond the counts are unspecified: they start as zeros, which is what the reference writes there.
     return (a, _fp8(_weights(130, 200), device), counts), {"out": torch.zeros(4, 24, 130, device=device)}
 
 

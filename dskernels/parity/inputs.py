@@ -15,7 +15,7 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: fl
 
 
 def spread(seed: int, rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers whose magnitude jumps every 128 columns, over four decades: one scale for all would be noticed."""
+    """Normal numbers whose magnitude changes every 128 columns, over four decades, so that a wrong scale is noticed."""
     generator = torch.Generator().manual_seed(seed)
     decades = torch.rand(-(-cols // 128), generator=generator) * 4 - 2
     return (torch.randn(rows, cols, generator=generator) * 10 ** decades.repeat_interleave(128)[:cols]).to(dtype)

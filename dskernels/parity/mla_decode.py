@@ -13,7 +13,7 @@ from dskernels.parity.paging import paged_cache
 
 # Half an ulp of bf16 is 2^-9, and half its square 2e-6; the softmax weights are rounded to bf16 as well.
 BF16 = 5e-6
-FP8 = 1e-5  # so are the unpacked keys and values
+FP8 = 1e-5  # the unpacked keys and values are rounded to bf16 as well
 FP32 = 1e-10
 
 
@@ -38,7 +38,8 @@ def _decode(
 
 
 def _write(tokens: int, dims: tuple[int, int], cache_dtype: torch.dtype, exact: bool = False):
-    """`exact` inputs have one result whatever the order of the sum: rows of +-1, and rotations by quarter turns."""
+    """Inputs to write. `exact` ones have one result whatever the order of summation: rows of +-1, rotated by quarter
+    turns."""
 
     def inputs(device: torch.device) -> tuple[tuple, dict]:
         latent, rope = dims

@@ -1,4 +1,4 @@
-"""Parity cases of prefill, over keys and values that are written out and over the latent cache."""
+"""Parity cases of prefill, with expanded keys and values and over the latent cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dskernels.parity import Case
 from dskernels.parity.inputs import normal
 from dskernels.parity.paging import paged_cache
 
-# Half an ulp of bf16 is 2^-9, and half its square 2e-6; the softmax weights are rounded to bf16 as well, in a gradient
-# also those of the scores, and over a cache also the keys and values that the latents are projected to.
+# Half an ulp of bf16 is 2^-9, and half its square 2e-6. The softmax weights are rounded to bf16 as well, in a gradient
+# also those of the scores, and over a cache also the expanded keys and values.
 BF16 = 5e-6
 BF16_TWICE = 2e-5
 FP32 = 1e-10
@@ -30,7 +30,7 @@ def _prefill(
     shared_rope: bool = True,
     causal: bool = True,
 ):
-    """`heads` of queries and of keys; `dims` without rope, with it, and of the value."""
+    """Inputs with `heads` for queries and for keys; `dims` without rope, with rope, and of the value."""
 
     def inputs(device: torch.device) -> tuple[tuple, dict]:
         nope, rope, value = dims
@@ -56,7 +56,7 @@ def _cached(
     dtype: torch.dtype = torch.bfloat16,
     cache_dtype: torch.dtype | None = None,
 ):
-    """`dims` of the latent, without rope, with it, and of the value."""
+    """Inputs with `dims` of the latent, without rope, with rope, and of the value."""
 
     def inputs(device: torch.device) -> tuple[tuple, dict]:
         latent, nope, rope, value = dims

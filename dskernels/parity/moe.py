@@ -1,4 +1,4 @@
-"""Parity cases of the expert block: permuting must match to the bit; some choices are dropped, some experts idle."""
+"""Parity cases of the expert block: permuting must be equal to the bit; some choices are dropped, some experts idle."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dskernels.types import Fp8Tensor, Permuted, Routing
 
 EXACT = 0.0
 FP32 = 1e-10
-# A sum that tensor cores make 2^-13 off is rounded to another e4m3 value once in 2^9 times, a step of 2^-3.5: half of
+# Tensor cores are off by 2^-13, which rounds a sum to another e4m3 value once in 2^9 times, a step of 2^-3.5: half of
 # 2^-9 * 2^-7.
 REQUANTIZED = 1e-5
-# bf16 between the products: four roundings of 2^-9, half their squares 8e-6.
+# bf16 between the products: four roundings of 2^-9, half of whose squares is 8e-6.
 BF16 = 3e-5
-# The reference quantises gradients that are weighted already, the kernels before they are: both are off by e4m3.
+# The reference quantises gradients after they are weighted, the kernels before: both have the error of e4m3.
 E4M3 = 2e-3
 
 
 def _experts(tokens: int, top_k: int, n_experts: int) -> Tensor:
-    """Distinct experts for each token, of which the last one idles; one choice dropped, and all of token 1."""
+    """Different experts for each token, the last one idle; one choice is dropped, and all of token 1."""
     generator = torch.Generator().manual_seed(7)
     experts = torch.rand(tokens, n_experts - 1, generator=generator).topk(top_k).indices.int()
     experts[0, -1] = -1

@@ -1,4 +1,4 @@
-"""Paged latent caches for the parity cases: rows on shuffled pages, and poison wherever nothing may be read."""
+"""Paged latent caches for the parity cases: rows on shuffled pages, and poison where nothing may be read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from dskernels.reference.mla import pack_fp8
 from dskernels.validate import ceil_div
 
-UNUSED_ENTRY = 2_147_480_000  # of a block table: far outside any cache
+UNUSED_ENTRY = 2_147_480_000  # for the block table: far outside any cache
 
 
 def paged_cache(
@@ -28,8 +28,8 @@ def paged_cache(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A cache with the rows of requests of these lengths, its block table, and the lengths.
 
-    Rows are normal numbers times `scale`; uint8 means e4m3 rows. NaN stands in every other row, and the table has
-    `spare_entries` more columns than the longest request needs; entries without a page hold nonsense.
+    Rows are normal numbers times `scale`; uint8 means e4m3 rows. All other rows are NaN. The table has `spare_entries`
+    more columns than the longest request needs, and its unused entries are nonsense.
     """
     generator = torch.Generator().manual_seed(seed)
     columns = max((ceil_div(n, page_size) for n in lengths), default=0) + spare_entries

@@ -12,7 +12,7 @@ EXACT = 0.0
 
 
 def _logits(tokens: int, experts: int, bias: float | None, **options):
-    """Random logits, one row all equal and one with a NaN, and perhaps a bias of that size."""
+    """Random logits, one row with equal values and one with a NaN, and if asked for a bias of that magnitude."""
 
     def inputs(device: torch.device) -> tuple[tuple, dict]:
         logits = normal(0, tokens, experts)
@@ -44,7 +44,7 @@ def _packed(tokens: int, experts: int, lengths: list[int], **options):
 
 
 def _hidden(tokens: int, hidden: int, experts: int, dtype: torch.dtype, **options):
-    """Hidden states and the experts' vectors in `dtype`, and a bias."""
+    """Hidden states and expert vectors in `dtype`, and a bias."""
 
     def inputs(device: torch.device) -> tuple[tuple, dict]:
         x, weight = normal(5, tokens, hidden, dtype=dtype), normal(6, experts, hidden, dtype=dtype, scale=0.2)
@@ -54,7 +54,7 @@ def _hidden(tokens: int, hidden: int, experts: int, dtype: torch.dtype, **option
 
 
 def _places(tokens: int, experts: int, replicas: int, **options):
-    """Random logits, and a map of places: all entries, some, or none of a row."""
+    """Random logits, and a map of places: rows with all entries, some, or none."""
 
     def inputs(device: torch.device) -> tuple[tuple, dict]:
         physical = torch.arange(experts * replicas, dtype=torch.int32).view(experts, replicas)
