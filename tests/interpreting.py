@@ -15,18 +15,21 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
+import interpreting_operators as operators
+
 
 @functools.cache
 def _builtins(package):
-    """What is replaced, as it is when nothing is: before the first kernel."""
-    return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+    """What is replaced, as it is when nothing is, before the first kernel; and by what."""
+    found = [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+    return [(name, member, operators.called(name, member, package)) for name, member in found]
 
 
 def _patch_builtin(package, builder, scope):
     builtins = _builtins(package)
     if builtins and getattr(package, builtins[0][0]) is builtins[0][1]:  # else they are replaced already
-        for name, member in builtins:
-            interpreter._patch_attr(package, name, member, builder, scope)
+        for name, _, called in builtins:
+            scope.set_attr(package, name, called)
 
 
 # A launch replaces what is in triton.language, and puts it back. Triton's own helpers look into triton.language.core;
@@ -56,7 +59,6 @@ _original = {
     for owner, name in (
         (interpreter, "_get_np_dtype"),
         (interpreter, "_patch_lang_tensor"),
-        (TritonSemantic, "cast"),
         (TritonSemantic, "computation_type_impl"),
         (tl.dtype, "__eq__"),
         (tl.block_type, "__init__"),
@@ -72,12 +74,6 @@ def _get_np_dtype(dtype):
     if found is None:
         found = _numpy_dtypes[dtype.name] = _original["_get_np_dtype"](dtype)
     return found
-
-
-def _cast(self, input, dst_ty, fp_downcast_rounding=None):
-    if dst_ty is input.dtype and fp_downcast_rounding is None:
-        return input
-    return _original["cast"](self, input, dst_ty, fp_downcast_rounding)
 
 
 def _computation_type(self, a, a_is_scalar, b, b_is_scalar, div_or_mod):
@@ -130,5 +126,5 @@ def make_faster():
         tl.dtype.__eq__ = _dtype_eq
         tl.block_type.__init__ = _block_type_init
         tl.tensor.__init__ = _tensor_init
-        TritonSemantic.cast = _cast
         TritonSemantic.computation_type_impl = _computation_type
+        operators.make_direct()
