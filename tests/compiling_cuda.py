@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.metadata
 import importlib.util
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from compiling import Report, run_tool
 from dskernels.cuda.compiler import FLAGS, source_of
+from keeping import kept
 
 
 @functools.cache
@@ -29,24 +32,12 @@ def compile_cuda(path: Path, options: dict[str, int], shared: int) -> Report:
     """Compile with the product's flags, and CuPy's, and these -D options for sm_90a; `shared` is what the launcher asks
     for."""
     began = time.perf_counter()
-    library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    flags = [flag.encode() for flag in (*FLAGS, "-ftz=true", *(f"-D{name}={value}" for name, value in options.items()))]
-    text = source_of(path).encode()
-    if library.nvrtcCreateProgram(ctypes.byref(program), text, path.name.encode(), 0, None, None):
-        raise RuntimeError("nvrtcCreateProgram failed")
-    failed = library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
-    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetProgramLog(program, log)
-    if failed:
-        raise RuntimeError(f"{path.name} {options}:\n{log.value.decode()}")
-    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
-    cubin = ctypes.create_string_buffer(size.value)
-    library.nvrtcGetCUBIN(program, cubin)
-    library.nvrtcDestroyProgram(ctypes.byref(program))
+    flags = [*FLAGS, "-ftz=true", *(f"-D{name}={value}" for name, value in options.items())]
+    text, version = source_of(path), importlib.metadata.version("nvidia-cuda-nvrtc")
+    cubin = kept(lambda: _cubin(path.name, text, flags), text, *flags, version)
     # A file may have several kernels: what the most demanding of them takes.
     usage: dict[str, int] = {}
-    for name, value in re.findall(r"(\w+):(\d+)", run_tool(cubin.raw, "cuobjdump", "-res-usage")):
+    for name, value in re.findall(r"(\w+):(\d+)", run_tool(cubin, "cuobjdump", "-res-usage")):
         usage[name] = max(usage.get(name, 0), int(value))
     return Report(
         source=f"{path.name} {options}",
@@ -56,5 +47,23 @@ def compile_cuda(path: Path, options: dict[str, int], shared: int) -> Report:
         shared=shared + usage["SHARED"],
         tensor_memory=0,
         seconds=time.perf_counter() - began,
-        cubin=cubin.raw,
+        cubin=cubin,
     )
+
+
+def _cubin(name: str, text: str, flags: Sequence[str]) -> bytes:
+    library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
+    if library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None):
+        raise RuntimeError("nvrtcCreateProgram failed")
+    encoded = [flag.encode() for flag in flags]
+    failed = library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*encoded))
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    if failed:
+        raise RuntimeError(f"{name} {' '.join(flags)}:\n{log.value.decode()}")
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    cubin = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, cubin)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    return cubin.raw

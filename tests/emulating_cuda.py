@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from keeping import kept
+
 WARP = Path(__file__).with_name("warp.h")
 FLAGS = ("-O1", "-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-shared", "-fPIC")
 
@@ -26,6 +28,27 @@ FLAGS = ("-O1", "-std=c++17", "-fno-strict-aliasing", "-ffp-contract=off", "-w",
 def has_compiler() -> bool:
     """Whether there is a C++ compiler."""
     return shutil.which("g++") is not None
+
+
+@functools.cache
+def _compiler() -> str:
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def compiled(text: str, *flags: str, includes: str = "") -> ctypes.CDLL:
+    """The library that g++ makes of this text, in which `includes` says what it includes of ours."""
+
+    def make() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "source.cpp"
+            source.write_text(text)
+            subprocess.run(["g++", *flags, "-o", source.with_suffix(".so"), source], check=True)
+            return source.with_suffix(".so").read_bytes()
+
+    # A file of its own for each: what they call may be static.
+    path = Path(_folder().name) / f"{len(list(Path(_folder().name).iterdir()))}.so"
+    path.write_bytes(kept(make, text, includes, *flags, _compiler()))
+    return ctypes.CDLL(str(path))
 
 
 @functools.cache
@@ -53,11 +76,8 @@ extern "C" int launch(int blocks, int threads, u32 seed, {arguments}) {{
     return emulate(blocks, threads, seed, [&] {{ {kernel}({names}); }});
 }}
 """
-    path = Path(_folder().name) / f"{source.stem}{len(list(Path(_folder().name).iterdir()))}"
-    path.with_suffix(".cpp").write_text(text)
-    command = ["g++", *FLAGS, "-o", path.with_suffix(".so"), path.with_suffix(".cpp")]
-    subprocess.run([*command, *(f"-D{name}={value}" for name, value in options.items())], check=True)
-    return ctypes.CDLL(str(path.with_suffix(".so")))
+    flags = [*FLAGS, *(f"-D{name}={value}" for name, value in options.items())]
+    return compiled(text, *flags, includes=WARP.read_text())
 
 
 def pointer(x: torch.Tensor | None) -> ctypes.c_void_p:

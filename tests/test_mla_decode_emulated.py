@@ -8,8 +8,6 @@ import ctypes
 import functools
 import math
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -20,9 +18,11 @@ from dskernels.mla.decode import hopper
 from dskernels.mla.decode.config import BLOCK, SHARED, TMA, choose_hopper_config
 from dskernels.parity.paging import paged_cache
 from dskernels.validate import ceil_div
+from emulating_cuda import compiled, has_compiler
 from test_mla_decode import close, oracle
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
+FLAGS = ("-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC")
 
 # What warpgroups.h has not, as others that use it have it in their own way.
 INSTRUCTIONS = """
@@ -84,24 +84,15 @@ def without_ptx(text):
 
 
 @functools.cache
-def library(path, options, kernel, threads, folder):
+def library(path, options, kernel, threads):
     defines = "".join(f"#define {name} {value}\n" for name, value in options)
     declared = f"{POINTERS[kernel]}, {INTEGERS[kernel]}"
     names = [parameter.split()[-1] for parameter in declared.split(", ")]
     maps = {"q": "*q", "k": "*k"} if kernel == "mla_decode" else {}
     call = ", ".join(maps.get(name, name) for name in names)
     entry = f'extern "C" void run(int blocks, {declared}) {{ launch(blocks, {threads}, [=] {{ {kernel}({call}); }}); }}'
-    source = folder / f"{len(list(folder.iterdir()))}.cpp"
     header = (hopper.SOURCE.parents[3] / "tests" / "warpgroups.h").read_text()
-    source.write_text("\n".join((defines, header, INSTRUCTIONS, without_ptx(source_of(path)), entry)))
-    flags = ("-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC")
-    subprocess.run(["g++", *flags, "-o", source.with_suffix(".so"), source], check=True)
-    return ctypes.CDLL(str(source.with_suffix(".so")))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
+    return compiled("\n".join((defines, header, INSTRUCTIONS, without_ptx(source_of(path)), entry)), *FLAGS)
 
 
 def call(library, blocks, *arguments):
@@ -118,7 +109,7 @@ def tensor_map(x, box_rows):
     return (ctypes.c_longlong * 16)(x.data_ptr(), *x.shape[:2], *strides, box_rows)
 
 
-def decode(folder, q, cache, table, lengths, new, scale, parts, wide):
+def decode(q, cache, table, lengths, new, scale, parts, wide):
     batch, q_tokens, heads, _ = q.shape
     row_blocks = ceil_div(q_tokens * heads, BLOCK)
     out, lse = q.new_full((batch, q_tokens, heads, 512), math.nan), torch.full((batch, heads, q_tokens), math.nan)
@@ -128,13 +119,13 @@ def decode(folder, q, cache, table, lengths, new, scale, parts, wide):
     packed = q.view(batch, q_tokens * heads, 576)
     maps = tensor_map(packed, BLOCK), tensor_map(cache if config.loader == TMA else packed, config.box_rows)
     options = hopper.options_of(config, hopper.KINDS[q.dtype])
-    attend = library(hopper.SOURCE, tuple(options.items()), "mla_decode", hopper.THREADS, folder)
+    attend = library(hopper.SOURCE, tuple(options.items()), "mla_decode", hopper.THREADS)
     row_bytes = [ctypes.c_longlong(stride * cache.element_size()) for stride in cache.stride()[:2]]
     shape = (table.stride(0), len(cache), cache.shape[1], batch, table.shape[1] * cache.shape[1])
     arguments = (*maps, cache, table, lengths, new, out, lse, work, *row_bytes, *shape, q_tokens, heads, row_blocks)
     call(attend, parts * row_blocks, *arguments, config.box_rows, scale * hopper.LOG2_E)
     options = (("OUT", hopper.KINDS[q.dtype]), ("WIDE", wide))
-    join = library(hopper.COMBINE, options, "combine", 32 * hopper.COMBINE_WARPS, folder)
+    join = library(hopper.COMBINE, options, "combine", 32 * hopper.COMBINE_WARPS)
     blocks = min(batch, parts) * row_blocks * 4 * (2 * wide)
     call(join, blocks, work, out, lse, batch, q_tokens, heads, row_blocks, parts)
     return out, lse
@@ -150,22 +141,22 @@ def decode(folder, q, cache, table, lengths, new, scale, parts, wide):
         ([330, 0, 90], 2, 16, 64, 4, {"cache_dtype": torch.uint8, "new": [1, 2, 2]}),
     ],
 )
-def test_against_fp64(folder, lengths, q_tokens, heads, page_size, parts, options):
+def test_against_fp64(lengths, q_tokens, heads, page_size, parts, options):
     dtype, new = options.get("dtype", torch.bfloat16), options.get("new")
     q = (torch.randn(len(lengths), q_tokens, heads, 576) * 8).to(dtype)
     cache = paged_cache(0, lengths, page_size, 512, 64, options.get("cache_dtype", dtype), "cpu", scale=0.1)
     new = None if new is None else torch.tensor(new, dtype=torch.int32)
-    got = decode(folder, q, *cache, new, 576**-0.5, parts, options.get("wide", 1))
+    got = decode(q, *cache, new, 576**-0.5, parts, options.get("wide", 1))
     close(got, oracle(q, *cache, impl="hopper", scale=576**-0.5, value_dim=512, q_lengths=new), dtype)
 
 
-def test_lengths_and_pages_of_any_value(folder):
+def test_lengths_and_pages_of_any_value():
     cache = (torch.randn(3, 16, 576) * 0.1).bfloat16()
     table = torch.tensor([[0, -7], [2, 2147483647], [-2147483648, 1]], dtype=torch.int32)
     lengths = torch.tensor([2147483647, -5, 18], dtype=torch.int32)
     new = torch.tensor([2147483647, 2, -1], dtype=torch.int32)
     q = torch.randn(3, 2, 5, 576).bfloat16()
-    got = decode(folder, q, cache, table, lengths, new, 0.04, 2, 1)
+    got = decode(q, cache, table, lengths, new, 0.04, 2, 1)
     close(got, oracle(q, cache, table, lengths, impl="hopper", scale=0.04, value_dim=512, q_lengths=new), q.dtype)
 
 

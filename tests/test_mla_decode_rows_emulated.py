@@ -9,8 +9,6 @@ import ctypes
 import functools
 import math
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -21,9 +19,10 @@ from dskernels.mla.decode import hopper, hopper_rows
 from dskernels.mla.decode.config import BLOCK, THREADS, choose_rows_config, rows_shared
 from dskernels.parity.paging import paged_cache
 from dskernels.validate import ceil_div
+from emulating_cuda import compiled, has_compiler
 from test_mla_decode import close, oracle
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 
 INSTRUCTIONS = r"""
 inline u32 __float_as_uint(float x) { return bits<u32>(x); }
@@ -89,13 +88,8 @@ INTEGERS = (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("emulated")
-
-
 @functools.cache
-def library(options, folder):
+def library(options):
     declared = f"{POINTERS}, {INTEGERS}"
     names = ", ".join(parameter.split()[-1] for parameter in declared.split(", "))
     text = re.sub(r"(?s)#define PRODUCT\(.*?DEFINE_PRODUCT\(32[^\n]*", "", source_of(hopper_rows.SOURCE))
@@ -104,27 +98,23 @@ def library(options, folder):
     entry = (
         f'extern "C" void run(int blocks, {declared}) {{ launch(blocks, {THREADS}, [=] {{ mla_decode({names}); }}); }}'
     )
-    source = folder / f"rows{len(list(folder.iterdir()))}.cpp"
     parts = (defines, header, emulated.INSTRUCTIONS, INSTRUCTIONS, emulated.without_ptx(text), entry)
-    source.write_text("\n".join(parts))
-    flags = ("-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC")
-    subprocess.run(["g++", *flags, "-o", source.with_suffix(".so"), source], check=True)
-    return ctypes.CDLL(str(source.with_suffix(".so")))
+    return compiled("\n".join(parts), *emulated.FLAGS)
 
 
-def decode(folder, q, cache, table, lengths, new, scale, parts, wide=1):
+def decode(q, cache, table, lengths, new, scale, parts, wide=1):
     batch, q_tokens, heads, _ = q.shape
     row_blocks, kind = ceil_div(q_tokens * heads, BLOCK), hopper_rows.KINDS[q.dtype]
     out, lse = q.new_full((batch, q_tokens, heads, 512), math.nan), torch.full((batch, heads, q_tokens), math.nan)
     work = torch.full((2 * parts * row_blocks * BLOCK * 257 + 4 * batch + parts * row_blocks + 3,), math.nan)
-    attend = library(tuple(hopper_rows.options_of(choose_rows_config(q_tokens * heads), kind).items()), folder)
+    attend = library(tuple(hopper_rows.options_of(choose_rows_config(q_tokens * heads), kind).items()))
     strides = [ctypes.c_longlong(x) for x in (q.stride(0), q.stride(2), cache.stride(0), cache.stride(1))]
     box = math.gcd(cache.shape[1], 16)
     shape = (table.stride(0), len(cache), cache.shape[1], batch, table.shape[1] * cache.shape[1], q_tokens, heads)
     arguments = (q, cache, table, lengths, new, out, lse, work, *strides, *shape, row_blocks, box)
     emulated.call(attend, parts * row_blocks, *arguments, scale * hopper_rows.LOG2_E)
     options = (("OUT", kind), ("WIDE", wide))
-    join = emulated.library(hopper.COMBINE, options, "combine", 32 * hopper.COMBINE_WARPS, folder)
+    join = emulated.library(hopper.COMBINE, options, "combine", 32 * hopper.COMBINE_WARPS)
     blocks = min(batch, parts) * row_blocks * 4 * (2 * wide)
     emulated.call(join, blocks, work, out, lse, batch, q_tokens, heads, row_blocks, parts)
     return out, lse
@@ -139,17 +129,17 @@ def decode(folder, q, cache, table, lengths, new, scale, parts, wide=1):
         ([200, 2, 65], 3, 10, 64, 3, {"new": [3, 3, 1]}),  # more new tokens than positions
     ],
 )
-def test_against_fp64(folder, lengths, q_tokens, heads, page_size, parts, options):
+def test_against_fp64(lengths, q_tokens, heads, page_size, parts, options):
     dtype, new = options.get("dtype", torch.bfloat16), options.get("new")
     q = (torch.randn(len(lengths), q_tokens, heads, 576) * 8).to(dtype)
     cache = paged_cache(0, lengths, page_size, 512, 64, torch.uint8, "cpu", scale=0.1)
     new = None if new is None else torch.tensor(new, dtype=torch.int32)
-    got = decode(folder, q, *cache, new, 576**-0.5, parts, options.get("wide", 1))
+    got = decode(q, *cache, new, 576**-0.5, parts, options.get("wide", 1))
     close(got, oracle(q, *cache, impl="reference", scale=576**-0.5, value_dim=512, q_lengths=new), dtype)
 
 
 @pytest.mark.parametrize("heads", [16, 32])
-def test_scales_of_any_size(folder, heads):
+def test_scales_of_any_size(heads):
     """Scales that differ by powers of ten, within a row, from row to row, and 0; scores that grow along the request."""
     cache, table, lengths = paged_cache(0, [300], 64, 512, 64, torch.uint8, "cpu", scale=0.1)
     scales = cache.view(-1, 656)[:, 512:528].view(torch.float32)
@@ -158,7 +148,7 @@ def test_scales_of_any_size(folder, heads):
     scales *= torch.rand(scales.shape, generator=generator) > 0.1
     scales *= 1 - 2 * (torch.rand(scales.shape, generator=generator) > 0.5).float()
     q = (torch.randn(1, 1, heads, 576) * 8).bfloat16()
-    got = decode(folder, q, cache, table, lengths, None, 1.0, 2)
+    got = decode(q, cache, table, lengths, None, 1.0, 2)
     close(got, oracle(q, cache, table, lengths, impl="reference", scale=1.0, value_dim=512), q.dtype)
 
 

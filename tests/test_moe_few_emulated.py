@@ -5,8 +5,6 @@ As in test_mla_decode_emulated.py, with the instructions that it has besides. On
 
 import ctypes
 import math
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -17,9 +15,10 @@ from dskernels.cuda.compiler import source_of
 from dskernels.gemm.config import SmallConfig
 from dskernels.moe import config_few, hopper_few
 from dskernels.validate import ceil_div
-from test_mla_decode_emulated import without_ptx
+from emulating_cuda import compiled, has_compiler
+from test_mla_decode_emulated import FLAGS, without_ptx
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 
 # What a matrix of e4m3 is to `TensorMap` in warpgroups.h: `matrices` its columns, `stride_row` the bytes of a row.
 INSTRUCTIONS = """
@@ -100,8 +99,7 @@ PARAMETERS = (
 
 
 @pytest.fixture(scope="module")
-def down(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated")
+def down():
     options = hopper_few.options_of(SmallConfig(config_few.TILE, config_few.OPERAND, 1, 1), 0)
     defines = "".join(f"#define {name} {value}\n" for name, value in options.items())
     header = (hopper_few.DOWN.parents[2] / "tests" / "warpgroups.h").read_text()
@@ -110,11 +108,8 @@ def down(tmp_path_factory):
         f'extern "C" void run(int blocks, {PARAMETERS}) '
         f"{{ blockDim.x = 160; launch(blocks, 160, [=] {{ few_experts_down({names}); }}); }}"
     )
-    source = folder / "down.cpp"
-    source.write_text("\n".join((defines, header, INSTRUCTIONS, without_ptx(source_of(hopper_few.DOWN)), entry)))
-    flags = ("-std=c++20", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC")
-    subprocess.run(["g++", *flags, "-o", source.with_suffix(".so"), source], check=True)
-    library = ctypes.CDLL(str(source.with_suffix(".so")))
+    text = "\n".join((defines, header, INSTRUCTIONS, without_ptx(source_of(hopper_few.DOWN)), entry))
+    library = compiled(text, *FLAGS)
 
     def run(gate_up, w2, weights, experts, shared, stages=3):
         (tokens, top_k), (total, n, k) = experts.shape, w2.shape
