@@ -1,4 +1,4 @@
-"""Tile choice of the routing kernels: pure functions of the sizes and the device."""
+"""Tiles of the routing kernels: pure functions of the sizes and the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_HOPPER_CHOICES = 32  # a lane for each
 
 @dataclass(frozen=True)
 class RowConfig:
-    """What one program holds: `rows` tokens, their experts as `groups` x `members` columns, both powers of two."""
+    """What one program holds: `rows` tokens, with their experts as `groups` x `members` columns, both powers of two."""
 
     rows: int
     groups: int
@@ -23,9 +23,9 @@ class RowConfig:
 def choose_config(n_experts: int, n_groups: int = 1) -> RowConfig:
     """One warp for about 512 columns, or for one token of up to 1024.
 
-    A program of a single warp reduces its rows by shuffles alone; two tokens of 256 experts a warp overlap their
-    chains of `top_k` dependent reductions. Groups that pad to more than 1024 columns (1000 experts in 40 groups of 25
-    do) share the token between warps.
+    A program of one warp reduces its rows by shuffles alone; two tokens of 256 experts in a warp overlap their chains
+    of `top_k` dependent reductions. If groups pad to more than 1024 columns (as 1000 experts in 40 groups of 25),
+    several warps share the token.
     """
     groups, members = _power_of_two(n_groups), _power_of_two(n_experts // n_groups)
     columns = groups * members
@@ -36,7 +36,7 @@ def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-# Warps of a block, by the most experts that a lane may hold: with one more an SM's registers do not suffice.
+# Warps per block, by the maximum number of experts per lane: with one more, an SM's registers do not suffice.
 MOST_WARPS = {8: 32, 12: 24, 32: 16, MAX_EXPERTS: 8}
 
 
@@ -44,8 +44,8 @@ MOST_WARPS = {8: 32, 12: 24, 32: 16, MAX_EXPERTS: 8}
 class HopperConfig:
     """What the Hopper kernel is compiled for, and its grid.
 
-    Blocks have up to `most_warps` warps, and an SM is to hold `resident` of them. A launch has `blocks` of `warps`
-    each. A block takes `rows` tokens, which its warps take in turns.
+    Blocks have up to `most_warps` warps, and an SM is to hold `resident` of them. A launch has `blocks` blocks of
+    `warps` warps. A block takes `rows` tokens, which its warps take in turns.
     """
 
     most_warps: int
@@ -56,10 +56,10 @@ class HopperConfig:
 
 
 def choose_hopper_config(n_tokens: int, experts_a_lane: int, multiprocessors: int) -> HopperConfig:
-    """As many warps as the registers of a token's experts allow, in one block an SM; few tokens in one block alone.
+    """As many warps as the registers of a token's experts allow, in one block per SM; few tokens are one block.
 
-    At 8,192 and 32,768 tokens of 256 experts one block of 32 warps took 6.4 and 16.5 us, 2 of 16 took 7.1 and 17.2:
-    each block adds its counts to the same 1 KB. Where there is room for a warp without tokens, the last one zeroes and
+    For 8,192 and 32,768 tokens of 256 experts, one block of 32 warps took 6.4 and 16.5 us, 2 of 16 took 7.1 and 17.2:
+    each block adds its counts to the same 1 KB. If there is room for a warp without tokens, the last one zeroes and
     waits (see hopper.cu) while the others work: 128 tokens took 2.4 us instead of 2.9.
     """
     most_warps, resident = next(n for most, n in MOST_WARPS.items() if experts_a_lane <= most), 1
@@ -70,7 +70,7 @@ def choose_hopper_config(n_tokens: int, experts_a_lane: int, multiprocessors: in
 
 
 def experts_a_lane(n_experts: int, n_groups: int) -> int:
-    """Experts of a token that a lane of its warp holds: of part of a group, or of several groups (see hopper.cu)."""
+    """How many of a token's experts a lane holds: from part of a group, or from several groups (see hopper.cu)."""
     if n_groups > 32:
         return ceil_div(n_groups, 32) * (n_experts // n_groups)
     return ceil_div(n_experts // n_groups, 32 // _power_of_two(n_groups))
@@ -78,7 +78,7 @@ def experts_a_lane(n_experts: int, n_groups: int) -> int:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Tile of the product of hidden states and gate weights, its K shared by `parts` programs."""
+    """The tile of the product of hidden states and gate weights, whose K is divided among `parts` programs."""
 
     block_m: int
     block_n: int
@@ -94,10 +94,10 @@ LONG_SUM = 2048  # tokens from which on the gradient of the gate's weight has a 
 def choose_gate_config(
     m: int, n: int, k: int, wide: bool, multiprocessors: int, *, of_weight: bool = False
 ) -> GateConfig:
-    """Tile for ``[m, k] @ [n, k].T``: K is split until there is a program for each multiprocessor.
+    """The tile for ``[m, k] @ [n, k].T``: K is divided until there is a program for each multiprocessor.
 
-    `wide`: an operand is of fp32, which is multiplied in three pieces of bf16, and takes more registers. The gradient
-    of the weight (`of_weight`) has all tokens for its K, and wants many programs, each of which waits for its loads.
+    `wide`: an operand is fp32, which is multiplied in three bf16 pieces and takes more registers. The gradient of the
+    weight (`of_weight`) has all tokens as its K, and needs many programs, each of which waits for its loads.
     """
     if wide and of_weight and k >= LONG_SUM:
         tile, multiprocessors = (64, 64, 32, 8, 4), 4 * multiprocessors

@@ -1,9 +1,10 @@
 """Launchers of hopper.cu and hopper_backward.cu, the choice of experts and its gradient for sm_90a, in CUDA C++.
 
-CUDA C++ because Triton has neither the vote nor the reduction of a whole warp that find candidates and their places: it
-takes the best one by one, each by two reductions of shuffles. On an H200, 256 experts in 8 groups, in a CUDA graph,
-Triton's time (with two launches that zero counters) first: 6.0 us and 2.2 for one token, 16.8 and 4.6 for 4,096, 26.2
-and 6.4 for 8,192, 85.8 and 16.5 for 32,768; the gradient 5.9 and 2.9, 9.3 and 4.4, 29.6 and 14.4.
+It is CUDA C++ because Triton has neither the vote nor the reduction of a whole warp, which find candidates and their
+places: it takes the best experts one by one, each with two shuffle reductions. On an H200, 256 experts in 8 groups, in
+a CUDA graph, with Triton's time (including two launches that zero counters) first: 6.0 us and 2.2 for one token, 16.8
+and 4.6 for 4,096, 26.2 and 6.4 for 8,192, 85.8 and 16.5 for 32,768; the gradient 5.9 and 2.9, 9.3 and 4.4, 29.6 and
+14.4.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SOURCE = Path(__file__).with_name("hopper.cu")
 BACKWARD_SOURCE = Path(__file__).with_name("hopper_backward.cu")
 DTYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 BACKWARD_WARPS = 8
-# Launches of several blocks that may be under way at once, captured ones included: 256 KB.
+# Launches of several blocks that may run at the same time, including captured ones: 256 KB.
 ARRIVALS = 1 << 16
 
 _launches = itertools.count()
@@ -43,10 +44,11 @@ _slots: dict[tuple[int, int], int] = {}
 
 
 def _slot(device: int) -> int:
-    """Which word of `arrivals` (hopper.cu) a launch counts its blocks in: no other that may run meanwhile has the same.
+    """The word of `arrivals` (hopper.cu) in which a launch counts its blocks: different from that of any launch that
+    may run at the same time.
 
-    Launches of one stream follow each other, and share one. A captured launch gets one of its own, as the graph may be
-    replayed beside anything.
+    Launches on one stream follow each other and share a word. A captured launch gets its own, since the graph may be
+    replayed next to anything.
     """
     if torch._C._cuda_isCurrentStreamCapturing():
         return next(_launches) % ARRIVALS
@@ -152,7 +154,7 @@ def options(
 
 
 def _vector(n_experts: int, n_groups: int, logits: Tensor, *others: Tensor | None) -> int:
-    """Most logits that a load may take: what a lane holds of a group is a whole number of loads, each aligned."""
+    """The most logits per load: what a lane holds of a group has to be a whole number of aligned loads."""
     size = n_experts // n_groups
     held = size if n_groups > 32 else experts_a_lane(n_experts, n_groups)
     rows = [logits.stride(i) for i in range(logits.dim() - 1)]
@@ -167,7 +169,7 @@ def _vector(n_experts: int, n_groups: int, logits: Tensor, *others: Tensor | Non
 
 
 def _routed(logits: Tensor, bias: Tensor | None, physical: Tensor | None, values: tuple, *, parts: bool) -> tuple:
-    """(weights, experts, placed, sums, load, nonfinite); `placed` and `sums` are not always there."""
+    """(weights, experts, placed, sums, load, nonfinite); `placed` and `sums` do not always exist."""
     (T, E), top_k = logits.shape[-2:], values[0]
     results = (
         empty(logits, (T, top_k), torch.float32),
@@ -201,7 +203,7 @@ def route_replicated(
 def route_hidden(
     x: Tensor, weight: Tensor, bias: Tensor | None, physical: Tensor | None, *values: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(weights, experts, load, nonfinite, logits, placed). The product is portable; its parts are added up here."""
+    """(weights, experts, load, nonfinite, logits, placed). The product is portable; its parts are summed here."""
     parts = gate_parts(x, weight)
     whole = parts.shape[0] == 1
     logits = parts[0] if whole else parts
@@ -279,7 +281,7 @@ def _launch_backward(
 def backward_options(
     n_experts: int, top_k: int, *, softmax: bool, normalize: bool, dtype: torch.dtype, vector: int
 ) -> dict[str, int]:
-    """The -D options that hopper_backward.cu describes; blocks to an SM as the row's registers allow."""
+    """The -D options that hopper_backward.cu describes; as many blocks per SM as the row's registers allow."""
     return {
         "E": n_experts,
         "TOP_K": top_k,
@@ -293,7 +295,7 @@ def backward_options(
 
 
 def _row_vector(n_experts: int, rows: Tensor) -> int:
-    """Most elements of a row that a load or a store may take."""
+    """The most elements of a row per load or store."""
     vector = 16 // rows.element_size()
     while vector > 1 and (
         n_experts % vector or rows.stride(0) % vector or rows.data_ptr() % (vector * rows.element_size())

@@ -1,8 +1,8 @@
-"""The gradients of the gate on Hopper: torch's products (cuBLAS) of the fp32 gradient of the logits in pieces of bf16.
+"""The gradients of the gate on Hopper: cuBLAS products of the logits' fp32 gradient, divided into pieces of bf16.
 
-With the pieces side by side, [T, 3 E], both products are plain ones of bf16 that accumulate in fp32. At 16,384 tokens
-of 2,048 and 64 experts the kernel of triton_gate.py, which splits its tiles as it multiplies, takes 370 and 220 us on
-an H200, where the hidden states are read, or their gradient is written, in 16.
+With the pieces side by side, [T, 3 E], both products are plain bf16 products that accumulate in fp32. For 16,384 tokens
+of 2,048 and 64 experts, the kernel of triton_gate.py, which divides its tiles while it multiplies, takes 370 and 220 us
+on an H200; reading the hidden states, or writing their gradient, takes 16.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dskernels.routing.triton_gate import piece
 from dskernels.validate import ceil_div
 
 PIECES = 3
-FEWEST_TOKENS = 2048  # what fewer take is launches, of which there are two in triton_gate.py
+FEWEST_TOKENS = 2048  # fewer tokens only take the time of launches, of which there are two in triton_gate.py
 BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["n"])
 def pieces_kernel(p_x, p_out, n, E, PIECES: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each number of a [T, E] matrix its pieces, the i-th E columns after the one before it."""
+    """The pieces of each number of a [T, E] matrix, each piece E columns after the preceding one."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < n
     x = tl.load(p_x + o_n, mask=m_n, other=0.0)
@@ -35,7 +35,7 @@ def pieces_kernel(p_x, p_out, n, E, PIECES: tl.constexpr, BLOCK: tl.constexpr):
 def gate_backward(
     dlogits: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `x` and of `weight`, bf16, empty where not needed; `dlogits` is fp32 [T, E]."""
+    """Gradients of `x` and of `weight`, bf16, empty if not needed; `dlogits` is fp32 [T, E]."""
     (T, H), E = x.shape, weight.shape[0]
     split = torch.empty((T, PIECES * E), dtype=torch.bfloat16, device=x.device)
     launch(pieces_kernel, (ceil_div(T * E, BLOCK),), dlogits, split, T * E, E, PIECES=PIECES, BLOCK=BLOCK)

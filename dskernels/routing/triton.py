@@ -1,9 +1,8 @@
 """Portable Triton kernels of the choice of experts, and of its gradient.
 
-A program holds a few tokens, each a row of all its experts in registers. The `top_k` best come out one by one: the
-largest value, the smallest column that has it, and that column is struck out. Rows are laid out group by group, so
-that the smallest column is the smallest id; groups and their members are padded to powers of two with columns of
--inf.
+A program holds a few tokens, each a row of all its experts in registers. The `top_k` best are found one by one: the
+largest value, the smallest column that contains it, and that column is struck out. Rows are laid out group by group, so
+that the smallest column is the smallest id; groups and their members are padded to powers of two with columns of -inf.
 
 Names: `p_` pointer, `o_` offsets, `m_` mask, `i_` index; `x` logits, `s` affinities.
 """
@@ -22,20 +21,20 @@ from dskernels.routing.config import MAX_EXPERTS, choose_config
 from dskernels.routing.triton_gate import gate
 from dskernels.validate import ceil_div
 
-# As in the reference: what an infinity counts as, and the least sum that normalises.
+# As in the reference: the value that an infinity counts as, and the smallest sum that is normalised.
 LARGEST = tl.constexpr(2.0**126)
 LEAST_SUM = tl.constexpr(1e-30)
 
 
 @triton.jit
 def finite(x, void):
-    """`x` between +-2^126, and 0 where `void`: no NaN, no infinity."""
+    """`x` clamped to +-2^126, and 0 if `void`: no NaN, no infinity."""
     return tl.where(void, 0.0, tl.minimum(tl.maximum(x, -LARGEST), LARGEST))
 
 
 @triton.jit
 def affinity(x, top, mass, SOFTMAX: tl.constexpr):
-    """sigmoid(x), or the softmax of a row whose largest is `top` and whose exponentials sum to `mass`."""
+    """sigmoid(x), or the softmax of a row with maximum `top` whose exponentials sum to `mass`."""
     if SOFTMAX:
         return tl.exp(x - top) / mass
     else:
@@ -45,14 +44,14 @@ def affinity(x, top, mass, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def load_affinities(p_logits, o_t, o_e, m_t, m_e, stride_lt, SOFTMAX: tl.constexpr):
-    """Rows of logits: (x as stored, s with 0 in columns of no expert, top, mass, void)."""
+    """Rows of logits: (x as stored, s with 0 in padding columns, top, mass, void)."""
     # [rows, columns]
     x = tl.load(
         p_logits + o_t[:, None] * stride_lt + o_e[None, :],
         mask=m_t[:, None] & m_e[None, :],
         other=float("-inf"),
     ).to(tl.float32)
-    # The largest kind of a row tells: 2 is a NaN, 1 a finite logit, 0 an infinite one.
+    # The largest kind in a row decides: 2 is a NaN, 1 a finite logit, 0 an infinite one.
     kind = tl.where(x != x, 2, tl.where(tl.abs(x) < float("inf"), 1, 0))
     void = tl.max(kind, axis=1) != 1
     bounded = finite(x, void[:, None])
@@ -66,14 +65,14 @@ def load_affinities(p_logits, o_t, o_e, m_t, m_e, stride_lt, SOFTMAX: tl.constex
 
 @triton.jit
 def normalized(s):
-    """Rows divided by their sum, or zeros where that is too small."""
+    """Rows divided by their sum, or zeros if that is too small."""
     total = tl.sum(s, axis=1)
     return s / tl.where(total < LEAST_SUM, float("inf"), total)[:, None]
 
 
 @triton.jit
 def take_best(value, o_c):
-    """Column of the largest value of each row, the smallest such, and the values with that column struck out."""
+    """The smallest column with the largest value of each row, and the values with that column struck out."""
     best = tl.max(value, axis=1)
     i_c = tl.min(tl.where(value == best[:, None], o_c[None, :], value.shape[1]), axis=1)
     return i_c, tl.where(o_c[None, :] == i_c[:, None], float("-inf"), value)
@@ -89,12 +88,12 @@ def within_best_groups(
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):
-    """`choice` with the columns of all but the TOP_GROUPS best groups (of SIZE experts) struck out."""
+    """`choice` with all columns struck out except those of the TOP_GROUPS best groups (of SIZE experts)."""
     # [ROWS, GROUPS, MEMBERS]
     grouped = tl.reshape(choice, [ROWS, GROUPS, MEMBERS])
     score = tl.max(grouped, axis=2)
     if not SOFTMAX and SIZE > 1:
-        # Strike out one column that holds the maximum, not all: a duplicate of it is the second largest.
+        # Strike out one column that has the maximum, not all: a duplicate of it is the second largest.
         o_m = tl.arange(0, MEMBERS)[None, None, :]
         first = tl.min(tl.where(grouped == score[:, :, None], o_m, MEMBERS), axis=2)
         score += tl.max(tl.where(o_m == first[:, :, None], float("-inf"), grouped), axis=2)
@@ -144,7 +143,7 @@ def route_kernel(
         bias = tl.load(p_bias + o_e, mask=m_e, other=0.0)
         void = void | (tl.max((bias != bias).to(tl.int32), axis=0) == 1)
         choice += bias[None, :]
-    # Finite, so that -inf is only what is struck out, and an expert of a bias of -inf is still there to be taken.
+    # Finite, so that only what is struck out is -inf, and an expert with a bias of -inf can still be taken.
     choice = tl.where(m_e[None, :], finite(choice, void[:, None]), float("-inf"))
     if TOP_GROUPS < N_GROUPS:
         choice = within_best_groups(choice, SIZE, TOP_GROUPS, SOFTMAX, ROWS, GROUPS, MEMBERS)
@@ -157,7 +156,7 @@ def route_kernel(
         column = tl.where(o_k[None, :] == k, i_c[:, None], column)
     experts = column // MEMBERS * SIZE + column % MEMBERS
 
-    # The chosen logits are read again (they are in L1): picking them out of `s` would be another reduction a choice.
+    # The chosen logits are read again (they are in L1): picking them from `s` would be one more reduction per choice.
     m_k = m_t[:, None] & (o_k < TOP_K)[None, :]
     x = tl.load(p_logits + o_t[:, None] * stride_lt + experts, mask=m_k, other=0.0).to(tl.float32)
     s_k = tl.where(m_k, affinity(finite(x, void[:, None]), top[:, None], mass[:, None], SOFTMAX), 0.0)
@@ -204,7 +203,8 @@ def route_backward_kernel(
     COLUMNS: tl.constexpr,
     CHOICES: tl.constexpr,
 ):
-    """Gradient of the weights w to the logits of ROWS tokens, g being that to the weights.
+    """The gradient of the weights w with respect to the logits of ROWS tokens; g is the gradient with respect to the
+    weights.
 
     With u = w * (g - sum(g * w) / scale), or w * g where weights are not normalised, at the chosen experts and 0
     elsewhere: sigmoid gives u * (1 - s), softmax u - s * sum(u). Nothing is divided by s, which may be as good as 0.
@@ -222,7 +222,7 @@ def route_backward_kernel(
         o_row = o_t[:, None] * TOP_K + o_k[None, :]
         grads = tl.load(p_grad + o_row, mask=m_k, other=0.0)
         weights = tl.load(p_weights + o_row, mask=m_k, other=0.0)
-        # Where the weight is 0 the gradient may be anything, even NaN: it is left out, not multiplied.
+        # If the weight is 0, the gradient may be anything, even NaN: it is left out, not multiplied.
         mean = tl.sum(tl.where(weights != 0, grads * weights, 0.0), axis=1) / tl.where(scale == 0, 1.0, scale)
     u = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(TOP_K):
@@ -308,7 +308,7 @@ def route_hidden(
 
 
 def place(experts: Tensor, physical: Tensor) -> Tensor:
-    """Where each chosen expert is computed, [T, k]."""
+    """The place where each chosen expert is computed, [T, k]."""
     placed, n = torch.empty_like(experts), experts.numel()
     if n > 0:
         grid = (ceil_div(n, 512),)
@@ -348,7 +348,7 @@ def route_backward(
 
 
 def reason_against(n_experts: int) -> str | None:
-    """Why the kernels of this family do not take so many experts, or None."""
+    """Why the kernels of this family do not support this many experts, or None."""
     if n_experts > MAX_EXPERTS:
         return f"a program holds all experts of a token in registers: at most {MAX_EXPERTS}, got {n_experts}"
     return None

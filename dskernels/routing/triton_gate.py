@@ -1,12 +1,13 @@
-"""Portable Triton kernels of the gate: hidden states times the experts' vectors, in fp32, and its gradients.
+"""Portable Triton kernels of the gate: hidden states times the experts' vectors, in fp32, and the gradients.
 
-Tensor cores multiply bf16 exactly, so an fp32 operand is written as the sum of three bf16 numbers, which together hold
-all its 24 bits, and an fp16 one as that of two: every product of pieces above 2^-24 of the whole is taken. They also
-add up in fp32, but cut off instead of rounding: over K of 7,168 logits of bf16 operands were off by 8e-6 of their size,
-of fp32 ones by 5e-5. So they add up one tile along K, and ordinary additions do the rest: 2e-7 and 3e-7.
+Tensor cores multiply bf16 exactly, so an fp32 operand is written as the sum of three bf16 numbers, which together have
+all its 24 bits, and an fp16 one as that of two; all products of pieces above 2^-24 of the whole are computed. Tensor
+cores also add in fp32, but they truncate instead of rounding: over K = 7,168, logits of bf16 operands were off by 8e-6
+of their size, of fp32 operands by 5e-5. So they only add up one tile along K, and ordinary additions do the rest: 2e-7
+and 3e-7.
 
-One kernel does all three products, by strides. Where there are few tiles, K is split, and the parts are added up in
-order: no atomics, the same bits in every call.
+One kernel computes all three products, by strides. If there are few tiles, K is divided, and the parts are added in
+order: no atomics, and the same bits in every call.
 
 Names: `p_` pointer, `o_` offsets, `m_` mask.
 """
@@ -25,13 +26,13 @@ from dskernels.routing.config import GateConfig, choose_gate_config
 from dskernels.validate import ceil_div
 
 PIECES = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-# Left to itself ptxas spills some to have 128 registers, where there are as many as it needs.
+# By default ptxas spills some registers to stay at 128, although as many as it needs are available.
 OPTIONS = {} if torch.version.hip else {"maxnreg": 255}
 
 
 @triton.jit
 def piece(x, i: tl.constexpr):
-    """The i-th bf16 number of fp32 `x`: what the ones before it leave, rounded."""
+    """The i-th bf16 piece of fp32 `x`: the remainder after the preceding pieces, rounded."""
     for _ in tl.static_range(i):
         x -= cast(x, tl.bfloat16).to(tl.float32)
     return cast(x, tl.bfloat16)
@@ -39,7 +40,7 @@ def piece(x, i: tl.constexpr):
 
 @triton.jit
 def multiply(a, b, PIECES_A: tl.constexpr, PIECES_B: tl.constexpr):
-    """a b, in the pieces that count, the small ones first: the i-th by the j-th is 2^(-8 (i + j)) of the whole."""
+    """a b, from the pieces that count, small ones first: the i-th times the j-th is 2^(-8 (i + j)) of the whole."""
     if PIECES_A == 1 and PIECES_B == 1:
         return dot(a, b)
     a = a.to(tl.float32)
@@ -75,11 +76,11 @@ def gate_kernel(
     WHOLE: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """One part's tile of a @ b.T, a being [M, K] and b [N, K] by their strides; out is [parts, M, N], contiguous.
+    """One part's tile of a @ b.T; a is [M, K] and b [N, K] by their strides; out is [parts, M, N], contiguous.
 
-    WHOLE: K is a multiple of BLOCK_K. With a mask along K loads are not of 16 bytes, nor asynchronous.
-    one: 1.0, which the compiler must not know: it would let tensor cores add up all of K, and they cut off what they
-    should round.
+    WHOLE: K is a multiple of BLOCK_K. With a mask along K, loads would neither be of 16 bytes nor asynchronous.
+    one: 1.0, unknown to the compiler, which would otherwise let tensor cores add up all of K, truncating instead of
+    rounding.
     """
     begin_dependent(PROGRAMMATIC)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -127,7 +128,7 @@ def sum_parts_kernel(p_parts, p_out, n, parts, BLOCK: tl.constexpr):
 
 @Recorded
 def gate_parts(x: Tensor, weight: Tensor) -> Tensor:
-    """Logits of `x` [T, H], fp32 [parts, T, E] still to be added up."""
+    """Logits of `x` [T, H], fp32 [parts, T, E], still to be summed."""
     (T, H), E = x.shape, weight.shape[0]
     if T == 0:
         return x.new_empty((1, T, E), dtype=torch.float32)
@@ -145,7 +146,7 @@ def gate(x: Tensor, weight: Tensor) -> Tensor:
 def gate_backward(
     dlogits: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `x` and of `weight` in their dtypes, empty where not needed; `dlogits` is fp32 [T, E]."""
+    """Gradients of `x` and of `weight` in their dtypes, empty if not needed; `dlogits` is fp32 [T, E]."""
     (T, H), E = x.shape, weight.shape[0]
     dx, dweight = x.new_empty((T, H) if needs_x else 0), weight.new_empty((E, H) if needs_weight else 0)
     if needs_x and T > 0:
@@ -183,7 +184,7 @@ def _config(m: int, n: int, k: int, a: Tensor, b: Tensor, of_weight: bool = Fals
 def _product(
     config: GateConfig, a: Tensor, a_strides: tuple, b: Tensor, b_strides: tuple, k: int, parts: Tensor
 ) -> None:
-    """Fill `parts` [parts, M, N] with a @ b.T, of operands [M, K] and [N, K] by these strides."""
+    """Fill `parts` [parts, M, N] with a @ b.T, for operands [M, K] and [N, K] with these strides."""
     _, m, n = parts.shape
     blocks = ceil_div(ceil_div(k, config.block_k), config.parts)
     launch(

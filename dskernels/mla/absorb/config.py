@@ -1,4 +1,4 @@
-"""Tiles of the queries' kernels: pure functions of shape."""
+"""Tiles of the kernels that absorb queries: pure functions of shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dskernels.validate import ceil_div
 
 @dataclass(frozen=True)
 class QueriesConfig:
-    """What a program of triton.py makes: `block_t` tokens by `block_l` latent columns of one head."""
+    """What a program of triton.py computes: `block_t` tokens by `block_l` latent columns of one head."""
 
     block_t: int
     block_l: int
@@ -17,8 +17,7 @@ class QueriesConfig:
 
 
 def choose_queries(tokens: int, itemsize: int) -> QueriesConfig:
-    """Config for `tokens` tokens of `itemsize` bytes an element: few tokens are one tile, so that weights are read
-    once."""
+    """Config for `tokens` tokens of `itemsize` bytes an element: few tokens are one tile, so weights are read once."""
     if itemsize == 4:
         return QueriesConfig(16, 32, 4)
     if tokens <= 16:
@@ -37,27 +36,27 @@ NOPE, ROPE, LATENT = 128, 64, 512
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """What a CTA of hopper.cu makes: `tokens` tokens by `span` latent columns of one head."""
+    """What a CTA of hopper.cu computes: `tokens` tokens by `span` latent columns of one head."""
 
     tokens: int
     span: int
 
     @property
     def threads(self) -> int:
-        """A warpgroup for each 64 columns, up to four."""
+        """A warpgroup for each 64 columns, at most four."""
         return 128 * min(self.span // 64, 4)
 
     @property
     def shared(self) -> int:
-        """Weights and queries, a barrier for each 64 columns and one more, and what aligning takes."""
+        """Weights and queries, a barrier for each 64 columns and one more, and room for alignment."""
         return 2 * NOPE * (self.span + self.tokens) + 8 * (self.span // 64 + 1) + 1024
 
 
 def choose_hopper(tokens: int, heads: int, multiprocessors: int) -> HopperConfig:
-    """Config for so many tokens: one tile if that is enough, in as wide spans as still give each multiprocessor one.
+    """Config for this many tokens: one tile if possible, in the widest spans that still give every multiprocessor one.
 
-    But spans of 128 at most while four such CTAs fit on a multiprocessor: 128 heads took 10.7, 11.2 and 13.5 us for 1,
-    16 and 64 tokens, in spans of 512 10.9, 11.5 and 14.2. With 128 tokens 512 took 17.4, 128 and 256 19.6.
+    But spans are 128 while four such CTAs fit on a multiprocessor: 128 heads took 10.7, 11.2 and 13.5 us for 1, 16 and
+    64 tokens, with spans of 512 10.9, 11.5 and 14.2. With 128 tokens, 512 took 17.4, 128 and 256 took 19.6.
     """
     tile = min(max(1 << (tokens - 1).bit_length(), 16), 128)
     blocks = heads * ceil_div(tokens, tile)

@@ -33,7 +33,7 @@ def _mla_decode_queries(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, out: 
 
 
 def plan(config: HopperConfig, q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Plan:
-    """The launch with a given config."""
+    """The launch for a given config."""
     tokens, heads, _ = q.shape
     box = (config.tokens, 1, 64)
     return Plan(
@@ -55,7 +55,7 @@ def plan(config: HopperConfig, q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor
 
 
 def options_of(config: HopperConfig, out: int) -> dict[str, int]:
-    """What hopper.cu is specialised by."""
+    """The options that hopper.cu is specialised by."""
     return {"OUT": out, "TOKENS": config.tokens, "SPAN": config.span}
 
 
@@ -76,6 +76,7 @@ def mla_decode_queries_supports(q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tenso
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides as a map wants them, multiples of 16 bytes: that of a dimension of one element may be anything."""
+    """Strides as a tensor map requires them, multiples of 16 bytes; the stride of a dimension of size one is
+    arbitrary."""
     odd = [x.shape[i] == 1 and (x.stride(i) <= 0 or x.stride(i) % 8 != 0) for i in range(x.dim() - 1)]
     return (*(8 if odd[i] else x.stride(i) for i in range(x.dim() - 1)), 1)

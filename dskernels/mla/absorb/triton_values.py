@@ -1,4 +1,4 @@
-"""Portable Triton kernel of values out of latents: a product for each head, quantised where it is made."""
+"""Portable Triton kernel that computes values from latents: a product for each head, quantised in its epilogue."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def values_kernel(
     BLOCK_L: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """One tile of 128 values (program 1) of BLOCK_T tokens (program 0): a head has TILES of them."""
+    """One tile of 128 values (program 1) for BLOCK_T tokens (program 0); a head has TILES tiles."""
     begin_dependent(PROGRAMMATIC)
     i_tile = tl.program_id(1)
     i_h = (i_tile // TILES).to(tl.int64)
@@ -48,8 +48,8 @@ def values_kernel(
         x = tl.load(p_x + o_l[None, :], mask=(o_t < tokens)[:, None] & (o_l < LATENT)[None, :], other=0.0)
         w = tl.load(p_w + o_l[:, None], mask=(o_l < LATENT)[:, None], other=0.0)
         total += dot(x, w)
-    # ptxas 12.8 takes the bits of what wgmma has added to zeros, where they are used as integers, for zeros: the
-    # largest magnitude came out as 0. A float addition is between, which nothing folds.
+    # If the result of a wgmma is used as integers, ptxas 12.8 takes its bits for the zeros of the accumulator's start:
+    # the largest magnitude came out as 0. The float addition in between prevents this, since nothing folds it.
     total += 0.0
     columns = tl.num_programs(1) * 128
     store_rows(
@@ -67,7 +67,7 @@ def mla_values_quantize(latents: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
         return data, scale
     block_t = choose_tokens(tokens, latents.element_size())
     grid = ceil_div(tokens, block_t), columns // 128
-    # One program on a multiprocessor has all its shared memory.
+    # One program takes all of a multiprocessor's shared memory.
     roomy = latents.is_cuda and (9, 0) <= capability(latents.device) <= (10, 9)
     deep = roomy and grid[0] * grid[1] <= multiprocessors(latents.device)
     launch(
@@ -94,14 +94,14 @@ def mla_values_quantize(latents: Tensor, w_uv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def choose_tokens(tokens: int, itemsize: int) -> int:
-    """Tokens of a program: few are one tile, so that the weights of a head are read once."""
+    """Tokens per program: few tokens are one tile, so that the weights of a head are read once."""
     return 16 if itemsize == 4 else min(max(16, triton.next_power_of_2(tokens)), 64)
 
 
 def options(itemsize: int, deep: bool) -> dict[str, int]:
     """Columns of the latent that are multiplied at a time.
 
-    With 16 bits 48 KB of a head's 131 are on their way, in `deep` programs 96: 16 heads are no more than 16 programs.
+    With 16 bits, 48 KB of a head's 131 are in flight, in `deep` programs 96: 16 heads are only 16 programs.
     """
     columns = 32 if itemsize == 4 else 128 if deep else 64
     return {"BLOCK_L": columns, "num_stages": 4, "num_warps": 8}

@@ -1,4 +1,4 @@
-"""Public projection of attended latents to values."""
+"""The public operation that projects attended latents to values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dskernels.validate import HALF_OR_SINGLE, check_tensor
 
 @repeated
 def mla_values_quantize(latents: Tensor, w_uv: Tensor, *, impl: str | None = None) -> Fp8Tensor:
-    """Multiply what :func:`mla_decode` returns by each head's W^UV, and quantise it for the output projection.
+    """Multiply the result of :func:`mla_decode` by each head's W^UV, and quantise it for the output projection.
 
     values[t, h] = w_uv[h] @ latents[t, h], summed in fp32, and quantised in 1x128 tiles without being rounded before.
 

@@ -1,15 +1,15 @@
-"""Choice of how hopper.cu writes the latent cache: a pure function of what a row holds."""
+"""How hopper.cu writes the latent cache: a pure function of the type of its rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-WIDEST_LATENT = 512  # columns: half a warp has a token, 32 columns a lane
+WIDEST_LATENT = 512  # columns: half a warp has one token, 32 columns per lane
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Options of hopper.cu: warps of a block, each of two tokens, and blocks to an SM."""
+    """Options of hopper.cu: warps per block (each has two tokens), and blocks per SM."""
 
     warps: int
     blocks: int

@@ -1,10 +1,10 @@
 """Launcher of hopper.cu: the latent cache written on sm_90a, in CUDA C++.
 
-CUDA C++ because loads can be kept in front of the first use of any of them, squares be added in fp64 at little cost,
-which makes bytes the reference's, and two tokens share a warp. On an H200, in microseconds, with a cold L2: 65,536
-tokens took 58.2 in Triton and take 48.4, where a plain copy of as many bytes takes 46.8; rows of e4m3 54.8 and 41.6, a
-copy 39.3; 4,096 tokens 9.6 and 8.5, a copy 9.9, of which an empty kernel is 3.4 to 3.8. Slots in random order were 2%
-slower than pages whose tokens follow one another, e4m3 6%.
+It is CUDA C++ because all loads can be issued before the first use of any of them, squares be summed in fp64 at little
+cost, which gives the reference's bytes, and two tokens share a warp. On an H200, with a cold L2: 65,536 tokens took
+58.2 us in Triton and take 48.4, where a plain copy of as many bytes takes 46.8; e4m3 rows 54.8 and 41.6, a copy 39.3;
+4,096 tokens 9.6 and 8.5, a copy 9.9, of which an empty kernel is 3.4 to 3.8. Slots in random order were 2% slower than
+pages of consecutive tokens, e4m3 6%.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def plan(
     slots: Tensor,
     eps: float,
 ) -> Plan:
-    """The launch with a given config."""
+    """The launch for a given config."""
     tokens, latent = kv.shape
     pages, page_size, _ = cache.shape
     options = options_of(config, cache.dtype == torch.uint8, latent, k_rope.shape[1])
@@ -71,7 +71,7 @@ def plan(
 
 
 def options_of(config: HopperConfig, fp8: bool, latent: int, rope: int) -> dict[str, int]:
-    """What hopper.cu is specialised by."""
+    """The options that hopper.cu is specialised by."""
     return {
         "FP8": int(fp8),
         "LATENT": latent,

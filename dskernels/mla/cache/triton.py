@@ -1,4 +1,4 @@
-"""Portable Triton kernel that normalises, rotates and stores the latent of new tokens. One program writes one row."""
+"""Portable Triton kernel that normalises, rotates and stores the latents of new tokens; one program writes one row."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def write_kernel(
     TILE: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Row of token (program 0), the latent as [TILES, TILE] with a scale a tile; strides of an fp8 cache: bytes."""
+    """The row of token (program 0): the latent is [TILES, TILE], with a scale per tile; strides of an fp8 cache are
+    in bytes."""
     i_t = tl.program_id(0).to(tl.int64)
     slot = tl.load(p_slots + i_t)
     if (slot >= 0) & (slot < pages.to(tl.int64) * page_size):
@@ -60,7 +61,7 @@ def write_kernel(
         else:
             tl.store(p_latent + o_row + o_c, cast(y, p_latent.dtype.element_ty), mask=m_c)
 
-        # [PAIRS, 2]: two bytes of each four would be written, and then the others.
+        # [PAIRS, 2]: written as even and odd columns, two of every four bytes would go out, and then the other two.
         o_i = tl.arange(0, PAIRS)
         o_x = o_i[:, None] * 2 + tl.arange(0, 2)[None, :]
         even, odd = tl.split(tl.load(p_k_rope + i_t * stride_k_rope + o_x, mask=o_x < ROPE, other=0.0).to(tl.float32))

@@ -1,4 +1,4 @@
-"""Tile and split choice of the decode kernels: pure functions of shape and GPU."""
+"""Tiles and splits of the decode kernels: pure functions of shape and GPU."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from dskernels.validate import ceil_div
 
 MAX_SPLITS = 128
 
-# What a split costs beside its positions: the prologue and the partial output it writes, and its share of the
-# combination.
+# The cost of a split in addition to its positions: its prologue, the partial output that it writes, and its share of
+# combining.
 SPLIT_OVERHEAD = 128
 COMBINE_OVERHEAD = 8
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """What a program holds: `block_m` query rows (heads and new tokens, packed), `block_n` cached positions a step."""
+    """What a program holds: `block_m` query rows (heads and new tokens, packed), and `block_n` cached positions per
+    step."""
 
     block_m: int
     block_n: int
@@ -38,9 +39,9 @@ SINGLE = DecodeConfig(block_m=16, block_n=16, num_warps=8, num_stages=3)
 def choose_config(rows: int, value_dim: int, itemsize: int, fp8_cache: bool, arch: tuple[int, int]) -> DecodeConfig:
     """Config for `rows` query rows of `itemsize` bytes an element, on compute capability `arch` ((0, 0): not NVIDIA).
 
-    A row of 512 takes 2 KB of accumulators, which bounds the number of rows; the fewer they are, the more often the
-    cache is read. 64 fit where the tensor cores take operands from shared memory (sm_90, sm_100), 32 elsewhere. What
-    registers remain bound the positions (64 of them spill a few on sm_90), and unpacking e4m3 takes some.
+    A row of 512 takes 2 KB of accumulators, which limits the number of rows; with fewer rows, the cache is read more
+    often. 64 fit if tensor cores take operands from shared memory (sm_90, sm_100), otherwise 32. The remaining
+    registers limit the positions (64 of them spill a few on sm_90), and unpacking e4m3 takes some.
     """
     if itemsize == 4:
         return SINGLE
@@ -55,11 +56,11 @@ def choose_config(rows: int, value_dim: int, itemsize: int, fp8_cache: bool, arc
 
 @functools.lru_cache(maxsize=4096)
 def choose_splits(programs: int, capacity: int, multiprocessors: int) -> int:
-    """How many programs share the cached positions of one request and row block, of which there are `programs`.
+    """How many programs share the cached positions of one request and row block; there are `programs` of those.
 
-    Minimises the time of the slowest multiprocessor, counted in positions, for requests that fill their block table.
-    Only sizes known to the host enter: the lengths stay on the device, and each program cuts its own share of the
-    actual one.
+    It minimises the time of the slowest multiprocessor, counted in positions, for requests that fill their block table.
+    Only sizes known to the host matter: the lengths stay on the device, and each program takes its share of the actual
+    length.
     """
     if programs == 0 or capacity == 0:
         return 1
@@ -68,7 +69,7 @@ def choose_splits(programs: int, capacity: int, multiprocessors: int) -> int:
         waves = ceil_div(programs * splits, multiprocessors)
         return waves * (ceil_div(capacity, splits) + SPLIT_OVERHEAD) + (splits - 1) * COMBINE_OVERHEAD
 
-    # More than four waves would only serve lengths far below the capacity badly.
+    # More than four waves would only help lengths far below the capacity, and badly.
     most = min(MAX_SPLITS, ceil_div(capacity, SPLIT_OVERHEAD), max(1, 4 * multiprocessors // programs))
     return min(range(1, most + 1), key=cost)
 
@@ -76,18 +77,18 @@ def choose_splits(programs: int, capacity: int, multiprocessors: int) -> int:
 # ---- hopper.cu ------------------------------------------------------------------------------------------------------
 
 VALUE, ROPE = 512, 64
-BLOCK = 64  # query rows of a CTA, and cached positions of a step
+BLOCK = 64  # query rows of a CTA, and cached positions per step
 MOST_ROWS = 64 * BLOCK
-MOST_REQUESTS = 16384  # whose lengths a CTA sums up in shared memory
+MOST_REQUESTS = 16384  # a CTA sums up their lengths in shared memory
 TMA, ROWS, E4M3 = 0, 1, 2  # loaders
 
-# Queries, two stages of positions, the weights; maxima and sums of the rows; two pieces of work; 18 barriers.
+# Queries, two stages of positions, the weights; maxima and sums of the rows; two work items; 18 barriers.
 SHARED = 3 * BLOCK * (VALUE + ROPE) * 2 + BLOCK * BLOCK * 2 + 6 * BLOCK * 4 + 2 * 32 + 18 * 8
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """How rows of the cache get into shared memory, and how the work is shared out; see hopper.cu."""
+    """How rows of the cache get into shared memory, and how the work is divided; see hopper.cu."""
 
     loader: int
     box_rows: int = BLOCK
@@ -106,9 +107,9 @@ def choose_hopper_config(rows: int, page_size: int, fp8_cache: bool) -> HopperCo
     box_rows = math.gcd(page_size, BLOCK)
     if box_rows < 8:
         return HopperConfig(ROWS, registers=208)
-    # 16 requests of 16,384, 128 heads: 137.5 us where a request counts as 3 blocks more, 139.0 with 2, 140.9 with 1.
+    # 16 requests of 16,384, 128 heads: 137.5 us if a request counts as 3 additional blocks, 139.0 with 2, 140.9 with 1.
     boundary = 2 if cluster == 1 else 3
-    # The thread that loads more than a box a block needs more than 40 registers.
+    # A thread that loads more than one box per block needs more than 40 registers.
     registers = 232 if box_rows == BLOCK else 224
     return HopperConfig(TMA, box_rows, cluster=cluster, boundary=boundary, registers=registers)
 
@@ -116,13 +117,13 @@ def choose_hopper_config(rows: int, page_size: int, fp8_cache: bool) -> HopperCo
 # ---- hopper_rows.cu -------------------------------------------------------------------------------------------------
 
 THREADS = 384
-UNIT = 16  # cached rows that are loaded, and handed back, together
+UNIT = 16  # cached rows that are loaded, and released, together
 ROW_BYTES = VALUE + VALUE // 128 * 4 + ROPE * 2
 
 
 @dataclass(frozen=True)
 class HopperRowsConfig:
-    """Query rows of a CTA, the cached rows that shared memory holds, in units of 16, and shares; see hopper_rows.cu."""
+    """Query rows of a CTA, cached rows that shared memory holds (in units of 16), and shares; see hopper_rows.cu."""
 
     width: int
     units: int
@@ -132,22 +133,22 @@ class HopperRowsConfig:
 
 
 def use_rows(rows: int) -> bool:
-    """Whether hopper_rows.cu takes `rows` query rows over a cache of e4m3, which else hopper.cu does.
+    """Whether hopper_rows.cu, instead of hopper.cu, takes `rows` query rows over an e4m3 cache.
 
-    A kernel for 64 was 5% faster with 128 requests of 4,096 and 64 heads (202.4 and 213.6 us) and 4% with 128, but 11%
-    slower with four uneven requests.
+    A version for 64 rows was 5% faster with 128 requests of 4,096 and 64 heads (202.4 and 213.6 us) and 4% with 128
+    heads, but 11% slower with four uneven requests.
     """
     return rows <= 32
 
 
 def choose_rows_config(rows: int) -> HopperRowsConfig:
-    """Config for `rows` query rows of a request, up to 32: as narrow as they are, and all of shared memory."""
+    """Config for up to 32 query rows of a request: no wider than they are, with all of shared memory."""
     return HopperRowsConfig(16, units=18) if rows <= 16 else HopperRowsConfig(32, units=15)
 
 
 def rows_shared(width: int, units: int) -> int:
-    """Bytes of shared memory of hopper_rows.cu: cached rows, queries, weights of two blocks times four scales; maxima,
-    pieces of work, barriers."""
+    """Bytes of shared memory of hopper_rows.cu: cached rows, queries, weights of two blocks times four scales, and
+    small items."""
     rows = ceil_div(units * UNIT * ROW_BYTES, 1024) * 1024
     operands = rows + ((VALUE + ROPE) // 64 + 2 * 4) * width * 128
     return operands + width * 4 + 9 * (width + 4) * 4 + 2 * 32 + (2 * units + 2) * 8

@@ -1,7 +1,8 @@
 """Launcher of hopper.cu, decode over the latent cache for sm_90a, in CUDA C++; few rows over e4m3 by hopper_rows.py.
 
-CUDA C++ because Gluon has neither barriers between two warpgroups out of three, nor arrivals of single warps, by which
-the two that multiply take turns at the softmax and hand each tile back to the loader as soon as they are done with it.
+It is CUDA C++ because Gluon has neither barriers between two of three warpgroups, nor arrivals of single warps. With
+these, the two multiplying warpgroups take turns at the softmax, and release each tile to the loader as soon as they are
+done with it.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def decode(
     work: Tensor,
     scale: float,
 ) -> Plan:
-    """Fill `out` and `lse` for the requests that one part has; of the others, partial results go to `work`."""
+    """Fill `out` and `lse` for requests that are in one part; partial results of the others go to `work`."""
     rows, fp8_cache = q.shape[1] * q.shape[2], cache.dtype == torch.uint8
     if fp8_cache and use_rows(rows):
         few = choose_rows_config(rows)
@@ -124,12 +125,12 @@ def plan(
     work: Tensor,
     scale: float,
 ) -> Plan:
-    """The launch of `decode` with a given config."""
+    """The launch of `decode` for a given config."""
     batch, q_tokens, heads, _ = q.shape
     pages, page_size, _ = cache.shape
     row_blocks, parts = _grid(q)
     row = cache.element_size() * cache.stride(1)
-    # Heads and new tokens are the rows of one matrix for each request.
+    # The heads and new tokens of a request are the rows of one matrix.
     q_map = TensorMap(
         "q",
         q,
@@ -163,10 +164,10 @@ def plan(
 
 @Planned
 def combine(work: Tensor, out: Tensor, lse: Tensor) -> Plan:
-    """Fill `out` and `lse` for the requests that several parts had."""
+    """Fill `out` and `lse` for requests that several parts had."""
     batch, q_tokens, heads, _ = out.shape
     row_blocks, parts = _grid(out)
-    # Few rows: they have many parts each, most likely, which the warps of a block share.
+    # Few rows probably have many parts each, which the warps of a block share.
     wide = COMBINE_WARPS if batch * q_tokens * heads <= 4 * multiprocessors(out.device) else 1
     return Plan(
         kernel(COMBINE, "combine", {"OUT": KINDS[out.dtype], "WIDE": wide}, 0, out.device.index),
@@ -179,7 +180,7 @@ def combine(work: Tensor, out: Tensor, lse: Tensor) -> Plan:
         shared=0,
         device=out.device,
         programmatic=True,
-        in_graph=False,  # where it begins late: one request of 32,768 takes 40.2 us on an H200, one by one 36.9
+        in_graph=False,  # there it begins late: one request of 32,768 takes 40.2 us on an H200, one by one 36.9
     )
 
 
@@ -198,19 +199,21 @@ def options_of(config: HopperConfig, out: int) -> dict[str, int]:
 
 
 def _grid(x: Tensor) -> tuple[int, int]:
-    """Blocks of 64 query rows of a request, and the parts among which the cached positions are shared out."""
+    """Blocks of 64 query rows of a request, and the parts among which the cached positions are divided."""
     row_blocks = ceil_div(x.shape[1] * x.shape[2], BLOCK)
     return row_blocks, multiprocessors(x.device) // row_blocks
 
 
 def work_size(q: Tensor) -> int:
-    """Elements of `work`: of a part two partial results, of 16 bits a number, their log-sum-exps and four integers; of
-    each CTA a flag."""
+    """Number of elements of `work`.
+
+    For each part: two partial results of 16 bits per number, their log-sum-exps and four integers; for each CTA a flag.
+    """
     row_blocks, parts = _grid(q)
     flags = ceil_div(parts * row_blocks, 4) * 4
     return 2 * parts * row_blocks * BLOCK * (VALUE // 2 + 1) + 4 * min(q.shape[0], parts) + flags
 
 
 def _positive(stride: int) -> int:
-    """A stride of a dimension of one element, of which nothing is read, may be 0; a map's may not."""
+    """The stride of a dimension of size one is never used and may be 0, but a tensor map requires a positive one."""
     return stride or 16

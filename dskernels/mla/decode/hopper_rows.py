@@ -1,7 +1,7 @@
-"""Launcher of hopper_rows.cu, decode over a latent cache of e4m3 for sm_90a, in CUDA C++.
+"""Launcher of hopper_rows.cu, decode over an e4m3 latent cache for sm_90a, in CUDA C++.
 
-CUDA C++ because fragments are read, converted and transposed byte by byte in registers, between the copies of the
-accelerator and products that take them from there; Gluon has neither.
+It is CUDA C++ because fragments are read, converted and transposed byte by byte in registers, between TMA copies and
+products that take them from there; Gluon can do neither.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def plan(
     row_blocks: int,
     parts: int,
 ) -> Plan:
-    """The launch of a given config; the names are those of `decode` in hopper.py, which shares out the work."""
+    """The launch for a given config; names are those of `decode` in hopper.py, which divides the work."""
     batch, q_tokens, heads, _ = q.shape
     pages, page_size, row_bytes = cache.shape
-    # Rows that are copied together, where they stand one after another.
+    # Rows that are copied together, if they are adjacent.
     box = math.gcd(page_size, UNIT) if cache.stride(1) == row_bytes else 1
     shared = rows_shared(config.width, config.units)
     return Plan(

@@ -1,8 +1,8 @@
 """Portable Triton kernels of MLA decode: flash decoding over the paged latent cache.
 
 A program takes BLOCK_M query rows of one request (its heads and new tokens, packed) and one share of the request's
-cached positions. It loads each block of latents once and uses it twice: as keys, with the rope part, and as values.
-Where the positions are shared between several programs, each writes its part in fp32 with its log-sum-exp, and a second
+cached positions. It loads each block of latents once and uses it twice: as keys, with the rope part, and as values. If
+the positions are shared between several programs, each writes its part in fp32 with its log-sum-exp, and a second
 kernel combines the parts in a fixed order.
 
 Names: `p_` pointer, `i_` index of a program, `o_` offsets, `m_` mask. Shapes in comments: M query rows, N cached
@@ -36,7 +36,7 @@ def clamp(x, high):
 
 @triton.jit
 def load_rows(p_x, o_row, m_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of WIDTH elements at `o_row`, padded to BLOCK columns; zero where masked (0 * NaN would not be)."""
+    """Rows of WIDTH elements at `o_row`, padded to BLOCK columns; masked rows are zero, as 0 * NaN would be NaN."""
     o_c = tl.arange(0, BLOCK)
     if WIDTH == BLOCK:
         return tl.load(p_x + o_row[:, None] + o_c[None, :], mask=m_row[:, None], other=0.0)
@@ -47,7 +47,7 @@ def load_rows(p_x, o_row, m_row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def load_fp8_rows(
     p_x, p_scale, o_row, m_row, dtype: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Rows of e4m3 at byte `o_row`, times their scale of each 128 columns, in `dtype`."""
+    """Rows of e4m3 at byte `o_row`, times their scale for each 128 columns, in `dtype`."""
     TILE: tl.constexpr = min(BLOCK, 128)
     o_t = tl.arange(0, BLOCK // TILE)
     o_c = o_t[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -109,21 +109,23 @@ def decode_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A row block of a request (program 0, the blocks of a request side by side: they read the same rows of the cache)
-    over one of the shares (program 1) of its cached positions."""
+    """A row block of a request (program 0) over one share (program 1) of its cached positions.
+
+    Row blocks of a request are adjacent programs, since they read the same rows of the cache.
+    """
     row_blocks = tl.cdiv(q_tokens * heads, BLOCK_M)
     i_m = tl.program_id(0) % row_blocks
     i_b = (tl.program_id(0) // row_blocks).to(tl.int64)
     i_p = tl.program_id(1)
     dtype: tl.constexpr = p_q.dtype.element_ty
 
-    # Whatever the device's integers hold, they end up within the tables.
+    # Whatever the integers on the device are, addresses stay within the tables.
     length = clamp(tl.load(p_lengths + i_b), capacity)
     new = q_tokens
     if HAS_Q_LENGTHS:
         new = clamp(tl.load(p_q_lengths + i_b), q_tokens)
 
-    # Row = new token j and head h; it sees the positions below its end.
+    # Row = new token j and head h; it sees the positions before its end.
     row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     j = row // heads
     h = row % heads
@@ -132,7 +134,7 @@ def decode_kernel(
 
     share = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(1)) * BLOCK_N
     first = i_p * share
-    # No row sees beyond that of the last new token in the block; padding tokens see nothing.
+    # No row sees beyond the end of the last new token in the block; padding tokens see nothing.
     latest = tl.minimum((i_m * BLOCK_M + BLOCK_M - 1) // heads, new - 1)
     furthest = tl.where(i_m * BLOCK_M // heads < new, length - new + 1 + latest, 0)
     last = tl.minimum(tl.minimum(first + share, length), furthest)
@@ -170,7 +172,7 @@ def decode_kernel(
         score = (dot(q_latent, tl.trans(latent)) + dot(q_rope, tl.trans(rope))) * scale_log2
         score = tl.where(o_n[None, :] < end[:, None], score, float("-inf"))
         larger = tl.maximum(largest, tl.max(score, 1))
-        # A row that has seen nothing yet has no maximum: -inf - -inf would be NaN.
+        # A row that has seen nothing has no maximum yet: -inf - (-inf) would be NaN.
         base = tl.where(larger == float("-inf"), 0.0, larger)
         p = tl.exp2(score - base[:, None])
         shrink = tl.exp2(largest - base)
@@ -178,7 +180,7 @@ def decode_kernel(
         total = total * shrink[:, None] + dot(cast(p, dtype), latent)
         largest = larger
 
-    # No position seen: 0 and -inf. A NaN is not 0 and passes through.
+    # No position seen: 0 and -inf. NaN is not equal to 0 and passes through.
     divisor = tl.where(weight == 0, 1.0, weight)
     lse = tl.where(weight == 0, float("-inf"), largest * LN_2 + tl.log(divisor))
     o_v = tl.arange(0, BLOCK_V)
@@ -203,7 +205,7 @@ def combine_kernel(
     BLOCK_P: tl.constexpr,
     MAX_PARTS: tl.constexpr,
 ):
-    """Columns (program 1) of a row of a request (program 0): the parts weighed by e^lse, in order."""
+    """Columns (program 1) of a row of a request (program 0): the parts weighted by e^lse, in order."""
     rows = q_tokens * heads
     i_row = tl.program_id(0) % rows
     i_b = (tl.program_id(0) // rows).to(tl.int64)

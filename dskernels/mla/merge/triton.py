@@ -1,6 +1,6 @@
-"""Portable Triton kernels that merge two states of attention, and the gradient of that.
+"""Portable Triton kernels that merge two states of attention, and the gradient of this.
 
-A program takes a few rows; row r of [..., Q, H] is head r % H of query (r // H) % Q, and its log-sum-exp stands at
+A program takes a few rows; row r of [..., Q, H] is head r % H of query (r // H) % Q, and its log-sum-exp is at
 [..., H, Q].
 """
 
@@ -14,19 +14,19 @@ from torch import Tensor
 from dskernels.portable import cast, launch
 from dskernels.validate import ceil_div
 
-ELEMENTS = 2048  # of one state that a program holds
+ELEMENTS = 2048  # elements of one state that a program holds
 
 
 @triton.jit
 def load_lse(p_lse, o_lse, m_row):
-    """Log-sum-exp of rows, with +inf (nothing seen, in the convention of some kernels) turned to -inf."""
+    """Log-sum-exp of rows, with +inf (nothing seen, in the convention of some kernels) converted to -inf."""
     lse = tl.load(p_lse + o_lse, mask=m_row, other=float("-inf"))
     return tl.where(lse == float("inf"), float("-inf"), lse)
 
 
 @triton.jit
 def load_out(p_out, row, w, m_row, VALUE: tl.constexpr, BLOCK_V: tl.constexpr):
-    """Rows of a state in fp32; zero, not what stands there, where the state has no weight."""
+    """Rows of a state in fp32; zero instead of the stored values if the state has no weight."""
     o_v = tl.arange(0, BLOCK_V)
     mask = (m_row & (w != 0))[:, None] & (o_v < VALUE)[None, :]
     return tl.load(p_out + row[:, None] * VALUE + o_v[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -34,7 +34,7 @@ def load_out(p_out, row, w, m_row, VALUE: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def shares(a, b):
-    """(lse, weight of a, weight of b): the weights sum to 1, or are 0 where both saw nothing."""
+    """(lse, weight of a, weight of b): the weights sum to 1, or are 0 if both states saw nothing."""
     largest = tl.maximum(a, b)
     base = tl.where(largest == float("-inf"), 0.0, largest)
     e_a = tl.exp(a - base)
@@ -47,7 +47,7 @@ def shares(a, b):
 
 @triton.jit
 def rows_of_program(rows, queries, heads, BLOCK_R: tl.constexpr):
-    """(row, where its log-sum-exp stands, mask) of the rows of this program."""
+    """(row, offset of its log-sum-exp, mask) for the rows of this program."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_lse = (row // heads // queries * heads + row % heads) * queries + row // heads % queries
     return row, o_lse, row < rows
@@ -100,7 +100,8 @@ def merge_backward_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Rows of the four gradients: d out_a = w_a dout, and d lse_a = w_a (dout . (out_a - out) + dlse), likewise b."""
+    """Rows of the four gradients: d out_a = w_a dout, and d lse_a = w_a (dout . (out_a - out) + dlse); b is
+    analogous."""
     row, o_lse, m_row = rows_of_program(rows, queries, heads, BLOCK_R)
     _, w_a, w_b = shares(load_lse(p_lse_a, o_lse, m_row), load_lse(p_lse_b, o_lse, m_row))
     a = load_out(p_out_a, row, w_a, m_row, VALUE, BLOCK_V)
@@ -111,7 +112,7 @@ def merge_backward_kernel(
     dout = tl.load(p_dout + o_out, mask=m_out, other=0.0).to(tl.float32)
     dlse = tl.load(p_dlse + o_lse, mask=m_row, other=0.0)
 
-    # dout . (a - out) = w_b dout . (a - b), and the other way round.
+    # dout . (a - out) = w_b dout . (a - b), and vice versa.
     apart = tl.sum(dout * (a - b), axis=1)
     dlse_a = tl.where(w_a == 0, 0.0, w_a * (w_b * apart + dlse))
     dlse_b = tl.where(w_b == 0, 0.0, w_b * (dlse - w_a * apart))

@@ -1,8 +1,8 @@
-"""Few new tokens over a long cache, absorbed: attention to the latents as they lie, instead of projecting all of them.
+"""Absorbed attention of few new tokens to a long cache: it reads the latents as they are, instead of expanding them.
 
-A cached position and a head cost 2 * 512 * 256 operations to write out key and value, and then 640 for each new token;
-absorbed it is 2,176 for each new token, whose query and result are projected instead. So up to about 150 new tokens of
-a request (a turn of a conversation, over what was said before) cost less absorbed, and 8 a sixteenth.
+Per cached position and head, expanding key and value costs 2 * 512 * 256 operations once, and then 640 for each new
+token; absorbed, each new token costs 2,176, and its query and result are projected instead. So up to about 150 new
+tokens of a request (such as a turn of a conversation) are cheaper absorbed; 8 cost a sixteenth.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dskernels.dispatch import OPERATIONS, Operation
 from dskernels.mla.decode.api import mla_decode
 from dskernels.mla.prefill.config import absorbed_group, absorbing_pays, most_groups
 
-# New tokens of a request, on average, up to which it is done so where tiles of queries fill the GPU. Microseconds on an
-# H200 with keys and values written out, and absorbed: over 32,768 positions, 128 heads, of 16 tokens 2,332 and 295, of
-# 64 2,343 and 883, of 160 2,844 and 2,070; four requests of 8,192, 16 heads, of 16 tokens 341 and 99, of 160 384 and
-# 348, of 192 385 and 400; one of 4,096, 128 heads, of 160 365 and 357, of 192 367 and 403.
+# New tokens per request, on average, up to which attention is absorbed if tiles of queries fill the GPU. Microseconds
+# on an H200, expanded and absorbed: over 32,768 positions, 128 heads, for 16 tokens 2,332 and 295, 64 2,343 and 883,
+# 160 2,844 and 2,070; four requests of 8,192, 16 heads, for 16 tokens 341 and 99, 160 384 and 348, 192 385 and 400; one
+# of 4,096, 128 heads, for 160 tokens 365 and 357, 192 367 and 403.
 MOST_TOKENS = 160
 
 
@@ -32,7 +32,7 @@ def is_absorbed(
     scale: float,
     impl: str | None,
 ) -> bool:
-    """Whether that is faster: what was measured is decode's Hopper kernel beside prefill's."""
+    """Whether absorbed attention is faster; this was measured for decode's Hopper kernel against prefill's."""
     (tokens, heads, _), requests, latent_dim = q.shape, lengths.shape[0], kv_b.shape[1]
     if impl not in (None, "hopper") or not q.is_cuda or capability(q.device) != (9, 0):
         return False
@@ -111,12 +111,12 @@ def _group_tokens_fake(
 ) -> tuple[Tensor, ...]:
     groups = most_groups(tokens, block_table.shape[0], group)
     sizes = (groups * group,), (tokens,), (groups, block_table.shape[1]), (groups,), (groups,)
-    # Not empty: `explain` goes on with what this returns, and some of it are indices.
+    # Not empty: `explain` continues with what this returns, and some of it are indices.
     return tuple(lengths.new_zeros(size) for size in sizes)
 
 
-# Packed new tokens in groups of up to `group` of one request. Of each place in a group its token, and the other way
-# round; of each group its row of the table, how many positions the last of its tokens sees, and how many tokens it has.
+# Packed new tokens in groups of up to `group` tokens of one request. For each place in a group its token, and vice
+# versa; for each group its row of the table, how many positions its last token sees, and how many tokens it has.
 _group_tokens = Operation(
     "group_tokens(Tensor block_table, Tensor lengths, Tensor cu_seqlens_q, int tokens, int group, int page_size) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",

@@ -1,4 +1,4 @@
-"""Tile choice of the portable prefill kernels, and how a cached prefill is cut: pure functions of sizes and GPU."""
+"""Tiles of the portable prefill kernels, and how a cached prefill is divided: pure functions of sizes and GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ Kernel = Literal["forward", "dq", "dk_dv"]
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """Tile of a step: `block_m` queries by `block_n` keys. A program keeps one of the two and walks the other."""
+    """The tile of a step: `block_m` queries by `block_n` keys. A program keeps one of the two and loops over the
+    other."""
 
     block_m: int
     block_n: int
@@ -20,11 +21,9 @@ class PrefillConfig:
     num_stages: int
 
 
-# For each kernel the tiles by width, the sum of the padded parts of key and value: 128 (64/64), 256 (128/128), 320
-# (192/128), 512 (256/256). Accumulators of that width and two tiles of scores fill the registers; for these head
-# dimensions none of the tiles spill.
-# What wgmma and tcgen05 read from shared memory takes registers on older GPUs: there the walked block is as short as
-# 16, so that the tile that stays is large and the reading of L2 small.
+# For each kernel, tiles by width, which is the sum of the padded parts of key and value: 128 (64/64), 256 (128/128),
+# 320 (192/128), 512 (256/256). Accumulators of that width and two tiles of scores fill the registers; with these head
+# dimensions no tile spills.
 Tiles = dict[Kernel, dict[int, PrefillConfig]]
 HOPPER: Tiles = {
     "forward": {
@@ -58,7 +57,7 @@ BLACKWELL: Tiles = {
         512: PrefillConfig(32, 64, num_warps=8, num_stages=2),
     },
 }
-# sm_80, sm_89 and sm_120, which have mma.sync, and 99 KB of shared memory or more.
+# sm_80, sm_89 and sm_120, which have mma.sync and at least 99 KB of shared memory.
 AMPERE: Tiles = {
     "forward": {
         128: PrefillConfig(128, 64, num_warps=4, num_stages=2),
@@ -77,13 +76,13 @@ AMPERE: Tiles = {
         512: PrefillConfig(32, 32, num_warps=8, num_stages=2),
     },
 }
-# Anything else, and the interpreter: within 64 KB of shared memory.
+# All others, and the interpreter: within 64 KB of shared memory.
 GENERIC: Tiles = {
     "forward": {320: PrefillConfig(64, 32, 4, num_stages=2), 512: PrefillConfig(64, 16, 4, num_stages=2)},
     "dq": {320: PrefillConfig(64, 32, 4, num_stages=1), 512: PrefillConfig(32, 16, 4, num_stages=1)},
     "dk_dv": {320: PrefillConfig(32, 64, 4, num_stages=1), 512: PrefillConfig(16, 32, 4, num_stages=1)},
 }
-# fp32 is multiplied by the ordinary units, which want all operands in registers.
+# fp32 is multiplied by the ordinary units, which need all operands in registers.
 SINGLE: Tiles = {
     "forward": {320: PrefillConfig(32, 16, 4, num_stages=2), 512: PrefillConfig(16, 32, 4, num_stages=2)},
     "dq": {320: PrefillConfig(32, 16, 4, num_stages=2), 512: PrefillConfig(16, 16, 8, num_stages=2)},
@@ -92,9 +91,9 @@ SINGLE: Tiles = {
 
 
 def choose_config(kernel: Kernel, widths: tuple[int, int, int], itemsize: int, arch: tuple[int, int]) -> PrefillConfig:
-    """Config of `kernel` for padded `widths` of key parts A, B and value, on compute capability `arch`.
+    """The config of `kernel` for padded `widths` of key parts A, B and value, on compute capability `arch`.
 
-    `arch` is (0, 0) for what is not an NVIDIA GPU.
+    `arch` is (0, 0) for GPUs that are not NVIDIA's.
     """
     if itemsize == 4:
         tiles = SINGLE
@@ -106,9 +105,10 @@ def choose_config(kernel: Kernel, widths: tuple[int, int, int], itemsize: int, a
 
 
 def key_parts(width: int, rope: int) -> tuple[int, int]:
-    """Widths of the two parts that a key of `width` is taken in; `rope`, if not 0, is the width of the shared part.
+    """Widths of the two parts into which a key of `width` is divided; `rope`, if not 0, is the width of the shared
+    part.
 
-    A key in one piece is cut where that saves padding: 192 = 128 + 64, 96 = 64 + 32; 112 stays whole, as 128.
+    A key in one piece is divided if that saves padding: 192 = 128 + 64, 96 = 64 + 32; 112 stays whole, padded to 128.
     """
     if rope:
         return width - rope, rope
@@ -120,24 +120,24 @@ def key_parts(width: int, rope: int) -> tuple[int, int]:
 
 
 def padded(width: int) -> int:
-    """Width of a tile that holds `width` columns: a power of two, at least the 16 that a product takes; 0 for none."""
+    """Width of a tile for `width` columns: a power of two, at least 16, which a product requires; 0 for none."""
     return max(16, 1 << (width - 1).bit_length()) if width else 0
 
 
 # ---- over the cache -------------------------------------------------------------------------------------------------
 
 QUERY_TILE = 128  # queries of a head that the Hopper kernel computes together
-LEAST_FILL = 0.85  # of what the multiprocessors could do in the rounds of tiles that there are
+LEAST_FILL = 0.85  # of the multiprocessors' capacity, in whole rounds of tiles
 
 
 def heads_at_a_time(heads: int, bytes_of_head: int, most_bytes: int, tiles: int, multiprocessors: int) -> int:
-    """How many of the `heads` have all of their keys and values, `bytes_of_head`, written out together.
+    """How many of the `heads` have all of their keys and values (`bytes_of_head`) expanded at a time.
 
-    Of the numbers that fit into `most_bytes` the one whose `tiles` of queries fill the multiprocessors best; 0 where
-    even they are idle for much of the time: then it is some of the positions, of all heads. Heads apart need no
-    merging, which reads and writes fp32 results, and one pass over the new tokens and those before them needs no place
-    for both: 1,024 tokens over 7,168 of 16 heads took 708 us, and 790 by positions; 4,096 over 28,672 of 128 heads 16.0
-    ms, and 16.4.
+    Among the numbers that fit into `most_bytes`, it is the one whose `tiles` of queries fill the multiprocessors best;
+    0 if even that one leaves them idle for much of the time: then some positions of all heads are expanded at a time.
+    Dividing by heads needs no merging (which reads and writes fp32 results), and one pass over new and earlier tokens:
+    1,024 tokens over 7,168 of 16 heads took 708 us, and 790 by positions; 4,096 over 28,672 of 128 heads 16.0 ms and
+    16.4.
     """
     most = heads if bytes_of_head == 0 else most_bytes // bytes_of_head
     if most >= heads:
@@ -152,11 +152,11 @@ def heads_at_a_time(heads: int, bytes_of_head: int, most_bytes: int, tiles: int,
 
 
 def absorbing_pays(tokens: int, requests: int, heads: int, most: int, multiprocessors: int) -> bool:
-    """Whether `tokens` new ones are attended to faster absorbed; `most` of a request are, where tiles fill the GPU.
+    """Whether attention of `tokens` new tokens is faster absorbed; if tiles fill the GPU, up to `most` per request are.
 
-    Of a cached position and a head a new token costs 2,176 operations absorbed, and 640 with keys and values written
-    out, but these on as many multiprocessors only as there are tiles: 256 new tokens of 16 heads, which have 32, took
-    1.69 ms over 131,072 positions, and 2.70 written out.
+    Per cached position and head, a new token costs 2,176 operations absorbed, and 640 with expanded keys and values,
+    but the latter run only on as many multiprocessors as there are tiles: 256 new tokens of 16 heads, which are 32
+    tiles, took 1.69 ms absorbed over 131,072 positions, and 2.70 expanded.
     """
     if tokens == 0 or requests == 0 or most == 0:
         return False
@@ -165,11 +165,14 @@ def absorbing_pays(tokens: int, requests: int, heads: int, most: int, multiproce
 
 
 def most_groups(tokens: int, requests: int, group: int) -> int:
-    """Groups that there may be: the last one of every request, and of what is outside of all of them, may be short."""
+    """The maximum number of groups: the last group of every request, and of tokens outside of all requests, may be
+    short."""
     return tokens // group + requests + 2
 
 
 def absorbed_group(heads: int) -> int:
-    """How many new tokens of a request are attended to together in absorbed form: 128 query rows, two blocks of the
-    Hopper kernel of decode, which load cached rows for each other."""
+    """How many new tokens of a request are attended to together when absorbed: 128 query rows.
+
+    These are two blocks of decode's Hopper kernel, which load cached rows for each other.
+    """
     return ceil_div(128, heads)

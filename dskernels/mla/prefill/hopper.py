@@ -1,13 +1,14 @@
 """Launchers of hopper.cu, prefill for sm_90a, in CUDA C++.
 
-CUDA C++ because Gluon has no named barriers, with which two warpgroups take turns at the tensor cores: there, waiting
-stops a whole partition. Keys are 192 wide and values 128, DeepSeek-V3's; other head dimensions run the portable kernel.
+It is CUDA C++ because Gluon has no named barriers, with which two warpgroups take turns at the tensor cores: there,
+waiting stops a whole partition. Keys are 192 wide and values 128, as in DeepSeek-V3; other head dimensions run the
+portable kernel.
 
 A call is two launches: one CTA that finds and orders the tiles of queries (cu_seqlens is on the device), and the kernel
 that computes them, which begins while the first runs and waits for it (programmatic dependent launch).
 
-On an H200, causal, beside cuDNN in the same run: 1 x 128 heads x 4,096 1.19 (658 TFLOP/s), 1 x 128 x 8,192 1.20 (645),
-4 x 16 x 4,096 1.13 (637); sequences of mixed lengths at 99% of the rate of equal ones. See docs/mla_prefill.md.
+On an H200, causal, relative to cuDNN in the same run: 1 x 128 heads x 4,096 1.19 (658 TFLOP/s), 1 x 128 x 8,192 1.20
+(645), 4 x 16 x 4,096 1.13 (637); sequences of mixed lengths at 99% of the rate of equal ones. See docs/mla_prefill.md.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ BLOCK_M, BLOCK_N, BOX = 128, 128, 64
 THREADS, PLAN_THREADS = 384, 1024
 SHARED = 2 * BLOCK_M * KEY_DIM + 2 * 2 * BLOCK_N * (KEY_DIM + VALUE_DIM) + 2 * 32 + 8 * 16
 CHUNKS = 32  # of keys, by which tiles are sorted
-ENTRY = 8  # integers of a tile in the list, and of what stands before the list
-# Keys and values that are read at one time: as many heads as fit, or a part of the sequences. Of the 50 MB of an H100
-# and an H200, the rest is for queries and results.
+ENTRY = 8  # integers per tile in the list, and in the header before it
+# Keys and values that are read at one time: those of as many heads as fit, or of a part of the sequences. Of the 50 MB
+# of L2 of an H100 and an H200, the rest is for queries and results.
 TOGETHER_BYTES = 32 * 2**20
 LOG2_E = math.log2(math.e)
 
@@ -84,7 +85,8 @@ def mla_prefill_some(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Causal attention of some heads: their part of `out` [T, H, V], whose rows are those of all, and `lse` [H, T]."""
+    """Causal attention of some heads: their part of `out` [T, H, V], whose rows contain all heads, and of `lse` [H,
+    T]."""
     if out.numel() and k.shape[0]:
         _launch(q, k, k_rope, v, cu_q, cu_k, scale, True, False, out, lse)
     else:
@@ -197,7 +199,7 @@ def options_of(dtype: torch.dtype, out_dtype: torch.dtype, merge: bool) -> dict[
 
 
 def _most_tiles(q: Tensor, cu_q: Tensor) -> int:
-    """Tiles of queries that there can be: a last one of every sequence, and of what is outside them, may be short."""
+    """The maximum number of query tiles: the last one of every sequence, and of rows outside of them, may be short."""
     return q.shape[0] // BLOCK_M + cu_q.shape[0] + 1
 
 
@@ -207,7 +209,7 @@ def _key_bytes(tokens: int) -> int:
 
 
 def _values_map(v: Tensor) -> TensorMap:
-    """A `ragged_map` for each head, which is the outermost coordinate: rows from a sequence's end on are read as 0."""
+    """A `ragged_map` for each head, which is the outermost coordinate: rows beyond a sequence's end are read as 0."""
     (tokens, heads, width), (stride_t, stride_h, _) = v.shape, v.stride()
     around = 2**34 // v.element_size() - stride_t
     return TensorMap(

@@ -1,11 +1,12 @@
 """Launchers of hopper_backward.cu, the gradient of prefill for sm_90a, in CUDA C++.
 
-CUDA C++ because Gluon has neither named barriers, by which two warpgroups hand ds to each other and dq to the warps
-that add it, nor reductions by the tensor memory accelerator.
+It is CUDA C++ because Gluon has neither named barriers, by which two warpgroups pass ds to each other and dq to the
+warps that add it, nor TMA reductions.
 
-Workspace, beside the gradients: dq in fp32, 768 bytes for each query and head, and 512 more for each 64 queries of a
-head, for lse and delta; where the rope part of the keys is shared, its gradient for each head, in fp32, 256 bytes for
-each key and head. What is linear in tokens counts a block of 64 queries more for each sequence and 2 more in all.
+Workspace, in addition to the gradients: dq in fp32, 768 bytes for each query and head, and 512 more for each 64 queries
+of a head, for lse and delta; if the rope part of the keys is shared, its gradient for each head in fp32, 256 bytes for
+each key and head. Sizes that are linear in tokens count one block of 64 queries more for each sequence, and 2 more in
+all.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from dskernels.device import empty, multiprocessors
 
 SOURCE = Path(__file__).with_name("hopper_backward.cu")
 QK_DIM, V_DIM, ROPE_DIM = 192, 128, 64
-ROWS, KEYS = 64, 128  # of a block of queries, and of a tile of keys
+ROWS, KEYS = 64, 128  # queries in a block, and keys in a tile
 THREADS, PREPARE_THREADS, FINISH_THREADS = 384, 128, 256
 KINDS = {torch.bfloat16: 0, torch.float16: 1}
 DQ_FLOATS = ROWS * QK_DIM
 # Queries of all heads whose tiles are computed at one time. The tiles in flight are spread over about half of them, 46
-# MB of q, dout and dq, what the L2 holds. Fewer, and the tiles of a head begin less than 10 us apart, where each may
+# MB of q, dout and dq, which the L2 holds. With fewer, the tiles of a head begin less than 10 us apart, while each may
 # add to a block of dq only 3 us after the one before: 1, 4, 8 and 16 heads of 4,096 took 8.9, 4.1, 4.1 and 3.9 ms.
 TOGETHER = 65536
 
@@ -54,7 +55,7 @@ def mla_prefill_backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, k_rope (empty where there is none) and v, the same bits each time."""
+    """Gradients of q, k, k_rope (empty if there is none) and v, with the same bits each time."""
     (tokens_q, heads, _), (tokens_k, heads_k, _) = q.shape, k.shape
     if 0 in (tokens_q, tokens_k, heads):
         dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
@@ -98,7 +99,7 @@ def prepare(
     tokens_k: int,
     causal: bool,
 ) -> Plan:
-    """Fill `stats` with lse and delta of each block of queries, `turns` with what the other kernels begin with."""
+    """Fill `stats` with lse and delta of each block of queries, and `turns` with what the other kernels start from."""
     tokens, heads, _ = out.shape
     return Plan(
         kernel(SOURCE, "prepare", options_of(out.dtype), 0, out.device.index),
@@ -131,7 +132,7 @@ def differentiate(
     scale: float,
     causal: bool,
 ) -> Plan:
-    """Fill `dk`, `dv` and `rope`, the rope part of dk for each head; and add dq, not yet scaled, in `sums`."""
+    """Fill `dk`, `dv` and `rope` (the rope part of dk for each head), and add dq, not yet scaled, to `sums`."""
     (tokens_q, heads, _), (tokens_k, heads_k, _) = q.shape, k.shape
     options, shared = options_of(q.dtype), shared_bytes()
     sequences = cu_q.shape[0] - 1

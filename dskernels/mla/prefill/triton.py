@@ -1,11 +1,11 @@
 """Portable Triton kernel of MLA prefill: flash attention over packed sequences of different lengths.
 
-A program takes a tile of BLOCK_M queries of one sequence and one head, and walks the keys that any of them sees; only
-blocks that not all of them see whole are masked. A head's key is in two parts, A and B: 192 = 128 + 64 needs no padding
-to 256, and B may be the rope part that all heads share.
+A program takes a tile of BLOCK_M queries of one sequence and one head, and loops over the keys that any of them sees;
+only blocks that some of them see partly are masked. A head's key has two parts, A and B: 192 = 128 + 64 needs no
+padding to 256, and B may be the rope part that all heads share.
 
-The host knows how many tokens and sequences there are, not where a sequence ends. So the grid has a tile for every
-BLOCK_M tokens and one more for every sequence, and a program finds by bisection of cu_seqlens which tile it is.
+The host knows how many tokens and sequences there are, but not where a sequence ends. So the grid has a tile for every
+BLOCK_M tokens and one more for every sequence, and a program finds out which tile it is by bisection of cu_seqlens.
 
 Names: `p_` pointer, `i_` index of a tile, token or head, `o_` offsets, `m_` mask. Shapes in comments: M queries, N
 keys; A, B and V are the padded widths of the parts of the key and of the value.
@@ -33,10 +33,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def edge(p_cu, i, sequences, tokens):
-    """Edge `i` of the spans that part [0, tokens): 0, then the sequences + 1 values of cu_seqlens, then tokens.
+    """Edge `i` of the spans that divide [0, tokens): 0, then the sequences + 1 values of cu_seqlens, then tokens.
 
-    Span 0 is what lies before the first sequence (nothing, if cu_seqlens is as it should be), span i the i-th sequence,
-    the last span what lies after all of them. Whatever cu_seqlens holds, an edge lies within [0, tokens].
+    Span 0 lies before the first sequence (and is empty if cu_seqlens is valid), span i is the i-th sequence, and the
+    last span lies after all of them. Whatever cu_seqlens contains, an edge is within [0, tokens].
     """
     inside = tl.minimum(tl.maximum(i - 1, 0), sequences)
     value = tl.minimum(tl.maximum(tl.load(p_cu + inside), 0), tokens)
@@ -47,8 +47,9 @@ def edge(p_cu, i, sequences, tokens):
 def find_tile(p_cu, i_tile, sequences, tokens, BLOCK: tl.constexpr):
     """(span, first token of the span, its length, first token of the tile in the span) of tile `i_tile`.
 
-    The first tile of a span is number edge // BLOCK + span. That leaves every span at least the tiles that it needs,
-    and of the tokens // BLOCK + sequences + 2 tiles none is without a span; those too many begin at its end or later.
+    The first tile of a span has the number edge // BLOCK + span. This leaves every span at least the tiles that it
+    needs, and each of the tokens // BLOCK + sequences + 2 tiles belongs to a span; superfluous ones begin at its end or
+    later.
     """
     low = 0
     high = sequences + 2
@@ -64,7 +65,7 @@ def find_tile(p_cu, i_tile, sequences, tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def sequence_of(p_cu, i_span, sequences, tokens):
-    """(first token, length) of the sequence of a span; the first and the last span have no sequence: length 0."""
+    """(first token, length) of the sequence of a span; the first and the last span have no sequence, so length 0."""
     start = edge(p_cu, i_span, sequences, tokens)
     end = edge(p_cu, i_span + 1, sequences, tokens)
     return start, tl.where((i_span >= 1) & (i_span <= sequences), tl.maximum(end - start, 0), 0)
@@ -72,7 +73,7 @@ def sequence_of(p_cu, i_span, sequences, tokens):
 
 @triton.jit
 def keys_seen(i_m, q_length, k_length, CAUSAL: tl.constexpr):
-    """How many keys query `i_m` of a sequence sees: the last query all of them, each one before it one less."""
+    """How many keys query `i_m` of a sequence sees: the last query all of them, each earlier one one fewer."""
     if CAUSAL:
         return tl.minimum(tl.maximum(k_length - q_length + 1 + i_m, 0), k_length)
     return k_length + 0 * i_m
@@ -80,7 +81,7 @@ def keys_seen(i_m, q_length, k_length, CAUSAL: tl.constexpr):
 
 @triton.jit
 def load_rows(p_x, stride, m_row, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """ROWS rows of WIDTH elements, padded to BLOCK columns; zero where masked, since 0 * NaN would not be."""
+    """ROWS rows of WIDTH elements, padded to BLOCK columns; masked rows are zero, since 0 * NaN would be NaN."""
     o_c = tl.arange(0, BLOCK)
     p_rows = p_x + tl.arange(0, ROWS).to(tl.int64)[:, None] * stride + o_c[None, :]
     if WIDTH == BLOCK:
@@ -135,7 +136,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """Output and log-sum-exp of a tile (program 0) of queries of a head (program 1); `group` heads share a key."""
-    # The last tiles of a causal sequence see the most keys: they start first.
+    # The last tiles of a causal sequence see the most keys, so they start first.
     i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
     i_span, q_start, q_length, i_m = find_tile(p_cu_q, i_tile, sequences, tokens_q, BLOCK_M)
@@ -176,7 +177,7 @@ def forward_kernel(
         if i_n + BLOCK_N > by_all:
             score = tl.where(o_n[None, :] < seen[:, None], score, float("-inf"))
         larger = tl.maximum(largest, tl.max(score, 1))
-        # A query that has seen nothing yet has no largest score: -inf - -inf would be NaN.
+        # A query that has seen nothing has no largest score yet: -inf - (-inf) would be NaN.
         base = tl.where(larger == float("-inf"), 0.0, larger)
         p = tl.exp2(score - base[:, None])
         shrink = tl.exp2(largest - base)
@@ -186,7 +187,7 @@ def forward_kernel(
         total = total * shrink[:, None] + dot(cast(p, v.dtype), v)
         largest = larger
 
-    # Nothing seen: 0 and -inf. A NaN is not 0 and passes through.
+    # Nothing seen: 0 and -inf. NaN is not equal to 0 and passes through.
     divisor = tl.where(weight == 0, 1.0, weight)
     lse = tl.where(weight == 0, float("-inf"), largest * LN_2 + tl.log(divisor))
     p_out += i_q * stride_ot + i_h * stride_oh
@@ -198,13 +199,13 @@ def forward_kernel(
 
 
 class Parts(NamedTuple):
-    """The two parts of the key, and the widths, as the kernels take them.
+    """The two parts of the key, and the widths, in the form that the kernels take.
 
     Attributes:
-        keys: part A and part B (any tensor, where there is none).
+        keys: part A and part B (any tensor, if there is none).
         strides: of a token and of a head, in A and then in B; 0 for the heads of a shared B.
-        widths: of A, B and the value; 0 for a B that there is not.
-        blocks: these, padded.
+        widths: of A, B and the value; 0 if there is no B.
+        blocks: the padded widths.
     """
 
     keys: tuple[Tensor, Tensor]
@@ -214,7 +215,7 @@ class Parts(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, k_rope: Tensor | None, v: Tensor) -> Parts:
-        """Cut the key."""
+        """Divide the key."""
         a, b = key_parts(q.shape[2], 0 if k_rope is None else k_rope.shape[1])
         part_b = k_rope[:, None] if k_rope is not None else k[:, :, a:] if b else k
         stride_h = 0 if k_rope is not None else k.stride(1)
@@ -315,7 +316,8 @@ def mla_prefill_some(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Causal attention of some heads: their part of `out` [T, H, V], whose rows are those of all, and `lse` [H, T]."""
+    """Causal attention of some heads: their part of `out` [T, H, V], whose rows contain all heads, and of `lse` [H,
+    T]."""
     _launch(q, k, k_rope, v, cu_q, cu_k, scale, True, out, lse)
 
 

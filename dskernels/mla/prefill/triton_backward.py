@@ -106,7 +106,8 @@ def dk_dv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv of a tile (program 0) of keys of a key head (program 1), over the `group` query heads that share it."""
+    """dk and dv of a tile (program 0) of keys of a key head (program 1), summed over the `group` query heads that
+    share it."""
     i_h = tl.program_id(1).to(tl.int64)
     i_span, k_start, k_length, i_n = find_tile(p_cu_k, tl.program_id(0), sequences, tokens_k, BLOCK_N)
     if i_n >= k_length:
@@ -126,13 +127,13 @@ def dk_dv_kernel(
     v = load_rows(p_v + i_k * stride_vt + i_h * stride_vh, stride_vt, m_n, BLOCK_N, WIDTH_V, BLOCK_V)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
-    # Query i sees key j from i = j + q_length - k_length on.
+    # Query i sees key j if i >= j + q_length - k_length.
     first = 0
     if CAUSAL:
         first = tl.minimum(tl.maximum(i_n + q_length - k_length, 0), q_length)
     blocks = tl.cdiv(q_length - first, BLOCK_M)
-    # One loop over the query blocks of all heads of the group: nested loops cost the compiler so many registers that
-    # the tile would have to be half as large.
+    # One loop over the query blocks of all heads of the group: with nested loops the compiler needs so many registers
+    # that the tile would have to be half as large.
     for i_block in range(group * blocks):
         i_qh = i_h * group + i_block // blocks
         i_m = first + i_block % blocks * BLOCK_M
@@ -148,7 +149,7 @@ def dk_dv_kernel(
             score += dot(k_b, tl.trans(q_b))
         lse = tl.load(p_lse + i_qh * tokens_q + i_q + tl.arange(0, BLOCK_M), mask=m_m, other=float("inf"))
         p = tl.exp2(score * (scale * LOG2_E) - (lse * LOG2_E)[None, :])
-        if CAUSAL:  # a query that sees nothing has lse -inf and so p inf: it is masked for every key
+        if CAUSAL:  # a query that sees nothing has lse -inf and so p = inf: mask it for every key
             p = tl.where(o_n[:, None] - o_m[None, :] <= k_length - q_length, p, 0.0)
         # [M, V]
         dout = load_rows(p_dout + i_q * stride_dt + i_qh * stride_dh, stride_dt, m_m, BLOCK_M, WIDTH_V, BLOCK_V)
@@ -289,7 +290,7 @@ def mla_prefill_backward(
     parts = Parts.of(q, k, k_rope, v)
     if k_rope is None:
         dkb = dk[:, :, parts.widths[0] :]
-    else:  # what each head adds is kept apart, in fp32, and summed in order afterwards
+    else:  # the part of each head is kept separately, in fp32, and summed in order afterwards
         dkb = k_rope.new_empty((tokens_k, heads_k, k_rope.shape[1]), dtype=torch.float32)
     inputs = (dout, q, *parts.keys, v, lse, delta, cu_q, cu_k)
     strides = (*dout.stride()[:2], *q.stride()[:2], *parts.strides, *v.stride()[:2])
@@ -357,8 +358,8 @@ def _delta(dout: Tensor, dlse: Tensor, out: Tensor) -> Tensor:
             BLOCK_V=padded(value_dim),
             BLOCK_M=block_m,
             num_warps=4,
-            # Fused, each lane adds its own product unrounded to its neighbours' rounded ones: the lanes of a narrow row
-            # end up a bit apart, and which of them is stored is a race.
+            # With a fused multiply-add, each lane adds its own unrounded product to its neighbours' rounded ones: the
+            # lanes of a narrow row end up slightly different, and which of them is stored is a race.
             enable_fp_fusion=False,
         )
     return delta

@@ -1,4 +1,4 @@
-"""Portable Triton kernel that gathers cached latents of several requests, packed, out of their pages."""
+"""Portable Triton kernel that gathers the cached latents of several requests from their pages, packed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def gather_kernel(
         high = tl.where(before, high, middle)
     position = tl.maximum(packed - tl.load(p_cu + low) + tl.load(p_first + low), 0)
 
-    # Whatever the device's integers hold, they end up within the tables.
+    # Whatever the integers on the device are, addresses stay within the tables.
     entry = low.to(tl.int64) * stride_table + clamp(position // page_size, columns - 1)
     page = clamp(tl.load(p_table + entry, mask=m_row, other=0), pages - 1)
     o_row = page.to(tl.int64) * stride_page + position % page_size * stride_token
@@ -83,7 +83,7 @@ def gather_latents(
     rope_dim: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[rows, latent + rope]; rows after the last packed position are left as they are."""
+    """[rows, latent + rope]; rows after the last packed position are not written."""
     out = cache.new_empty((rows, latent_dim + rope_dim), dtype=dtype)
     requests = first.shape[0]
     if rows == 0 or requests == 0 or cache.shape[0] == 0 or block_table.shape[1] == 0:

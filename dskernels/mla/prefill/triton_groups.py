@@ -1,4 +1,4 @@
-"""Portable Triton kernel that puts the packed new tokens of several requests into groups, each of one request."""
+"""Portable Triton kernel that divides the packed new tokens of several requests into groups, each of one request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dskernels.mla.prefill.config import most_groups
 from dskernels.mla.prefill.triton import find_tile
 from dskernels.portable import launch
 
-COLUMNS = 512  # of the table that a program copies at a time
+COLUMNS = 512  # columns of the table that a program copies at a time
 
 
 @triton.jit(do_not_specialize=["tokens", "requests", "columns", "stride_table", "capacity"])
@@ -32,7 +32,7 @@ def group_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One group: a tile of GROUP tokens of a span, of which the first and the last are no request's."""
+    """One group: a tile of GROUP tokens of a span; the first and the last span belong to no request."""
     i_group = tl.program_id(0)
     i_span, start, length, first = find_tile(p_cu, i_group, requests, tokens, GROUP)
     count = tl.minimum(tl.maximum(length - first, 0), GROUP)
@@ -59,7 +59,8 @@ def group_kernel(
 def group_tokens(
     block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, tokens: int, group: int, page_size: int
 ) -> tuple[Tensor, ...]:
-    """Token of each place, place of each token, and of each group its row of the table, what it sees, its tokens."""
+    """The token of each place, the place of each token, and for each group its row of the table, what it sees, its
+    tokens."""
     requests, columns = block_table.shape
     groups = most_groups(tokens, requests, group)
     token, seen, count = (lengths.new_empty(n) for n in (groups * group, groups, groups))

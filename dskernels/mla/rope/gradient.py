@@ -1,4 +1,4 @@
-"""The rotation with a gradient, which is the rotation the other way."""
+"""The rotation with a gradient, which is the inverse rotation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from dskernels.mla.rope.api import apply_rope
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates adjacent pairs of the last dimension and leaves them adjacent, in fp32, returned in the dtype of ``x``.
+    """Rotate adjacent pairs of the last dimension and leave them adjacent; computed in fp32, returned in the dtype of
+    ``x``.
 
-    DeepSeek's weights lay the pairs next to each other. Hugging Face's code moves them into halves first; queries
-    and keys move alike, so that the scores are the same.
+    DeepSeek's weights keep the pairs adjacent. Hugging Face's code first moves them into two halves; since it does so
+    for queries and keys alike, the scores are the same.
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).type_as(x)
 
 
 def rotated_from(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
-    """``x`` ``[T, heads, width]`` with its columns from ``start`` on rotated, as `dskernels.apply_rope` does it.
+    """``x`` ``[T, heads, width]`` with its columns from ``start`` on rotated, as by `dskernels.apply_rope`.
 
-    Differentiable; two copies less than to cut, rotate and join.
+    Differentiable, and two copies fewer than cutting, rotating and joining.
     """
     if torch.compiler.is_compiling():
         turned = rotate(x[..., start:], cos[:, None], sin[:, None])

@@ -1,4 +1,4 @@
-"""Portable Triton kernel of the rotation. One program turns some heads of a token."""
+"""Portable Triton kernel of the rotation. One program rotates some heads of a token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from dskernels.portable import cast, launch
 from dskernels.validate import ceil_div
 
-ELEMENTS = 2048  # of a program: 16 for each of 128 threads, two loads of 16 bytes in bf16
+ELEMENTS = 2048  # elements of a program: 16 for each of 128 threads, two loads of 16 bytes in bf16
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def rope_kernel(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """Fill `out` [T, H, rope], which may be `x`."""
+    """Fill `out` [T, H, rope], which may be `x` itself."""
     tokens, heads, rope = x.shape
     if x.numel() == 0:
         return
@@ -72,12 +72,12 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 
 def apply_rope_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate `x`."""
+    """Rotate `x` in place."""
     apply_rope(x, cos, sin, x)
 
 
 def options(rope: int) -> dict[str, int]:
-    """What the kernel is specialised by."""
+    """The options that the kernel is specialised by."""
     pairs = triton.next_power_of_2(rope // 2)
     return {"ROPE": rope, "HEADS": max(ELEMENTS // (2 * pairs), 1), "PAIRS": pairs}
 
