@@ -1,4 +1,4 @@
-"""GPU kernels for models built like DeepSeek-V3, each with a plain PyTorch reference that means the same."""
+"""GPU operations for models with DeepSeek-V3's architecture, each with a plain PyTorch reference that defines it."""
 
 from dskernels.choice import explain, use_impl
 from dskernels.fp8 import (

@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="GPU kernels for models built like DeepSeek-V3, each with a PyTorch reference that means the same.\n\n"
+    help="GPU operations for models with DeepSeek-V3's architecture, each with a PyTorch reference.\n\n"
     "Start with [bold]doctor[/bold] (what would run here, and why) and [bold]parity[/bold] (does it agree with the "
     "references), then [bold]generate[/bold] from a checkpoint.",
     rich_markup_mode="rich",
