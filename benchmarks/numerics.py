@@ -26,10 +26,13 @@ from torch import Tensor
 
 import dskernels as ds
 from benchmarks import exact
-from benchmarks.numerics_probes import PROBES, Probe
+from benchmarks.numerics_composed import COMPOSED
+from benchmarks.numerics_probes import PROBES as SINGLE
+from benchmarks.numerics_probes import Probe
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE, PICTURE = (ROOT / "docs" / name for name in ("numerics.json", "numerics.md", "images/numerics.svg"))
+PROBES = SINGLE + COMPOSED
 MARKER = "<!-- made by python -m benchmarks.numerics; do not edit below -->"
 KINDS = {
     "normal": "normal numbers",
