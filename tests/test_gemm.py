@@ -195,6 +195,39 @@ def test_a_weight_that_changes_between_steps_without_its_version_moving(device, 
             weight.mul_(1.5)
 
 
+def test_a_frozen_weight_that_changes_has_its_copies_where_they_were():
+    """A CUDA graph that was captured reads there."""
+    weight = torch.randn(128, 256)
+    before = [quantized_weight(weight, transpose=transpose, impl=None) for transpose in (False, True)]
+    weight.normal_()
+    for old, transpose in zip(before, (False, True), strict=True):
+        new, want = (
+            quantized_weight(weight, transpose=transpose, impl=None),
+            ds.quantize(weight, (128, 128), transpose=transpose),
+        )
+        assert new.data.data_ptr() == old.data.data_ptr()
+        assert torch.equal(new.data.float(), want.data.float())
+        assert torch.equal(new.scale, want.scale)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_graph_of_a_frozen_weight_that_changes():
+    """It multiplies by what was quantised last, not by memory that somebody else has."""
+    x, weight = torch.randn(9, 256, device="cuda").bfloat16(), torch.randn(128, 256, device="cuda").bfloat16()
+    for _ in range(3):
+        ds.fp8_linear(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ds.fp8_linear(x, weight)
+    weight.normal_()
+    want = ds.fp8_linear(x, weight)
+    rubbish = [torch.full((n,), 0x7F, dtype=torch.uint8, device="cuda") for n in 64 * [128 * 256, 512]]
+    graph.replay()
+    assert torch.equal(out, want)
+    del rubbish
+
+
 def test_weights_whose_changes_are_counted_are_quantised_once_for_all_micro_batches():
     x, weight = torch.randn(3, 256, requires_grad=True), torch.nn.Parameter(torch.randn(128, 256))
     weights.counts_changes([weight])

@@ -94,6 +94,8 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
             kept = _Kept(state, *quantize_both(weight, block=(128, 128), impl=impl))
         else:
             kept = _Kept(state, quantize(weight, (128, 128), impl=impl), None)
+        if before is not None and not (weight.requires_grad or capturing):
+            kept = _in_place_of(before, kept, weight, impl)
     if transpose and kept.transposed is None:
         # Read again, not turned: torch turns bytes at a quarter of the speed of memory.
         kept = replace(kept, transposed=quantize(weight, (128, 128), transpose=True, impl=impl))
@@ -107,6 +109,22 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
                 _quick.clear()
             _quick[id(weight)] = TensorWeakRef(weight), weakref.ref(kept)
     return kept.transposed if transpose else kept.rows  # type: ignore[return-value]
+
+
+def _in_place_of(before: _Kept, kept: _Kept, weight: Tensor, impl: str | None) -> _Kept:
+    """The new copies of a frozen weight in the memory of those before, which a CUDA graph that was captured reads.
+
+    Else it would read memory that is somebody else's by now. A graph has the new numbers from the next eager call on.
+    """
+    if before.rows.data.shape != kept.rows.data.shape or before.rows.data.device != kept.rows.data.device:
+        return kept
+    pairs = [(before.rows, kept.rows)]
+    if before.transposed is not None:
+        pairs.append((before.transposed, quantize(weight, (128, 128), transpose=True, impl=impl)))
+    for old, new in pairs:
+        old.data.view(torch.uint8).copy_(new.data.view(torch.uint8))
+        old.scale.copy_(new.scale)
+    return replace(before, state=kept.state)
 
 
 def done_with(*weights: Tensor) -> None:
