@@ -21,7 +21,7 @@ from torch.autograd import forward_ad, profiler
 
 from dskernels.choice import IMPLEMENTATIONS, OPERATIONS, Choice, check_impl, choices, forced, reason_of_device
 from dskernels.device import PLAIN, dispatch_modes, several_gpus
-from dskernels.gradients import Differentiated, Gradient, is_asked_for, is_transformed, no_gradient
+from dskernels.gradients import Differentiated, Gradient, is_asked_for, is_transformed, is_wrapped, no_gradient
 from dskernels.metadata import ByMetadata
 
 _STRAIGHT_DEVICES = ("cuda",)  # where the host's share of a call matters
@@ -322,7 +322,7 @@ def meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
     below_autograd = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
     return (
         all(type(x) in PLAIN and x.device.type in _STRAIGHT_DEVICES for x in tensors)
-        and not any(x.is_neg() or x.is_conj() or x._is_zerotensor() for x in tensors)
+        and not any(x.is_neg() or x.is_conj() or x._is_zerotensor() or is_wrapped(x) for x in tensors)
         and tensors[0].device.index in (None, torch._C._cuda_getDevice())
         and (below_autograd or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors))
         and torch._C._functorch.peek_interpreter_stack() is None

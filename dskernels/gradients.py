@@ -76,6 +76,11 @@ def is_transformed() -> bool:
     return interpreter is not None and interpreter.key() != torch._C._functorch.TransformType.Functionalize
 
 
+def is_wrapped(x: Tensor) -> bool:
+    """Whether a transform has made it, one that has ended too: then there is no memory at its address."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def is_asked_for(inputs: Sequence[Any]) -> bool:
     """Whether a result of these would require a gradient."""
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
