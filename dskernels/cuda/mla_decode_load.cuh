@@ -1,8 +1,8 @@
-// How blocks of 64 cached rows get into shared memory for the decode kernel, LOADER 0, 1 or 2: by the tensor memory accelerator where a page
-// is whole pieces of 8 rows or more; row by row where it is not; and unpacked from e4m3 on the way.
+// Loading blocks of 64 cached rows into shared memory for the decode kernel, for LOADER 0, 1 or 2: by TMA if a page consists of whole pieces of 8
+// rows or more; otherwise row by row; and, for e4m3, unpacked on the way.
 //
-// All of them walk the CTA's pieces, announce each to the warpgroups that multiply, with its queries, and fill the two stages in turn: block
-// i of a piece goes to stage i % 2, tile by tile, each half as soon as it is free.
+// All of them walk through the CTA's pieces, announce each, with its queries, to the multiplying warpgroups, and fill the two stages in turn: block i
+// of a piece goes to stage i % 2, tile by tile, each half as soon as it is free.
 #pragma once
 
 #include "mla_decode.cuh"
@@ -12,7 +12,7 @@
 __device__ __forceinline__ void copy16_async(u32 dst, const void* src) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
 }
-// An arrival, once the copies that this thread has started are done.
+// An arrival that happens once the copies that this thread has started are done.
 __device__ __forceinline__ void barrier_arrive_after_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
@@ -22,7 +22,7 @@ __device__ __forceinline__ uint4 global_load16(const void* p) {
     return x;
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
-// A line, or half of one, into the L2.
+// Prefetch a line, or half of one, into the L2.
 __device__ __forceinline__ void prefetch_line(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 __device__ __forceinline__ void smem_store16(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
@@ -30,7 +30,7 @@ __device__ __forceinline__ void smem_store16(u32 addr, u32 a, u32 b, u32 c, u32 
 
 // ---- the cache -----------------------------------------------------------------------------------------------------
 
-// Ask for what the first loads would else wait for one after another: maps, and the table where it is small.
+// Prefetch what the first loads would otherwise wait for one after another: tensor maps, and the table if it is small.
 __device__ __forceinline__ void prefetch(const Batch& batch, const int* table, int stride_table, const TensorMap* map_q, const TensorMap* map_k) {
     constexpr int LINE = 128 / 4, MOST = 1024;
     const int line = threadIdx.x * gridDim.x + blockIdx.x;
@@ -39,7 +39,7 @@ __device__ __forceinline__ void prefetch(const Batch& batch, const int* table, i
     if (LOADER == 0 && threadIdx.x == 96) prefetch_map(map_k);
 }
 
-// Phases of the barriers that say a half of a stage is empty, and the queries are read; at first they all are.
+// Phases of the barriers for "a half of a stage is empty" and "the queries have been read"; at first all are.
 struct Phases {
     u32 bits = 3;
     __device__ __forceinline__ u32 of(int stage) const { return bits >> stage & 1; }
@@ -48,7 +48,7 @@ struct Phases {
     __device__ __forceinline__ void next_piece() { bits ^= 4; }
 };
 
-// One thread's work: tell the others about a piece, and load its queries when the last ones have been read.
+// One thread's work: announce a piece to the others, and load its queries when the last ones have been read.
 __device__ __forceinline__ void announce(u32 base, const TensorMap* map_q, int row_block, const Piece& piece, u32 slot) {
     barrier_wait(q_empty(base), slot ^ 1);
     write_piece(base + OFFSET_PIECES + slot * 32, piece);
@@ -63,20 +63,20 @@ __device__ __forceinline__ void announce(u32 base, const TensorMap* map_q, int r
 
 // ---- by the accelerator --------------------------------------------------------------------------------------------
 
-// A warp's work. A box is `box_rows` rows of a page, 8 to 64; each box of a block is a lane's. The boxes that a block comes in are known to the
-// compiler where they are one, and then one thread has them.
+// A warp's work. A box is `box_rows` rows of a page, 8 to 64; each lane has a box of a block. If a block is a single box, this is known at compile
+// time, and one thread has them all.
 template <class Meta>
 __device__ __forceinline__ void load_boxes(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, const TensorMap* map_k,
                                            int part, int row_block, int box_rows, Meta begins) {
     if (WHOLE_BOXES) box_rows = BLOCK;
-    const int boxes = BLOCK / box_rows, window = 32 / boxes;  // boxes of a block; blocks whose places the lanes hold
+    const int boxes = BLOCK / box_rows, window = 32 / boxes;  // boxes of a block; blocks whose addresses the lanes hold
     const int lane = threadIdx.x % 32, rank = CLUSTER > 1 ? cluster_rank() : 0;
     const bool elected = elect_one(), loads = WHOLE_BOXES ? elected : lane < boxes;
     Phases phases;
     for (;; phases.next_piece()) {
         int count;
         const Piece piece = share.next(batch, part, count);
-        // Of the lane's box, in the block that is its own of a window; a box beyond the request's end is taken from its last rows.
+        // The address of the lane's box, in the lane's own block of a window; a box beyond the request's end is replaced by one with its last rows.
         auto places = [&](int number) {
             const int block = number * window + lane / boxes;
             if (block >= piece.blocks) return make_int2(0, 0);
@@ -132,14 +132,14 @@ __device__ __forceinline__ void load_boxes(Share share, const Batch& batch, cons
 // ---- row by row ----------------------------------------------------------------------------------------------------
 
 // A warpgroup's work: rows of any page size, 16 bytes at a time. A warp has 16 rows of a block, a thread four of them, 4 apart, and of each 128 of
-// their bytes the same 16. Eight lanes have half of a row and the other half of the next: so what they write goes to all banks, as it is or unpacked
-// to twice as much, and a warp reads whole rows.
+// their bytes the same 16. Eight lanes have half of a row and the other half of the next: so their writes cover all banks, unchanged or unpacked to
+// twice the size, and a warp reads whole rows.
 constexpr int OWN_ROWS = 4, ROWS_OF_WARP = 16;
 __device__ __forceinline__ int own_row(int lane) { return lane / 16 * 2 + (lane / 8 + lane / 4) % 2; }
 struct Rows {
-    const u8* mine;          // the row of the lane's number, of the warp's
+    const u8* mine;          // the row whose number, among the warp's rows, is that of the lane
     const u8* at[OWN_ROWS];  // the thread's 16 bytes of its rows
-    // The places of a warp's rows are asked for by its lanes, one each, before they are needed here.
+    // The addresses of a warp's rows are loaded by its lanes, one each, before they are needed here.
     __device__ __forceinline__ void find(const Cache& cache, int2 place, int lane) {
         mine = cache.row(place);
 #pragma unroll
@@ -150,12 +150,12 @@ __device__ __forceinline__ int2 ask_row(const Cache& cache, const Piece& piece, 
     return cache.ask(piece.request, min((piece.first + block) * BLOCK + warp * ROWS_OF_WARP + lane % ROWS_OF_WARP, piece.length - 1));
 }
 
-// 16 bytes of a tile, in the 128-byte swizzle.
+// The address of 16 bytes of a tile, in the 128-byte swizzle.
 __device__ __forceinline__ u32 chunk(u32 tile, int row, int column) { return tile + row * 128 + (column ^ row % 8) * 16; }
-// Of a thread's chunk in its first row, that of its n-th one.
+// From a thread's chunk in its first row, that of its n-th row.
 __device__ __forceinline__ u32 below(u32 at, int n) { return (at ^ n % 2 * 64) + n * 512; }
 
-// Copy the thread's part of a tile, which its rows have `offset` bytes on.
+// Copy the thread's part of a tile, which begins `offset` bytes into its rows.
 __device__ __forceinline__ void copy_tile(u32 tile, const Rows& rows, int offset, int warp, int lane) {
     const u32 to = chunk(tile, warp * ROWS_OF_WARP + own_row(lane), lane % 8);
 #pragma unroll
@@ -199,7 +199,7 @@ __device__ __forceinline__ void load_rows(Share share, const Batch& batch, const
 
 // ---- from e4m3 -----------------------------------------------------------------------------------------------------
 
-// Four e4m3 times a scale, rounded once to 16 bits.
+// Four e4m3 numbers times a scale, rounded once to 16 bits.
 __device__ __forceinline__ void unpack(u32 (&to)[2], u32 four, float scale) {
     u32 low, high;
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}" : "=r"(low), "=r"(high) : "r"(four));
@@ -207,14 +207,14 @@ __device__ __forceinline__ void unpack(u32 (&to)[2], u32 four, float scale) {
     to[1] = pack(widen((u16)high, 1) * scale, widen((u16)(high >> 16), 1) * scale);
 }
 
-// The thread's part of a group of two tiles, on its way from memory: 16 columns of each of its rows, which become two chunks.
+// The thread's part of a group of two tiles, loaded from memory: 16 columns of each of its rows, which become two chunks.
 struct Loaded {
     uint4 bytes[OWN_ROWS];
     __device__ __forceinline__ void load(const Rows& rows, int offset) {
 #pragma unroll
         for (int n = 0; n < OWN_ROWS; ++n) bytes[n] = global_load16(rows.at[n] + offset);
     }
-    // `to` is the first chunk of the first row; `scale` is of the row of the lane's number.
+    // `to` is the first chunk of the first row; `scale` belongs to the row with the lane's number.
     __device__ __forceinline__ void store(u32 to, float scale, int lane) const {
 #pragma unroll
         for (int n = 0; n < OWN_ROWS; ++n) {
@@ -230,9 +230,9 @@ struct Loaded {
     }
 };
 
-// A warpgroup's work. Rows are loaded two groups ahead, into registers, and asked for before, into the L2; their places before that. A block ahead,
-// which those that multiply could spare the registers for, is within 1%. No fence stands here, which would wait for all that: whoever multiplies
-// has one.
+// A warpgroup's work. Rows are loaded into registers two groups ahead, and prefetched into the L2 before; their addresses before that. Loading a
+// block ahead, for which the multiplying warpgroups could spare registers, is within 1%. There is no fence here, which would wait for all of it: the
+// multiplying warpgroups have one.
 template <class Meta>
 __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const Cache& cache, u32 base, const TensorMap* map_q, int part, int row_block,
                                           Meta begins) {
@@ -243,14 +243,14 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
         __syncwarp();
         if (RACECHECK || elect_one()) barrier_arrive(barrier);
     };
-    // Of stage 1 the right half comes first.
+    // For stage 1 the right half comes first.
     auto offset = [](int stage, int j) { return (j / 2 ^ stage) * 256 + j % 2 * 128; };
     Phases phases;
     for (;; phases.next_piece()) {
         int count;
         const Piece piece = share.next(batch, part, count);
         auto ask = [&](int block) { return ask_row(cache, piece, min(block, piece.blocks - 1), warp, lane); };
-        // Two lanes have a row, and ask for half a line each: every 128 bytes alone, it is 9% slower.
+        // Two lanes have a row, and prefetch half a line each: prefetching 128 bytes each is 9% slower.
         auto prefetch = [&](int block, int2 place) {
             if (PREFETCH == 0 || block >= piece.blocks) return;
             const u8* row = cache.row(place) + lane / ROWS_OF_WARP * 64;
@@ -259,7 +259,7 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
         };
         Rows rows;
         Loaded loaded[AHEAD];
-        float4 scales;  // of the row of the lane's number
+        float4 scales;  // of the row with the lane's number
         int2 next, ahead;
         if (piece.blocks > 0) {
             rows.find(cache, ask(0), lane);
@@ -299,12 +299,12 @@ __device__ __forceinline__ void load_e4m3(Share share, const Batch& batch, const
             ahead = ask(i + 2 + PREFETCH);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                if (j == 4 - AHEAD) {  // what is loaded from here on is the next block's
+                if (j == 4 - AHEAD) {  // from here on, loads are for the next block
                     rows.find(cache, next, lane);
                     next = ask(i + 2);
                     scales = __ldg((const float4*)(rows.mine + SCALES));
                 }
-                // Of a half's second group this has been waited for; but the assembler moves the loads below no branch, as it else does.
+                // For a half's second group this has been waited for already, but its branch keeps the assembler from moving the loads further down.
                 barrier_wait(empty(base, s, j / 2 ^ s), phases.of(s));
                 loaded[j % AHEAD].store(own + s * ROWS + offset(s, j) * (TILE / 64), factor[j], lane);
                 arrive(full(base, s, group_at(s, j)));

@@ -1,17 +1,17 @@
-// What the decode kernel over rows of e4m3 (mla/decode/hopper_rows.cu, which says what the options are) does below its steps: where things are in shared
-// memory, its products, and how queries, keys and values become their operands.
+// The lower level of the decode kernel over e4m3 rows (mla/decode/hopper_rows.cu, which explains the options): addresses in shared memory, the
+// products, and how queries, keys and values become operands.
 #pragma once
 
 #include "mla_work.cuh"
 #include "wgmma.cuh"
 
-// Scales are taken relative to a power of 2 so that the largest so far is 2^4 to 2^5; one above MOST scales the sums to a new maximum. So the products
-// of scales and weights, which are up to 2^SLACK, are in fp16's range, and as exact as it allows where they are small.
+// Scales are relative to a power of 2, such that the largest so far is 2^4 to 2^5; one above MOST scales the sums to a new maximum. So the products
+// of scales and weights, which are up to 2^SLACK, are in fp16's range, and as exact as it allows if they are small.
 constexpr float MOST = 128.f;
 constexpr float NEXT_TO_NOTHING = 0x1p126f;  // inverse of the largest scale before there is one
 
 constexpr int R = WIDTH / 2;                // registers of a 64 x WIDTH product
-constexpr int STEP = 4;                     // products that are started together, while the operands of the next four are made
+constexpr int STEP = 4;                     // products that are started together, while the operands of the next four are prepared
 constexpr int ALL = 1;                      // named barrier of the two warpgroups that multiply
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ constexpr int STRIP = WIDTH * 128;     // 64 columns of the queries, or weights 
 constexpr int TOP = (WIDTH + 4) * 4;   // a maximum for each query row, and for the scales of each 128 columns
 constexpr int AT_Q = (UNITS * UNIT_BYTES + 1023) / 1024 * 1024, AT_WEIGHTS = AT_Q + (VALUE + ROPE) / 64 * STRIP;
 constexpr int AT_FACTORS = AT_WEIGHTS + 2 * 4 * STRIP, AT_STATE = AT_FACTORS + WIDTH * 4;
-constexpr int AT_TOPS = AT_STATE + TOP, AT_TOTALS = AT_TOPS;  // of each warp; sums of its weights stand there at the end
+constexpr int AT_TOPS = AT_STATE + TOP, AT_TOTALS = AT_TOPS;  // for each warp; the sums of its weights are here at the end
 constexpr int AT_PIECES = AT_TOPS + 8 * TOP, AT_BARRIERS = AT_PIECES + 2 * 32;
 
 __device__ __forceinline__ u32 unit_full(u32 base, int unit) { return base + AT_BARRIERS + unit * 8; }
@@ -30,7 +30,7 @@ __device__ __forceinline__ u32 unit_empty(u32 base, int unit) { return base + AT
 __device__ __forceinline__ u32 piece_full(u32 base) { return base + AT_BARRIERS + 2 * UNITS * 8; }
 __device__ __forceinline__ u32 piece_empty(u32 base) { return base + AT_BARRIERS + (2 * UNITS + 1) * 8; }
 
-// The n-th unit of all that a CTA works on.
+// The n-th unit of a CTA's work.
 struct Unit {
     u32 at, full, empty, phase;
     __device__ __forceinline__ Unit(u32 base, u32 n) {
@@ -39,8 +39,8 @@ struct Unit {
     }
 };
 
-// Which row of a unit row g of a product is, g below 8; row g + 8 is the next one. So shared memory is free of bank conflicts, both where a warp reads
-// 16 bytes of columns of 8 rows and where it reads 4 of columns of 4 rows: rows are 16 bytes apart from a multiple of 128.
+// The row of a unit that is row g of a product, for g below 8; row g + 8 is the next one. This avoids bank conflicts both where a warp reads 16 bytes
+// of columns of 8 rows and where it reads 4 of columns of 4 rows: rows are 16 bytes apart from a multiple of 128.
 __device__ __forceinline__ int place_of(int g) { return g % 2 ? g + 3 : g + (g >= 4 ? 8 : 0); }
 
 // ---- instructions --------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ __device__ __forceinline__ u32 smem_word(u32 addr) {
     return x;
 }
 __device__ __forceinline__ void smem_store_word(u32 addr, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory"); }
-// Four e4m3, the first two and the last two, in fp16.
+// Four e4m3 numbers, the first two and the last two, as fp16.
 __device__ __forceinline__ void to_half(u32& first, u32& last, u32 four) {
     asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}" : "=r"(first), "=r"(last) : "r"(four));
 }
@@ -65,7 +65,7 @@ __device__ __forceinline__ u32 pack_half(float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
-// Whether any thread of the two warpgroups says so; all of them meet.
+// Whether the condition holds in any thread of the two warpgroups; all of them take part.
 __device__ __forceinline__ bool any_of_all(bool x) {
     u32 y;
     asm volatile("{.reg .pred p, q; setp.ne.b32 p, %2, 0; barrier.cta.red.or.aligned.pred q, %1, 256, p; selp.u32 %0, 1, 0, q;}"
@@ -91,7 +91,7 @@ DEFINE_PRODUCT(32, 16, 16, 17, 18, 19, 20, 21)
 
 // ---- queries -------------------------------------------------------------------------------------------------------
 
-// A row of the queries, a lane's part: 16 columns, and of the first 8 lanes 8 of the rope part.
+// A lane's part of a row of the queries: 16 columns, and in the first 8 lanes 8 of the rope part.
 struct Query {
     u32 words[12];
     __device__ __forceinline__ void load(const Element* row, bool valid, int lane) {
@@ -103,8 +103,8 @@ struct Query {
         put(4, row + lane * 16 + 8, valid);
         put(8, row + VALUE + lane * 8, valid && lane < 8);
     }
-    // In the order of the keys' fragments: fp16, the rope part as it is, times a power of two that makes the largest 2^14 or more; its inverse times
-    // `scale` is kept.
+    // In the order of the keys' fragments: fp16 (the rope part unchanged), times a power of two that makes the largest at least 2^14; its inverse
+    // times `scale` is kept.
     __device__ __forceinline__ void store(u32 base, int row, int lane, float scale) const {
         auto low = [&](int i) { return widen((u16)words[i], OUT); };
         auto high = [&](int i) { return widen((u16)(words[i] >> 16), OUT); };
@@ -129,26 +129,26 @@ struct Query {
 
 // ---- fragments -----------------------------------------------------------------------------------------------------
 
-// Of 16 columns of the keys: 4 bytes of a thread's row g, and of its row g + 8.
+// For 16 columns of the keys: 4 bytes of a thread's row g, and of its row g + 8.
 __device__ __forceinline__ void latent_keys(u32* a, u32 x, u32 y) {
     to_half(a[0], a[2], x);
     to_half(a[1], a[3], y);
 }
-// Of 32 columns of the rope part.
+// For 32 columns of the rope part.
 __device__ __forceinline__ void rope_keys(u32* a, u32 at) {
     auto part = [](u32 two) { return OUT == 0 ? two : pack(widen((u16)two, 0), widen((u16)(two >> 16), 0)); };
     const uint4 x = smem_words4(at), y = smem_words4(at + ROW_BYTES);
     a[0] = part(x.x), a[2] = part(x.y), a[4] = part(x.z), a[6] = part(x.w);
     a[1] = part(y.x), a[3] = part(y.y), a[5] = part(y.z), a[7] = part(y.w);
 }
-// Of 16 positions and 128 columns of the values, of which a warp has 32 and a thread 4: two products.
+// For 16 positions and 128 columns of the values, of which a warp has 32 and a thread 4: two products.
 struct Values {
     u32 word[4];
     __device__ __forceinline__ void load(u32 even, u32 odd) {
         word[0] = smem_word(even), word[1] = smem_word(odd);
         word[2] = smem_word(even + ROW_BYTES), word[3] = smem_word(odd + ROW_BYTES);
     }
-    // Columns become rows: bytes of one column and two positions side by side.
+    // Columns become rows: bytes of one column and two adjacent positions.
     __device__ __forceinline__ void unpack(u32* a) const {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -165,7 +165,7 @@ struct Queries {
     long long stride_request, stride_row;
     int rows;  // of a request
     float scale;
-    // Those of a piece, the work of 8 warps. Up to four rows at a time, as each time waits for memory.
+    // The queries of a piece, loaded by 8 warps. Up to four rows at a time, since each time waits for memory.
     __device__ __forceinline__ void prepare(u32 base, int request, int row_block, int warp, int lane) const {
         constexpr int ROWS = WIDTH == 16 ? 2 : 4;
 #pragma unroll 1

@@ -1,4 +1,4 @@
-// Results of parts of a request, which are to be combined: what the decode kernel over the latent cache writes and what combines them.
+// Partial results of a request that are to be combined: written by the decode kernels over the latent cache, and read by the one that combines them.
 #pragma once
 
 #include "element.cuh"
@@ -16,11 +16,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-__device__ __forceinline__ float nothing() { return __int_as_float(0xff800000); }  // -inf: a maximum, or log-sum-exp, of nothing
+__device__ __forceinline__ float nothing() { return __int_as_float(0xff800000); }  // -inf: the maximum, or log-sum-exp, of nothing
 
 __device__ __forceinline__ float base_of(float largest) { return largest == nothing() ? 0.f : largest; }
 
-// A flag of a CTA of the decode kernel, in memory: 0 from before `let_next_begin`, 1 when it has written all that it has to.
+// A flag of a CTA of the decode kernel, in memory: 0 from before `let_next_begin` on, 1 when it has written everything.
 __device__ __forceinline__ void clear_flag(int* flag) { asm volatile("st.relaxed.gpu.global.s32 [%0], 0; fence.acq_rel.gpu;" ::"l"(flag) : "memory"); }
 __device__ __forceinline__ void raise_flag(int* flag) { asm volatile("fence.acq_rel.gpu; st.relaxed.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory"); }
 __device__ __forceinline__ bool raised(const int* flag) {
@@ -29,14 +29,14 @@ __device__ __forceinline__ bool raised(const int* flag) {
     return x != 0;
 }
 
-// Where results go that are to be combined: two slots for each part, for the request that it goes on with and the one that it begins. They are rounded
-// to 16 bits: half the bytes to write and to read, 4 of 126 us for 16 requests of 16,384 and 4 of 32 for one of 32,768; the square error of the result,
-// which is rounded to 16 bits too, is then 2.1e-6 of its square in place of 1.6e-6.
+// Where results that are to be combined go: two slots for each part, one for the request that it continues and one for the request that it begins.
+// They are rounded to 16 bits: half the bytes to write and to read, 4 of 126 us for 16 requests of 16,384 and 4 of 32 for one of 32,768; the square
+// error of the result, which is rounded to 16 bits too, is then 2.1e-6 of its square instead of 1.6e-6.
 struct Work {
     uint4* sums;   // [2 * parts, row_blocks, columns / 16, 4 warps, 32 lanes]: as the products leave them, see wgmma.cuh; rows r and r + 8 of two columns, and the same 8 columns on
     float* lse;    // [2 * parts, padded_rows], in powers of 2
-    // [min(requests, parts)], as one request at most of those with several parts begins in each part: a request, the first part that has it, and how
-    // many do; what they say of one part or none is not used.
+    // [min(requests, parts)], since at most one request with several parts begins in each part: a request, its first part, and its number of parts;
+    // entries for no or one part are not used.
     int4* spans;
     int* flags;  // [parts * row_blocks]
     int padded_rows, row_blocks;
@@ -48,7 +48,7 @@ struct Work {
         flags = (int*)(lse + 2 * parts * padded_rows);
         spans = (int4*)(flags + (parts * row_blocks + 3) / 4 * 4);
     }
-    // Of a slot and 64 rows, the sums of a warp's lane in columns 16 * j and on.
+    // Of a slot and 64 rows, the sums of a warp's lane from column 16 * j on.
     __device__ __forceinline__ uint4* of(int slot, int row_block, int j, int warp, int lane) const {
         return sums + (((long long)slot * row_blocks + row_block) * (VALUE / 16) + j) * 128 + warp * 32 + lane;
     }

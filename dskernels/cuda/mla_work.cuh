@@ -1,5 +1,5 @@
-// What the two decode kernels over the latent cache share (mla/decode/hopper.cu and, for rows of e4m3, hopper_rows.cu): how the cached positions of a
-// batch are shared out over the GPU, where rows are, and where results go.
+// Shared by the two decode kernels over the latent cache (mla/decode/hopper.cu and, for e4m3 rows, hopper_rows.cu): how the cached positions of a
+// batch are divided over the GPU, where rows are, and where results go.
 #pragma once
 
 #include "groups.cuh"
@@ -8,16 +8,16 @@
 
 constexpr int THREADS = 384;  // three warpgroups: two multiply, the third loads
 
-// ---- what the compiler is not to know ---------------------------------------------------------------------------------
+// ---- hiding values from the compiler ----------------------------------------------------------------------------------
 
-// A number that the compiler does not know from one use to the next: what follows from it, it would keep in registers.
+// A number that the compiler does not recognise from one use to the next: it would keep everything derived from it in registers.
 __device__ __forceinline__ int again(int x) {
     int y;
     asm volatile("mov.b32 %0, %1;" : "=r"(y) : "r"(x));
     return y;
 }
-// The address of shared memory as the compiler knows it to be the same in all lanes, through a shuffle; and not from one block to the next: it
-// would keep all descriptors that follow from it in registers.
+// The address of shared memory in a form that the compiler knows to be the same in all lanes (through a shuffle), but not from one block to the next:
+// it would keep all descriptors derived from it in registers.
 __device__ __forceinline__ u32 anew(u32 base) {
     u32 x;
     asm volatile("mov.b32 %0, %1;" : "=r"(x) : "r"(base));
@@ -26,10 +26,10 @@ __device__ __forceinline__ u32 anew(u32 base) {
 
 // ---- how the work is shared out ------------------------------------------------------------------------------------
 
-// A run of blocks of 64 positions of one request, which one CTA works off for 64 of its query rows.
+// A run of blocks of 64 positions of one request, which one CTA processes for 64 of its query rows.
 struct Piece {
-    int request, first, blocks, length, fresh;  // blocks < 0: there is no more; fresh: how many of its tokens are new
-    int slot;                                   // where a part of the result goes, < 0: this is all of it
+    int request, first, blocks, length, fresh;  // blocks < 0: there is no more work; fresh: how many of its tokens are new
+    int slot;                                   // where a partial result goes, < 0: this is the whole result
 };
 
 __device__ __forceinline__ void write_piece(u32 at, const Piece& x) {
@@ -43,10 +43,10 @@ __device__ __forceinline__ Piece read_piece(u32 at) {
     return x;
 }
 
-// The batch as the device knows it.
+// The batch, in device memory.
 struct Batch {
     const int* lengths;
-    const int* q_lengths;  // null: all of q_tokens
+    const int* q_lengths;  // null: all q_tokens of each request
     int requests, capacity, q_tokens;
     __device__ __forceinline__ int length(int request) const { return min(max(__ldg(lengths + request), 0), capacity); }
     __device__ __forceinline__ int fresh(int request) const {
@@ -54,23 +54,23 @@ struct Batch {
     }
 };
 
-// The share of one of `parts` groups of CTAs, each of which has a CTA for each 64 query rows of a request. A request costs its blocks and, before
-// them, BOUNDARY more for what begins and ends with it. The costs of all requests stand in a row, and each part gets as much of it as
-// every other: where that cuts a request, its parts are combined later. Where whole requests, as many to a part as to every other, take at
-// most WHOLE more than the even share, nothing is cut.
+// The share of one of `parts` groups of CTAs; a group has a CTA for each 64 query rows of a request. The cost of a request is its number of blocks,
+// preceded by BOUNDARY more for what begins and ends with it. The costs of all requests are placed in a row, which is divided evenly among the parts:
+// if this cuts a request, its partial results are combined later. If whole requests, equally many for every part, exceed the even share by at most
+// WHOLE, no request is cut.
 struct Share {
     int even;     // cost of an even share; 0: requests are whole
-    int to;       // where the share ends, counted from where it begins
+    int to;       // end of the share, relative to its beginning
     int request;  // the next to look at
-    int begin;    // where that request begins, counted from where the share does
+    int begin;    // beginning of that request, relative to that of the share
 
-    // The CTA's work. The scratch is 8 bytes a request and then 8 a warp; whoever uses that memory next needs a barrier.
+    // The CTA's work. The scratch is 8 bytes per request and then 8 per warp; whoever uses that memory next needs a barrier.
     __device__ __forceinline__ void plan(const Batch& batch, int part, int parts, u32 scratch) {
         const GroupTable table{scratch + 256, batch.requests};
         plan_groups<THREADS, false>(table, scratch, batch.lengths, batch.capacity, [](int length) { return (length + BLOCK - 1) / BLOCK + BOUNDARY; });
         const int total = table.tiles();
         even = (total + parts - 1) / parts;
-        // Whole requests: the most that a part gets.
+        // Whole requests: the most that one part gets.
         auto bound = [&](int p) { return (u32)(p * batch.requests) / (u32)parts; };
         int most = 0;
 #pragma unroll 1
@@ -96,7 +96,7 @@ struct Share {
         begin = table.at(low).y - from;
     }
 
-    // The next piece; `count` says how many parts have the request that begins in it, 0: none does.
+    // The next piece; `count` returns how many parts have the request that begins in it, 0 if none begins.
     __device__ __forceinline__ Piece next(const Batch& batch, int part, int& count) {
         Piece piece;
         count = 0;
@@ -129,12 +129,12 @@ struct Cache {
     const int* table;
     long long stride_page, stride_row;  // in bytes
     int stride_table, pages, page;
-    // Of a position: its page, as the table has it, and its row there.
+    // For a position: its page, according to the table, and its row there.
     __device__ __forceinline__ int2 ask(int request, int position) const {
         const int index = position / page;
         return make_int2(__ldg(table + (long long)request * stride_table + index), position - index * page);
     }
-    // The page made one of those that there are. This waits for the table.
+    // The page, clamped to those that exist. This waits for the table.
     __device__ __forceinline__ int2 find(int2 place) const { return make_int2(min(max(place.x, 0), pages - 1), place.y); }
     __device__ __forceinline__ const u8* row(int2 place) const {
         const int2 at = find(place);

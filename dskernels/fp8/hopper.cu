@@ -1,8 +1,8 @@
-// Quantising to e4m3 with one fp32 scale a tile, as the matrix stands, transposed, or both in one pass, on sm_90a.
+// Quantising to e4m3 with one fp32 scale per tile, on sm_90a: the matrix as it is, transposed, or both in one pass.
 //
-// A CTA takes 16 * WARPS rows of 128 columns and reads them once, into registers: a thread holds 8 rows of 8 columns. The largest
-// magnitude of a row is known to half a warp, that of a column after a round through shared memory, where one thread for each row and
-// column makes the scale. A transposed tile is put together in shared memory, so that it too is written 16 bytes a thread.
+// A CTA takes 16 * WARPS rows of 128 columns and reads them once, into registers: a thread holds 8 rows of 8 columns. Half a warp knows the largest
+// magnitude of a row; that of a column is known after an exchange through shared memory, where one thread for each row and column computes the scale.
+// A transposed tile is assembled in shared memory, so that it too is written in 16 bytes a thread.
 //
 // Options (-D): SOURCE, what is quantised: 0 x (bf16), 1 silu(gate) * up, 2 its gradient, first that of the gate, then that of up.
 // KEPT: a product's gate and up are quantised too, as dskernels/moe/packed.py has them, cols being a multiple of 128.
@@ -18,7 +18,7 @@ constexpr bool BY_ROW = PLAIN == ROW || TRANSPOSED == ROW, BY_COLUMN = PLAIN == 
 constexpr bool BY_TILE = PLAIN == TILE || TRANSPOSED == TILE;
 constexpr int ROWS = 16 * WARPS;
 
-// The quotient of a product may be an ulp or two off (274 us in place of 289 for the gradient at 32768 x 2048); x is divided to the bit.
+// A product's quotient may be off by an ulp or two (274 us instead of 289 for the gradient at 32768 x 2048); x is divided exactly.
 #if SOURCE == 0
 typedef Pairs Values;
 typedef Divisor Factor;
@@ -27,7 +27,7 @@ typedef Singles Values;
 typedef Reciprocal Factor;
 #endif
 
-// Which elements a thread has: 8 rows and 8 columns of a tile.
+// The elements of a thread: 8 rows and 8 columns of a tile.
 struct Place : Lane {
     int e, i_r, i_c;
 
@@ -42,7 +42,7 @@ struct Place : Lane {
 };
 
 #if KEPT
-// A row's tiles of gate and of up, of which a lane of 16 has 8 elements each, in e4m3 and their scales behind the row.
+// A row's tiles of gate and of up, of which each of 16 lanes has 8 elements, in e4m3, with their scales behind the row.
 __device__ __forceinline__ void keep(u8* row, const uint4& gates, const uint4& ups, int i_c, int c, int cols, bool valid) {
     u32 of_gate = 0, of_up = 0;
 #pragma unroll
@@ -73,9 +73,9 @@ __device__ __forceinline__ void keep(u8* row, const uint4& gates, const uint4& u
 __device__ __forceinline__ void keep(u8*, const uint4&, const uint4&, int, int, int, bool) {}
 #endif
 
-// `x` is bf16 [E, rows, cols], or gate and up side by side, [rows, 2 * cols], and `dy` [rows, cols]. The results are contiguous;
-// stride_s is that of scales from one tile to the next, across the direction in which they stand side by side. Of a product with `offsets`, rows from
-// offsets[groups] on are nobody's: they are not read, and what becomes of them is left as it is.
+// `x` is bf16 [E, rows, cols], or gate and up side by side, [rows, 2 * cols], and `dy` [rows, cols]. The results are contiguous; stride_s is the
+// stride of scales from one tile to the next, across the direction of a tile's elements. If a product has `offsets`, rows from offsets[groups] on
+// belong to no group: they are not read, and their results are not written.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__ q, float* __restrict__ s, u8* __restrict__ qt, float* __restrict__ st,
          u8* __restrict__ kept, long long stride_xe, int stride_xr, int stride_dyr, int rows, int cols, int tiles_r, int tiles_c, int stride_s,
@@ -84,7 +84,7 @@ quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__
     __shared__ __align__(16) Columns<Values, Factor, BY_COLUMN ? WARPS : 1> columns;
     __shared__ u32 warp_amax[WARPS];
     __shared__ __align__(128) u8 for_turned[TRANSPOSED ? sizeof(Turned) : 16];
-    extern __shared__ float4 of_up[];  // of GRADIENT: what up gets, while that of the gate is written
+    extern __shared__ float4 of_up[];  // for GRADIENT: holds the gradient of up while that of the gate is written
     Turned& turned = *reinterpret_cast<Turned*>(for_turned);
 
     const int width = SOURCE == GRADIENT ? 2 * cols : cols;
@@ -182,7 +182,7 @@ quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__
     const u16* from_dy = dy + (long long)at.row() * stride_dyr + at.col();
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        uint4 dys;  // first: behind the other two, a register spills
+        uint4 dys;  // declared first: after the other two, a register spills
         if (SOURCE == GRADIENT) dys = load(from_dy + i * stride_dyr, i < height);
         const uint4 gates = load(from + i * stride_xr, i < height), ups = load(from + i * stride_xr + cols, i < height);
         if (KEPT) keep(kept + (long long)(at.row() + i) * stride_kept, gates, ups, at.i_c, at.c, cols, i < height);
@@ -195,7 +195,7 @@ quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__
                 if (SOURCE == PRODUCT) {
                     v.x[i][j] = mul(swish, up);
                 } else {
-                    // Each rounded as the reference rounds it: where the terms of a tile's largest all but cancel, its scale would tell.
+                    // Rounded like the reference, step by step: if the terms of a tile's largest element nearly cancel, its scale would show it.
                     const float d = element(dys, j);
                     v.x[i][j] = mul(mul(d, up), add(s, mul(swish, add(1.f, -s))));
                     other[j % 4] = mul(mul(d, gate), s);
@@ -207,7 +207,7 @@ quantize(const u16* __restrict__ x, const u16* __restrict__ dy, u8* __restrict__
 #if SOURCE == 1
     emit(at.i_c);
 #else
-    // Found again rather than kept in registers through the loads, where there are none to spare.
+    // Computed again rather than kept in registers during the loads, which have none to spare.
     int thread, block;
     asm volatile("mov.u32 %0, %%tid.x; mov.u32 %1, %%ctaid.x;" : "=r"(thread), "=r"(block));
     at = Place(thread, block, tiles_r, tiles_c);

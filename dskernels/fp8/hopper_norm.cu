@@ -1,7 +1,7 @@
 // RMSNorm, quantised to e4m3 in 1x128 tiles, on sm_90a.
 //
-// A CTA takes a row and reads it once, into registers: a thread has PER chunks of 8 columns, every CTA-th of them, and 16 lanes have a tile.
-// Many CTAs on a multiprocessor keep memory busy while others reduce.
+// A CTA takes a row and reads it once, into registers: a thread has PER chunks of 8 columns, every CTA-th of them, and 16 lanes have a tile. Many
+// CTAs per multiprocessor keep memory busy while others reduce.
 //
 // Options (-D): RESIDUAL, whether a second row is added first; NORMED, whether the norm is also stored in bf16; WARPS, PER, BLOCKS to an SM, UE8M0.
 
@@ -12,7 +12,7 @@ constexpr int CTA = 32 * WARPS;
 
 __device__ __forceinline__ u32 rounded_sum(u32 x, u32 y) { return narrowed(add(low(x), low(y)), add(high(x), high(y))); }
 
-// `x` and `residual` are bf16 [rows, cols]; q, total and normed are contiguous; stride_s is that of scales from one tile of a row to the next.
+// `x` and `residual` are bf16 [rows, cols]; q, total and normed are contiguous; stride_s is the stride of scales from one tile of a row to the next.
 extern "C" __global__ void __launch_bounds__(CTA, BLOCKS)
 rmsnorm_quantize(const u16* __restrict__ x, const u16* __restrict__ residual, const u16* __restrict__ weight, u16* __restrict__ total,
                  u16* __restrict__ normed, u8* __restrict__ q, float* __restrict__ s, long long stride_x, long long stride_r, int cols, int stride_s, float eps, double inverse_cols) {
@@ -41,9 +41,9 @@ rmsnorm_quantize(const u16* __restrict__ x, const u16* __restrict__ residual, co
             store(total + row * cols + chunk * 8, a[i], chunk < chunks);
         }
     }
-    // In fp64, so that the factor is the reference's to the bit, in whatever order it adds: an ulp of it would be up to five of a scale.
+    // In fp64, so that the factor has the reference's bits whatever the order of summation: one ulp of it could be up to five of a scale.
     double sum = 0.;
-    u32 largest = 0;  // magnitudes, two at a time
+    u32 largest = 0;  // magnitudes, packed in pairs
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
 #pragma unroll

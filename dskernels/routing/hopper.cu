@@ -1,11 +1,11 @@
-// The choice of experts, on sm_90a: one warp a token, selection as in routing_selection.cuh.
+// The choice of experts, on sm_90a: one warp per token, with the selection in routing_selection.cuh.
 //
-// QUICK: sigmoid to the bit takes 13 instructions, and only candidates need it. Candidates are sought with one of 4, off by less than `slack`;
-// where that leaves open which groups or candidates there are, the row is scored to the bit: 7 of 10,000 of normal logits, 80 of 10,000 if they
-// are so small (0.01) that all experts score much the same.
+// QUICK: an exact sigmoid takes 13 instructions, and only candidates need it. Candidates are found with an approximation of 4 instructions, off
+// by less than `slack`. If this leaves open which groups or candidates they are, the row is scored exactly: 7 of 10,000 rows of normal logits,
+// 80 of 10,000 if the logits are so small (0.01) that all experts score nearly the same.
 //
-// Loads are counted in shared memory, and added up in global memory once a block. What they are added to is zeroed by block 0 of the
-// same launch: see `Arrivals`.
+// Loads are counted in shared memory, and each block adds its counts to global memory once. Block 0 of the same launch zeroes that memory
+// before: see `Arrivals`.
 //
 // Options (-D): E, TOP_K, N_GROUPS (1 where all groups are allowed), TOP_GROUPS, SOFTMAX, NORMALIZE, HAS_BIAS. DTYPE of the logits: 0
 // bf16, 1 fp16, 2 fp32. VECTOR, how many of them a load takes. PARTS: logits come as partial sums. REPLICAS: choices are placed.
@@ -19,7 +19,7 @@ __device__ __forceinline__ int lane_id() {
     return lane;
 }
 __device__ __forceinline__ void smem_count(u32 addr) { asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(addr) : "memory"); }
-// x, which nvcc is not to compute or load again where it is needed.
+// x, in a form that keeps nvcc from computing or loading it again at each use.
 template <class T> __device__ __forceinline__ T kept_in_a_register(T x) {
     if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(x));
     else asm volatile("" : "+r"(reinterpret_cast<u32&>(x)));
@@ -28,8 +28,8 @@ template <class T> __device__ __forceinline__ T kept_in_a_register(T x) {
 
 // ---- loads -------------------------------------------------------------------------------------------------------
 
-// How far the blocks of a launch are, a word for each launch that may be under way. Block 0 zeroes what all add to, and arrives; each block
-// waits for that before it adds, and then arrives too. The last to arrive wraps the word around to 0, as the next launch wants to find it.
+// How far the blocks of a launch have got: a word for each launch that may be running. Block 0 zeroes what all blocks add to, and arrives; each
+// block waits for this before it adds, and then arrives too. The last to arrive wraps the word around to 0, as the next launch expects it.
 // Blocks start in the order of their numbers, so nobody waits for a block that cannot start.
 __device__ u32 arrivals[ARRIVALS];
 
@@ -42,12 +42,12 @@ struct Arrivals {
         u32 seen;
         do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(word) : "memory");
         while (seen == 0);
-        // Relaxed: it announces nothing that this block did, and needs no fence, for which a launch would wait at its end.
+        // Relaxed: it announces nothing that this block wrote, and needs no fence, which would delay the end of a launch.
         asm volatile("red.relaxed.gpu.global.inc.u32 [%0], %1;" ::"l"(word), "r"(gridDim.x) : "memory");
     }
 };
 
-// Where this token finds an expert: its places, of which there are as many as entries before the first -1, take turns from token to token.
+// Where this token finds an expert: the places before the first -1 take turns from token to token.
 __device__ __forceinline__ int replica_of(const int* physical, int replicas, int id, int token) {
     const int* places = physical + (long long)id * replicas;
     int n = 0;
@@ -57,7 +57,8 @@ __device__ __forceinline__ int replica_of(const int* physical, int replicas, int
 
 // ---- the kernel --------------------------------------------------------------------------------------------------
 
-// s + b of a quick score, as bits of a positive number; `b` was made large enough for that. Off by less than 3 ulp of s and one of the sum.
+// s + b with the approximate score, as the bits of a positive number; `b` is made large enough for that. Off by less than 3 ulp of s and one of
+// the sum.
 __device__ __forceinline__ int quick_key(float x, float b) {
     float power, s;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(__fmul_rn(x, -1.442695041f)));
@@ -65,22 +66,22 @@ __device__ __forceinline__ int quick_key(float x, float b) {
     return __float_as_int(HAS_BIAS ? __fadd_rn(s, b) : s);
 }
 
-// `logits` is [T, E], its rows `stride` apart; with PARTS fp32 [parts, T, E], the sum of which goes to `sums` [T, E]. `physical` is
-// [E, replicas]: where each expert stands, -1 after the last of fewer places; the token's number says which place. `weights`, `experts` and
-// `placed` are [T, TOP_K]. `slot` is the launch's word of `arrivals`, which a launch of one block leaves alone. A block takes `rows` tokens.
+// `logits` is [T, E], with `stride` from one row to the next; with PARTS fp32 [parts, T, E], whose sum goes to `sums` [T, E]. `physical` is [E,
+// replicas]: the places of each expert, padded with -1; the token's number selects one. `weights`, `experts` and `placed` are [T, TOP_K].
+// `slot` is the launch's word of `arrivals`, which a launch of one block does not use. A block takes `rows` tokens.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, BLOCKS)
 route(const Element* __restrict__ logits, const float* __restrict__ bias, const int* __restrict__ physical, float* __restrict__ weights,
       int* __restrict__ experts, int* __restrict__ placed, float* __restrict__ sums, int* __restrict__ loads, int* __restrict__ nonfinite,
       u64 slot, long long stride, u32 tokens, u32 rows, int parts, int replicas, float scale) {
-    __shared__ int counts[E + 1];  // of the experts, and of tokens without a choice
+    __shared__ int counts[E + 1];  // for each expert, and for tokens without a choice
     __shared__ float4 for_warps[MOST_THREADS / 32 * Shared::BYTES / 16];
-    const u32 warps = blockDim.x / 32, warp = __shfl_sync(ALL, threadIdx.x / 32, 0);  // which nvcc then knows to be one number
+    const u32 warps = blockDim.x / 32, warp = __shfl_sync(ALL, threadIdx.x / 32, 0);  // nvcc then knows that it is the same in all lanes
     const int lane = lane_id();
     const Shared shared = {smem_addr(for_warps) + warp * Shared::BYTES};
     const u32 counts_addr = kept_in_a_register(smem_addr(counts));
     const Arrivals blocks = {arrivals + slot};
 
-    // Experts first_id to first_id + held - 1 are this lane's.
+    // This lane has the experts first_id to first_id + held - 1.
     const int first_id = lane / SPREAD * HELD * SIZE + lane % SPREAD * PER;
     const int held = FULL ? V : HELD == 1 ? (lane / SPREAD < N_GROUPS ? max(0, min(PER, SIZE - lane % SPREAD * PER)) : 0)
                                           : max(0, min(HELD, N_GROUPS - lane * HELD)) * SIZE;
@@ -88,7 +89,7 @@ route(const Element* __restrict__ logits, const float* __restrict__ bias, const 
 
     u32 row = blockIdx.x * rows + warp;
     const u32 end = blockIdx.x * rows + min(rows, tokens - blockIdx.x * rows);
-    const Element* mine = logits + row * stride + first_id;  // of the row, what is this lane's
+    const Element* mine = logits + row * stride + first_id;  // this lane's part of the row
     const long long step = kept_in_a_register(warps * stride * (long long)sizeof(Element));
     auto next = [&](const Element* p) { return reinterpret_cast<const Element*>(reinterpret_cast<const char*>(p) + step); };
 
@@ -100,7 +101,7 @@ route(const Element* __restrict__ logits, const float* __restrict__ bias, const 
             if (here(v)) raw[v / VECTOR] = load<VECTOR>(p + v);
         }
     };
-    // The logits of a row: the numbers that were asked for, and those of all other parts.
+    // The logits of a row: this lane's numbers, and with PARTS those of all other parts.
     auto logits_of = [&](const Raw& raw, float(&x)[V]) {
 #pragma unroll
         for (int v = 0; v < V; v += VECTOR) {
@@ -129,7 +130,7 @@ route(const Element* __restrict__ logits, const float* __restrict__ bias, const 
         }
     };
 
-    // A programmatic launch: until here the kernel in front of this one may still run.
+    // For a programmatic launch: up to here the preceding kernel may still run.
     for (int e = threadIdx.x; e <= E; e += blockDim.x) counts[e] = 0;
     wait_for_dependency();
     launch_dependents();
@@ -151,7 +152,7 @@ route(const Element* __restrict__ logits, const float* __restrict__ bias, const 
 #pragma unroll
         for (int v = 0; v < V; ++v) asm("max.NaN.f32 %0, %0, %1;" : "+f"(most) : "f"(fabsf(quick_bias[v])));
         most = __int_as_float(__reduce_max_sync(ALL, __float_as_int(most)));
-        if (!(most < 1e6f)) most_size = -1.f;  // no row is scored quickly
+        if (!(most < 1e6f)) most_size = -1.f;  // then no row is scored quickly
         slack = most * 0x1p-21f;
 #pragma unroll
         for (int v = 0; v < V; ++v) quick_bias[v] = kept_in_a_register(quick_bias[v] + (most + 1.f));
@@ -166,7 +167,7 @@ route(const Element* __restrict__ logits, const float* __restrict__ bias, const 
         logits_of(asked, x);
 #pragma unroll
         for (int v = 0; v < V; ++v) size += fabsf(x[v]);
-        // Nearly always all is finite and small, which one sum tells: a NaN or an infinity stays in it.
+        // Nearly always all logits are finite and small, which one sum reveals: a NaN or an infinity persists in it.
         if (QUICK && __all_sync(ALL, size <= most_size)) {
 #pragma unroll
             for (int v = 0; v < V; ++v) choice[v] = here(v) ? quick_key(x[v], quick_bias[v]) : STRUCK;
@@ -174,7 +175,7 @@ route(const Element* __restrict__ logits, const float* __restrict__ bias, const 
             if (sure) candidates = gather<false>(choice, largest, first_id, slack, lane, shared);
         }
         if (candidates > 32) {
-            __syncwarp();  // what a quick attempt has read is written again
+            __syncwarp();  // what a quick attempt has read is overwritten
             float b[V];
             load_bias(kept_in_a_register(bias), b);
 #pragma unroll
@@ -209,7 +210,7 @@ route(const Element* __restrict__ logits, const float* __restrict__ bias, const 
             }
         }
 
-        // To pick a candidate's s out of the registers of another lane would take longer than to compute it again, to the same bits.
+        // Fetching a candidate's s from the registers of another lane would take longer than computing it again, with the same bits.
         const int id = lane < candidates ? shared.word(Shared::ID, lane) : 0;
         float x_id = number(mine[id - first_id]);
         if (PARTS)
@@ -230,7 +231,7 @@ route(const Element* __restrict__ logits, const float* __restrict__ bias, const 
             if (REPLICAS) placed[to] = replica_of(physical, replicas, id, row);
             smem_count(counts_addr + id * 4);
         }
-        __syncwarp();  // `shared` is read before the next token's is written
+        __syncwarp();  // `shared` is read before it is written for the next token
     }
 
     // The last warp has the fewest tokens, and waits while the others work.

@@ -1,13 +1,13 @@
-// The gradient of the choice of experts, on sm_90a: one warp a token.
+// The gradient of the choice of experts, on sm_90a: one warp per token.
 //
 // Options (-D): E, TOP_K, SOFTMAX, NORMALIZE, DTYPE of the logits: 0 bf16, 1 fp16, 2 fp32. VECTOR, how many of them a load takes. MOST_THREADS of
 // a block, BLOCKS to an SM at least.
 
 #include "routing.cuh"
 
-// Gradient of the weights w to the logits, `grad` being that to the weights. With u = w * (grad - sum(grad * w) / scale), or w * grad where
-// weights are not normalised, at the chosen experts and 0 elsewhere: sigmoid gives u * (1 - s), softmax u - s * sum(u). Nothing is divided by
-// s, which may be as good as 0. With sigmoid only the chosen logits are read.
+// The gradient of the weights w with respect to the logits; `grad` is the gradient with respect to the weights. With u = w * (grad - sum(grad *
+// w) / scale), or w * grad if weights are not normalised, at the chosen experts and 0 elsewhere: sigmoid gives u * (1 - s), softmax u - s *
+// sum(u). Nothing is divided by s, which may be nearly 0. With sigmoid only the chosen logits are read.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS, BLOCKS)
 route_backward(const float* __restrict__ grad, const Element* __restrict__ logits, const float* __restrict__ weights,
                const int* __restrict__ experts, Element* __restrict__ dlogits, long long stride, int tokens, float scale) {
@@ -39,7 +39,7 @@ route_backward(const float* __restrict__ grad, const Element* __restrict__ logit
             for (int i = 0; i < VECTOR; ++i) x[v + i] = number(part.at[i]);
         }
 
-    // Where the weight is 0 the gradient may be anything, even NaN: it is left out, not multiplied.
+    // If the weight is 0, the gradient may be anything, even NaN: it is left out, not multiplied.
     const float mean = NORMALIZE ? warp_sum(w != 0.f ? g * w : 0.f) / (scale == 0.f ? 1.f : scale) : 0.f;
     const float u = w != 0.f ? w * (g - mean) : 0.f;
     const float sum_u = SOFTMAX ? warp_sum(u) : 0.f;
@@ -50,7 +50,7 @@ route_backward(const float* __restrict__ grad, const Element* __restrict__ logit
         for (int v = 0; v < V; ++v) bounds[v] = bounded(x[v]);
         affinity = affinity_of(bounds, here);
     }
-    // The row as if none of it had been chosen, then what was.
+    // The row as if no expert had been chosen, then the chosen ones.
 #pragma unroll
     for (int v = 0; v < V; v += VECTOR) {
         Vector<VECTOR, Element> part;

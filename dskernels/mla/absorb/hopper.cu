@@ -1,12 +1,12 @@
-// Absorbed queries on sm_90a: [q^C W^UK, RoPE(q^R)] of each head, in one launch.
+// Absorbed queries on sm_90a: [q^C W^UK, RoPE(q^R)] for each head, in one launch.
 //
-// A CTA has SPAN columns of the latent of one head, for TOKENS tokens. All that it multiplies, up to 128 KB of weights and 32 KB of queries, it
-// asks for at once, as what bounds this is memory: 16.8 MB of weights with 128 heads, and with many tokens what is written. Products are
-// transposed: 64 columns of the latent are the rows of a product, as it needs so many, and the tokens, be they 8, its columns. So the same
-// instruction adds the same terms in the same order however many tokens there are: a token has the same bits in any company.
+// A CTA has SPAN columns of the latent of one head, for TOKENS tokens. It requests all of its operands at once, up to 128 KB of weights and 32 KB of
+// queries, since memory is the limit: 16.8 MB of weights with 128 heads, and with many tokens the result. Products are transposed: 64 columns of the
+// latent are the rows of a product, which must have 64, and the tokens, as few as 8, its columns. So the same instruction adds the same terms in the
+// same order for any number of tokens: a token's result has the same bits in any batch.
 //
-// Each warpgroup takes 64 columns at a time, once their weights are there, and puts the product where these were, from where the tensor memory
-// accelerator stores it. Meanwhile the CTAs of a head share the rotation of its tokens out among them, by warps, a pair of columns a lane.
+// Each warpgroup takes 64 columns at a time, once their weights have arrived, and overwrites these with the product, which TMA stores from there.
+// Meanwhile the CTAs of a head divide the rotation of its tokens among themselves, by warps, with a pair of columns per lane.
 //
 // Options (-D): OUT, the dtype (0 bf16, 1 fp16); TOKENS, a multiple of 8; SPAN, a multiple of 64.
 
@@ -17,7 +17,7 @@ constexpr int NOPE = 128, ROPE = 64, LATENT = 512;  // columns
 constexpr int BOXES = SPAN / 64, SPANS = LATENT / SPAN, GROUPS = BOXES < 4 ? BOXES : 4, WARPS = 4 * GROUPS;
 constexpr int BOX_BYTES = NOPE * 128, HALF_BYTES = TOKENS * 128;  // 64 columns of weights; of queries
 constexpr int OFFSET_Q = BOXES * BOX_BYTES, OFFSET_BARRIERS = OFFSET_Q + 2 * HALF_BYTES;
-constexpr int ROTATED = (TOKENS / SPANS + WARPS - 1) / WARPS;  // tokens of a warp
+constexpr int ROTATED = (TOKENS / SPANS + WARPS - 1) / WARPS;  // tokens that a warp rotates
 
 static_assert(BOX_BYTES >= HALF_BYTES, "a product lies where its weights were");
 
@@ -79,9 +79,9 @@ mla_decode_queries(const __grid_constant__ TensorMap map_q, const __grid_constan
         wgmma_commit();
         wgmma_wait<0>();
         registers_fence(d);
-        named_sync<128>(1 + group);  // all of the warpgroup have read the weights
+        named_sync<128>(1 + group);  // the whole warpgroup has read the weights
 
-        // Of two matrices of 8 tokens, 8 columns of the latent each: lane i points to where the row of token i % 8 goes. Rows of 128 bytes, swizzled.
+        // Two matrices of 8 tokens, 8 columns of the latent each: lane i points to the destination of token i % 8's row. Rows of 128 bytes, swizzled.
         const int row = lane / 16 * 8 + lane % 8, chunk = warp % 4 * 2 + lane / 8 % 2;
         const u32 to = weights + row * 128 + ((chunk ^ lane % 8) * 16);
 #pragma unroll

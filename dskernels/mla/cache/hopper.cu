@@ -1,8 +1,9 @@
 // RMSNorm of the latent, RoPE of the shared key, and the store of both to a slot of the paged cache, on sm_90a.
 //
-// Half a warp has a token and reads it once, into registers, 32 columns a lane: 16 lanes beside one another read and write 256 bytes at once, or,
-// where they become e4m3, 8 lanes 128 bytes and so two of its tiles of 128 columns. Lanes take turns at the pairs of the key. No load waits for another, nor for the slot, which only decides where the row is stored, and whether. Two tokens to a warp, because
-// what is done once for a token or a tile (the root, the scale, addresses) is half of all instructions with one.
+// Half a warp has a token and reads it once, into registers, 32 columns a lane: 16 adjacent lanes read and write 256 bytes at once or, in e4m3, 8
+// lanes 128 bytes, and so two tiles of 128 columns. Lanes take turns at the pairs of the key. No load waits for another, nor for the slot, which only
+// decides where the row is stored, and whether. A warp has two tokens, because with one, half of all instructions are done once per token or tile
+// (the root, the scale, addresses).
 //
 // Options (-D): FP8, rows of e4m3; LATENT (a multiple of 8, up to 512) and ROPE, columns; WARPS; BLOCKS to an SM; UE8M0 (0, quantize.cuh
 // wants it).
@@ -10,19 +11,19 @@
 #include "quantize.cuh"
 #include "rms_norm.cuh"
 
-constexpr int LANES = 16, CHUNKS = 4;  // of a token; chunks of 8 columns of a lane
-// Lanes that have neighbouring chunks. 65,536 tokens: 48.4 us with 16, 48.5 with 8, 50.0 with 4; e4m3 40.7 with 8, 41.4 with 4.
-constexpr int BESIDE = FP8 ? 8 : 16, CHUNKS_OF_TILE = 2;  // what a lane has of a tile, with 8 lanes
+constexpr int LANES = 16, CHUNKS = 4;  // lanes of a token; chunks of 8 columns of a lane
+// Lanes that have adjacent chunks. 65,536 tokens: 48.4 us with 16, 48.5 with 8, 50.0 with 4; e4m3 40.7 with 8, 41.4 with 4.
+constexpr int BESIDE = FP8 ? 8 : 16, CHUNKS_OF_TILE = 2;  // chunks of a tile in a lane, with 8 lanes
 constexpr int TILES = (LATENT + 127) / 128, PAIRS = ROPE / 2, PAIRS_PER = (PAIRS + LANES - 1) / LANES;
 constexpr int ROPE_AT = FP8 ? LATENT + TILES * 4 : LATENT * 2;  // bytes of a row of the cache
 
-// Tensors of which a token has a row: where they begin, and the bytes from one row to the next. The first two are bf16, the others fp32.
+// Tensors with a row per token: their address, and the bytes from one row to the next. The first two are bf16, the others fp32.
 struct Inputs {
     const u8 *kv, *k_rope, *cos, *sin;
     const long long* slots;
     u32 stride_kv, stride_k_rope, stride_cos, stride_sin, tokens;
 };
-// What a lane has of a token.
+// A lane's part of a token.
 struct Token {
     uint4 x[CHUNKS];
     u32 pairs[PAIRS_PER];
@@ -30,15 +31,15 @@ struct Token {
     long long slot;
 };
 struct Place {
-    u32 lane, chunk;  // the first chunk, and as many more, each BESIDE on
+    u32 lane, chunk;  // the first chunk; the others follow at a distance of BESIDE
 
     __device__ __forceinline__ Place() : lane(threadIdx.x % LANES), chunk(lane / BESIDE * (BESIDE * CHUNKS) + lane % BESIDE) {}
     __device__ __forceinline__ bool within(int i) const { return LATENT == 512 || (chunk + BESIDE * i) * 8 < LATENT; }
     __device__ __forceinline__ bool paired(int i) const { return PAIRS == LANES * PAIRS_PER || lane + LANES * i < PAIRS; }
 };
 
-// Loads that stand where they are written: others the compiler puts behind the first use of an earlier one, a second round trip to memory.
-// KEEP: in the L1, for other tokens.
+// Loads that stay where they are written: the compiler would move others behind the first use of an earlier one, causing a second round trip to
+// memory. KEEP: in the L1, for other tokens.
 template <bool KEEP> __device__ __forceinline__ uint4 load_early(const u8* p) {
     uint4 v;
     if (KEEP) asm volatile("ld.relaxed.cta.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
@@ -59,7 +60,7 @@ __device__ __forceinline__ void store_word(u8* p, u32 x, bool valid) {
     asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.u32 [%0], %1;}" ::"l"(p), "r"(x), "r"((int)valid) : "memory");
 }
 
-// Token t; behind the last one that one again, which is not stored.
+// Token t; beyond the last token, the last one again, which is then not stored.
 __device__ __forceinline__ Token load_token(const Inputs& in, const Place& at, u32 t) {
     Token token;
     const u64 row = t < in.tokens ? t : in.tokens - 1;
@@ -79,14 +80,14 @@ __device__ __forceinline__ Token load_token(const Inputs& in, const Place& at, u
     return token;
 }
 
-// A step of Newton's from q, about x / divisor. In PTX, as denormals count; its signs keep a negative zero.
+// One Newton step from q, which is about x / divisor. In PTX, because subnormals matter; its signs preserve a negative zero.
 __device__ __forceinline__ float stepped(float q, float x, float divisor, float inverse) {
     float y;
     asm("{.reg .f32 n, r; neg.f32 n, %2; fma.rn.f32 r, %1, %3, n; neg.f32 r, r; fma.rn.f32 %0, r, %4, %1;}" : "=f"(y) : "f"(q), "f"(x), "f"(divisor), "f"(inverse));
     return y;
 }
 
-// RMSNorm's factor of a token.
+// RMSNorm's factor for a token.
 __device__ __forceinline__ float factor_of(const Token& token, float eps) {
     double sums[CHUNKS] = {};
     u32 largest = 0;
@@ -126,7 +127,7 @@ __device__ __forceinline__ void store_token(const Token& token, const Place& at,
         const float scale = scale_of(bits);
         Divisor d;
         prepare(d, scale);
-        // As `divided`, but for what is below 2^-100: not moved by a power of two first, which would be a fifth of the instructions of an element.
+        // As `divided`, but inexact below 2^-100: it is not scaled by a power of two first, which would be a fifth of the instructions per element.
         const float inverse = mul(d.inverse, d.up), divisor = bits < INFINITE ? scale : 1.f;
 #pragma unroll
         for (int i = t * CHUNKS_OF_TILE; i < (t + 1) * CHUNKS_OF_TILE; ++i) {
@@ -145,7 +146,7 @@ __device__ __forceinline__ void store_token(const Token& token, const Place& at,
     for (int i = 0; i < PAIRS_PER; ++i) {
         if (!at.paired(i)) continue;
         const float even = low(token.pairs[i]), odd = high(token.pairs[i]), cos = token.cos[i], sin = token.sin[i];
-        // Each operation rounded, as the reference's.
+        // Each operation is rounded like the reference's.
         store_word(row + ROPE_AT + at.lane * 4 + i * LANES * 4, narrowed(add(mul(even, cos), -mul(odd, sin)), add(mul(even, sin), mul(odd, cos))), stored);
     }
 }
@@ -170,6 +171,6 @@ write_latent_cache(const u8* __restrict__ kv, const u8* __restrict__ k_rope, con
     // Slots outside of the cache are skipped.
     const bool stored = t < tokens && (u64)token.slot < n_slots;
     const float factor = factor_of(token, eps);
-    const u32 slot = (u32)token.slot, page = slot / page_size;  // there are fewer than 2^31, so that 32 bits are enough to divide
+    const u32 slot = (u32)token.slot, page = slot / page_size;  // there are fewer than 2^31, so 32 bits are enough for the division
     store_token(token, at, weights, factor, cache + (u64)page * stride_page + (u64)(slot - page * page_size) * stride_token, stored);
 }

@@ -1,10 +1,11 @@
-// Attention of new tokens over the paged latent cache on sm_90a: the cache is read once, as keys and, without its rope part, as values.
-// docs/mla_decode.md tells how it works, with a picture.
+// Attention of new tokens to the paged latent cache on sm_90a. The cache is read once: its rows are the keys, and without their rope part the values.
+// docs/mla_decode.md explains how it works, with a picture.
 //
-// A CTA works on 64 query rows (heads and new tokens of a request, packed) and runs of blocks of 64 cached positions, with three warpgroups.
-// The 64 x 512 sums take half of all registers, so warpgroup 0 keeps the left 256 columns and warpgroup 1 the right ones. Blocks go in pairs:
-// warpgroup 0 makes the scores and weights of a pair's first block, warpgroup 1 those of the second; each hands its weights to the other
-// through shared memory, and adds both, times its half of the values. So one multiplies while the other works on its softmax. Warpgroup 2 loads.
+// A CTA has three warpgroups. It works on 64 query rows (heads and new tokens of a request, packed) and on runs of blocks of 64 cached positions. The
+// 64 x 512 sums take half of all registers, so warpgroup 0 keeps the left 256 columns and warpgroup 1 the right ones. Blocks are processed in pairs:
+// warpgroup 0 computes the scores and weights of the first block of a pair, warpgroup 1 those of the second; each passes its weights to the other
+// through shared memory, and adds both blocks, multiplied by its half of the values. So one multiplies while the other works on its softmax.
+// Warpgroup 2 loads.
 //
 // Options (-D):
 //   OUT         of q, of the result and, without e4m3, of the cache: 0 bf16, 1 fp16
@@ -23,14 +24,13 @@ constexpr int FIRST_READY = 1, SECOND_READY = 2, SUMS_READY = 3, OWN = 4;  // na
 
 // ---- a warpgroup's half of the sums --------------------------------------------------------------------------------
 
-// What each thread of a multiplying warpgroup knows of its two rows, r and r + 8.
+// What each thread of a multiplying warpgroup keeps about its two rows, r and r + 8.
 struct Rowwise {
-    float largest[2];  // maximum that the sums are relative to, in powers of 2; the true one may be SLACK more
+    float largest[2];  // maximum that the sums are relative to, in powers of 2; the true one may be larger by SLACK
     float weight[2];   // sum of the weights that this thread made
 };
 
-// Scale the sums to another maximum, and the weights' sum where it has not been. That is rare: the first blocks of a request have it nearly
-// always.
+// Scale the sums, and the sum of weights, to another maximum. This is rare, except for the first blocks of a request.
 template <bool WEIGHT> __device__ __forceinline__ void move_to(float (&sums)[128], Rowwise& row, const float (&largest)[2]) {
     if (__any_sync(0xffffffffu, largest[0] != row.largest[0] || largest[1] != row.largest[1])) {
         const float a = exp2_fast(row.largest[0] - base_of(largest[0])), b = exp2_fast(row.largest[1] - base_of(largest[1]));
@@ -50,7 +50,7 @@ template <int STAGE> __device__ __forceinline__ void start_scores(float (&scores
     for (int j = 0; j < TILE_GROUPS; ++j) {
         const int g = group_at(STAGE, j);
         barrier_wait(full(base, STAGE, g), phase);
-        if (LOADER != 0) proxy_fence();  // threads wrote it, which do not wait for their copies or loads on the way
+        if (LOADER != 0) proxy_fence();  // threads wrote it, and did not wait for their copies or loads
         wgmma_begin();
 #pragma unroll
         for (int t = 2 * g; t < 2 * g + tiles_of(g); ++t)
@@ -62,7 +62,7 @@ template <int STAGE> __device__ __forceinline__ void start_scores(float (&scores
     registers_fence(scores);
 }
 
-// Take out the positions, of a block from which on the request has `left`, that this thread's rows do not see.
+// Mask positions that this thread's rows do not see; from the beginning of the block on, the request has `left` positions.
 __device__ __forceinline__ void hide(float (&scores)[32], const Piece& piece, int left, int row_block, int heads) {
     const int thread = again(threadIdx.x), lane = thread % 32, r = row_block * BLOCK + thread % 128 / 32 * 16 + lane / 4;
     const int first = lane % 4 * 2 + piece.length - left;  // position of the thread's first column
@@ -73,7 +73,7 @@ __device__ __forceinline__ void hide(float (&scores)[32], const Piece& piece, in
         if (j / 4 * 8 + j % 2 >= seen[j / 2 % 2]) scores[j] = nothing();
 }
 
-// Scores to weights of 16 bits, relative to the maximum that `largest` becomes.
+// Turn scores into weights of 16 bits, relative to the maximum, which is stored in `largest`.
 __device__ __forceinline__ void weigh(const float (&scores)[32], u32 (&weights)[16], Rowwise& row, float (&largest)[2], float scale) {
     float top[2] = {nothing(), nothing()};
 #pragma unroll
@@ -96,13 +96,13 @@ __device__ __forceinline__ void weigh(const float (&scores)[32], u32 (&weights)[
     }
 }
 
-// Keeps the compiler from putting off what makes the weights until after the next wait.
+// Keeps the compiler from moving the computation of the weights behind the next wait.
 __device__ __forceinline__ void made(u32 (&weights)[16]) {
 #pragma unroll
     for (int j = 0; j < 16; ++j) asm volatile("" : "+r"(weights[j])::"memory");
 }
 
-// Hand weights, and the maxima they are relative to, to the other warpgroup.
+// Pass weights, and the maxima that they are relative to, to the other warpgroup.
 __device__ __forceinline__ void hand_over(const u32 (&weights)[16], const float (&largest)[2], u32 base, int group, int warp, int lane) {
     const u32 to = chunk(base + OFFSET_P, warp * 16 + lane % 16, lane / 16);
 #pragma unroll
@@ -121,7 +121,7 @@ __device__ __forceinline__ void take_maxima(float (&largest)[2], u32 base, int g
     largest[1] = smem_load(at + 32);
 }
 
-// Add the values of the block in STAGE: by the weights in registers, or by those that the other warpgroup handed over.
+// Add the values of the block in STAGE, multiplied by the weights in registers, or by those from the other warpgroup.
 __device__ __forceinline__ u32 values(u32 base, int stage, int group) { return operand_mn_major(base + OFFSET_K + stage * ROWS + group * 4 * TILE, TILE); }
 template <int STAGE, int GROUP> __device__ __forceinline__ void start_own(float (&sums)[128], const u32 (&weights)[16], u32 base) {
     const u32 v = values(anew(base), STAGE, GROUP);
@@ -142,7 +142,7 @@ template <int STAGE, int GROUP> __device__ __forceinline__ void start_other(floa
     registers_fence(sums);
 }
 
-// Zero values from row `valid` on: their weight is 0, and 0 * NaN would not be. The whole warpgroup's work.
+// Zero the values from row `valid` on: their weight is 0, but 0 * NaN would be NaN. Done by the whole warpgroup.
 __device__ __forceinline__ void clear_rows(u32 stage, int valid) {
 #pragma unroll 1
     for (int i = valid * 64 + again(threadIdx.x) % 128; i < BLOCK * 64; i += 128) smem_store16(stage + i % 64 / 8 * TILE + i / 64 * 128 + i % 8 * 16, 0, 0, 0, 0);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void release(u32 barrier, int lane) {
 
 // ---- results -------------------------------------------------------------------------------------------------------
 
-// All stores go from this address, by offsets in the instruction: formed one by one, their addresses spill.
+// All stores use this address with offsets in the instruction: separate addresses would spill.
 __device__ __forceinline__ void keep(Element*& p) { asm volatile("" : "+l"(p)); }
 
 // Lanes exchange halves, so that four of them write 32 bytes of a row.
@@ -189,7 +189,7 @@ __device__ __forceinline__ void finish(float (&sums)[128], Rowwise& row, const P
     lane = again(lane);
     const int r = warp * 16 + lane / 4, heads = again(results.heads);
     float factor[2], lse[2];
-    // Two places in turn: where pieces are one block, nothing makes warpgroup 0 wait for 1 between this and what it writes for the next piece.
+    // Two places in turn: if pieces are one block long, nothing makes warpgroup 0 wait for 1 between this and what it writes for the next piece.
     const u32 place = base + OFFSET_SUMS + turn * (2 * BLOCK * 4) + r * 4, mine = place + GROUP * (BLOCK * 4), other = place + (1 - GROUP) * (BLOCK * 4);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -232,15 +232,15 @@ __device__ __forceinline__ void finish(float (&sums)[128], Rowwise& row, const P
 
 // ---- the two warpgroups that multiply -------------------------------------------------------------------------------
 
-// Warpgroup 1 adds the first block's values while it works on its softmax. From e4m3, whose loading warps wait for each half to become free, it does
-// so before its own scores: 128 requests of 4,096 take 383.9 us in place of 389.4 with 128 heads, 210.7 in place of 216.3 with 64.
+// Warpgroup 1 adds the first block's values while it works on its softmax. With e4m3, whose loading warps wait for each half to become free, it does
+// so before its own scores: 128 requests of 4,096 take 383.9 us instead of 389.4 with 128 heads, 210.7 instead of 216.3 with 64.
 constexpr bool FIRST_ALONE = LOADER == 2;
 
 template <int GROUP> __device__ __forceinline__ void attend(const Results& results, u32 base, int row_block, int warp, int lane, float scale) {
-    // Bit 0: phase of the stage that this warpgroup makes scores of; bit 1: of the piece of work.
+    // Bit 0: phase of the stage whose scores this warpgroup computes; bit 1: of the work item.
     for (u32 phase = 0;; phase ^= 2) {
         barrier_wait(q_full(base), phase >> 1);
-        const u32 at = base + OFFSET_PIECES + (phase >> 1) * 32;  // stays there as long as this works on it
+        const u32 at = base + OFFSET_PIECES + (phase >> 1) * 32;  // remains valid while this warpgroup works on it
         const Piece piece = read_piece(at);
         if (piece.blocks < 0) return;
         if (piece.blocks == 0) {
@@ -249,8 +249,8 @@ template <int GROUP> __device__ __forceinline__ void attend(const Results& resul
             continue;
         }
         Rowwise row = {{nothing(), nothing()}, {0.f, 0.f}};
-        int todo = piece.blocks;                                        // of the piece, not of a pair's first blocks alone
-        int left = piece.length - (piece.first + GROUP) * BLOCK;  // positions from the block on that this warpgroup makes scores of
+        int todo = piece.blocks;                                        // of the whole piece, not only of the first blocks of its pairs
+        int left = piece.length - (piece.first + GROUP) * BLOCK;  // positions from the block on whose scores this warpgroup computes
         float sums[128], scores[32], largest[2];
         u32 weights[16];
 #pragma unroll
@@ -271,7 +271,7 @@ template <int GROUP> __device__ __forceinline__ void attend(const Results& resul
                 weigh(scores, weights, row, largest, scale);
                 move_to<false>(sums, row, largest);
                 start_own<0, GROUP>(sums, weights, base);
-                handover_sync<128>(OWN);  // all have read what was handed over before
+                handover_sync<128>(OWN);  // all have read what was passed before
                 hand_over(weights, largest, base, 0, warp, lane);
                 handover_arrive<256>(FIRST_READY);
                 wgmma_wait<0>();
@@ -332,7 +332,7 @@ template <int GROUP> __device__ __forceinline__ void attend(const Results& resul
 
 // ---- kernels -------------------------------------------------------------------------------------------------------
 
-// Blocks are for (part, 64 query rows).
+// The grid is (part, 64 query rows).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k, const u8* cache, const int* __restrict__ table,
            const int* __restrict__ lengths, const int* __restrict__ q_lengths, Element* out, float* lse, float* work,
@@ -352,7 +352,7 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
     handovers_init([](int id) { return id < OWN ? 256 : 128; });
     if (threadIdx.x == 0) {
         for (int s = 0; s < 2; ++s) {
-            // Copies arrive thread by thread, what has been unpacked warp by warp.
+            // Copies arrive thread by thread, unpacked rows warp by warp.
             for (int g = 0; g < TILE_GROUPS; ++g) barrier_init(full(base, s, g), LOADER == 0 ? 1 : LOADER == 2 && (g < 4 || OUT == 1) ? 4 * OF_WARP : 128);
             for (int half = 0; half < 2; ++half) barrier_init(empty(base, s, half), 4 * OF_WARP * CLUSTER);
             barrier_init(rope_empty(base, s), 4 * OF_WARP * CLUSTER);
@@ -365,7 +365,7 @@ mla_decode(const __grid_constant__ TensorMap map_q, const __grid_constant__ Tens
     share.plan(batch, index, parts, base + OFFSET_K);
     proxy_fence();
     __syncthreads();
-    if (CLUSTER > 1) {  // only now may the other CTA load into what has been scratch
+    if (CLUSTER > 1) {  // only now may the other CTA load into what was used as scratch
         cluster_arrive();
         cluster_wait();
     }

@@ -1,4 +1,4 @@
-// The second kernel of decode over the latent cache on sm_90a: requests that several parts had, their results combined.
+// The second kernel of decode over the latent cache on sm_90a: combines the results of requests that several parts had.
 //
 // Options (-D):
 //   OUT   0 bf16, 1 fp16
@@ -7,14 +7,14 @@
 #include "mla_parts.cuh"
 
 constexpr int WARPS = 8;         // of a block
-constexpr int DEEP = 8;          // results that a warp loads at once
-constexpr int STEPS = 2;         // of 16 columns that a warp has
-constexpr int ROWS = 16;         // that a block has: those of one warp of the decode kernel
+constexpr int DEEP = 8;          // results that a warp loads at a time
+constexpr int STEPS = 2;         // steps of 16 columns that a warp has
+constexpr int ROWS = 16;         // rows of a block: those of one warp of the decode kernel
 constexpr int MOST_PARTS = 256;  // of a request: a part is at least one multiprocessor
 constexpr int SLICES = VALUE / 16 / STEPS / (WARPS / WIDE);  // blocks for 16 rows
 
-// A block has 16 query rows and some columns. The results of their parts are weighed by e^lse and added in a fixed order. It may begin as soon as
-// the first CTA of the decode kernel has ended, and waits for their flags, not for the end of that kernel, which comes a microsecond later.
+// A block has 16 query rows and some columns. The parts' results are weighted by e^lse and added in a fixed order. It may begin as soon as the first
+// CTA of the decode kernel has ended, and waits for their flags, not for the end of that kernel, which comes a microsecond later.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 combine(float* work, Element* out, float* lse, int requests, int q_tokens, int heads, int row_blocks, int parts) {
     __shared__ float4 sums[WIDE == 1 ? 1 : WARPS][2 * STEPS][32];
@@ -28,13 +28,13 @@ combine(float* work, Element* out, float* lse, int requests, int q_tokens, int h
     const int4 span = results.spans[index];
     const int request = span.x, count = span.z;
     if (count <= 1 || sixteen * ROWS >= rows) {
-        wait_for_last();  // who waits for this kernel waits for that one too
+        wait_for_last();  // whoever waits for this kernel also waits for that one
         return;
     }
-    // The first part's result stands in its second slot.
+    // The first part's result is in its second slot.
     auto slot = [&](int i) { return 2 * (span.y + i) + (i == 0); };
     const int first_step = (slice * (WARPS / WIDE) + warp / WIDE) * STEPS;
-    // The first results are on their way while their weights are found.
+    // The first results are loaded while their weights are computed.
     uint4 x[DEEP][STEPS];
     auto load = [&](int first) {
 #pragma unroll

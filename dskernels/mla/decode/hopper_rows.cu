@@ -1,13 +1,13 @@
-// Attention of new tokens over the paged latent cache of e4m3 on sm_90a: rows of the cache stay as they are in shared memory, and those that
-// multiply read them as fragments, convert them in registers and multiply them from there. docs/mla_decode.md, "Rows of e4m3", has a picture.
+// Attention of new tokens to a paged latent cache in e4m3, on sm_90a. Rows of the cache stay in shared memory as they are stored, and the multiplying
+// warpgroups read them as fragments, convert them in registers and multiply them from there. docs/mla_decode.md, "Rows of e4m3", has a picture.
 //
-// A CTA works on up to WIDTH query rows and runs of blocks of 64 cached positions, with three warpgroups. Everything is transposed: positions, and
-// then columns of the values, are the 64 rows of a product, and the queries its WIDTH columns, so that few queries cost little. Blocks go in pairs:
-// warpgroup 0 makes the scores and weights of the first, warpgroup 1 of the second; then each adds both, times its half of the values' columns.
-// A warp of warpgroup 2 has rows copied, 16 at a time, each of these units handed back as soon as its values have been read.
+// A CTA has three warpgroups, and works on up to WIDTH query rows and on runs of blocks of 64 cached positions. Everything is transposed: positions
+// (and then columns of the values) are the 64 rows of a product, and the queries are its WIDTH columns, so that few queries cost little. Blocks are
+// processed in pairs: warpgroup 0 computes the scores and weights of the first, warpgroup 1 of the second; then each adds both, multiplied by its
+// half of the values' columns. A warp of warpgroup 2 loads rows in units of 16, each of which is released as soon as its values have been read.
 //
-// e4m3 is exact in fp16, and one instruction converts two. What a position's four scales multiply are sums of 128 columns each, in fp32; of the
-// values, they are multiplied with the weights, relative to the largest of the same 128 columns so far.
+// e4m3 is exact in fp16, and one instruction converts two numbers. The four scales of a position multiply sums of 128 columns each, in fp32. For the
+// values they multiply the weights instead, relative to the largest scale of the same 128 columns so far.
 //
 // Options (-D):
 //   OUT         of q and of the result: 0 bf16, 1 fp16
@@ -22,15 +22,16 @@ constexpr float SLACK = 8.f;  // by how many powers of 2 a row's weights may exc
 
 // ---- scores and weights --------------------------------------------------------------------------------------------
 
-// Element 4j + 2i + e of a product is position i of the thread's two, query row 8j + 2 * (lane % 4) + e: of R / 2 rows that a thread has, number 2j + e.
+// Element 4j + 2i + e of a product is position i of the thread's two, and query row 8j + 2 * (lane % 4) + e: number 2j + e of the R / 2 rows that a
+// thread has.
 __device__ __forceinline__ constexpr int number_of(int r) { return r / 4 * 2 + r % 2; }
 __device__ __forceinline__ constexpr int element_of(int number, int i) { return number / 2 * 4 + 2 * i + number % 2; }
 __device__ __forceinline__ int row_of_number(int number, int lane) { return number / 2 * 8 + lane % 4 * 2 + number % 2; }
 
-// Lanes with the same rows share out their weights' sums: the number that each has; of 16 rows two lanes have the same.
+// Lanes with the same rows divide their sums of weights among themselves: the number that each keeps; of 16 rows, two lanes have the same.
 __device__ __forceinline__ int own_number(int lane) { return lane / 16 * (R / 4) + lane / 8 % 2 * (R / 8) + (WIDTH == 16 ? 0 : lane / 4 % 2); }
 
-// Of twice KEPT sums, a lane keeps half, and adds the part of them of the lane at this distance; KEPT 0: both lanes keep the one that there is.
+// From twice KEPT sums, a lane keeps half, and adds the same half from the lane at this distance; KEPT 0: both lanes keep the single sum.
 template <int KEPT> __device__ __forceinline__ void share_out(float (&sum)[R / 2], int lane, int distance) {
     const bool upper = lane & distance;
 #pragma unroll
@@ -41,10 +42,10 @@ template <int KEPT> __device__ __forceinline__ void share_out(float (&sum)[R / 2
     if (KEPT == 0) sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], distance);
 }
 
-// A thread's part of the sums, 64 columns of the values in each of four.
+// A thread's part of the sums: 64 columns of the values in each of four groups.
 struct Sums {
     float values[4][R];
-    float weight;  // sum of the warp's weights of the row of `own_number`
+    float weight;  // sum of the warp's weights for row `own_number`
     __device__ __forceinline__ Sums() {
 #pragma unroll
         for (int x = 0; x < 4; ++x)
@@ -74,7 +75,7 @@ struct Scales {
         }
     }
     __device__ __forceinline__ float largest(int tile) const { return fmaxf(fabsf(of[0][tile]), fabsf(of[1][tile])); }
-    // A scale that one may divide by: next to nothing beside the largest of its row is a little more than nothing.
+    // A scale by which one may divide: if it is negligible next to the largest of its row, it is replaced by a slightly larger one.
     __device__ __forceinline__ float divisor(int i, int tile) const {
         const float most = fmaxf(fmaxf(fabsf(of[i][0]), fabsf(of[i][1])), fmaxf(fabsf(of[i][2]), fabsf(of[i][3])));
         const float least = fmaxf(most * 0x1p-40f, 0x1p-60f);
@@ -90,8 +91,8 @@ __device__ __forceinline__ void multiply_by(float (&scores)[R], float first, flo
     registers_fence(scores);
 }
 
-// Scores of the 16 positions of a warp, in powers of 2. Sums are always relative to the scale of the last 128 columns, so that they need no registers
-// but the scores'; the rope part comes last.
+// Scores of a warp's 16 positions, in powers of 2. Sums are always relative to the scale of the last 128 columns, so they need no registers other
+// than the scores'; the rope part comes last.
 __device__ __forceinline__ void make_scores(float (&scores)[R], const Scales& scales, u32 base, u32 row, int lane) {
     constexpr int PARTS = 4 / STEP, ROPE_STRIP = VALUE / 64;
     const u32 queries = (u32)operand_k_major(anew(base) + AT_Q), keys = row + lane % 4 * 16;
@@ -121,7 +122,7 @@ __device__ __forceinline__ void make_scores(float (&scores)[R], const Scales& sc
                 else multiply_rows<OUT>(scores, to + 4 * i, b, 1);
             }
             wgmma_commit();
-            // Before the products these loads would be waited for.
+            // Placed before the products, these loads would be waited for.
             if (part == PARTS - 1 && x < ROPE_STRIP - 1) next[0] = smem_words4(keys + (x + 1) * 64), next[1] = smem_words4(keys + ROW_BYTES + (x + 1) * 64);
             wgmma_wait<1>();  // the operands before these may be written again
         }
@@ -136,7 +137,7 @@ __device__ __forceinline__ void make_scores(float (&scores)[R], const Scales& sc
     }
 }
 
-// Take out what the rows do not see of the positions from `first` of the request on.
+// Mask what the rows do not see of the request's positions from `first` on.
 __device__ __forceinline__ void hide(float (&scores)[R], const Piece& piece, int first, int row_block, int heads, int lane) {
     heads = again(heads);
 #pragma unroll
@@ -147,8 +148,8 @@ __device__ __forceinline__ void hide(float (&scores)[R], const Piece& piece, int
     }
 }
 
-// Maxima that the sums are relative to, of the thread's rows and, as an inverse and a power of 2, of the scales of each 128 columns. They stand in
-// shared memory from one pair of blocks to the next.
+// Maxima that the sums are relative to: of the thread's rows, and (as an inverse and a power of 2) of the scales of each 128 columns. They are kept
+// in shared memory from one pair of blocks to the next.
 struct State {
     float top[R / 2], inverse[4];
     __device__ __forceinline__ void load(u32 base, int lane) {
@@ -182,7 +183,7 @@ __device__ __forceinline__ float largest_of_lanes(float x) {  // of those with t
     return x;
 }
 
-// Find new maxima, and scale the sums to them: the work of both warpgroups, whether a block is theirs (`mine`) or not. That is rare.
+// Find new maxima, and scale the sums to them. Both warpgroups do this, whether a block is theirs (`mine`) or not. It is rare.
 __device__ __forceinline__ void raise(State& state, Sums& sums, const float (&scores)[R], const Scales& scales, bool mine, u32 base, int group, int warp, int lane) {
     const u32 tops = base + AT_TOPS + warp * TOP;
 #pragma unroll
@@ -232,12 +233,12 @@ __device__ __forceinline__ void raise(State& state, Sums& sums, const float (&sc
     if (warp == 0) state.store(base, lane);
 }
 
-// Scores to weights, which go to shared memory with the scales of their positions, relative to the state.
+// Turn scores into weights, which go to shared memory multiplied by the scales of their positions, relative to the state.
 __device__ __forceinline__ void weigh(float (&scores)[R], Sums& sums, const State& state, const Scales& scales, u32 base, int group, int warp, int lane) {
 #pragma unroll
     for (int r = 0; r < R; ++r) scores[r] = exp2_fast(scores[r] - base_of(state.top[number_of(r)]));
     sums.add_weights(scores, lane);
-    // Rows become columns: 8 positions of a query row are beside one another.
+    // Rows become columns: 8 positions of a query row are adjacent.
     const u32 to = base + AT_WEIGHTS + group * 4 * STRIP + (lane / 16 * 8 + lane % 8) * 128 + ((2 * warp + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
     for (int tile = 0; tile < 4; ++tile) {
@@ -254,7 +255,7 @@ __device__ __forceinline__ void weigh(float (&scores)[R], Sums& sums, const Stat
 
 // ---- values --------------------------------------------------------------------------------------------------------
 
-// Add a block's values, of the warpgroup's half of the columns, times the weights that `from` made; units are handed back.
+// Add a block's values (this warpgroup's half of the columns) times the weights that `from` computed; units are released.
 __device__ __forceinline__ void add_values(Sums& sums, u32 base, u32 first_unit, int from, int group, int warp, int lane) {
     constexpr int TILES_OF_STEP = STEP / 2;
     const u32 weights = (u32)operand_k_major(anew(base) + AT_WEIGHTS + (from * 4 + 2 * group) * STRIP);
@@ -302,8 +303,7 @@ __device__ __forceinline__ void add_values(Sums& sums, u32 base, u32 first_unit,
 
 // ---- results -------------------------------------------------------------------------------------------------------
 
-// A thread has four columns side by side, of each 128.
-// Both warpgroups run the same instructions, which is half as many to fetch.
+// A thread has four adjacent columns of each 128. Both warpgroups run the same instructions, which halves the instructions to fetch.
 __device__ __forceinline__ void finish(Sums& sums, u32 base, const Piece& piece, const Results& results, int row_block, int group, int warp, int lane) {
     const int heads = results.heads, rows = heads * results.q_tokens;
     float back[2];
@@ -339,7 +339,7 @@ __device__ __forceinline__ void finish(Sums& sums, u32 base, const Piece& piece,
             const int r = row_of_number(n, lane), row = row_block * BLOCK + r;
             if (piece.slot < 0) {
                 if (row < rows) *(uint2*)(results.out + ((long long)piece.request * rows + row) * VALUE + column) = make_uint2(two(x, n), two(x + 1, n));
-            } else if (n % 4 < 2) {  // number n + 2 is 8 rows on
+            } else if (n % 4 < 2) {  // number n + 2 is 8 rows further
                 uint2* part = (uint2*)results.work.of(piece.slot, row_block, column / 16, r / 16, r % 8 * 4 + column % 8 / 2) + column / 8 % 2;
                 part[0] = make_uint2(two(x, n), two(x, n + 2));
                 part[2] = make_uint2(two(x + 1, n), two(x + 1, n + 2));
@@ -405,8 +405,8 @@ __device__ __forceinline__ void attend(const Results& results, const Queries& qu
 
 // ---- the warp that loads -------------------------------------------------------------------------------------------
 
-// Rows that stand one after another in memory are copied `box` at a time, 1 to 16. The last unit of a request is copied row by row, its last row in
-// place of all beyond it: what has a weight of 0 is a number.
+// Rows that are adjacent in memory are copied `box` at a time, 1 to 16. The last unit of a request is copied row by row, with its last row in place
+// of all rows beyond it: what has weight 0 must be a finite number.
 template <class Begins>
 __device__ __forceinline__ void load(Share share, const Batch& batch, const Cache& cache, u32 base, int part, int box, Begins begins) {
     const int lane = threadIdx.x % 32;

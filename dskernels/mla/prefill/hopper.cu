@@ -1,13 +1,12 @@
 // Attention of packed sequences on sm_90a, key 192 and value 128 wide: out = softmax(scale * Q K^T) V and its log-sum-exp.
 //
-// Two kernels. `plan`, one CTA, finds the tiles of 128 queries that the sequences have, and orders them. `attend` takes a tile and a head at a
-// time from that list, by a counter, on as many CTAs as there are multiprocessors. One warp loads; two warpgroups of 64 rows each multiply.
-// Queries stay in shared memory; keys and values come through two rings, 128 of them at a time, the last ones first, so that only the first
-// blocks have to be masked.
+// Two kernels. `plan`, one CTA, finds the tiles of 128 queries in the sequences, and orders them. `attend` takes a tile and a head at a time from
+// that list, by a counter, on as many CTAs as there are multiprocessors. One warp loads; two warpgroups of 64 rows each multiply. Queries stay in
+// shared memory; keys and values come through two rings, 128 of them at a time, the last ones first, so that only the first blocks have to be masked.
 //
-// A warpgroup has the products of a block's weights and values in flight while it turns the next block's scores into weights; and the two
-// take turns at starting products, so that one computes its softmax while the other's products run. At 128 x 128 a block takes 2,560 clocks of
-// the tensor cores, and shared memory 2,304: 1,664 for what the products read, 640 for what the copies write.
+// A warpgroup keeps the products of a block's weights and values in flight while it turns the next block's scores into weights. The two warpgroups
+// take turns at starting products, so that one computes its softmax while the other's products run. At 128 x 128, a block takes 2,560 clocks of the
+// tensor cores, and 2,304 of shared memory: 1,664 for what the products read, 640 for what the copies write.
 //
 // Options (-D):
 //   KIND   of the inputs: 0 bf16, 1 fp16
@@ -45,7 +44,7 @@ struct Stage {
     }
 };
 
-// A pair of barriers for everything that is handed over: it is there; all readers have read it.
+// A pair of barriers for everything that is passed on: it is there; all readers have read it.
 struct Barriers {
     u32 base;
     __device__ __forceinline__ u32 full(int i) const { return base + i * 16; }
@@ -68,10 +67,10 @@ struct Barriers {
 
 struct Heads {
     int count, group, together;  // query heads; how many share a key; how many are computed at one time
-    int of_row;                  // from one row of `out` to the next: of all heads, where these are some of them
+    int of_row;                  // elements from one row of `out` to the next: of all heads, even if only some of them are computed
 };
 
-// Item `item` of the work: the tiles of the first heads, then those of the next. What there is no more of has no rows.
+// Item `item` of the work: first the tiles of the first heads, then those of the next. An item beyond the last has no rows.
 __device__ __forceinline__ Tile find_item(const Work* work, int tiles, Heads heads, int item) {
     Tile tile{};
     if (item >= tiles * heads.count) return tile;
@@ -110,7 +109,7 @@ __device__ __forceinline__ void load(u32 base, Barriers barriers, const TensorMa
             else tma_load(to + K_BYTES / 3 * 2, map_k, full, 2 * BOX, key_head, row);
             k.advance();
         };
-        // Values behind the sequence's end are read as zero: a weight of 0 would not help against a NaN there.
+        // Values beyond the sequence's end are read as zero: a weight of 0 would not help against a NaN there.
         auto load_v = [&](int block) {
             const u32 to = base + OFFSET_V + v.index * V_BYTES, full = barriers.full(Barriers::v(v));
             const int row = tile.key + block * BLOCK_N;
@@ -145,8 +144,8 @@ __device__ __forceinline__ void load(u32 base, Barriers barriers, const TensorMa
 
 // ---- output ------------------------------------------------------------------------------------------------------
 
-// Rows of the output from registers. In fp32 a quad's stores make 32 bytes of a row at a time; in 16 bits they would make 16, so the quad first
-// transposes: each lane gets 8 columns, 16 bytes, and their stores make 64. What stands there counts by `theirs` (MERGE).
+// Store rows of the output from registers. In fp32, the stores of a quad write 32 bytes of a row at a time. In 16 bits they would write 16, so the
+// quad first transposes: each lane gets 8 columns, 16 bytes, and their stores write 64. With MERGE, the existing values are multiplied by `theirs`.
 __device__ __forceinline__ void store(Element* out, long long stride, const float (&x)[V_DIM / 2], const float (&theirs)[2], int rows, int warp, int lane) {
     const int row = warp * 16 + lane / 4, quarter = lane % 4;
 #pragma unroll
@@ -155,7 +154,7 @@ __device__ __forceinline__ void store(Element* out, long long stride, const floa
         const bool inside = row + 8 * i < rows;
 #if OUT == 2
         float2* at = (float2*)(to + 2 * quarter);  // 8 columns on: at[4]
-        float2 before[V_DIM / 8];                  // all read before any is written, or each would wait for the one in front of it
+        float2 before[V_DIM / 8];                  // all are read before any is written, or each would wait for the preceding one
 #pragma unroll
         for (int j = 0; j < V_DIM / 8; ++j) before[j] = MERGE && inside ? at[4 * j] : make_float2(0, 0);
 #pragma unroll
@@ -187,14 +186,14 @@ __device__ __forceinline__ void store(Element* out, long long stride, const floa
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// What a warpgroup has of an item.
+// A warpgroup's part of an item.
 struct Part {
     int row, head, keys;
-    int rows;    // of the tile, from the first of this warpgroup on: maybe none, maybe more than its 64
+    int rows;    // rows of the tile from the first of this warpgroup on: possibly none, possibly more than its 64
     int seen;    // by its first row, not clamped
     int blocks;  // that its rows see
     int all_blocks;
-    bool end;  // no item, but the end of the work
+    bool end;  // not an item, but the end of the work
 };
 __device__ __forceinline__ Part part_of(const Tile& tile, int group, int causal) {
     const int rows = tile.rows - group * 64, keys = tile.key_end - tile.key, seen = tile.seen + (causal ? group * 64 : 0);
@@ -202,8 +201,8 @@ __device__ __forceinline__ Part part_of(const Tile& tile, int group, int causal)
     return {tile.row + group * 64, tile.head, keys, rows, seen, (max(most, 0) + BLOCK_N - 1) / BLOCK_N, tile.blocks, tile.rows == 0};
 }
 
-// A warpgroup's work: its 64 rows of each tile. The products of a block's weights and values are in flight while the next block's scores are
-// computed and become weights; the last ones while the next item's first scores are computed, and the output is written.
+// A warpgroup's work: its 64 rows of each tile. The products of a block's weights and values are in flight while the next block's scores are computed
+// and become weights; the last ones while the next item's first scores are computed, and the output is written.
 __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* out, float* lse, long long tokens, Heads heads, float factor,
                                          int causal, int group, int warp, int lane) {
     // The lower halves of descriptors, through a shuffle, so that the compiler knows them to be the same in all lanes.
@@ -263,7 +262,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
         job.advance();
         return part_of(tile, group, causal);
     };
-    // The first scores of an item; before them, blocks that only later rows, of the other warpgroup, see.
+    // The first scores of an item; before them come blocks that only later rows, of the other warpgroup, see.
     auto begin = [&](const Part& part) {
         if (part.all_blocks == 0) return;
         barrier_wait(barriers.full(Barriers::q(group)), q_phase);
@@ -291,7 +290,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
     };
     auto write = [&](const Part& part, const Softmax& softmax) {
         float* to = lse + part.head * tokens + part.row;
-        float ours[2], theirs[2];  // what our sums, and what stands there, are multiplied by
+        float ours[2], theirs[2];  // factors of our sums, and of the existing values
         float before[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -363,8 +362,8 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Element* o
             }
             start_sums(keep);
             next = take();
-            // Not where the next item has blocks to be skipped: their values may have to be where the last ones still are. The products in
-            // flight begin and end in one branch: ptxas would otherwise wait for each of them.
+            // Not if the next item begins with blocks to skip: their values may belong where the last ones still are. The products in flight begin
+            // and end in one branch: otherwise ptxas would wait for each of them.
             if (next.blocks > 0 && next.blocks == next.all_blocks) {
                 barrier_wait(barriers.full(Barriers::q(group)), q_phase);
                 q_phase ^= 1;
@@ -406,7 +405,7 @@ attend(const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMa
     if (group == GROUPS) {
         registers_shrink<40>();
         if (warp == 0 && elect_one()) {
-            wait_for_dependency();  // the list; what the other warps read of the kernels before, they get from this thread
+            wait_for_dependency();  // the list; for what the other warps read from earlier kernels they rely on this thread's wait
             load(base, barriers, &map_q, &map_k, &map_rope, &map_v, work, heads, shared_rope);
         }
     } else {

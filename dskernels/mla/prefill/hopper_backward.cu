@@ -2,18 +2,18 @@
 //
 //     dv = p^T dout,   dk = scale * ds^T q,   dq = scale * ds k,   delta = dout.out - dlse
 //
-// Three kernels. `prepare` computes delta. `differentiate` takes work by a counter: a tile of 128 keys of a head, for which it walks the
-// queries, 64 at a time, the last ones first. Of its three warpgroups two multiply, 64 keys each, and hold dk and dv, 160 registers a thread; a
-// warp of the third loads, two add a block's dq to a workspace in fp32. `finish` scales and rounds that.
+// Three kernels. `prepare` computes delta. `differentiate` takes work by a counter: a tile of 128 keys of a head, for which it loops over the
+// queries, 64 at a time, the last ones first. Two of its three warpgroups multiply, 64 keys each, and hold dk and dv, 160 registers a thread; of the
+// third, one warp loads, and two add a block's dq to a workspace in fp32. `finish` scales and rounds that.
 //
-// Sums are made in a fixed order. For dq that takes turns: the tiles of a sequence's keys add theirs to a block of queries one after another,
-// the first keys first, told by a counter for each block. As all tiles walk the queries in the same order, and begin one after another, the turn
-// has mostly come when a tile asks for it. Work is taken in the order of these turns, so that nobody waits for what has not begun.
+// Sums are made in a fixed order. For dq this means taking turns: the tiles of a sequence's keys add to a block of queries one after another, the
+// first keys first, controlled by a counter for each block. As all tiles loop over the queries in the same order, and begin one after another, its
+// turn has usually come when a tile asks for it. Work is taken in the order of these turns, so nobody waits for a tile that has not begun.
 //
-// Clocks for a block, 64 queries by 128 keys: products 3,328 (each warpgroup: scores 384, dout.v 256, dv 256, dk 384, dq 384). Shared memory at 128
-// bytes a clock: 2,688 for the products, 320 for what is loaded, 128 for ds, 768 for dq, which is written there and read by the accelerator.
-// Registers: beside dk and dv, 64 x 64 scores take 32 a thread, as many dout.v, half of dq 48. Of 240 there are 56 left for these. So p are
-// rounded before dout.v begins, ds goes into dk from shared memory, though it was in registers, and dv ends before dq begins.
+// Clocks for a block of 64 queries by 128 keys: products 3,328 (each warpgroup: scores 384, dout.v 256, dv 256, dk 384, dq 384). Shared memory at 128
+// bytes a clock: 2,688 for the products, 320 for loading, 128 for ds, 768 for dq, which is written there and read by TMA. Registers: in addition to
+// dk and dv, 64 x 64 scores take 32 a thread, dout.v as many, half of dq 48. Of 240 only 56 are left for these. So p is rounded before dout.v begins,
+// ds is multiplied into dk from shared memory although it was in registers, and dv ends before dq begins.
 //
 // Options (-D):
 //   KIND   of the inputs: 0 bf16, 1 fp16
@@ -23,7 +23,7 @@
 
 constexpr int ROPE_DIM = 64, THREADS = 384, STAGES = 2;
 constexpr int Q_BYTES = ROWS * QK_DIM * 2, DOUT_BYTES = ROWS * V_DIM * 2, K_BYTES = KEYS * QK_DIM * 2, V_BYTES = KEYS * V_DIM * 2;
-// Columns of 128 bytes, those of k of 64 bytes: a warpgroup multiplies with 96 of its 192 columns, three of these.
+// Columns of 128 bytes; those of k of 64 bytes: a warpgroup multiplies with 96 of its 192 columns, three of these.
 constexpr int Q_BOX = ROWS * 128, K_BOX = KEYS * 64, V_BOX = KEYS * 128;
 constexpr int DS_BYTES = KEYS * ROWS * 2, STATS_BYTES = 2 * ROWS * 4;
 constexpr int OFFSET_K = 0, OFFSET_V = OFFSET_K + K_BYTES, OFFSET_Q = OFFSET_V + V_BYTES, OFFSET_DOUT = OFFSET_Q + STAGES * Q_BYTES;
@@ -34,10 +34,10 @@ constexpr int OFFSET_JOB = OFFSET_STATS + STAGES * STATS_BYTES, OFFSET_BARRIERS 
 
 // ---- work --------------------------------------------------------------------------------------------------------
 
-// What the warp that loads tells the others of a tile of keys; through shared memory.
+// What the loading warp tells the others about a tile of keys, through shared memory.
 struct Job {
     int key, keys;         // its first key, and how many there are up to the sequence's end: 0 where there is no more work
-    int place;             // how many tiles of the sequence come before it
+    int place;             // number of tiles of the sequence before it
     int head;              // of k and v
     int query, block;      // the sequence's first query, and the number of its first block
     int first, blocks;     // of the queries that see any of these keys, and that many: they are walked from the last to the first
@@ -49,7 +49,7 @@ struct Job {
     __device__ __forceinline__ void write(u32 at) {
         each([&](int i, int x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(at + 4 * i), "r"(x) : "memory"); });
     }
-    // The same in all lanes of a warp, which the compiler is to know.
+    // The same value in all lanes of a warp, in a form that the compiler recognises.
     __device__ __forceinline__ void read(u32 at) {
         each([&](int i, int& x) {
             asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at + 4 * i));
@@ -81,7 +81,7 @@ struct Barriers {
     }
 };
 // Named barriers. Of both multiplying warpgroups: ds is written; the other one has read ds. Of both and one of the two warps that take turns at
-// adding dq: that is written; that warp has read it.
+// adding dq: dq is written; that warp has read it.
 constexpr int DS_WRITTEN = 1;
 __device__ __forceinline__ constexpr int ds_read_by(int group) { return 2 + group; }
 __device__ __forceinline__ constexpr int dq_written(int parity) { return 4 + parity; }
@@ -133,7 +133,7 @@ __device__ __forceinline__ void load(u32 base, Barriers barriers, Maps maps, con
             for (int i = 0; i < 2; ++i) tma_load_ragged(dout + i * Q_BOX, maps.dout, barriers.dout_full(stage.index), i * 64, row, query_end, head);
             stage.advance();
         };
-        // The first queries are loaded while the multiplying warps are still at the tile before.
+        // The first queries are loaded while the multiplying warps still work on the preceding tile.
         int head = job.head * group, block = job.first + job.blocks - 1;
         if (job.blocks > 0) load_block(head, block--);
 
@@ -165,8 +165,8 @@ __device__ __forceinline__ void load(u32 base, Barriers barriers, Maps maps, con
 
 // ---- dq ----------------------------------------------------------------------------------------------------------
 
-// A warp's work: every other block's dq goes to the workspace, in the order of the registers that it was in. Two warps share that, since one
-// alone takes as long as a block: about 1 us until it has read dq, 1 until that is added, and 1 to tell, and to see that its next turn has come.
+// A warp's work: add every other block's dq to the workspace, in the order of the registers that it was in. Two warps share this, since one alone
+// takes as long as a block: about 1 us to read dq, 1 to add it, and 1 to announce it and to see that its next turn has come.
 __device__ __forceinline__ void add_dq(u32 base, Barriers barriers, float* dq, int* turns, const Sizes& sizes, int parity, int lane) {
     const bool elected = elect_one();
     u32 k_phase = 0;
@@ -223,8 +223,8 @@ struct Gradients {
     long long stride_kt, stride_kh, stride_vt, stride_vh;
 };
 
-// p from scores: what key j may not be seen by, and keys behind the end, become 0. `from` is a thread's first column; row i is seen from column
-// first[i] on.
+// Turn scores into p; for queries that do not see key j, and for keys beyond the end, p becomes 0. `from` is a thread's first column; row i is seen
+// from column first[i] on.
 template <bool MASKED> __device__ __forceinline__ void weigh(u32 (&p)[16], const float (&s)[32], u32 lse, float factor, const int (&first)[2]) {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -253,7 +253,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
     const u32 ds_columns = uniform(operand_mn_major(base + OFFSET_DS, Q_BOX));
     const u32 ds_rows = uniform(operand_k_major(base + OFFSET_DS + group * 8192));
     const int thread = warp * 32 + lane, row = warp * 16 + lane / 4, column = lane % 4 * 2;
-    // Where a lane writes 8 of the columns of ds that its warp has: the row's place, and what the swizzle turns in it.
+    // Where a lane writes 8 of its warp's columns of ds: the address of the row, and what the swizzle changes in it.
     const u32 ds_row = base + OFFSET_DS + (group * 64 + warp * 16 + lane % 16) * 128;
     Stage stage;
     u32 k_phase = 0;
@@ -311,7 +311,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
                 const int first[2] = {0, 0};
                 weigh<false>(p, s, stats, scale * LOG2_E, first);
             }
-            // dp = v dout^T. By then the product before, dk, is done with its q.
+            // dp = v dout^T. By then the preceding product, dk, no longer needs its q.
             if (step == 0) barrier_wait(barriers.v_full(), v_phase);
             barrier_wait(barriers.dout_full(stage.index), stage.phase);
             registers_fence(dp);
@@ -331,7 +331,7 @@ __device__ __forceinline__ void multiply(u32 base, Barriers barriers, Gradients 
             wgmma_commit();
             registers_fence(dv);
 
-            // ds, from p as it was rounded: the sum of p and dp in fp32 would need all registers there are.
+            // ds, from the rounded p: keeping p and dp in fp32 together would need all registers.
             wgmma_wait<1>();
             registers_fence(dp);
             handover_sync<256>(ds_read_by(group ^ 1));
