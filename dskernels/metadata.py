@@ -7,6 +7,7 @@ takes to allocate. `torch.compile` compares it in one call of C++, its tensor gu
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -27,7 +28,8 @@ class ByMetadata:
 
     Args:
         most: how many values are kept. Half of them are those kept or asked for of late; once these are as many, they
-            take the place of the other half, of which each that is asked for comes back.
+            take the place of the other half, of which each that is asked for comes back. What goes goes bit by bit, as
+            it may take 50 us (a graph).
     """
 
     def __init__(self, most: int = 2048) -> None:
@@ -35,6 +37,7 @@ class ByMetadata:
         self._n = 0  # of those in `_kept`
         self._kept: dict[tuple, list[_Entry]] = {}
         self._before: dict[tuple, list[_Entry]] = {}
+        self._going: list[_Entry] = []
 
     def find(self, tensors: tuple[Tensor, ...], also: Hashable) -> tuple[Any, list[int]] | None:
         """The value that was kept for these, and the addresses of the tensors; None if there is none."""
@@ -73,7 +76,9 @@ class ByMetadata:
     def _put(self, key: tuple, entry: _Entry) -> None:
         """Among those that are kept now, the latest first."""
         if self._n >= self._most // 2:
+            self._going += itertools.chain.from_iterable(self._before.values())
             self._n, self._before, self._kept = 0, self._kept, {}
+        del self._going[-2:]
         self._n += 1
         self._kept.setdefault(key, []).insert(0, entry)
 

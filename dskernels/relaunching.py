@@ -20,7 +20,9 @@ from dskernels.device import like_this
 # block take the host 15 us so and 41 one by one (17.5 and 42 where results are kept); a single one takes the device 2.5
 # us either way, but a programmatic one, which loses what it overlaps with, 3.0 and 2.0.
 FEWEST_IN_GRAPH = 2
-MOST_GRAPHS = 1024  # of the process: the oldest goes then, and is made anew at its next launch
+# Of the process. One of 7 launches has 0.1 MB of the GPU; one that goes is made anew at its next launch, in half a
+# millisecond.
+MOST_GRAPHS = 512
 ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
 
 Kept = Callable[[Tensor], Sequence[Tensor]]
@@ -73,6 +75,7 @@ class Recording:
         for plan in self._plans:
             plan.stream = noted.stream
         self._graph: LaunchGraph | None = None
+        self._recent = False
         graph = len(self._plans) >= FEWEST_IN_GRAPH and all(plan.in_graph for plan in self._plans)
         self._alone = not graph or reason_against_graphs() is not None
         self._related = _related(noted.pieces[: noted.n_tensors])
@@ -147,14 +150,11 @@ class Recording:
         return self._returned(results, tensors)
 
     def _launch_graph(self) -> None:
-        graph, stale = self._graph, self._stale
+        graph, stale, self._recent = self._graph, self._stale, True
         if graph is None:
             graph = self._graph = LaunchGraph(self._plans, self._device)
             _have_graphs.append(weakref.ref(self))
-            if len(_have_graphs) > MOST_GRAPHS:
-                first = _have_graphs.popleft()()
-                if first is not None:
-                    first._graph = None  # one that is launched meanwhile is another thread's until then
+            _let_one_go()
         else:
             for i in stale:
                 graph.update(i)
@@ -173,6 +173,18 @@ class Recording:
 
 
 _have_graphs: deque[weakref.ref[Recording]] = deque()
+
+
+def _let_one_go() -> None:
+    """Of too many graphs, the first that was not launched since it was last looked at."""
+    while len(_have_graphs) > MOST_GRAPHS:
+        reference = _have_graphs.popleft()
+        recording = reference()
+        if recording is not None and recording._recent:
+            recording._recent = False
+            _have_graphs.append(reference)
+        elif recording is not None:
+            recording._graph = None  # another thread that launches it just now holds it until then
 
 
 def _related(given: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:

@@ -36,4 +36,5 @@ def test_those_of_one_key_go_one_by_one():
 
 
 def parts(kept):
+    assert len(kept._going) <= 4
     return [*kept._kept.values(), *kept._before.values()]

@@ -116,6 +116,12 @@ def test_the_oldest_graph_goes(on_the_cpu, monkeypatch):
             (from_x, between), (from_between, to) = arguments_of(on_the_cpu, 2)
             assert (from_x, from_between, to) == (x.data_ptr(), between, out.data_ptr())
     assert len(on_the_cpu.graphs) in (0, 6)  # each of the three is made anew
+    monkeypatch.setattr(relaunching, "MOST_GRAPHS", 8)
+    made = len(on_the_cpu.graphs)
+    for width in range(40, 60):
+        for shape in ((1, 32), *[(1, width)] * 3):
+            run(torch.empty(shape))
+    assert len(on_the_cpu.graphs) - made in (0, *range(20, 24))  # the one that is launched all the time stays, mostly
 
 
 def test_another_stream(on_the_cpu, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dskernels as ds
-from dskernels import recording
+from dskernels import recording, relaunching
 from dskernels.metadata import ByMetadata
 
 
@@ -184,3 +184,17 @@ def test_choices_from_hidden_states(sm_90):
         want = ds.route(logits, bias, top_k=4, impl="reference")
         assert torch.equal(routing.experts, want.experts)
         torch.testing.assert_close(logits, x.double() @ weight.double().T, rtol=1e-5, atol=1e-4, check_dtype=False)
+
+
+@pytest.mark.gpu
+def test_a_graph_that_goes_while_it_is_launched(sm_90, monkeypatch):
+    """Each of two kinds takes the place of the other's, whose launch the device has not begun."""
+    monkeypatch.setattr(relaunching, "MOST_GRAPHS", 1)
+    monkeypatch.setattr(ds.fused_experts.known, "kinds", ByMetadata())
+    with torch.no_grad():
+        calls = [random_block(tokens) for tokens in (40, 300)]
+        want = [ds.fused_experts(*args, **options) for args, options in calls]
+        torch.cuda._sleep(20_000_000)
+        got = [ds.fused_experts(*args, **options) for _ in range(8) for args, options in calls]
+    for i, out in enumerate(got):
+        assert torch.equal(out, want[i % 2])
