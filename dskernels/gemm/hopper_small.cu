@@ -37,21 +37,15 @@ extern "C" __global__ void
 __cluster_dims__(SPLIT, 1, 1)
 #endif
 __launch_bounds__(CONSUMERS + 32)
-fp8_gemm_small(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
-               const float* __restrict__ sb, const void* __restrict__ bias, Element* c, int M, int N, int K, int stride_sb, int stride_c,
-               int stages) {
+fp8_gemm_small(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_last, const __grid_constant__ TensorMap map_b,
+               const __grid_constant__ TensorMap map_sa, const float* __restrict__ sb, const void* __restrict__ bias, Element* c, int M, int N, int K,
+               int stride_sb, int stride_c, int stages) {
     extern __shared__ __align__(1024) u8 smem[];
     const bool only = SPLIT > 1 || (N + TILE - 1) / TILE * ((M + TOKENS - 1) / TOKENS) <= gridDim.x;
     const Tiles tiles(M, N, K, stride_sb);
-    // A programmatic launch: while the kernel in front of this one ends, B, or as much of it as will be asked for at once, is on its way. With 64
-    // tokens that would take more registers than three CTAs on a multiprocessor have.
-    if (TOKENS < 64 && threadIdx.x / 32 == WARPS && elect_one()) {
-        Tiles ahead = tiles;
-        for (int i = 0; ahead.valid() && i < stages; ahead.next())
-#pragma unroll 1
-            for (int k = 0; k < ahead.blocks() && i < stages; ++k, ++i) tma_prefetch_evict_first(&map_b, (ahead.block() + k) * BLOCK_K, ahead.b_row());
-    }
     begin_dependent();
     const Output out{c, bias, N, stride_c};
-    block_scaled_gemm_small(tiles, Memory(smem_addr(smem), stages, only), stages, &map_a, &map_b, &map_sa, sb, out, min(M, TOKENS));
+    const bool last = tiles.rows() < TOKENS;
+    block_scaled_gemm_small(tiles, Memory(smem_addr(smem), stages, only), stages, last ? &map_last : &map_a, &map_b, &map_sa, sb, out,
+                            last ? tiles.rows() : TOKENS);
 }

@@ -43,10 +43,12 @@ def plan(
     processors = multiprocessors(a.device)
     stages = config.stages(m, n, k, processors)
     options = options_of(config, OUT[out.dtype], BIAS[None if bias is None else bias.dtype], int(accumulate))
+    whole, last = TensorMap("a", a, (min(config.tokens, m), 128), swizzle=True), m % config.tokens
     return Plan(
         kernel(SOURCE, "fp8_gemm_small", options, SHARED_LIMIT, a.device.index),
         arguments=(
-            TensorMap("a", a, (min(config.tokens, m), 128), swizzle=True),
+            whole,
+            TensorMap("a", a, (last, 128), swizzle=True) if last else whole,
             TensorMap("b", b, (config.tile, 128), swizzle=True, fetch=128 if k <= SHORT_K else 256),
             scale_map("a_scale", a_scale, config.tokens),
             Pointer("b_scale"),
@@ -83,13 +85,14 @@ def plan_half(config: SmallConfig, a: Tensor, b: Tensor, out: Tensor) -> Plan:
     processors = multiprocessors(a.device)
     stages = config.stages(m, n, 2 * k, processors)
     options = options_of(config, OUT[out.dtype], 0, 0) | {"HALF": HALF[a.dtype]}
-    a_map = TensorMap("a", a, (min(config.tokens, m), 64), swizzle=True)
+    whole, last = TensorMap("a", a, (min(config.tokens, m), 64), swizzle=True), m % config.tokens
     return Plan(
         kernel(SOURCE, "fp8_gemm_small", options, SHARED_LIMIT, a.device.index),
         arguments=(
-            a_map,
+            whole,
+            TensorMap("a", a, (last, 64), swizzle=True) if last else whole,
             TensorMap("b", b, (config.tile, 64), swizzle=True),
-            a_map,
+            whole,
             *[ctypes.c_void_p(None)] * 2,
             Pointer("out"),
             *map(ctypes.c_int, (m, n, k, 0, out.stride(0), stages)),
