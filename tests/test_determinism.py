@@ -4,8 +4,15 @@ Cases are those of `parity`, gradients included. Batches of other prompts are in
 over ranks in tests/parallel.
 """
 
+import contextlib
 import functools
+import hashlib
+import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +128,28 @@ def test_a_graph_gives_the_same_bits(impl, op):
     graph.replay()
     torch.cuda.synchronize()
     assert same(captured, want)
+
+
+def digests(impl, device):
+    """Of each operation's first case, a digest of its results; nothing where the implementation does not take it."""
+    found = {}
+    for op, case in FIRST.items():
+        with contextlib.suppress(ValueError):
+            given = parity._results(getattr(ds, op), case, torch.device(device), impl=impl)
+            found[op] = hashlib.sha256(b"".join(bits(x).cpu().numpy().tobytes() for x in given)).hexdigest()
+    return found
+
+
+@pytest.mark.gpu
+def test_another_process_gives_the_same_bits(impl):
+    """What a process has chosen, compiled or recorded before has no say."""
+    code = f"import json, test_determinism; print(json.dumps(test_determinism.digests({impl!r}, 'cuda')))"
+    path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent)])
+    environment = os.environ | {"PYTHONPATH": path, "DSKERNELS_TEST_DEVICE": "cuda"}
+    other = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    here = digests(impl, "cuda")
+    assert here
+    assert json.loads(other.stdout.splitlines()[-1]) == here
 
 
 @pytest.mark.gpu
