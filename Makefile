@@ -79,8 +79,9 @@ $(PAGES): docs/requirements.txt | $(MADE)
 	$(BIN)/python -m pip install -q $(PIP) -r docs/requirements.txt
 	@touch $@
 
+# The pip that comes with Python 3.11 takes 37 CPU seconds to find what constraints.txt names, a new one 16.
 $(MADE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP) setuptools
+	$(BIN)/python -m pip install $(PIP) --upgrade pip setuptools
 	@touch $@

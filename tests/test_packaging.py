@@ -48,7 +48,7 @@ def test_everything_that_make_installs_is_pinned():
         assert version in requirement.specifier, f"{pinned[name]} does not fit {requirement}"
         further = [Requirement(line) for line in importlib.metadata.requires(name) or []]
         todo += [r for r in further if needed(r, requirement.extras)]
-    unused = set(pinned) - {name for name, *_ in seen} - {"setuptools"}
+    unused = set(pinned) - {name for name, *_ in seen} - {"pip", "setuptools"}
     assert not unused, "constraints.txt pins what nothing needs"
 
 
