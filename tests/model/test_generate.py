@@ -14,7 +14,7 @@ from dskernels.model import Batch, Config, DeepseekV3, LatentCache, Sampling, ge
 def model():
     """About every second draft stands, so that the sequences of a batch get out of step."""
     torch.manual_seed(3)
-    return echo_model(0.05, vocab_size=64)
+    return echo_model(0.05, vocab_size=64, num_hidden_layers=2, n_routed_experts=8)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_the_iterator_streams(model, expected):
 @pytest.mark.parametrize("drafts", [1, 2, 3, 7])
 def test_drafts_that_always_stand(drafts):
     """One pass gives drafts + 1 tokens: 1 token of the prompt, then 24 in 24 / (drafts + 1) steps."""
-    model = echo_model(0.0)
+    model = echo_model(0.0, num_hidden_layers=2, n_routed_experts=8)
     prompts = random_prompts(4, 9)
     plain = generate(model, prompts, max_new_tokens=25).finish()
     generation = generate(model, prompts, max_new_tokens=25, drafts=drafts)
@@ -93,7 +93,7 @@ def test_drafts_that_always_stand(drafts):
 
 def test_drafts_that_never_stand():
     """Every draft is wrong, the text is not."""
-    model = echo_model(0.0)
+    model = echo_model(0.0, num_hidden_layers=2, n_routed_experts=8)
     with torch.no_grad():
         model.mtp[0].norm.weight.fill_(-1.0)  # the least likely token is drafted
     prompts = random_prompts(4, 9)
@@ -326,7 +326,7 @@ def test_generate_refuses_what_the_cache_cannot_hold(model):
     with pytest.raises(ValueError, match="cache: prompt 1 needs 3 pages, there are 2"):
         generate(model, [[1], [1] * 10], max_new_tokens=8, cache=cache)
     other = LatentCache(model.config.replace(num_hidden_layers=5), pages=2, page_size=8)
-    with pytest.raises(ValueError, match="cache: has 6 layers, the model needs 5"):
+    with pytest.raises(ValueError, match="cache: has 6 layers, the model needs 3"):
         generate(model, [[1]], max_new_tokens=8, cache=other)
 
 
