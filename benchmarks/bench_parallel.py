@@ -28,9 +28,10 @@ from torch import Tensor
 
 import dskernels as ds
 from benchmarks import models, parallel_runs
-from benchmarks.parallel_timing import WAIT, WAIT_FOR_LAYERS, Bench
+from benchmarks.parallel_timing import WAIT, WAIT_FOR_LAYERS, Bench, captured
 from benchmarks.results import FOLDER, Machine, Row, document
 from benchmarks.workloads import MODEL_TRAINED_SLICE
+from dskernels.gemm.weights import counts_changes
 from dskernels.model import Config
 from dskernels.model.moe import MoE
 from dskernels.model.parallel.copies import PIECE, CopyEngines
@@ -190,8 +191,9 @@ def layer(
 
     They run behind as many that are not timed. Nothing can run under the last message, which so weighs as much as there
     are layers.
-    "Compute only" is `fused_experts` with as many experts a rank and choices a token, all of them here. A layer of
-    DeepSeek-V3 has one shared expert too; without it there is nothing under which one of two messages could travel.
+    "Compute only" is `fused_experts` with as many experts a rank and choices a token, all of them here; "graph" is all
+    of either as one CUDA graph. A layer of DeepSeek-V3 has one shared expert too; without it there is nothing under
+    which one of two messages could travel.
     """
     device, per_rank = bench.device, experts // group.size()
 
@@ -201,6 +203,7 @@ def layer(
     routed = weight(per_rank, 2 * inner, hidden), weight(per_rank, hidden, inner)
     of_all = (weight(2 * inner, hidden), weight(hidden, inner)) if shared else None
     leaves = [*routed, *(of_all or ())]
+    counts_changes(leaves)  # as of weights that this library's optimisers update
     half = tokens // 2
     xs = [torch.randn(half, hidden, device=device).bfloat16().requires_grad_(backward) for _ in range(2)]
     there = [[routing_of(half, experts, top_k, device) for _ in range(depth)] for _ in range(2)]
@@ -226,6 +229,8 @@ def layer(
         "counted_overlapped": lambda: step(counted, there, True),
         "counted_unoverlapped": lambda: step(counted, there, False),
     }
+    if isinstance(mail, CopyEngines):
+        timed |= {f"{name}_graph": captured(timed[name]).replay for name in ("compute_only", "overlapped")}
 
     def seconds(name: str) -> float:
         waits_itself = name.startswith("counted")
@@ -238,7 +243,8 @@ def layer(
     result: dict[str, Any] = dict(tokens=tokens, layers=depth, precision="fp8" if fp8 else "bf16", backward=backward)
     result["shared"] = shared
     result |= {f"{name}_ms": statistics.fmean(seconds) * 1e3 / depth for name, seconds in found.items()}
-    result["of_compute_only"] = result["compute_only_ms"] / result["overlapped_ms"]
+    for graph in ("", "_graph") if isinstance(mail, CopyEngines) else ("",):
+        result[f"of_compute_only{graph}"] = result[f"compute_only{graph}_ms"] / result[f"overlapped{graph}_ms"]
     return result
 
 

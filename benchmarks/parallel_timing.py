@@ -42,17 +42,7 @@ class Bench:
         """Seconds of a call inside a CUDA graph of several; on the CPU of one call."""
         if self.device.type != "cuda":
             return self.time(function)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                function()
-        return self.time(graph.replay) / calls
+        return self.time(captured(function, calls).replay) / calls
 
     def _once(self, function: Callable[[], Any], calls: int, wait: int, behind: bool) -> float:
         if self.device.type != "cuda":
@@ -72,3 +62,18 @@ class Bench:
         end.record()
         torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3 / calls
+
+
+def captured(function: Callable[[], Any], calls: int = 1) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of so many calls, after some that are not in it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # micro-batches have threads of their own
+        for _ in range(calls):
+            function()
+    return graph

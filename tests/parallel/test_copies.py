@@ -1,13 +1,5 @@
 """Messages by copy engines, between two GPUs or two processes on one, and what is made of them."""
 
-import ctypes
-import functools
-import itertools
-import random
-import types
-import weakref
-
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +7,6 @@ from torch.multiprocessing.reductions import reduce_tensor
 from world import run
 
 from dskernels.model import Config
-from dskernels.model.parallel import copies
 from dskernels.model.parallel.copies import ENDS, SLOTS, CopyEngines
 from dskernels.model.parallel.engines import PeerMemory, reach_each_other
 from dskernels.model.parallel.exchange import pack
@@ -112,10 +103,38 @@ def letters(rank, device, plain):
         mail.send([message(2 * rows)] * 2)
     with pytest.raises(ValueError, match="sent together"):
         mail.whole(sent[0] if not together[0] else sent[1])
-    graph = torch.cuda.CUDAGraph()
-    big = [message(rows)] * 2
-    with pytest.raises(RuntimeError, match="cannot be in a CUDA graph"), torch.cuda.graph(graph):
-        mail.send(big)
+    captured(mail, message, read, plain)
+
+
+def captured(mail, message, read, plain):
+    """More messages than slots in a CUDA graph, replayed with other numbers, and messages outside in between."""
+    rows, graph = 1000, torch.cuda.CUDAGraph()
+    both = [message(rows), message(rows)]
+    mail.settle()
+    with torch.cuda.graph(graph):
+        found = []
+        for pair in range(3):
+            sent = [mail.send(both, together=(i + pair) % 2 == 0) for i in range(2)]
+            found += [read(mail, one, (i + pair) % 2 == 0)[0] for i, one in enumerate(sent)]
+        mail.settle()
+    for replay in range(4):
+        for parts, others in zip(both, [message(rows), message(rows)], strict=True):
+            for part, other in zip(parts, others, strict=True):
+                part.copy_(other)
+        graph.replay()
+        for i, got in enumerate(found):
+            together = (i % 2 + i // 2) % 2 == 0
+            want = read(plain, plain.send(both, together=together), together)[0]
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (replay, i)
+        if replay % 2:
+            outside = mail.send(both)
+            want = read(plain, plain.send(both), False)[0]
+            assert all(torch.equal(a, b) for a, b in zip(read(mail, outside, False)[0], want, strict=True))
+            mail.settle()
+    outside = mail.send(both)
+    with pytest.raises(RuntimeError, match="in the same CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        next(iter(mail.arriving(outside)))
+    read(mail, outside, False)
 
 
 def layers(rank, device, plain):
@@ -181,197 +200,14 @@ def layers(rank, device, plain):
         for _ in range(3):
             together = overlapped(model, [lambda half=half: model(*half) for half in halves])
             assert all(torch.equal(a, b) for a, b in zip(together, wanted, strict=True))
-
-
-class AtOnce:
-    """In place of `Engine` and `Moment`: what a stream would do is done now, and what it would wait for is there."""
-
-    def __init__(self, *_):
-        pass
-
-    of = current = classmethod(lambda cls, _: cls())
-
-    def record(self, on):
-        pass
-
-    def follow(self, moment):
-        pass
-
-    def copy(self, target, source, size):
-        ctypes.memmove(target, source, size)
-
-    def write(self, address, value):
-        ctypes.c_uint32.from_address(address).value = value
-
-    def wait(self, address, value):
-        assert ctypes.c_uint32.from_address(address).value >= value
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_messages_lie_where_they_are_read(monkeypatch, ranks):
-    """More messages than slots, on the CPU: all ranks in one process."""
-    monkeypatch.setattr(copies, "Engine", AtOnce)
-    monkeypatch.setattr(copies, "Moment", AtOnce)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    size = message_bytes([(1000, 4 * 513), (1000, 12)])
-    memories = [torch.zeros(CopyEngines.needed(ranks, size), dtype=torch.uint8) for _ in range(ranks)]
-    addresses = [memory.data_ptr() for memory in memories]
-    mails = []
-    for rank, memory in enumerate(memories):
-        group = types.SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
-        mails.append(CopyEngines(group, size, piece=500_000, memory=PeerMemory(memory, addresses, None)))
-    for number in range(3 * SLOTS):
-        rows, together = (1000, 7, 1, 0)[number % 4], number % 3 == 0
-        to = [
-            [[torch.randint(0, 2**30, (rows, 513)).int(), torch.rand(rows, 3)] for _ in range(ranks)]
-            for _ in range(ranks)
-        ]
-        for mail in mails:  # which `send` does: here one rank sends all before the next
-            mail.tell_read()
-        sent = [mail.send(to[rank], together=together) for rank, mail in enumerate(mails)]
-        for rank, (mail, one) in enumerate(zip(mails, sent, strict=True)):
-            assert sum(piece.stop - piece.start for piece in mail.arriving(one)) == rows
-            wanted = [to[source][rank] for source in range(ranks)]
-            found = [mail.from_rank(one, source) for source in range(ranks)]
-            assert all(torch.equal(a, b) for x, y in zip(found, wanted, strict=True) for a, b in zip(x, y, strict=True))
-            if together:
-                whole = [torch.cat(parts) for parts in zip(*wanted, strict=True)]
-                assert all(torch.equal(a, b) for a, b in zip(mail.whole(one), whole, strict=True))
-            mail.finished(one)
-    for mail in mails:
-        mail.tell_read()
-    for _ in range(SLOTS):
-        mails[0].send(to[0])
-    with pytest.raises(RuntimeError, match="4 messages are under way"):
-        mails[0].send(to[0])
-
-
-class Queues:
-    """Streams of several ranks in one process, on the CPU: what is on them is done later, in any order that they allow.
-
-    Stands in the place of `Engine` (`of`, `current`) and, by `Moment`, of the events between streams.
-    """
-
-    def __init__(self, generator):
-        self.generator, self.queues, self.mains, self.rank = generator, [], {}, 0
-
-    def of(self, _):
-        self.queues.append(OnQueue([]))
-        return self.queues[-1]
-
-    def current(self, _):
-        if self.rank not in self.mains:
-            self.mains[self.rank] = self.of(None)
-        return self.mains[self.rank]
-
-    def run(self):
-        """All of it; fails where every stream waits."""
-        speeds = {id(queue): self.generator.random() ** 4 for queue in self.queues}
-        while waiting := [queue for queue in self.queues if queue.work]:
-            ready = [queue for queue in waiting if queue.work[0][0]()]
-            assert ready, "all streams wait"
-            self.generator.choices(ready, [speeds[id(queue)] for queue in ready])[0].work.pop(0)[1]()
-
-
-class OnQueue:
-    """A stream of `Queues`."""
-
-    def __init__(self, work):
-        self.work = work
-
-    def call(self, function, ready=lambda: True):
-        self.work.append((ready, function))
-
-    def copy(self, target, source, size):
-        self.call(lambda: ctypes.memmove(target, source, size))
-
-    def write(self, address, value):
-        self.call(lambda: setattr(ctypes.c_uint32.from_address(address), "value", value))
-
-    def wait(self, address, value):
-        self.call(lambda: None, lambda: ctypes.c_uint32.from_address(address).value >= value)
-
-    def follow(self, moment):
-        number = moment.asked
-        self.call(lambda: None, lambda: moment.reached >= number)
-
-
-class Reached:
-    """In place of `Moment`."""
-
-    def __init__(self, _):
-        self.asked = self.reached = 0
-
-    def record(self, on):
-        self.asked += 1
-        on.call(lambda number=self.asked: setattr(self, "reached", number))
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_nothing_is_read_or_written_too_early(monkeypatch, ranks):
-    """Messages are read, slots and memory of what was sent used again, in whatever order streams go on."""
-    generator = random.Random(ranks)
-
-    def compare(found, value):
-        assert (found == value).all(), f"message {value // 100} from {value // 10 % 10} to {(value - 1) % 10}"
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(copies, "Moment", Reached)
-    monkeypatch.setattr(copies, "FEWEST_FILLED", 0)
-    size, rows = message_bytes([(8, 64), (8, 4)]), 8
-    for _ in range(12):
-        queues = Queues(generator)
-        monkeypatch.setattr(copies, "Engine", queues)
-        memories = [torch.zeros(CopyEngines.needed(ranks, size), dtype=torch.uint8) for _ in range(ranks)]
-        addresses = [memory.data_ptr() for memory in memories]
-        program, unread, number = [], [], 0
-        while number < 4 * SLOTS or unread:
-            if number < 4 * SLOTS and len(unread) < SLOTS and number - SLOTS not in unread and generator.random() < 0.6:
-                program.append(("send", number, generator.random() < 0.5))
-                unread.append(number)
-                number += 1
-            elif unread:
-                program.append(("read", unread.pop(generator.randrange(len(unread))), False))
-        keeps, mails = [], []
-        for rank in range(ranks):
-            queues.rank = rank
-            group = types.SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
-            mail = CopyEngines(group, size, piece=200, memory=PeerMemory(memories[rank], addresses, None))
-            mails.append(mail)
-            main, sent = queues.current(None), {}
-            for what, number, together in program:
-                if what == "send":
-                    parts, firsts = [[] for _ in range(ranks)], {}
-                    for to, width in itertools.product(range(ranks), (16, 1)):
-                        memory = np.zeros((rows, width), np.int32)  # outlives the tensor, as memory of a GPU does
-                        keeps.append(memory)
-                        parts[to].append(torch.from_numpy(memory))
-                        value = 1 + number * 100 + rank * 10 + to
-                        if width == 16 and to != rank and number % 3 == 0:  # is made as it leaves
-                            firsts[to] = memory, value
-                        else:
-                            main.call(functools.partial(memory.fill, value))
-                        # Whoever has it next writes to it at once.
-                        weakref.finalize(parts[to][-1], main.call, functools.partial(memory.fill, -1))
-
-                    def fill(to, piece, firsts=firsts, main=main):
-                        main.call(functools.partial(firsts[to][0][piece].fill, firsts[to][1]))
-
-                    sent[number] = mail.send(parts, together=together, fill=fill if firsts else None)
-                    del parts
-                else:
-                    one = sent.pop(number)
-                    list(mail.arriving(one))
-                    for source in range(ranks):
-                        value = 1 + number * 100 + source * 10 + rank
-                        for part in mail.from_rank(one, source):
-                            found = part.detach().view(part.shape)  # another view, which is no tensor that was sent
-                            main.call(functools.partial(compare, found, value))
-                    mail.finished(one)
-                    del one, part, found
-        queues.run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # micro-batches have threads of their own
+            together = overlapped(model, [lambda half=half: model(*half) for half in halves])
+        for _ in range(3):
+            for out in together:
+                out.fill_(float("nan"))
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(together, wanted, strict=True))
 
 
 def exchanges(rank, gpus):

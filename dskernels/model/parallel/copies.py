@@ -3,8 +3,7 @@
 NCCL's kernels hold SMs, and a product that fills all of them waits for the last one: on 2 H200 expert-parallel layers
 in bf16 took 8.9 ms each with NCCL's messages under products, and 8.6 ms with all of it one by one.
 
-The numbers that streams wait for count messages and come from the host: this cannot be captured in a CUDA graph, and
-says so.
+Nothing of it is counted by the host (dskernels.model.parallel.lights), so that it may be part of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dskernels.model.parallel.engines import Engine, Moment, PeerMemory
+from dskernels.model.parallel.lights import Lights
 from dskernels.model.parallel.mail import Fill, Mail, Part, aligned
 
 SLOTS = 4  # messages that may be under way, or read, at once: two micro-batches have one each in both directions
@@ -38,12 +38,19 @@ class Copied(NamedTuple):
         parts: where they lie in its slot, each of all ranks, ``[R, ...]``.
         ends: of the pieces that the first part is cut into, as shares of it.
         own: what this rank would have sent to itself; None where it did.
+        captured: whether it is in a CUDA graph.
     """
 
     number: int
     parts: list[Part]
     ends: tuple[float, ...]
     own: list[Tensor] | None
+    captured: bool
+
+    @property
+    def slot(self) -> int:
+        """Where it lies."""
+        return self.number % SLOTS
 
     def piece(self, i: int) -> slice:
         """Its rows."""
@@ -53,6 +60,9 @@ class Copied(NamedTuple):
 
 class CopyEngines(Mail):
     """`Mail` for GPUs that reach each other's memory.
+
+    Messages may be captured in a CUDA graph, by all ranks alike, and be sent outside of it as well: what is captured
+    has to be read, and settled, in the same graph, and whatever was sent before a replay likewise, before it.
 
     Args:
         group: the ranks. All make this at once.
@@ -66,25 +76,26 @@ class CopyEngines(Mail):
     ) -> None:
         super().__init__(group)
         self.size, self.piece = aligned(size), piece
-        self.flags_at = SLOTS * self.ranks * self.size
         memory = memory or PeerMemory.shared(group, self.needed(self.ranks, size))
-        # Slots, and for each slot and rank how far it has sent, and how far it has read what is sent to it.
-        self.memory, self.addresses, self.keeps = memory
+        self.memory, self.addresses, self.keeps = memory  # slots, and behind them the lights
+        behind = SLOTS * self.ranks * self.size
+        self.lights = Lights([address + behind for address in self.addresses], self.rank, len(ENDS))
         self.count, self.unread = 0, set[int]()
-        self.read: list[tuple[int, int]] = []  # slots, and turns in them, that the others have not been told of
+        self.read: list[int] = []  # slots of which the others have not been told that they have been read
         # What is for this rank itself waits for no link.
         device = self.memory.device
         self.out, self.near = (Engine.of(torch.cuda.Stream(device, priority=-1)) for _ in range(2))
         self.now = Moment(device)
-        # What is being sent lives until its slot is used again, behind the copies. (torch's `record_stream` would make
-        # an event for each tensor that is let go.)
+        # What is being sent lives until it has left. (torch's `record_stream` would make an event for each tensor that
+        # is let go.)
         self.sending: list[Sequence[Sequence[Tensor]]] = [()] * SLOTS
-        self.gone = [Moment(device) for _ in range(SLOTS)]
+        # In a graph: where each piece of a message has left, and what of it stays here.
+        self.gone, self.kept = ([[Moment(device) for _ in range(n)] for _ in range(SLOTS)] for n in (len(ENDS), 1))
 
     @staticmethod
     def needed(ranks: int, size: int) -> int:
         """Bytes of memory on each rank for messages of `size`."""
-        return SLOTS * ranks * (aligned(size) + 8)
+        return SLOTS * ranks * aligned(size) + Lights.needed(SLOTS, ranks, len(ENDS))
 
     def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False, fill: Fill | None = None) -> Copied:
         """See `Mail`."""
@@ -93,15 +104,17 @@ class CopyEngines(Mail):
         if fill is not None and not together:
             ends = FILLED if _bytes(own[0]) >= FEWEST_FILLED else ENDS[1]
         sent = self._next([(tensor.shape, tensor.dtype) for tensor in own], ends, None if together else own)
-        slot = sent.number % SLOTS
-        self.sending[slot] = outgoing
+        self.sending[sent.slot] = outgoing
         if together:  # what was there has been read, by what the stream waits for anyway
+            self.near.follow(self.now)
             for place, tensor in enumerate(own):
                 self._copy(sent, self.rank, place, tensor, self.near)
-            self._mark(sent, self.rank, 0, self.near)
+            self.near.take(self.lights.there(sent.slot, self.rank, 0))
+            if sent.captured:
+                self.kept[sent.slot][0].record(self.near)
         self.out.follow(self.now)
         for rank in self._others():
-            self._until_read(sent, rank)
+            self.out.take(self.lights.until_read(sent.slot, rank))
             for place, tensor in enumerate(outgoing[rank][1:], start=1):
                 self._copy(sent, rank, place, tensor, self.out)
         for i in range(len(sent.ends)):
@@ -112,16 +125,16 @@ class CopyEngines(Mail):
                 self.out.follow(self.now)
             for rank in self._others():
                 self._copy(sent, rank, 0, outgoing[rank][0], self.out, sent.piece(i))
-                self._mark(sent, rank, i, self.out)
-        self.gone[slot].record(self.out)
+                last = rank == self._others()[-1] and i == len(sent.ends) - 1
+                self.out.take(self.lights.there(sent.slot, rank, i, last=last))
+            if sent.captured:
+                self.gone[sent.slot][i].record(self.out)
         return sent
 
     def _next(
         self, parts: Sequence[tuple[torch.Size, torch.dtype]], ends: tuple[float, ...], own: list[Tensor] | None
     ) -> Copied:
-        """A message with a slot of its own, behind what is on the stream; the others learn what has been read here."""
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("messages by copy engines are counted by the host: they cannot be in a CUDA graph")
+        """A message with a slot of its own, behind what is on the stream."""
         if self.count - SLOTS in self.unread:
             raise RuntimeError(f"outgoing: {SLOTS} messages are under way, of which none has been read")
         placed, end = [], 0
@@ -130,25 +143,30 @@ class CopyEngines(Mail):
             end += aligned(self.ranks * math.prod(shape) * dtype.itemsize)
         if end > self.ranks * self.size:
             raise ValueError(f"outgoing: expected at most {self.size} bytes for a rank, got {end // self.ranks}")
-        sent = Copied(self.count, placed, ends, own)
+        sent = Copied(self.count, placed, ends, own, torch.cuda.is_current_stream_capturing())
+        if sent.slot in self.read:  # a message only leaves where the others have learnt this, before they wait for it
+            self.settle()
         self.unread.add(self.count)
         self.count += 1
-        slot, here = sent.number % SLOTS, self._current()
-        if self.sending[slot]:
-            here.follow(self.gone[slot])
-            self.sending[slot] = ()
-        self.now.record(here)
-        self.near.follow(self.now)
-        self.tell_read()
+        self.now.record(self._current())
         return sent
 
     def arriving(self, sent: Copied) -> Iterator[slice]:
-        """See `Mail`."""
-        slot, turn = self._slot_and_turn(sent)
+        """See `Mail`. With the last piece it is waited until this rank's own message has left, too.
+
+        So whatever is behind it on the stream may have its memory, and no event has to say so.
+        """
+        if sent.captured != torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("sent: expected in the same CUDA graph, or outside as well")
         for i in range(len(sent.ends)):
-            on = self._current()
-            for rank in self._others() if sent.own is not None else range(self.ranks):
-                on.wait(self._flag(self.rank, slot, rank, read=False), _reached(turn, i))
+            on, last = self._current(), i == len(sent.ends) - 1
+            if sent.captured:  # so that no order in which a graph may run waits for another rank before it sends
+                on.follow(self.gone[sent.slot][i])
+                if sent.own is None:
+                    on.follow(self.kept[sent.slot][0])
+            on.take(self.lights.until_there(sent.slot, i, own=sent.own is None, last=last, read=self._read()))
+            if last:
+                self.sending[sent.slot] = ()
             yield sent.piece(i)
 
     def from_rank(self, sent: Copied, rank: int) -> list[Tensor]:
@@ -168,63 +186,41 @@ class CopyEngines(Mail):
         return self._parts(sent)[0]
 
     def finished(self, sent: Copied) -> None:
-        """See `Mail`. The others are told with the next message that begins, on a stream where it delays nothing.
+        """See `Mail`. The others are told where the next message is waited for, or by `settle`.
 
-        A number that the stream of what is computed writes takes it 3 us: a layer of two micro-batches 35 of 3,110.
+        A number that the stream writes by itself takes it 3 us: a layer of two micro-batches 35 of 3,110.
         """
         self.unread.remove(sent.number)
-        self.read.append(self._slot_and_turn(sent))
+        self.read.append(sent.slot)
 
-    def tell_read(self) -> None:
-        """Tells the others what has been read here, as far as `near` has come."""
-        for slot, turn in self.read:
-            for rank in self._others():
-                self.near.write(self._flag(rank, slot, self.rank, read=True), turn + 1)
+    def settle(self) -> None:
+        """See `Mail`."""
+        if self.read:
+            self._current().take(self.lights.have_read(self._read()))
+
+    def _read(self) -> tuple[int, ...]:
+        """The slots of which the others are told now."""
+        slots = tuple(self.read)
         self.read.clear()
+        return slots
 
     def _copy(self, sent: Copied, rank: int, place: int, tensor: Tensor, on: Engine, rows: slice | None = None) -> None:
         """Rows of a part, or all, to where a rank has them."""
         begin, end = (0, _bytes(tensor)) if rows is None else (_bytes(tensor[:at]) for at in (rows.start, rows.stop))
-        slot, _ = self._slot_and_turn(sent)
-        part = slot * self.ranks * self.size + sent.parts[place].begin + self.rank * _bytes(tensor)
+        part = sent.slot * self.ranks * self.size + sent.parts[place].begin + self.rank * _bytes(tensor)
         on.copy(self.addresses[rank] + part + begin, tensor.data_ptr() + begin, end - begin)
-
-    def _until_read(self, sent: Copied, rank: int) -> None:
-        """What was in the slot has been read by a rank."""
-        slot, turn = self._slot_and_turn(sent)
-        if turn:
-            self.out.wait(self._flag(self.rank, slot, rank, read=True), turn)
-
-    def _mark(self, sent: Copied, rank: int, piece: int, on: Engine) -> None:
-        """A rank may know that a piece is there."""
-        slot, turn = self._slot_and_turn(sent)
-        on.write(self._flag(rank, slot, self.rank, read=False), _reached(turn, piece))
 
     def _current(self) -> Engine:
         return Engine.current(self.memory.device)
 
     def _parts(self, sent: Copied) -> list[Tensor]:
         """Of all ranks, ``[R, ...]`` each."""
-        begin = sent.number % SLOTS * self.ranks * self.size
+        begin = sent.slot * self.ranks * self.size
         return [part.of(self.memory[begin : begin + self.ranks * self.size]) for part in sent.parts]
 
     def _others(self) -> list[int]:
         """All ranks but this, so that no two send to one at a time if all go on as fast."""
         return [(self.rank + i) % self.ranks for i in range(1, self.ranks)]
-
-    def _flag(self, at: int, slot: int, about: int, *, read: bool) -> int:
-        """Where a number is on rank `at`: how far rank `about` has sent, or has read what rank `at` sends."""
-        return self.addresses[at] + self.flags_at + 8 * (slot * self.ranks + about) + 4 * read
-
-    @staticmethod
-    def _slot_and_turn(sent: Copied) -> tuple[int, int]:
-        """Where a message lies, and how many were there before it."""
-        return sent.number % SLOTS, sent.number // SLOTS
-
-
-def _reached(turn: int, piece: int) -> int:
-    """The number of a piece, larger than all before it in its slot."""
-    return turn * len(ENDS) + piece + 1
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,48 @@ from torch import Tensor
 
 from dskernels.cuda.libcuda import call
 
-_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
+_AT_LEAST, _EQUAL = 0, 1  # CU_STREAM_WAIT_VALUE_GEQ and _EQ
+_OPERATIONS = {"wait": 1, "write": 2}  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and _WRITE_VALUE_32
+
+
+class Step(NamedTuple):
+    """Waits until a number is this one, or writes it.
+
+    Attributes:
+        kind: which of both.
+        address: of the number, 32 bits.
+        value: this one.
+    """
+
+    kind: Literal["wait", "write"]
+    address: int
+    value: int
+
+
+class _Operation(ctypes.Structure):
+    """CUstreamBatchMemOpParams, of a wait or a write."""
+
+    _fields_ = (
+        ("operation", ctypes.c_uint64),
+        ("address", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+        ("alias", ctypes.c_uint64),
+        ("unused", ctypes.c_uint64),
+    )
+
+
+class Steps:
+    """Some of them, one behind the other, which a stream takes as one operation of the driver.
+
+    Args:
+        steps: in their order.
+    """
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        self.steps = tuple(steps)
+        made = [_Operation(_OPERATIONS[kind], at, value, _EQUAL if kind == "wait" else 0) for kind, at, value in steps]
+        self.operations = (_Operation * len(made))(*made)
 
 
 class PeerMemory(NamedTuple):
@@ -85,6 +127,11 @@ class Engine:
     def wait(self, address: int, value: int) -> None:
         """Until a number there is as large, by cyclic comparison."""
         self._call("cuStreamWaitValue32_v2", self.handle, ctypes.c_uint64(address), ctypes.c_uint32(value), _AT_LEAST)
+
+    def take(self, steps: Steps) -> None:
+        """These, when all before is done and can be seen."""
+        if steps.steps:
+            self._call("cuStreamBatchMemOp_v2", self.handle, len(steps.steps), steps.operations, 0)
 
     def _call(self, name: str, *arguments: object) -> None:
         call(name, self.device, *arguments)

@@ -201,6 +201,9 @@ class Trip:
             sums.append(of_token(part, 0) + filled[row].sum(1))
         return sums
 
+    def settle(self) -> None:
+        """See `FixedTrip`; here nobody waits for what has been read."""
+
     def _own(self, counts: Sequence[int]) -> tuple[int, int]:
         """Where the rows of this rank itself begin and end."""
         begin = sum(counts[: self.rank])

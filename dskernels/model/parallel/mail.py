@@ -109,6 +109,9 @@ class Mail(ABC):
     def finished(self, sent: Any) -> None:
         """They have been read, by what is on the stream so far: others may come in their place."""
 
+    def settle(self) -> None:  # noqa: B027 - most have nothing to do
+        """All ranks get to know what has been read, though no message follows; a CUDA graph has to end so."""
+
 
 class Sent(NamedTuple):
     """A message of a `Collective`."""
