@@ -9,6 +9,7 @@ import torch
 
 import dskernels as ds
 from benchmarks import exact
+from dskernels import parity
 from dskernels.moe.rows import ExpertRows
 from dskernels.reference.mla import pack_fp8
 from guarding import guarded
@@ -221,3 +222,23 @@ def test_rows_and_places_of_sums(device):
     there = (places >= 0) & (places < 4)
     want = want.sum(1) + (there[..., None] * came.double()[places.clamp(0, 3)]).sum(1) + residual.double()
     close(got, want, 2**-7)
+
+
+CASES = {f"{case.op}, {case.label}": case for case in parity.all_cases()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("label", CASES)
+def test_every_result_between_guards(impl, label):
+    """Of each case of `parity`, gradients too: all that is allocated is full of NaN before, and nothing around it is
+    written to."""
+    with guarded() as memory:
+        try:
+            outcome = parity.check(CASES[label], torch.device("cuda"), impl)
+        except ValueError as error:
+            if "cannot run this" not in str(error):
+                raise
+            pytest.skip(str(error))
+    torch.cuda.synchronize()
+    memory.check()
+    assert outcome.passed, outcome
