@@ -2,7 +2,9 @@
 
 import collections
 import functools
+import gc
 import threading
+import tracemalloc
 import types
 
 import pytest
@@ -288,3 +290,24 @@ def test_a_triton_kernel_as_the_driver_takes_it(on_the_cpu):
     for change in ({"global_scratch_size": 8}, {"num_ctas": 2}, {"launch_cooperative_grid": True}):
         compiled.metadata = types.SimpleNamespace(**(wants | change), num_warps=8, shared=0, launch_pdl=False)
         assert portable._plan(compiled, (3, 2, 1), (x, None, -5, 1, 2**40, 0.5), 0) is None
+
+
+def test_what_a_kind_keeps_is_small(on_the_cpu):
+    """Of two launches and of the plans of the first call 14 KB, and 3 more of their graph; as objects of ctypes 22."""
+    run = two_steps([])
+
+    def make(widths):
+        for width in widths:
+            for _ in range(3):
+                run(torch.empty(1, width))
+
+    make(range(20, 24))
+    gc.collect()
+    tracemalloc.start()
+    try:
+        make(range(24, 56))
+        on_the_cpu.launches.clear(), on_the_cpu.graphs.clear(), on_the_cpu.encoded.clear()
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 32 * 20_000
+    finally:
+        tracemalloc.stop()
