@@ -81,7 +81,7 @@ class CopyEngines(Mail):
         behind = SLOTS * self.ranks * self.size
         self.lights = Lights([address + behind for address in self.addresses], self.rank, len(ENDS))
         self.count, self.unread = 0, set[int]()
-        self.read: list[int] = []  # slots of which the others have not been told that they have been read
+        self.read: list[Copied] = []  # messages of which the others have not been told that they have been read
         # What is for this rank itself waits for no link.
         device = self.memory.device
         self.out, self.near = (Engine.of(torch.cuda.Stream(device, priority=-1)) for _ in range(2))
@@ -89,7 +89,7 @@ class CopyEngines(Mail):
         # What is being sent lives until it has left. (torch's `record_stream` would make an event for each tensor that
         # is let go.)
         self.sending: list[Sequence[Sequence[Tensor]]] = [()] * SLOTS
-        # In a graph: where each piece of a message has left, and what of it stays here.
+        # In a graph: where each piece of a message has left, and what of it stays here is there.
         self.gone, self.kept = ([[Moment(device) for _ in range(n)] for _ in range(SLOTS)] for n in (len(ENDS), 1))
 
     @staticmethod
@@ -109,9 +109,10 @@ class CopyEngines(Mail):
             self.near.follow(self.now)
             for place, tensor in enumerate(own):
                 self._copy(sent, self.rank, place, tensor, self.near)
-            self.near.take(self.lights.there(sent.slot, self.rank, 0))
             if sent.captured:
                 self.kept[sent.slot][0].record(self.near)
+            else:
+                self.near.take(self.lights.there(sent.slot, self.rank, 0))
         self.out.follow(self.now)
         for rank in self._others():
             self.out.take(self.lights.until_read(sent.slot, rank))
@@ -125,8 +126,8 @@ class CopyEngines(Mail):
                 self.out.follow(self.now)
             for rank in self._others():
                 self._copy(sent, rank, 0, outgoing[rank][0], self.out, sent.piece(i))
-                last = rank == self._others()[-1] and i == len(sent.ends) - 1
-                self.out.take(self.lights.there(sent.slot, rank, i, last=last))
+                left = rank == self._others()[-1] and i == len(sent.ends) - 1 and not sent.captured
+                self.out.take(self.lights.there(sent.slot, rank, i, left=left))
             if sent.captured:
                 self.gone[sent.slot][i].record(self.out)
         return sent
@@ -144,7 +145,7 @@ class CopyEngines(Mail):
         if end > self.ranks * self.size:
             raise ValueError(f"outgoing: expected at most {self.size} bytes for a rank, got {end // self.ranks}")
         sent = Copied(self.count, placed, ends, own, torch.cuda.is_current_stream_capturing())
-        if sent.slot in self.read:  # a message only leaves where the others have learnt this, before they wait for it
+        if sent.slot in [other.slot for other in self.read]:  # or a graph could wait for this behind the message itself
             self.settle()
         self.unread.add(self.count)
         self.count += 1
@@ -160,11 +161,12 @@ class CopyEngines(Mail):
             raise RuntimeError("sent: expected in the same CUDA graph, or outside as well")
         for i in range(len(sent.ends)):
             on, last = self._current(), i == len(sent.ends) - 1
-            if sent.captured:  # so that no order in which a graph may run waits for another rank before it sends
+            if sent.captured:  # events in place of its own lights: in whatever order a graph runs, it sends, then waits
                 on.follow(self.gone[sent.slot][i])
                 if sent.own is None:
                     on.follow(self.kept[sent.slot][0])
-            on.take(self.lights.until_there(sent.slot, i, own=sent.own is None, last=last, read=self._read()))
+            own, left = (which and not sent.captured for which in (sent.own is None, last))
+            on.take(self.lights.until_there(sent.slot, i, own=own, left=left, read=self._read()))
             if last:
                 self.sending[sent.slot] = ()
             yield sent.piece(i)
@@ -191,7 +193,7 @@ class CopyEngines(Mail):
         A number that the stream writes by itself takes it 3 us: a layer of two micro-batches 35 of 3,110.
         """
         self.unread.remove(sent.number)
-        self.read.append(sent.slot)
+        self.read.append(sent)
 
     def settle(self) -> None:
         """See `Mail`."""
@@ -200,7 +202,9 @@ class CopyEngines(Mail):
 
     def _read(self) -> tuple[int, ...]:
         """The slots of which the others are told now."""
-        slots = tuple(self.read)
+        if self.read and {sent.captured for sent in self.read} != {torch.cuda.is_current_stream_capturing()}:
+            raise RuntimeError("settle: expected behind the last message before a CUDA graph, and the last one in it")
+        slots = tuple(sent.slot for sent in self.read)
         self.read.clear()
         return slots
 

@@ -41,20 +41,20 @@ class Lights:
         taken = self._taken(self.rank, slot, rank)
         return self._once((0, slot, rank), lambda: [Step("wait", taken, OFF), Step("write", taken, ON)])
 
-    def there(self, slot: int, rank: int, piece: int, *, last: bool = False) -> Steps:
-        """A rank may know that a piece is there; `last`: and this one, that all has left."""
+    def there(self, slot: int, rank: int, piece: int, *, left: bool = False) -> Steps:
+        """A rank may know that a piece is there; `left`: and this one, that all has left."""
 
         def make() -> list[Step]:
             there = self._there(rank, slot, self.rank, piece)
-            left = self._taken(self.rank, slot, self.rank)
-            return [Step("write", light, ON) for light in ((there, left) if last else (there,))]
+            lights = (there, self._taken(self.rank, slot, self.rank)) if left else (there,)
+            return [Step("write", light, ON) for light in lights]
 
-        return self._once((1, slot, rank, piece, last), make)
+        return self._once((1, slot, rank, piece, left), make)
 
     def until_there(
-        self, slot: int, piece: int, *, own: bool = False, last: bool = False, read: tuple[int, ...] = ()
+        self, slot: int, piece: int, *, own: bool = False, left: bool = False, read: tuple[int, ...] = ()
     ) -> Steps:
-        """A piece has come from all other ranks; `own`: from this one too; `last`: what this one sends has left.
+        """A piece has come from all other ranks; `own`: from this one too; `left`: what this one sends has left.
 
         Before, the others may know of these slots that what they have sent has been read.
         """
@@ -62,12 +62,12 @@ class Lights:
         def make() -> list[Step]:
             ranks = [*self.others, self.rank] if own else self.others
             lights = [self._there(self.rank, slot, rank, piece) for rank in ranks]
-            if last and self.others:
+            if left and self.others:
                 lights.append(self._taken(self.rank, slot, self.rank))
             waits = (Step(*step) for light in lights for step in (("wait", light, ON), ("write", light, OFF)))
             return [*self._have_read(read), *waits]
 
-        return self._once((2, slot, piece, own, last, *read), make)
+        return self._once((2, slot, piece, own, left, *read), make)
 
     def have_read(self, slots: tuple[int, ...]) -> Steps:
         """The other ranks may know of these slots that what they have sent has been read."""
