@@ -19,6 +19,7 @@ ONE_IN = {
     "tests/model/test_generate.py::test_greedy_is_the_same_however_it_is_run": 2,  # 17
     "tests/model/test_prefix_sharing.py::test_texts_are_the_same": 2,  # 17
     "tests/model/test_checkpoint_fp8.py::test_the_host_holds_less_than_two_shards": 2,  # 16
+    "tests/integrations/test_transformers_graphs.py::test_generation": 2,  # 14; both families, each length with one
     "tests/model/test_transformers_generate.py::test_logits_and_texts": 2,  # 15
     "tests/model/test_transformers.py::test_greedy_generation": 2,  # 14
     "tests/model/test_kernels.py::test_generation": 2,  # 17

@@ -2,6 +2,7 @@
 
 import json
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture
 def little(monkeypatch):
-    """Ten long modules in place of the whole standard library, and 16 bytes of each text."""
+    """Ten long modules in place of the whole standard library, one batch of what is held out, 16 bytes of each text."""
     root = Path(sysconfig.get_paths()["stdlib"])
     names = ("argparse", "ast", "bdb", "calendar", "cmd", "copy", "dis", "enum", "gettext", "heapq")
     monkeypatch.setattr(demo, "standard_library", lambda: [root / f"{name}.py" for name in names])
+    monkeypatch.setattr(demo, "DEMO", replace(demo.DEMO, validation_batches=1))
     write = demo._write
     monkeypatch.setattr(demo, "_write", lambda *inputs, **options: write(*inputs, **{**options, "max_new_tokens": 16}))
 
