@@ -70,7 +70,7 @@ def _swiglu_backward() -> Probe:
 
     return Probe(
         "swiglu_quantize_backward",
-        [(33, 256), (130, 512)],
+        [(33, 256), (130, 512), (1030, 256)],
         lambda make, rows, cols: {"dy": make(rows, cols), "gate_up": make(rows, 2 * cols)},
         want,
         lambda dy, gate_up, impl: ds.swiglu_quantize_backward(dy, gate_up, impl=impl),

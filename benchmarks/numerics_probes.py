@@ -63,7 +63,7 @@ def _quantize(block: tuple[int, int]) -> Probe:
 def _swiglu() -> Probe:
     return Probe(
         "swiglu_quantize",
-        [(33, 256), (130, 512)],
+        [(33, 256), (130, 512), (1030, 256)],
         lambda make, rows, cols: {"gate_up": make(rows, 2 * cols)},
         lambda gate_up: [exact.swiglu(gate_up)],
         lambda gate_up, impl: ds.swiglu_quantize(gate_up, impl=impl),
