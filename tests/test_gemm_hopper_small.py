@@ -183,10 +183,11 @@ def test_captured_in_a_graph(device):
 
 
 def test_choice():
-    assert choose_small_config(1, 7168, 16384, MULTIPROCESSORS).split == 8
+    assert choose_small_config(1, 7168, 16384, MULTIPROCESSORS).split == 1
     assert choose_small_config(64, 4096, 7168, MULTIPROCESSORS).split == 2
     assert choose_small_config(128, 24576, 1536, MULTIPROCESSORS).tokens == 64
-    assert choose_small_config(128, 4096, 7168, MULTIPROCESSORS).tokens == 128
+    assert choose_small_config(128, 4096, 7168, MULTIPROCESSORS).tile == 128
+    assert choose_small_config(16, 4096, 7168, MULTIPROCESSORS).tokens == 16
     for (m, _, k), config in CHOSEN.items():
         assert config.tokens >= min(m, 64)
         assert config.split <= ceil_div(k, 128)
@@ -208,7 +209,7 @@ def test_where_it_is_used():
 
 @pytest.mark.parametrize("config", [SmallConfig(64, 32, 4, 2), SmallConfig(64, 128, 2, 1)], ids=str)
 def test_halves_compile_without_spills(config):
-    options = hopper_small.options_of(config, 0, 0, 0) | {"HALF": 1}
+    options = hopper_small.options_of(config, 0, 0, 0, half=1)
     report = compile_cuda(hopper_small.SOURCE, options, 0)
     assert_clean([report], max_registers=96)
     assert report.count("HGMMA") >= 4, report

@@ -23,11 +23,15 @@
 // Before it includes this file it says, by a constant ANY_ROW, whether tiles may begin at rows of A that are not multiples of 4.
 //
 // Options (-D): TILE 64 to 256, TOKENS 8 to 128 (a power of two), SPLIT 1 to 8, OUT 0 (bf16), 1 (fp16), 2 (fp32), BIAS 0 (none), 1 (bf16),
-// 2 (fp16), 3 (fp32), ACCUMULATE 0 or 1, HALF 0 (e4m3, which it is where nothing is said), 1 (bf16), 2 (fp16).
+// 2 (fp16), 3 (fp32), ACCUMULATE 0 or 1, HALF 0 (e4m3, which it is where nothing is said), 1 (bf16), 2 (fp16), PAIRS 1: two
+// blocks of K at a time, e4m3 and up to 32 tokens (0 where nothing is said).
 #pragma once
 
 #ifndef HALF
 #define HALF 0
+#endif
+#ifndef PAIRS
+#define PAIRS 0
 #endif
 
 #include "element.cuh"
@@ -190,6 +194,49 @@ __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 r
 }
 #endif
 
+#if PAIRS
+static_assert(!HALF && TOKENS <= 32, "registers for two products");
+// The same for two stages: the second product runs while the first is promoted. 1.6% faster in the mean of 44 products of 1 to 32 rows, 6% at
+// most, and the same bits.
+__device__ __forceinline__ void multiply_blocks(float (&total)[TOKENS / 2], const u32 (&rows)[2], const u32 (&tokens)[2], const u32 (&columns)[2],
+                                                const float (&scale)[2], const u32 (&empty)[2], int lane) {
+    float part[2][TOKENS / 2];
+#pragma unroll
+    for (int p = 0; p < 2; ++p) registers_fence(part[p]);
+    wgmma_begin();
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+        const u64 b = operand_k_major(rows[p]), a = operand_k_major(tokens[p]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply(part[p], b + 2 * j, a + 2 * j, j != 0);
+        wgmma_commit();
+    }
+#pragma unroll
+    for (int p = 0; p < 2; ++p) {
+        float2 s[TOKENS / 8];
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; ++j) {
+            const u32 two = columns[p] + j * 32;
+            s[j] = ANY_ROW ? make_float2(smem_load(two), smem_load(two + 4)) : smem_load2(two);
+        }
+#pragma unroll
+        for (int g = p; g < 2; ++g) registers_fence(part[g]);
+        if (p == 0) wgmma_wait<1>();
+        else wgmma_wait<0>();
+        registers_fence(part[p]);
+        if (lane == 0) barrier_arrive(empty[p]);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; ++j) {
+            const float low = mul(s[j].x, scale[p]), high = mul(s[j].y, scale[p]);
+            total[4 * j] = fma(part[p][4 * j], low, total[4 * j]);
+            total[4 * j + 1] = fma(part[p][4 * j + 1], high, total[4 * j + 1]);
+            total[4 * j + 2] = fma(part[p][4 * j + 2], low, total[4 * j + 2]);
+            total[4 * j + 3] = fma(part[p][4 * j + 3], high, total[4 * j + 3]);
+        }
+    }
+}
+#endif
+
 // The share of this CTA of the cluster's tile, added up: rows 8 * SHARE * rank to 8 * SHARE * (rank + 1) of the tile of C. The same thread
 // of every CTA holds the same elements.
 __device__ __forceinline__ void add_up(float (&sum)[SHARE * 4], const float (&total)[TOKENS / 2], u32 received, u32 all_received, int rank) {
@@ -314,7 +361,22 @@ __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memor
             const bool last = first + 32 >= blocks;
             if (!HALF) scales_next = last ? scales_from(following, 0) : scales_from(tiles, first + 32);
             const int count = min(blocks - first, 32);
-            for (int i = 0; i < count; ++i) {
+            int i = 0;
+#if PAIRS
+            for (; i + 1 < count; i += 2) {
+                u32 rows[2], tokens[2], scales_a[2], empty[2];
+                float scale[2];
+#pragma unroll
+                for (int p = 0; p < 2; ++p) {
+                    barrier_wait(memory.full(stage), phase);
+                    rows[p] = memory.rows + stage * B_BYTES + group * 64 * K_BYTES, tokens[p] = memory.tokens + stage * A_BYTES;
+                    scales_a[p] = columns + stage * SA_PITCH, scale[p] = __shfl_sync(0xffffffffu, scales_now, i + p), empty[p] = memory.empty(stage);
+                    if (++stage == stages) stage = 0, phase ^= 1;
+                }
+                multiply_blocks(total, rows, tokens, scales_a, scale, empty, lane);
+            }
+#endif
+            for (; i < count; ++i) {
                 barrier_wait(memory.full(stage), phase);
                 const u32 rows = memory.rows + stage * B_BYTES + group * 64 * K_BYTES, tokens = memory.tokens + stage * A_BYTES;
 #if HALF

@@ -244,7 +244,7 @@ def choose_small_config(m: int, n: int, k: int, multiprocessors: int) -> SmallCo
     The times are microseconds with a cold L2, of which an empty call takes 5, on an H100 unless said otherwise. Tiles
     of 128 rows of B were slower or within 2% but where they are chosen.
     """
-    tokens = next((size for size in (8, 32, 64) if m <= size), 128)
+    tokens = next((size for size in (8, 16, 32, 64) if m <= size), 128)
     tiles, blocks = ceil_div(n, 64), ceil_div(k, 128)
     if m > 128:
         # Not split, 4096x7168 took 26.3 with 256 rows; in halves 38.9.
@@ -260,7 +260,9 @@ def choose_small_config(m: int, n: int, k: int, multiprocessors: int) -> SmallCo
         return SmallConfig(64, tokens, 1, resident=2 if tokens >= 64 else 4)
     split = _split(tiles, blocks, multiprocessors)
     if tokens == 128 and split == 2:
-        return SmallConfig(64, 128, 2, resident=1)  # 4096x7168: 20.1; two tiles of 64 tokens 20.5
+        # On an H200, in us, with 96 and 128 rows 3072x7168 took 17.4 and 17.4, 4096x7168 19.6 and 19.5; tiles of 64x128
+        # 18.9 and 18.9, 19.7 and 19.8.
+        return SmallConfig(128, 64, 2, resident=1)
     if tokens == 128 and split == 1 and blocks >= 64:
         return SmallConfig(128, 64, 1, resident=1)  # 7168x16384 on an H200: 44.4; tiles of 64 rows of B 48.5
     if tokens == 128:
@@ -268,9 +270,9 @@ def choose_small_config(m: int, n: int, k: int, multiprocessors: int) -> SmallCo
         # quarters, as of clusters of 4 the GPU runs 120 CTAs at once, 248 where a multiprocessor takes two.
         return SmallConfig(64, 64, max(split // 2, 1), resident=3 if blocks <= 32 else 2)
     if split == 1 and blocks >= 64:
-        # A long K. With a row 7168x16384 took 48.2 in eighths and 50.2 whole (on an H200 37.4 and 37.0); with 64 50.7
-        # in halves and 51.4 whole.
-        return SmallConfig(64, tokens, 8, resident=2) if tokens < 64 else SmallConfig(64, 64, 2, resident=3)
+        # A long K. On an H200 7168x16384 took 37.2 whole with a row and 37.8 in eighths, 37.9 and 40.6 with 32; with
+        # 64 38.7 in halves, 40.9 whole.
+        return SmallConfig(64, tokens, 1, resident=2) if tokens < 64 else SmallConfig(64, 64, 2, resident=3)
     return SmallConfig(64, tokens, split, resident=2)
 
 

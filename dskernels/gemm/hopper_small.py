@@ -84,7 +84,7 @@ def plan_half(config: SmallConfig, a: Tensor, b: Tensor, out: Tensor) -> Plan:
     (m, k), n = a.shape, b.shape[0]
     processors = multiprocessors(a.device)
     stages = config.stages(m, n, 2 * k, processors)
-    options = options_of(config, OUT[out.dtype], 0, 0) | {"HALF": HALF[a.dtype]}
+    options = options_of(config, OUT[out.dtype], 0, 0, HALF[a.dtype])
     whole, last = TensorMap("a", a, (min(config.tokens, m), 64), swizzle=True), m % config.tokens
     return Plan(
         kernel(SOURCE, "fp8_gemm_small", options, SHARED_LIMIT, a.device.index),
@@ -105,7 +105,7 @@ def plan_half(config: SmallConfig, a: Tensor, b: Tensor, out: Tensor) -> Plan:
     )
 
 
-def options_of(config: SmallConfig, out: int, bias: int, accumulate: int) -> dict[str, int]:
+def options_of(config: SmallConfig, out: int, bias: int, accumulate: int, half: int = 0) -> dict[str, int]:
     """The -D options that cuda/fp8_gemm_small.cuh describes."""
     return {
         "TILE": config.tile,
@@ -114,4 +114,6 @@ def options_of(config: SmallConfig, out: int, bias: int, accumulate: int) -> dic
         "OUT": out,
         "BIAS": bias,
         "ACCUMULATE": accumulate,
+        "HALF": half,
+        "PAIRS": int(half == 0 and config.tokens <= 32),
     }
