@@ -98,14 +98,6 @@ __device__ __forceinline__ void tma_load_evict_first(u32 dst, const TensorMap* m
         "l"(map), "r"(barrier), "r"(x), "r"(y)
         : "memory");
 }
-// The same tile, as far as the L2. It may be asked for before `wait_for_dependency`, even where the kernel in front writes it.
-__device__ __forceinline__ void tma_prefetch_evict_first(const TensorMap* map, int x, int y) {
-    asm volatile(
-        "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.prefetch.tensor.2d.L2.global.L2::cache_hint [%0, {%1, %2}], policy;}" ::"l"(map),
-        "r"(x), "r"(y)
-        : "memory");
-}
 // The same tile to every CTA of the cluster that `mask` names, at the same place, counted by each CTA's own barrier.
 __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map, u32 barrier, int x, int y, u16 mask) {
     asm volatile(
