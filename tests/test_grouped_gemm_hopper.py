@@ -12,6 +12,7 @@ from dskernels import parity
 from dskernels.cuda.driver import Planned
 from dskernels.grouped_gemm import hopper
 from dskernels.grouped_gemm.config import (
+    GROUPED_NARROW,
     GROUPED_UNITS,
     HOPPER_CONFIGS,
     HOPPER_TALL,
@@ -70,10 +71,10 @@ def test_wgrad_compiles_without_spills(config):
 def test_choice():
     assert choose_hopper_config(32768, 8, 4096, 7168, 132).tile == "256x128"
     assert choose_hopper_config(32 * 190, 32, 4096, 7168, 132) == HOPPER_TALL
-    assert choose_hopper_config(32 * 512, 32, 4096, 7168, 132) == GROUPED_UNITS
+    assert choose_hopper_config(32 * 512, 32, 4096, 7168, 132) == GROUPED_NARROW
+    assert choose_hopper_config(64 * 256, 64, 4096, 7168, 132) == GROUPED_UNITS
     assert choose_hopper_config(64 * 256, 64, 7168, 2048, 132) == GROUPED_UNITS
-    assert choose_hopper_config(32 * 1024, 32, 7168, 2048, 132).tile == "128x192"
-    assert not isinstance(choose_hopper_config(32 * 1024, 32, 7168, 2048, 132), InUnits)
+    assert choose_hopper_config(64 * 256, 64, 2048, 1408, 132) == GROUPED_NARROW
     assert choose_hopper_config(300, 1, 4096, 7168, 132).tile == "128x128"  # 96 tiles, and only 64 of the other
     assert choose_hopper_masked_config(512, 4, 4096, 7168, 132).tile == "256x128"
     assert choose_hopper_wgrad_config(32768, 8, 4096, 7168, 132).tile == "256x128"

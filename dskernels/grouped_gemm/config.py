@@ -95,7 +95,7 @@ class InUnits(HopperConfig):
 # With these products the chip is at its 700 W, at 1.3 to 1.6 GHz, so what counts is what is multiplied for nothing. Of
 # 64 groups of 256 rows, give or take 30%, tiles of 128 rows multiply 26% more than there is, units 10%. On an H200, in
 # us, 4096x7168: 64 groups of 256 rows 1,072 -> 1,005, 256 of 256 as a router fills them 4,349 -> 4,106, 256 of 128
-# 2,756 -> 2,657; but 7168x2048, 32 groups of 1,000, 798 -> 843.
+# 2,756 -> 2,657; 7168x2048: 566 -> 546, 2,224 -> 2,186, 1,386 -> 1,306; but 32 groups of 1,000 798 -> 843.
 GROUPED_UNITS = InUnits(**asdict(replace(GROUPED_NARROW, registers=224)))
 HOPPER_CONFIGS = (HOPPER_TALL, GROUPED_UNITS, GROUPED_NARROW, GROUPED_LOW)
 MASKED_CONFIGS = (HOPPER_TALL, GROUPED_LOW)  # of buffers that most groups do not fill 128x192 is not measured
@@ -123,8 +123,8 @@ def choose_hopper_config(rows: int, groups: int, n: int, k: int, multiprocessors
 
 
 def _use_units(rows: int, groups: int, k: int) -> bool:
-    """Whether units pay: of long groups little is left out, and each tile takes longer to find."""
-    return k >= 4096 or (k >= 2048 and rows <= 320 * groups)
+    """Whether units pay: of long groups little is left out, and tiles take longer to find, which a short K shows."""
+    return k >= 2048 and rows <= 320 * groups
 
 
 def choose_hopper_masked_config(rows: int, groups: int, n: int, k: int, multiprocessors: int) -> HopperConfig:
