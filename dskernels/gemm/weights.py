@@ -94,7 +94,7 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
             kept = _Kept(state, *quantize_both(weight, block=(128, 128), impl=impl))
         else:
             kept = _Kept(state, quantize(weight, (128, 128), impl=impl), None)
-        if before is not None and not (weight.requires_grad or capturing):
+        if before is not None and before.state[2] == impl and not (weight.requires_grad or capturing):
             kept = _in_place_of(before, kept, weight, impl)
     if transpose and kept.transposed is None:
         # Read again, not turned: torch turns bytes at a quarter of the speed of memory.
