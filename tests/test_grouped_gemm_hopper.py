@@ -12,9 +12,12 @@ from dskernels import parity
 from dskernels.cuda.driver import Planned
 from dskernels.grouped_gemm import hopper
 from dskernels.grouped_gemm.config import (
+    GROUPED_NARROW,
+    GROUPED_UNITS,
     HOPPER_CONFIGS,
     HOPPER_TALL,
     HOPPER_WGRAD_CONFIGS,
+    InUnits,
     choose_hopper_config,
     choose_hopper_masked_config,
     choose_hopper_wgrad_config,
@@ -27,7 +30,9 @@ NAN = float("nan")
 # Half the squared relative error of a result rounded to that dtype, and of sums in another order.
 TOLERANCE = {BRAIN: 5e-6, HALF: 1e-6, SINGLE: parity.E4M3_SUMS}
 tiles = functools.partial(
-    pytest.mark.parametrize, "config", ids=lambda config: f"{config.tile}, cluster of {config.cluster}"
+    pytest.mark.parametrize,
+    "config",
+    ids=lambda config: f"{config.tile}, cluster of {config.cluster}{', in units' * isinstance(config, InUnits)}",
 )
 
 
@@ -40,8 +45,9 @@ def check_code(config, b_rows, kinds, variants):
     reports = [compile_cuda(hopper.SOURCE, hopper.options_for(config, b_rows, **kind), shared) for kind in kinds]
     # 384 threads enter with 168 registers; setmaxnreg then moves them from the loading warpgroup to the other two.
     assert_clean(reports, max_registers=168)
-    # A tile's first product, and those of the loops over K, unrolled and then once more for the rest.
-    products = 1 + sum(variants) * (config.unroll + (config.unroll > 1))
+    # A tile's first product, in units also behind one of which a warpgroup has none, and those of the loops over K,
+    # unrolled and then once more for the rest.
+    products = 1 + isinstance(config, InUnits) + sum(variants) * (config.unroll + (config.unroll > 1))
     for report in reports:
         # Four to a product, all of a block of K in a row: more waiting than products means that ptxas serialised them.
         assert report.count("QGMMA") == 4 * products
@@ -52,6 +58,7 @@ def check_code(config, b_rows, kinds, variants):
 @tiles(HOPPER_CONFIGS)
 def test_rows_compile_without_spills(config):
     kinds = [*({"out": out} for out in range(3)), {"out": 0, "masked": True}]
+    kinds = [{"out": 0}, {"out": 2, "masked": True}] if isinstance(config, InUnits) else kinds
     check_code(config, 128, kinds, range(max(config.waves - 1, 1), config.waves + 1))
 
 
@@ -64,7 +71,10 @@ def test_wgrad_compiles_without_spills(config):
 def test_choice():
     assert choose_hopper_config(32768, 8, 4096, 7168, 132).tile == "256x128"
     assert choose_hopper_config(32 * 190, 32, 4096, 7168, 132) == HOPPER_TALL
-    assert choose_hopper_config(32 * 512, 32, 4096, 7168, 132).tile == "128x192"
+    assert choose_hopper_config(32 * 512, 32, 4096, 7168, 132) == GROUPED_NARROW
+    assert choose_hopper_config(64 * 256, 64, 4096, 7168, 132) == GROUPED_UNITS
+    assert choose_hopper_config(64 * 256, 64, 7168, 2048, 132) == GROUPED_UNITS
+    assert choose_hopper_config(64 * 256, 64, 2048, 1408, 132) == GROUPED_NARROW
     assert choose_hopper_config(300, 1, 4096, 7168, 132).tile == "128x128"  # 96 tiles, and only 64 of the other
     assert choose_hopper_masked_config(512, 4, 4096, 7168, 132).tile == "256x128"
     assert choose_hopper_wgrad_config(32768, 8, 4096, 7168, 132).tile == "256x128"

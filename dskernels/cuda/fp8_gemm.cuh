@@ -19,7 +19,7 @@
 //   block()         of K, 128 wide, where its sum begins, 0 with B_ROWS 128; blocks(): how many there are, none for a tile of zeros
 //   rows()          rows of C from row() on that it may write
 //   store<ADD>(map, buffer, column, row): have a box of 64 rows stored, or added; `row` counts from the tile's first
-//   advance()       next() for who only counts tiles, with ANY_ROW
+//   advance()       next() for who only counts tiles, with ANY_ROW; begin(): go to the first tile, with IN_UNITS
 //   spare_warp(out, lane): what the one warp that has nothing to do does meanwhile
 //
 // Before it includes this file it says, by a constant ANY_ROW, whether tiles begin at any row, and end after any: then a warpgroup leaves out
@@ -39,6 +39,7 @@
 //   AHEAD       with B_ROWS 1: for how many pairs of its columns a thread reads the scales before a block's products, see KEPT
 //   ONE_READER  1: of a warp, only the lanes that release a stage read B's scales from it, and hand them on. compute-sanitizer's racecheck
 //               takes an arrival for the reads of the arriving lane alone; this costs 1.3%. 0 if not defined.
+//   IN_UNITS    1: with ANY_ROW, units of 64 rows of which none count are neither loaded nor multiplied nor handed over. 0 if not defined.
 //   DIRECT      1: C is written by ordinary stores: rows that the accelerator cannot address, and adding to bf16 or fp16
 #pragma once
 
@@ -48,8 +49,11 @@
 #ifndef ONE_READER
 #define ONE_READER 0
 #endif
+#ifndef IN_UNITS
+#define IN_UNITS 0
+#endif
 
-constexpr int BLOCK_M = 128 * WAVES, BLOCK_K = 128;
+constexpr int BLOCK_M = 128 * WAVES, BLOCK_K = 128, UNITS = 2 * WAVES, UNIT_BYTES = 64 * BLOCK_K;
 constexpr int A_BYTES = BLOCK_M * BLOCK_K, B_BYTES = BLOCK_N * BLOCK_K;
 // With B_ROWS 128 a strip of columns has one scale.
 constexpr int STRIP_N = B_ROWS == 1 ? BLOCK_N : BLOCK_N % 128 == 0 ? 128 : 64, STRIPS = BLOCK_N / STRIP_N;
@@ -58,9 +62,18 @@ constexpr int STRIP_N = B_ROWS == 1 ? BLOCK_N : BLOCK_N % 128 == 0 ? 128 : 64, S
 // the tile has, times 4, and how many rows after a multiple of 4 the next tile begins.
 constexpr int SA_COPIES = ANY_ROW ? WAVES : 1, SA_COPIED = ANY_ROW ? 132 * 4 : BLOCK_M * 4, SA_PITCH = ANY_ROW ? 640 : 512;
 constexpr int SA_BYTES = SA_PITCH * WAVES, SB_BYTES = B_ROWS == 1 ? BLOCK_N * 4 : 16;
-constexpr int LOADED_BYTES = A_BYTES + B_BYTES + SA_COPIES * SA_COPIED + (B_ROWS == 1 ? SB_BYTES : 0);  // of a stage, by the accelerator
+// What the accelerator loads for a stage, where it loads so many units of 64 rows.
+__device__ __forceinline__ constexpr int loaded_bytes(int units) {
+    return units * UNIT_BYTES + B_BYTES + (IN_UNITS ? (units + 1) / 2 : SA_COPIES) * SA_COPIED + (B_ROWS == 1 ? SB_BYTES : 0);
+}
 static_assert(!ANY_ROW || STRIPS <= 3, "the word that ANY_ROW needs is the fourth of B's scales");
 static_assert(!ANY_ROW || !(DIRECT || BIAS), "who multiplies with ANY_ROW does not know where its tile is");
+static_assert(!IN_UNITS || (ANY_ROW && CLUSTER == 1), "each CTA loads its own units");
+// How many 64-row products a warpgroup has of a tile of so many rows.
+__device__ __forceinline__ int waves_of(int rows, int group) {
+    if (!ANY_ROW) return WAVES;
+    return WAVES > 1 && rows > 128 + group * 64 ? 2 : !IN_UNITS || rows > group * 64;
+}
 constexpr u16 EVERYONE = (1 << CLUSTER) - 1;  // of a cluster
 // C is handed over in boxes of 64 rows and 128 bytes, BOXES of them at once, from the first or the second half of a warpgroup's buffers.
 constexpr int BOX_N = 128 / (int)sizeof(Element), BOXES = BLOCK_N / 64, HANDOVERS = WAVES * BLOCK_N / (BOX_N * BOXES), HALVES = WAVES;
@@ -123,6 +136,7 @@ template <class Tiles>
 __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, const TensorMap* map_a, const TensorMap* map_b,
                                            const TensorMap* map_sa, const TensorMap* map_sb, const float* sb, const TensorMap* map_last) {
     Stage stage;
+    if constexpr (IN_UNITS) tiles.begin();
     while (tiles.valid()) {
         const int row = tiles.row(), scale_row = ANY_ROW ? row & ~3 : row, b_row = tiles.b_row(), first = tiles.block(), blocks = tiles.blocks();
         const int rows = min(tiles.rows(), BLOCK_M), missing = ANY_ROW || !map_last ? 0 : BLOCK_M - max(rows, 0);
@@ -134,6 +148,7 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
             scales[i] = tiles.b_scales(sb, i);
             next[i] = __ldg(scales[i]);
         }
+        // Before the wait for the ring, which hides it. Behind a tile's first copies 8 groups of 4,096 rows in units, K 2,048, were 12% slower.
         tiles.next();
         const float word = ANY_ROW ? __int_as_float(rows * 4 + tiles.row() % 4) : 0.f;
 #pragma unroll 1
@@ -143,7 +158,14 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
             const u32 a = base + OFFSET_A + i * A_BYTES, b = base + OFFSET_B + i * B_BYTES;
             const u32 sa = base + OFFSET_SA + i * SA_BYTES, sb = base + OFFSET_SB + i * SB_BYTES;
             barrier_wait(empty(base, i), stage.phase ^ 1);
-            if (CLUSTER == 1 || !SHARED_A) {
+            if (IN_UNITS) {
+#pragma unroll
+                for (int u = 0; u < UNITS; ++u)
+                    if (u * 64 < rows) tma_load(a + u * UNIT_BYTES, map_a, full(base, i), k * BLOCK_K, row + u * 64);
+#pragma unroll
+                for (int j = 0; j < SA_COPIES; ++j)
+                    if (j * 128 < rows) tma_load(sa + j * SA_PITCH, map_sa, full(base, i), scale_row + j * 128, k);
+            } else if (CLUSTER == 1 || !SHARED_A) {
                 if (missing == 0) tma_load(a, map_a, full(base, i), k * BLOCK_K, row);
                 else if (missing < BLOCK_M) tma_load(a, map_last, full(base, i), k * BLOCK_K, row);
 #pragma unroll
@@ -169,7 +191,7 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
                     if (block + 1 < blocks) next[j] = __ldg(scales[j] + block + 1);
                 }
             }
-            barrier_expect(full(base, i), LOADED_BYTES - missing * BLOCK_K);
+            barrier_expect(full(base, i), loaded_bytes(IN_UNITS ? (rows + 63) / 64 : UNITS) - missing * BLOCK_K);
         }
     }
     barrier_wait(empty(base, stage.index), stage.phase ^ 1);
@@ -209,9 +231,12 @@ __device__ __forceinline__ void write_directly(const float (&total)[WAVES][BLOCK
 // C goes from registers to shared memory, in the accelerator's 128-byte swizzle, and from there a warp of its own has it stored: a
 // warpgroup that hands it to the accelerator itself waits about 800 clocks for that.
 __device__ __forceinline__ void write_to_shared(const float (&total)[WAVES][BLOCK_N / 2], const Output& out, u32 buffers, int group, int warp, int lane,
-                                                int col) {
+                                                int col, int waves) {
+    // Anew, so that what depends on them is not kept in registers through the loop over K.
+    if (IN_UNITS) asm volatile("mov.u32 %0, %%laneid; mov.u32 %1, %%tid.x; bfe.u32 %1, %1, 5, 2;" : "=r"(lane), "=r"(warp));
 #pragma unroll
     for (int h = 0; h < HANDOVERS; ++h) {
+        if (IN_UNITS && h / (HANDOVERS / WAVES) >= waves) continue;
         named_sync<160>(free_again(group, h % HALVES));
 #pragma unroll
         for (int i = 0; i < BOXES; ++i) {
@@ -245,9 +270,12 @@ template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, 
     const bool elected = elect_one();
 #pragma unroll
     for (int i = 0; i < HALVES; ++i) named_arrive<160>(free_again(group, i));
+    if constexpr (IN_UNITS) tiles.begin();
     for (; tiles.valid(); tiles.next()) {
+        const int handovers = IN_UNITS ? HANDOVERS / WAVES * waves_of(tiles.rows(), group) : HANDOVERS;
 #pragma unroll
         for (int h = 0; h < HANDOVERS; ++h) {
+            if (IN_UNITS && h >= handovers) continue;
             named_sync<160>(written(group, h % HALVES));
             if (elected) {
                 const int row = (h / (HANDOVERS / WAVES) * 2 + group) * 64;
@@ -266,10 +294,10 @@ template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, 
                 named_arrive<160>(free_again(group, (h + HALVES - 1) % HALVES));
             }
         }
-        if (HALVES > 1) {
+        if (HALVES > 1 && handovers > 0) {
             if (elected) tma_store_wait_read<0>();
             __syncwarp();
-            named_arrive<160>(free_again(group, (HANDOVERS - 1) % HALVES));
+            named_arrive<160>(free_again(group, (handovers - 1) % HALVES));
         }
     }
 }
@@ -302,6 +330,7 @@ __device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float
 // before C is written; after the last tile, one of whatever lies in shared memory.
 template <class Tiles>
 __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group, int warp, int lane, const Output& out) {
+    if constexpr (IN_UNITS) tiles.begin();
     if (!tiles.valid()) return;
     const int row = group * 64 + warp * 16 + lane / 4, column = lane % 4 * 2;  // of this thread's first accumulator, in the tile
     // The lower halves of descriptors, through a shuffle, so that the compiler knows them to be the same in all lanes.
@@ -350,11 +379,23 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
             // Through a shuffle, so that the compiler knows that the whole warp goes one way.
             const int word = __shfl_sync(0xffffffffu, lane < CLUSTER ? __float_as_int(smem_load(base + OFFSET_SB + stage.index * SB_BYTES + 12)) : 0, 0);
             next_at = (row + word % 4) * 4;
-            if (WAVES > 1 && word / 4 <= (WAVES - 1) * 128 + group * 64) waves = WAVES - 1;
+            waves = waves_of(word / 4, group);
         }
 #pragma unroll
-        for (int used = ANY_ROW && WAVES > 1 ? WAVES - 1 : WAVES; used <= WAVES; ++used) {
+        for (int used = IN_UNITS ? 0 : ANY_ROW && WAVES > 1 ? WAVES - 1 : WAVES; used <= WAVES; ++used) {
             if (used != waves) continue;
+            if (used == 0) {  // only the product that was started before it was known
+                wgmma_wait<0>();
+#pragma unroll 1
+                for (int k = tiles.blocks(); k > 0; --k) {
+                    release(base, stage.index, lane);
+                    stage.advance();
+                    barrier_wait(full(base, stage.index), stage.phase);
+                }
+                at = next_at;
+                start(0);
+                continue;
+            }
 #pragma unroll UNROLL
             for (int k = tiles.blocks(); k > 0; --k) {
 #pragma unroll
@@ -378,7 +419,7 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
         if (DIRECT) {
             write_directly(total, out, tiles.row(), row, tiles.rows(), tiles.column(), lane);
         } else {
-            write_to_shared(total, out, base + OFFSET_C + group * HALVES * BOXES * BOX_BYTES, group, warp, lane, tiles.column());
+            write_to_shared(total, out, base + OFFSET_C + group * HALVES * BOXES * BOX_BYTES, group, warp, lane, tiles.column(), waves);
         }
         if (BIAS) start(0);
         if constexpr (ANY_ROW) tiles.advance();

@@ -3,6 +3,14 @@
 
 #include "ptx.cuh"
 
+// Words in shared memory.
+__device__ __forceinline__ int load_word(u32 addr) {
+    int x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(addr));
+    return x;
+}
+__device__ __forceinline__ void store_word(u32 addr, int x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory"); }
+
 // Entry g says where group g begins: .x its first row, .y how many tiles come before it. One more entry ends the last group. Of groups
 // that have a buffer each (RUNNING 0), .x of entry g + 1 is how many rows group g has.
 struct GroupTable {
@@ -37,12 +45,8 @@ template <int THREADS, bool RUNNING, class Tiles>
 __device__ __forceinline__ void plan_groups(GroupTable table, u32 scratch, const int* ends, int rows, Tiles tiles) {
     constexpr int WARPS = THREADS / 32;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    auto word = [&](int i) {
-        int x;
-        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(scratch + i * 4));
-        return x;
-    };
-    auto set_word = [&](int i, int x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(scratch + i * 4), "r"(x) : "memory"); };
+    auto word = [&](int i) { return load_word(scratch + i * 4); };
+    auto set_word = [&](int i, int x) { store_word(scratch + i * 4, x); };
     auto larger = [](int x, int y) { return max(x, y); };
     auto sum = [](int x, int y) { return x + y; };
     int row = 0, tile = 0;  // where the groups of this round begin

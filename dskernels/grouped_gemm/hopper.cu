@@ -5,6 +5,7 @@
 // One more option (-D):
 //   MASKED    0: group e is rows offsets[e] to offsets[e + 1], and rows of C after the last group become zero, of the first `cleared`
 //             1: group e is the first offsets[e] of `rows` rows from e * rows on
+//   IN_UNITS  see there; it also orders the tiles by their height
 
 constexpr bool ANY_ROW = B_ROWS == 128;
 #include "fp8_gemm.cuh"
@@ -19,42 +20,10 @@ struct Shape {
     __device__ __forceinline__ static int tall(int rows) { return (rows + CLUSTER_M - 1) / CLUSTER_M; }
 };
 
-struct Tiles {
+// One of them: its group, its first row, how many rows the group has from there on (in units: how many it has), and which it is along N.
+struct Tile {
     Shape shape;
-    GroupTable table;
-    int index, step, count, group = 0, first, left, n;  // of the tile: its group, its first row, how many the group has from there on
-    u32 rank;
-
-    __device__ __forceinline__ Tiles(Shape shape, GroupTable table, u32 rank) : shape(shape), table(table), rank(rank) {
-        index = blockIdx.x / CLUSTER;
-        step = gridDim.x / CLUSTER;
-        count = table.tiles();
-        locate();
-    }
-    __device__ __forceinline__ void locate() {
-        if (!valid()) return;
-        if (table.at(group + 1).y <= index) {
-            int high = table.groups - 1;
-            ++group;
-            while (group < high) {
-                const int middle = (group + high) / 2;
-                if (table.at(middle + 1).y > index) high = middle;
-                else group = middle + 1;
-            }
-        }
-        const int2 from = table.at(group), to = table.at(group + 1);
-        const int size = MASKED ? to.x : to.x - from.x;
-        const Place place(index - from.y, Shape::tall(size), shape.wide(), rank);
-        first = (MASKED ? group * shape.rows : from.x) + place.m * BLOCK_M;
-        left = size - place.m * BLOCK_M;
-        n = place.n;
-    }
-    __device__ __forceinline__ bool valid() const { return index < count; }
-    __device__ __forceinline__ void advance() { index += step; }
-    __device__ __forceinline__ void next() {
-        advance();
-        locate();
-    }
+    int group = 0, first, left, n;
     __device__ __forceinline__ int row() const { return first; }
     __device__ __forceinline__ int rows() const { return left; }
     __device__ __forceinline__ int column() const { return n * BLOCK_N; }
@@ -68,17 +37,137 @@ struct Tiles {
     template <bool ADD> __device__ __forceinline__ void store(const TensorMap* map, u32 buffer, int column, int row) const {
         if (row < left) tma_store_ragged_evict_first(map, buffer, column, first + row, first + left);
     }
-    // Rows of no group become zero.
-    __device__ __forceinline__ void spare_warp(const Output& out, int lane) const {
+    // Rows from `end` on, of no group, become zero.
+    __device__ __forceinline__ void clear(const Output& out, int end, int lane) const {
         if (MASKED) return;
         const int bytes = shape.N * (int)sizeof(Element);
-        for (int r = table.at(table.groups).x + blockIdx.x; r < shape.cleared; r += gridDim.x) {
+        for (int r = end + blockIdx.x; r < shape.cleared; r += gridDim.x) {
             u8* c = (u8*)(out.c + (long long)r * out.stride);
             for (int i = lane * 16; i + 16 <= bytes; i += 32 * 16) *(int4*)(c + i) = make_int4(0, 0, 0, 0);
             for (int i = bytes / 16 * 16 + lane * 2; i < bytes; i += 32 * 2) *(u16*)(c + i) = 0;
         }
     }
 };
+
+// On from `at` to the entry whose tiles include number `index`.
+__device__ __forceinline__ void find(GroupTable table, int index, int& at) {
+    if (table.at(at + 1).y > index) return;
+    int high = table.groups - 1;
+    ++at;
+    while (at < high) {
+        const int middle = (at + high) / 2;
+        if (table.at(middle + 1).y > index) high = middle;
+        else at = middle + 1;
+    }
+}
+
+#if IN_UNITS
+// Tiles of a group are as even in height as units of 64 rows allow. So CTAs have different work; that they end together nevertheless, groups
+// are computed in the order of their height, the tallest first, and CTAs take tiles in turns, each round from one seat further on: a CTA
+// whose seats the tiles of a group divide would always get the same of them. 64 groups of 256 rows give or take 30%, 4096x7168, 2% behind an even
+// division; one seat always 10%; as the groups lie 7%.
+//
+// Entry i of the table says which group comes i-th, .x, and how many tiles before it, .y. Behind it is, for each group, what `plan_groups` has
+// said of it.
+struct Tiles : Tile {
+    GroupTable table;
+    int index, seat, at = 0;
+
+    __device__ __forceinline__ Tiles(Shape shape, GroupTable table) : Tile{shape}, table(table) {}
+    __device__ __forceinline__ u32 row_addr(int group) const { return table.addr + GroupTable::bytes(table.groups) + group * 4; }
+    __device__ __forceinline__ int row_of(int group) const { return load_word(row_addr(group)); }
+
+    // Fill it; the whole CTA's work. Where the ring will be are meanwhile the groups as they lie, and from `heights` on how many units each has.
+    __device__ __forceinline__ void plan(u32 base, const int* ends) const {
+        const GroupTable plain{base, table.groups};
+        const u32 heights = base + GroupTable::bytes(table.groups);
+        plan_groups<THREADS, !MASKED>(plain, base + OFFSET_C, ends, shape.rows, [&](int size) { return Shape::tall(size) * shape.wide(); });
+        for (int g = threadIdx.x; g <= table.groups; g += THREADS) {
+            const int begin = plain.at(g).x;
+            store_word(row_addr(g), begin);
+            if (g < table.groups) store_word(heights + g * 4, (plain.at(g + 1).x - (MASKED ? 0 : begin) + 63) / 64);
+        }
+        __syncthreads();
+        for (int g = threadIdx.x; g < table.groups; g += THREADS) {
+            const int units = load_word(heights + g * 4);
+            int place = 0, tiles = 0;
+#pragma unroll 8
+            for (int other = 0; other < table.groups; ++other) {
+                const int theirs = load_word(heights + other * 4);
+                if (theirs > units || (theirs == units && other < g)) ++place, tiles += (theirs + UNITS - 1) / UNITS;
+            }
+            table.set(place, g, tiles * shape.wide());
+        }
+        if (threadIdx.x == 0) table.set(table.groups, 0, plain.tiles());
+        proxy_fence();  // before the accelerator writes where they were
+        __syncthreads();
+    }
+    // Only here, so that nothing of it is kept, in local memory, from where the warps do not yet go their ways.
+    __device__ __forceinline__ void begin() {
+        index = seat = blockIdx.x;
+        locate();
+    }
+    __device__ __forceinline__ void locate() {
+        if (!valid()) return;
+        find(table, index, at);
+        const int2 entry = table.at(at);
+        group = entry.x;
+        const int begin = MASKED ? 0 : row_of(group), size = row_of(group + 1) - begin;
+        const int units = (size + 63) / 64, tall = (units + UNITS - 1) / UNITS, least = units / tall, higher = units % tall;
+        const Place place(index - entry.y, tall, shape.wide(), 0);
+        const int before = (place.m * least + min(place.m, higher)) * 64;
+        first = (MASKED ? group * shape.rows : begin) + before;
+        left = min(size - before, (least + (place.m < higher)) * 64);
+        n = place.n;
+    }
+    __device__ __forceinline__ bool valid() const { return index < table.tiles(); }
+    __device__ __forceinline__ void advance() {
+        const int round = index - seat;
+        seat = seat + 1 == gridDim.x ? 0 : seat + 1;
+        index = round + gridDim.x + seat;
+    }
+    __device__ __forceinline__ void next() {
+        advance();
+        locate();
+    }
+    __device__ __forceinline__ void spare_warp(const Output& out, int lane) const { clear(out, row_of(table.groups), lane); }
+};
+
+#else
+// Each tile is BLOCK_M rows, the last of a group the rest; groups are computed as they lie.
+struct Tiles : Tile {
+    GroupTable table;
+    int index, step, count;
+    u32 rank;
+
+    __device__ __forceinline__ Tiles(Shape shape, GroupTable table) : Tile{shape}, table(table) {}
+    __device__ __forceinline__ void plan(u32 base, const int* ends) {
+        plan_groups<THREADS, !MASKED>(table, base + OFFSET_C, ends, shape.rows, [&](int size) { return Shape::tall(size) * shape.wide(); });
+        rank = CLUSTER > 1 ? cluster_rank() : 0;
+        index = blockIdx.x / CLUSTER;
+        step = gridDim.x / CLUSTER;
+        count = table.tiles();
+        locate();
+    }
+    __device__ __forceinline__ void locate() {
+        if (!valid()) return;
+        find(table, index, group);
+        const int2 from = table.at(group), to = table.at(group + 1);
+        const int size = MASKED ? to.x : to.x - from.x;
+        const Place place(index - from.y, Shape::tall(size), shape.wide(), rank);
+        first = (MASKED ? group * shape.rows : from.x) + place.m * BLOCK_M;
+        left = size - place.m * BLOCK_M;
+        n = place.n;
+    }
+    __device__ __forceinline__ bool valid() const { return index < count; }
+    __device__ __forceinline__ void advance() { index += step; }
+    __device__ __forceinline__ void next() {
+        advance();
+        locate();
+    }
+    __device__ __forceinline__ void spare_warp(const Output& out, int lane) const { clear(out, table.at(table.groups).x, lane); }
+};
+#endif
 
 extern "C" __global__ void
 #if CLUSTER > 1
@@ -90,11 +179,10 @@ grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
              int K, int b_step, int stride_sbe, int stride_sbn, int stride_c, int cleared) {
     extern __shared__ __align__(1024) u8 smem[];
     const u32 base = smem_addr(smem);
-    const GroupTable table{base + OFFSET_TABLE, groups};
-    const Shape shape{rows, N, K, b_step, stride_sbe, stride_sbn, cleared};
-    plan_groups<THREADS, !MASKED>(table, base + OFFSET_C, MASKED ? offsets : offsets + 1, rows, [&](int size) { return Shape::tall(size) * shape.wide(); });
+    Tiles tiles({rows, N, K, b_step, stride_sbe, stride_sbn, cleared}, {base + OFFSET_TABLE, groups});
+    tiles.plan(base, MASKED ? offsets : offsets + 1);
     const Output out{&map_c, c, nullptr, N, stride_c};
-    block_scaled_gemm(Tiles(shape, table, CLUSTER > 1 ? cluster_rank() : 0), base, &map_a, &map_b, &map_sa, &map_sa, sb, out);
+    block_scaled_gemm(tiles, base, &map_a, &map_b, &map_sa, &map_sa, sb, out);
 }
 
 #else
