@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_copies import Queues, Reached
+from streams import Queues, Reached
 from torch import nn
 from world import case, run
 
