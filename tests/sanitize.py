@@ -89,6 +89,7 @@ def kernels(racecheck: bool) -> Iterator[tuple[str, Callable[[], bool | None]]]:
         for config in configs:
             ahead = f", {config.ahead} ahead" if config.ahead else ""
             name = f"{config.tile}, clusters of {config.cluster}{ahead}, tiles in groups of {config.group}"
+            name += ", in units" * config.in_units
             if name in names:
                 name += f", sharing {'A' if config.shared_a else 'B'}"
             names.add(name)

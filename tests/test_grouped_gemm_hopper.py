@@ -17,7 +17,6 @@ from dskernels.grouped_gemm.config import (
     HOPPER_CONFIGS,
     HOPPER_TALL,
     HOPPER_WGRAD_CONFIGS,
-    InUnits,
     choose_hopper_config,
     choose_hopper_masked_config,
     choose_hopper_wgrad_config,
@@ -32,7 +31,7 @@ TOLERANCE = {BRAIN: 5e-6, HALF: 1e-6, SINGLE: parity.E4M3_SUMS}
 tiles = functools.partial(
     pytest.mark.parametrize,
     "config",
-    ids=lambda config: f"{config.tile}, cluster of {config.cluster}{', in units' * isinstance(config, InUnits)}",
+    ids=lambda config: f"{config.tile}, cluster of {config.cluster}{', in units' * config.in_units}",
 )
 
 
@@ -47,7 +46,7 @@ def check_code(config, b_rows, kinds, variants):
     assert_clean(reports, max_registers=168)
     # A tile's first product, in units also behind one of which a warpgroup has none, and those of the loops over K,
     # unrolled and then once more for the rest.
-    products = 1 + isinstance(config, InUnits) + sum(variants) * (config.unroll + (config.unroll > 1))
+    products = 1 + config.in_units + sum(variants) * (config.unroll + (config.unroll > 1))
     for report in reports:
         # Four to a product, all of a block of K in a row: more waiting than products means that ptxas serialised them.
         assert report.count("QGMMA") == 4 * products
@@ -58,7 +57,7 @@ def check_code(config, b_rows, kinds, variants):
 @tiles(HOPPER_CONFIGS)
 def test_rows_compile_without_spills(config):
     kinds = [*({"out": out} for out in range(3)), {"out": 0, "masked": True}]
-    kinds = [{"out": 0}, {"out": 2, "masked": True}] if isinstance(config, InUnits) else kinds
+    kinds = [{"out": 0}, {"out": 2, "masked": True}] if config.in_units else kinds
     check_code(config, 128, kinds, range(max(config.waves - 1, 1), config.waves + 1))
 
 

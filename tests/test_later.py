@@ -86,6 +86,15 @@ def test_the_expert_block(impl, fp8, device):
     assert all(torch.equal(a, b) for a, b in zip(at_once, waited, strict=True))
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_weights_that_change_unseen_are_quantised_anew_once_their_gradients_are_there(waits, device):
+    block, x, weights, _, dout = expert_block(device, "triton", True)
+    run(block, x, weights, dout, later.WeightGradients() if waits else None)
+    for weight in weights:
+        weight.data.mul_(1.5)
+    assert torch.equal(block(x, *weights), block(x, *[weight.detach().clone() for weight in weights]))
+
+
 def test_the_expert_block_does_each_product_once(device):
     block, x, weights, _, dout = expert_block(device, "triton", False)
     steps, counts = triton_experts.PLAIN, {"product": 0, "wgrad": 0}

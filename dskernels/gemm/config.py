@@ -107,8 +107,8 @@ class HopperConfig:
     (along M), and walk `group` steps in that direction before one in the other; the loop over K is unrolled `unroll`
     times. `clocks` is what a block of K takes, `tile_clocks` what a tile takes beside them, relative to each other:
     fitted to the times of ten matrices at 160 to 4,096 rows on an H200, where what is chosen takes 0.2% more than the
-    fastest in the mean, and 5% at most. `registers`, `ahead` and, for compute-sanitizer, `one_reader` are options of
-    cuda/fp8_gemm.cuh.
+    fastest in the mean, and 5% at most. `registers`, `ahead`, for grouped products `in_units` and, for
+    compute-sanitizer, `one_reader` are options of cuda/fp8_gemm.cuh.
     """
 
     waves: int
@@ -123,6 +123,7 @@ class HopperConfig:
     registers: int = 232
     ahead: int = 16
     one_reader: bool = False
+    in_units: bool = False
 
     @property
     def block_m(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -85,18 +85,12 @@ def padded_width(rows: int, groups: int) -> int:
 # for B to come to the L2 4 or 8 blocks ahead of its load made it 431 and 522.
 GROUPED_LOW = replace(HOPPER_LOW, clocks=690, tile_clocks=600)
 GROUPED_NARROW = replace(HOPPER_NARROW, clocks=860, tile_clocks=1650)
-
-
-@dataclass(frozen=True)
-class InUnits(HopperConfig):
-    """Such tiles without those units of 64 rows of which none count; a group's tiles are as even as units allow."""
-
-
-# With these products the chip is at its 700 W, at 1.3 to 1.6 GHz, so what counts is what is multiplied for nothing. Of
+# Such tiles without those units of 64 rows of which none count; a group's tiles are as even as units allow. With these
+# products the chip is at its 700 W, at 1.3 to 1.6 GHz, so what counts is what is multiplied for nothing. Of
 # 64 groups of 256 rows, give or take 30%, tiles of 128 rows multiply 26% more than there is, units 10%. On an H200, in
 # us, 4096x7168: 64 groups of 256 rows 1,072 -> 1,005, 256 of 256 as a router fills them 4,349 -> 4,106, 256 of 128
 # 2,756 -> 2,657; 7168x2048: 566 -> 546, 2,224 -> 2,186, 1,386 -> 1,306; but 32 groups of 1,000 798 -> 843.
-GROUPED_UNITS = InUnits(**asdict(replace(GROUPED_NARROW, registers=224)))
+GROUPED_UNITS = replace(GROUPED_NARROW, registers=224, in_units=True)
 HOPPER_CONFIGS = (HOPPER_TALL, GROUPED_UNITS, GROUPED_NARROW, GROUPED_LOW)
 MASKED_CONFIGS = (HOPPER_TALL, GROUPED_LOW)  # of buffers that most groups do not fill 128x192 is not measured
 # How large groups are beside their average, which alone is known: a group of 1.15 times 256 rows has two tiles of 256.

@@ -22,7 +22,6 @@ from dskernels.gemm.hopper import THREADS, options_of, shared_bytes
 from dskernels.gemm.hopper_small import OUT
 from dskernels.grouped_gemm import hopper_half, hopper_small
 from dskernels.grouped_gemm.config import (
-    InUnits,
     choose_hopper_config,
     choose_hopper_masked_config,
     choose_hopper_wgrad_config,
@@ -34,8 +33,8 @@ from dskernels.grouped_gemm.config import (
 SOURCE = Path(__file__).with_name("hopper.cu")
 MOST_GROUPS = 1024
 TABLE_BYTES = 8 * (MOST_GROUPS + 1)  # of shared memory: where the groups begin
-ORDER_BYTES = 12 * (MOST_GROUPS + 1)  # with InUnits: in which order they are computed, and where they begin
-UNIT = 64  # rows of A in a copy, with InUnits
+ORDER_BYTES = 12 * (MOST_GROUPS + 1)  # in units: in which order they are computed, and where they begin
+UNIT = 64  # rows of A in a copy, in units
 SCALE_ROWS = 132  # of A's scales in a copy: 128, as of any row, from a multiple of 4 on
 
 # ---- what the operations name ---------------------------------------------------------------------------------------
@@ -262,7 +261,7 @@ def _plan(
     return Plan(
         kernel(SOURCE, "grouped_gemm", options, shared, a.device.index),
         arguments=(
-            TensorMap("a", a, (UNIT if isinstance(config, InUnits) else config.block_m, 128), swizzle=True),
+            TensorMap("a", a, (UNIT if config.in_units else config.block_m, 128), swizzle=True),
             TensorMap("b", b_rows, (config.block_n, 128), swizzle=True),
             scale_map("a_scale", a_scale, SCALE_ROWS),
             ragged_map("out", out, (64, 128 // out.element_size())),
@@ -314,7 +313,7 @@ def plan_wgrad(
 
 def rows_shared_bytes(config: HopperConfig) -> int:
     """Shared memory of a block of `plan`: a dense product's, where copies of scales take 640 bytes, and the groups."""
-    table = ORDER_BYTES if isinstance(config, InUnits) else TABLE_BYTES
+    table = ORDER_BYTES if config.in_units else TABLE_BYTES
     return shared_bytes(config, 128, False) + config.stages * config.waves * (640 - 512) + table
 
 
@@ -329,5 +328,5 @@ def options_for(
     """The -D options that cuda/fp8_gemm.cuh and hopper.cu describe."""
     return options_of(config, b_rows, out, bias=0, accumulate=int(accumulate), direct=0) | {
         "MASKED": int(masked),
-        "IN_UNITS": int(isinstance(config, InUnits)),
+        "IN_UNITS": int(config.in_units),
     }

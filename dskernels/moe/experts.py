@@ -242,15 +242,21 @@ def network_backward(
     dx = dw13 = dw2 = None
     if needs_dw2:
         dy = Rows(dout, batch.source) if steps.wgrad_requantizes else dy
-        dw2 = steps.wgrad(dy, hidden, batch, network.w2)
+        dw2 = gradient_of_weight(steps, dy, hidden, batch, network.w2)
     del dy, hidden
     if needs_dx:
         dx = gradient_of_tokens(steps, operand, network, batch, x.dtype, residual, added_up)
     if needs_dw13:
-        dw13 = steps.wgrad(dgate_up, rows_for_wgrad(steps, x, batch), batch, network.w13)
-    if steps.weight is not plain_weight:
-        done_with(*[w for w, needed in ((network.w13, needs_dw13), (network.w2, needs_dw2)) if needed])
+        dw13 = gradient_of_weight(steps, dgate_up, rows_for_wgrad(steps, x, batch), batch, network.w13)
     return dx, dw13, dw2, dweights
+
+
+def gradient_of_weight(steps: Steps, x: Rows, y: Rows, batch: Batch, weight: Tensor) -> Tensor:
+    """Of a weight [E?, N, K] the sum of the rows' outer products, after which its e4m3 copies are done with."""
+    gradient = steps.wgrad(x, y, batch, weight)
+    if steps.weight is not plain_weight:
+        done_with(weight)
+    return gradient
 
 
 def gate_up_again(steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ from dskernels.moe.experts import (
     gate_up_again,
     gradient_of_hidden,
     gradient_of_tokens,
+    gradient_of_weight,
     routed_batch,
     rows_for_wgrad,
 )
@@ -111,9 +112,9 @@ def weights_of_network(
     """Of one network the gradients of w13 and w2; empty where one is not needed."""
     dw13 = dw2 = x.new_empty(0)
     if needs[1]:
-        dw2 = steps.wgrad(rows_for_wgrad(steps, dout, batch), Rows(hidden), batch, network.w2)
+        dw2 = gradient_of_weight(steps, rows_for_wgrad(steps, dout, batch), Rows(hidden), batch, network.w2)
     if needs[0]:
-        dw13 = steps.wgrad(Rows(dgate_up), rows_for_wgrad(steps, x, batch), batch, network.w13)
+        dw13 = gradient_of_weight(steps, Rows(dgate_up), rows_for_wgrad(steps, x, batch), batch, network.w13)
     return [dw13, dw2]
 
 

@@ -165,18 +165,19 @@ def expert_rows_backward(
         others; None where not needed.
     """
     fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in weights)
-    given = dout.contiguous(), x, weights, chosen, kept
+    given, among = (dout.contiguous(), x, weights, chosen, kept), tuple(needs[1:3])
+    # Said here, as nobody hears of it where the recording of an earlier call is launched.
+    trained = [w for w, needed in zip(weights, among, strict=True) if fp8 and needed and isinstance(w, Tensor)]
     if waiting is None:
         gradients = _gradients(*given, fp8, tuple(needs))
-        if fp8:
-            trained = zip(weights, needs[1:3], strict=True)
-            done_with(*[w for w, needed in trained if needed and isinstance(w, Tensor)])
+        done_with(*trained)
         return gradients
     dx, dgates, dgate_up, hidden = _gradients_of_inputs(*given, fp8)
-    among = tuple(needs[1:3])
 
     def rest() -> list[Tensor]:
-        return [dw for dw in _gradients_of_weights(*given, dgate_up, hidden, fp8, among) if dw is not None]
+        gradients = _gradients_of_weights(*given, dgate_up, hidden, fp8, among)
+        done_with(*trained)
+        return [dw for dw in gradients if dw is not None]
 
     waiting.compute(rest)
     return dx, None, None, dgates

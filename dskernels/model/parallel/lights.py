@@ -64,7 +64,7 @@ class Lights:
             lights = [self._there(self.rank, slot, rank, piece) for rank in ranks]
             if left and self.others:
                 lights.append(self._taken(self.rank, slot, self.rank))
-            waits = (Step(*step) for light in lights for step in (("wait", light, ON), ("write", light, OFF)))
+            waits = (step for light in lights for step in (Step("wait", light, ON), Step("write", light, OFF)))
             return [*self._have_read(read), *waits]
 
         return self._once((2, slot, piece, own, left, *read), make)
