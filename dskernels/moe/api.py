@@ -34,18 +34,19 @@ IDS = (torch.int32, torch.int64)
 def permute(x: Tensor, experts: Tensor, n_experts: int, *, impl: str | None = None) -> Permuted:
     """Copy each token's row once for every expert it goes to, sorted by expert.
 
-    ``permuted.x[permuted.index[t, j]] = x[t]``, by a stable counting sort on the device: the rows of expert e stand at
-    ``offsets[e]`` to ``offsets[e + 1]``, tokens in order inside (choices of one token in order of j).
+    ``permuted.x[permuted.index[t, j]] = x[t]``. The order comes from a stable counting sort on the device: the rows of
+    expert e are ``offsets[e]`` to ``offsets[e + 1]``, in the order of the tokens (choices of one token in order of j).
 
     Args:
         x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
-        experts: int32 or int64 ``[T, k]``, ids of the experts; -1 or any other outside ``[0, n_experts)`` is dropped.
+        experts: int32 or int64 ``[T, k]``, ids of the experts; a choice whose id is -1, or any other outside
+            ``[0, n_experts)``, is dropped.
         n_experts: number of experts E, 1 to 1024.
         impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        Permuted: x ``[T * k, H]``, whatever the ids, rows from ``offsets[E]`` on zero; offsets int32 ``[E + 1]``; index
-        int32 ``[T, k]``, -1 for a dropped choice. Exact: all implementations return the same bits.
+        Permuted: x ``[T * k, H]``, whatever the ids are, with zeros in the rows from ``offsets[E]`` on; offsets int32
+        ``[E + 1]``; index int32 ``[T, k]``, -1 for a dropped choice. Exact: all implementations return the same bits.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -71,8 +72,8 @@ def combine(y: Tensor, permuted: Permuted, weights: Tensor, *, impl: str | None 
         impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        ``[T, H]`` in y's dtype, summed in fp32 in the order of j and rounded once: the same bits at each call. A
-        dropped choice (index -1, or any other outside y) adds nothing; a token without choices is zero.
+        ``[T, H]`` in y's dtype, summed in fp32 in the order of j and rounded once: each call returns the same bits. A
+        dropped choice (index -1, or any other index outside `y`) adds nothing; a token without choices is zero.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -114,37 +115,40 @@ def fused_experts(
     out[t] = shared(x[t]) + sum over j of routing.weights[t, j] * expert[routing.experts[t, j]](x[t]), with
     expert(x) = w2 @ (silu(gate) * up), gate and up being the halves of w13 @ x.
 
-    With `fp8`, or with fp8 weights, all products run in e4m3 as those of :func:`dskernels.fp8_linear`: the activations
-    in 1x128 tiles, the weights in 128x128 blocks, and for the weight gradients both operands again in tiles of 128
-    tokens of one expert. Quantised weights are kept as those of :func:`dskernels.fp8_linear` are.
+    With `fp8`, or with fp8 weights, all products run in e4m3 like those of :func:`dskernels.fp8_linear`: activations
+    are quantised in 1x128 tiles, weights in 128x128 blocks, and for the gradients of weights both operands once more,
+    in tiles of 128 tokens of one expert. Quantised copies of weights are kept as :func:`dskernels.fp8_linear` keeps
+    them.
 
     Args:
         x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
-        w13: ``[E, 2 * I, H]``, the gate's I rows first, then up's, E from 1 to 1024; in the dtype of `x`, with `fp8`
-            any of bf16, fp16 and fp32; last dimension contiguous. Or an `Fp8Tensor` in 128x128 blocks.
+        w13: ``[E, 2 * I, H]``, the I rows of the gate first, then those of up, E from 1 to 1024; in the dtype of `x`,
+            or with `fp8` in any of bf16, fp16 and fp32; last dimension contiguous. Or an `Fp8Tensor` in 128x128 blocks.
         w2: ``[E, H, I]``, likewise.
         routing: what :func:`dskernels.route` returned; its weights, fp32 ``[T, k]``, and its experts, int32 or int64
             ``[T, k]``, are used. Ids outside ``[0, E)`` are dropped.
-        shared: ``(w13 [2 * I', H], w2 [H, I'])`` of the shared expert, likewise. Where I' = I and it is stored behind
-            the routed experts, ``w13 = all_w13[:E]`` and ``shared = (all_w13[E], all_w2[E])``, it shares their launches
-            when nothing is kept for a backward, unless the weights are quantised inside.
-        n_shared: how many experts at the end of `w13` and `w2` are shared ones, in place of `shared`: every token takes
-            them, with weight 1, in the launches of the others. Ids of the routing are then below E - n_shared. A shared
-            network that is n times as wide as a routed expert is n of them.
-        quantized: ``[T, H]`` in 1x128 tiles, `x` as :func:`dskernels.quantize` or :func:`dskernels.rmsnorm_quantize`
-            has made it: products in e4m3 take it in place of quantising `x`. Gradients go to `x`.
-        fp8: quantise what is not quantised yet, inside.
-        recompute: keep nothing between forward and backward but the arguments, and compute ``w13 @ x`` again; if False,
-            it is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never kept. By default it
-            is kept on a GPU, and not on the CPU, where the reference runs the forward again in any case.
-        keep: with `fp8`, how that is kept: ``"input"``, in x's dtype, or ``"fp8"``, in e4m3, half the bytes. The
-            gradient of the SwiGLU, and its output for that of `w2`, are then those of the values so kept, also where
-            they are computed again.
+        shared: ``(w13 [2 * I', H], w2 [H, I'])`` of the shared expert, likewise. It runs in the launches of the routed
+            experts if I' = I and its weights follow theirs in memory (``w13 = all_w13[:E]`` and
+            ``shared = (all_w13[E], all_w2[E])``), provided that nothing is kept for a backward and that the weights are
+            not quantised inside.
+        n_shared: instead of `shared`, how many experts at the end of `w13` and `w2` are shared ones: every token takes
+            them, with weight 1, in the launches of the others. The ids of the routing are then below E - n_shared. A
+            shared network n times as wide as a routed expert is the same as n such experts.
+        quantized: `x` already quantised, ``[T, H]`` in 1x128 tiles, as :func:`dskernels.quantize` or
+            :func:`dskernels.rmsnorm_quantize` returns it: products in e4m3 then use it instead of quantising `x`.
+            Gradients go to `x`.
+        fp8: quantise, inside, whatever is not quantised yet.
+        recompute: if True, the forward keeps nothing but the arguments, and the backward computes ``w13 @ x`` again; if
+            False, ``w13 @ x`` is kept, ``[T * k, 2 * I]`` and ``[T, 2 * I']``. The outputs of the experts are never
+            kept. None keeps it on a GPU, but not on the CPU, where the reference runs the forward again in any case.
+        keep: with `fp8`, the format in which ``w13 @ x`` is kept: ``"input"`` is x's dtype, ``"fp8"`` is e4m3, half the
+            bytes. With ``"fp8"``, the gradient of the SwiGLU, and the output of the SwiGLU that enters the gradient of
+            `w2`, are those of the quantised values, also if these are computed again.
         impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
         ``[T, H]`` in x's dtype. Products are summed in fp32, and so are the experts' outputs, in the order of j; the
-        kernels round what passes between products to x's dtype.
+        kernels round intermediate results between products to x's dtype.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -233,7 +237,7 @@ def _combine_reference(y: Tensor, offsets: Tensor, index: Tensor, weights: Tenso
 
 
 def _combine_backward_reference(dout, y, offsets, index, weights):
-    if index.shape[1] == 0:  # without choices the result is a constant
+    if index.shape[1] == 0:  # without choices the result is a constant, which autograd could not differentiate
         return y.new_zeros(y.shape), weights.new_zeros(weights.shape)
     y, weights = (t.detach().requires_grad_() for t in (y, weights))
     with differentiating():
@@ -284,9 +288,9 @@ def _fused_experts_backward_fake(dout, *args):
     )
 
 
-# Places of x, w13, w2, weights and the shared weights among the arguments.
+# Positions of x, w13, w2, the routing weights, and both shared weights among the operation's arguments.
 DIFFERENTIABLE = (0, 1, 3, 5, 7, 9)
-# The scale of a weight follows it: a quantised weight has no gradient.
+# The position of each weight, and of its scale. A weight with a scale came in quantised, and has no gradient.
 SCALES = {1: 2, 3: 4, 7: 8, 9: 10}
 
 _fused_experts = Operation(
@@ -310,6 +314,7 @@ _fused_experts_backward = Operation(
 def _save_experts(ctx: Any, args: tuple, output: tuple) -> None:
     *block, ctx.fp8, _, _, _, _ = args
     _, gate_up, shared_gate_up = output
+    # If the caller collects the gradients of weights, the backward computes only those of the inputs, see `split`.
     trained = [i for i, scale in SCALES.items() if block[i] is not None and block[scale] is None]
     ctx.waiting = waiting_for(*(block[i] for i in trained if block[i].requires_grad))
     ctx.mark_non_differentiable(gate_up, shared_gate_up)

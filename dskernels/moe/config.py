@@ -1,41 +1,44 @@
-"""Block sizes of the permuting kernels: pure functions of the shape."""
+"""Block sizes of the kernels that sort choices, copy rows and compute the SwiGLU: pure functions of the shape."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Choices up to which each is ranked among all by comparing it with every other one: 4M comparisons, in one launch.
+# Up to this many choices, the rank of each is found by comparing it with every other one: 4M comparisons at most, in a
+# single launch. More choices take the counting sort.
 MOST_COMPARED = 2048
+# A program ranks this many choices, and compares them with this many others at a time.
 COMPARE_BLOCK, COMPARE_CHUNK = 16, 128
-# Ids that the program which counts them takes at a time.
+# In the same launch one program counts the ids of each expert; it reads this many at a time.
 COMPARE_COUNTED = 1024
-# Tokens whose choices one program copies, with one more behind them.
+# Number of tokens whose choices one program copies when it appends the shared experts to them.
 APPEND_TOKENS = 64
-# Ids that one program of the counting sort ranks among each other, by comparing all pairs: 4K comparisons. With 128
-# (and 32) 32,768 choices took 21.8 (21.4) us on an H200, not 17.5, and 16,384 15.7 (15.5), not 13.8.
+# Number of ids that one program of the counting sort ranks among each other by comparing all pairs: 4K comparisons. On
+# an H200, 32,768 choices took 17.5 us with 64, 21.8 with 128 and 21.4 with 32; 16,384 took 13.8, 15.7 and 15.5.
 SORT_BLOCK = 64
-# What one program scans of the counts [blocks, experts] at a time.
+# The part of the counts [blocks, experts] that one program scans at a time.
 SCAN_BLOCKS = 128
 SCAN_EXPERTS = 16
 MAX_EXPERTS = 1024
-# Rows that a program of the SwiGLU takes where there are many. Programs of rows that nobody reads, half of them where
-# two ranks' tokens are all there, take time too: on an H200 71 us with one a row, 56 with four (of all rows 54, 56).
+# Rows per program of the SwiGLU, if there are at least FEWEST_SWIGLU rows. Programs whose rows nobody reads take time
+# too; they are half of all on a rank that sorts the tokens of two ranks, whose choices are half its own: on an H200
+# 71 us with one row per program, 56 with four (54 and 56 if all rows are read).
 SWIGLU_ROWS, FEWEST_SWIGLU = 4, 8192
-# Rows whose scales one program copies, and how many of each: read one after the other, they took 10 of the copy's 15 us
-# at 128 tokens.
+# A program copies the scales of this many rows, and this many scales of each: copied one after another, they took 10 of
+# the 15 us of the whole copy at 128 tokens.
 SCALE_ROWS, SCALE_TILES = 128, 8
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Columns of a row that a program takes at a time, and its warps."""
+    """How many columns of a row a program takes at a time, and its number of warps."""
 
     width: int
     num_warps: int
 
 
 def choose_row(columns: int) -> RowConfig:
-    """All of a narrow row, 1024 columns of a wide one."""
+    """Config for rows of so many columns: a program takes a narrow row at once, a wide one by 1024 columns."""
     width = 128
     while width < min(columns, 1024):
         width *= 2
@@ -43,6 +46,9 @@ def choose_row(columns: int) -> RowConfig:
 
 
 def choose_copy(columns: int, itemsize: int) -> RowConfig:
-    """For a copy: threads that move 16 bytes at once. 1024 columns at most, as 7168 have whole sevenths of those."""
+    """Config for copies, of as many threads as move the columns with 16 bytes each.
+
+    At most 1024 columns, of which the 7168 of DeepSeek-V3 are a whole number.
+    """
     width = choose_row(columns).width
     return RowConfig(width, num_warps=min(4, max(1, width * itemsize // 512)))

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MOST_TOKENS = 8
-MOST_CHOICES = 64  # of a token, the shared experts among them
+MOST_CHOICES = 64  # of one token, including the shared experts
 
 
 @dataclass(frozen=True)
 class MatvecConfig:
-    """What a program multiplies at a time.
+    """The tile of a weight that a program multiplies at a time.
 
     Attributes:
-        rows: of the weight.
-        columns: of each, a power of two.
-        num_warps: of the program.
+        rows: rows of the weight.
+        columns: columns of each row, a power of two.
+        num_warps: warps of the program.
     """
 
     rows: int
@@ -24,10 +24,11 @@ class MatvecConfig:
 
 
 def choose_matvec(columns: int, interpreted: bool = False) -> MatvecConfig:
-    """For a weight with rows of so many columns: four whole rows where they are short, else 512 columns of eight.
+    """Config for a weight with rows of so many columns: four whole rows if they are short, else 512 columns of eight.
 
-    Estimates: short rows are of small experts, for which there is room for more programs; eight rows of 512 are 8 KB in
-    flight for each program, of which several share a multiprocessor. Triton's interpreter takes its time by programs.
+    These are estimates, not measurements. Short rows belong to small experts, for which there is room for more
+    programs; eight rows of 512 are 8 KB in flight per program, and several programs share a multiprocessor. In Triton's
+    interpreter the time grows with the number of programs, so tiles are larger there.
     """
     if interpreted:
         return MatvecConfig(32, max(min(power_of_two(columns), 512), 16), 4)
@@ -37,5 +38,5 @@ def choose_matvec(columns: int, interpreted: bool = False) -> MatvecConfig:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest one that is not below n."""
+    """The smallest power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()

@@ -1,4 +1,4 @@
-"""Public gated feed-forward network: what a dense block is, and a shared expert by itself."""
+"""The public gated feed-forward network: the network of a dense block, or a shared expert by itself."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ def feed_forward(
     keep: str = "input",
     impl: str | None = None,
 ) -> Tensor:
-    """Run one gated feed-forward network on all tokens: ``w2 @ (silu(gate) * up)``, the halves of ``w13 @ x``.
+    """Run one gated feed-forward network on all tokens: ``w2 @ (silu(gate) * up)``, gate and up being the halves of
+    ``w13 @ x``.
 
     It is the shared expert of :func:`fused_experts` alone, with the same products, roundings and gradients.
 
     Args:
         x: bf16, fp16 or fp32 ``[T, H]``, last dimension contiguous.
-        w13: ``[2 * I, H]``, the gate's I rows first, then up's, in the dtype of `x`, with `fp8` any of bf16, fp16 and
-            fp32. Or an `Fp8Tensor` in 128x128 blocks.
+        w13: ``[2 * I, H]``, the I rows of the gate first, then those of up; in the dtype of `x`, or with `fp8` in any
+            of bf16, fp16 and fp32. Or an `Fp8Tensor` in 128x128 blocks.
         w2: ``[H, I]``, likewise.
-        quantized: ``[T, H]`` in 1x128 tiles, see :func:`fused_experts`.
-        fp8: quantise what is not quantised yet, inside.
+        quantized: `x` already quantised, ``[T, H]`` in 1x128 tiles, see :func:`fused_experts`.
+        fp8: quantise, inside, whatever is not quantised yet.
         recompute: keep nothing but the arguments for the backward, see :func:`fused_experts`.
-        keep: how what enters the SwiGLU is kept, see :func:`fused_experts`.
+        keep: the format in which the input of the SwiGLU is kept, see :func:`fused_experts`.
         impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
@@ -65,8 +66,8 @@ def feed_forward(
 
 # ---- registration: flat arguments in, flat tensors out --------------------------------------------------------------
 
-DIFFERENTIABLE = (0, 1, 3)  # x and both weights, among the arguments
-SCALES = {1: 2, 3: 4}
+DIFFERENTIABLE = (0, 1, 3)  # positions of x and both weights among the operation's arguments
+SCALES = {1: 2, 3: 4}  # the position of each weight, and of its scale; a weight with a scale has no gradient
 
 
 def _backward_fake(dout, *args):
@@ -114,7 +115,7 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if dout is None or not any(needs):
         return tuple(result)
     dout = dout.contiguous()
-    if ctx.waiting is not None:
+    if ctx.waiting is not None:  # the gradients of the weights are collected, and computed when their queue is run
         later = [False, True, True]
         ctx.waiting.compute(lambda: _feed_forward_backward(dout, *saved, ctx.fp8, later, impl=ctx.impl)[1:])
         needs = [needs[0], False, False]

@@ -1,6 +1,7 @@
-"""The expert block without the sums of a token's rows, forward and backward, see `dskernels.moe.rows`.
+"""The expert block without the final sum over each token's rows, forward and backward, see `dskernels.moe.rows`.
 
-The steps are those of `experts`, and so are the products: what is left out is the last kernel of each direction.
+Its steps and products are those of `dskernels.moe.experts`. Only the last kernel of each direction is left out: the
+forward returns one row for each choice instead of one for each token, and so does the gradient of the tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dskernels.types import Fp8Tensor
 
 
 def rows_operations(kinds: Kinds) -> tuple[Callable, Callable, Callable, Callable]:
-    """Forward, backward, and both halves of that, on the operations' flat arguments."""
+    """Forward, backward, and both halves of the backward (`experts_split`), on the operations' flat arguments."""
 
     def expert_rows(x, w13, w13_scale, w2, w2_scale, experts, first, fp8, keep, data, scale):
         steps, network = kinds.chosen(fp8, bool(keep & PACKED)), Network(w13, w13_scale, w2, w2_scale)
@@ -52,7 +53,7 @@ def rows_operations(kinds: Kinds) -> tuple[Callable, Callable, Callable, Callabl
 
 
 def _operand_again(steps: Steps, x: Tensor, gate_up: Tensor) -> Any:
-    """`x` as the products take it, where what enters the SwiGLU was not kept."""
+    """`x` as the products take it, if `gate_up` was not kept and has to be computed again; else None."""
     return None if gate_up.shape[0] > 0 else steps.operand(x)
 
 

@@ -1,7 +1,8 @@
-"""The backward of the expert block in two halves: gradients of the tokens first, of the weights when there is time.
+"""The backward of the expert block in two halves: gradients of the tokens first, those of the weights later.
 
-The first half ends with what the second multiplies: dG and dU, and w * A, in the notation of `experts`. Both halves
-together launch the products of the whole backward, each once.
+Schedules of pipeline parallelism use this (`dskernels.later`): other ranks wait only for the gradients of tokens. The
+first half also returns the operands of the second: dG and dU, and w * A, in the notation of `dskernels.moe.experts`.
+Both halves together launch the products of the whole backward, each of them once.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def backward_inputs(
     gate_up: Tensor,
     shared_gate_up: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x and of the routing weights; then dG and dU, and w * A, of the routed experts and of the shared."""
+    """First half: gradients of x and of the routing weights; then [dG dU] and w * A of the routed experts, and of the
+    shared one (empty without it)."""
     da = steps.dispatched(dout)
     a = None if gate_up.shape[0] > 0 else steps.operand(x)
     dx, of_shared = None, [x.new_empty(0), x.new_empty(0)]
@@ -64,7 +66,10 @@ def inputs_of_network(
     residual: Tensor | None,
     added_up: bool = True,
 ) -> tuple[Any, ...]:
-    """Of one network the gradients of x and of its weights, dG and dU, and w * A; see `experts.network_backward`."""
+    """First half for one network: the gradients of x and of the routing weights, [dG dU], and w * A.
+
+    Arguments are those of `experts.network_backward`.
+    """
     if a is not None:
         gate_up = gate_up_again(steps, a, network, batch, x.dtype)
     dhidden = gradient_of_hidden(steps, steps.rows(da, batch), network, batch, x.dtype)
@@ -88,7 +93,10 @@ def backward_weights(
     shared_hidden: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of w13 and w2, and of both shared weights; empty where one is not needed."""
+    """Second half: gradients of w13 and w2, and of both shared weights; an empty tensor for each that is not needed.
+
+    `dgate_up`, `hidden` and their shared counterparts are [dG dU] and w * A as the first half returned them.
+    """
     gradients = [x.new_empty(0)] * 4
     if any(needs[:2]):
         batch, _ = routed_batch(experts, routed)
@@ -109,7 +117,7 @@ def weights_of_network(
     hidden: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Of one network the gradients of w13 and w2; empty where one is not needed."""
+    """Second half for one network: gradients of w13 and w2; an empty tensor for each that is not needed."""
     dw13 = dw2 = x.new_empty(0)
     if needs[1]:
         dw2 = gradient_of_weight(steps, rows_for_wgrad(steps, dout, batch), Rows(hidden), batch, network.w2)
@@ -119,7 +127,7 @@ def weights_of_network(
 
 
 def split_operations(kinds: Kinds) -> tuple[Callable, Callable]:
-    """Both halves on the operations' flat arguments."""
+    """Both halves of the backward, on the operations' flat arguments."""
 
     def inputs(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *block, gate_up, shared_gate_up, fp8 = args

@@ -1,9 +1,10 @@
-"""The expert block on Hopper, around the grouped products of CUDA C++.
+"""The expert block on Hopper: the steps that `dskernels.moe.experts` puts together, with grouped products in CUDA C++.
 
-Those take whole tiles through the tensor memory accelerator, which cannot gather: tokens are copied to their experts
-first, in e4m3 where the products run in that, which is half the bytes. The shared expert is a plain product: by
-`fp8_gemm`, or by torch's (cuBLAS). What moves rows and little else (sort, copy, SwiGLU, weighted sum) is left to the
-Triton kernels, which reach memory speed.
+The grouped products load whole tiles by the tensor memory accelerator, which cannot gather rows. So the rows of tokens
+are copied to their experts first; if the products run in e4m3, the copies are in e4m3, half the bytes. The products of
+the shared expert are plain ones, by `fp8_gemm` or, for plain weights, by `half_gemm` and torch (cuBLAS). Steps that
+only move rows (sort, copy, SwiGLU, weighted sum) are the portable Triton kernels, which reach memory speed. A few
+tokens in e4m3 take two kernels for the whole block (hopper_few.py).
 """
 
 from __future__ import annotations
@@ -43,9 +44,10 @@ from dskernels.recording import Recorded
 from dskernels.types import Fp8Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-# Of a plain product, which is torch's above. On an H200, microseconds of a block with a shared network apart, its
-# products by torch second: 64 experts of 2048 x 1408, 2816 shared, 32 tokens 301 and 313, 128 317 and 323, 256 336 and
-# 334; 16 of 1024 x 256 36 and 43, 40 and 46; 32 of 7168 x 2048 726 and 733, 736 and 741, 794 and 777.
+# Up to this many rows a plain product is `half_gemm`'s, above it is torch's. Microseconds on an H200 of a block with a
+# separate shared network whose products are `half_gemm`'s (first figure) or torch's (second), for 32, 128 and 256
+# tokens. 64 experts of 2048 x 1408, with a shared network of 2816: 301 and 313, 317 and 323, 336 and 334. 16 experts of
+# 1024 x 256, up to 128 tokens: 36 and 43, 40 and 46. 32 experts of 7168 x 2048: 726 and 733, 736 and 741, 794 and 777.
 MOST_HALF_ROWS = 128
 
 
@@ -70,7 +72,7 @@ def _product(rows: Rows, weight: Operand, batch: Batch, dtype: torch.dtype) -> T
 
 
 def _are_few(a: Tensor, b: Tensor) -> bool:
-    """Whether a plain product is not left to torch."""
+    """Whether a plain product has so few rows that it is `half_gemm`'s, not torch's."""
     return a.shape[0] <= MOST_HALF_ROWS and takes_half(a, b)
 
 
@@ -95,7 +97,10 @@ def _fp8_wgrad(dy: Rows, x: Rows, batch: Batch, weight: Tensor) -> Tensor:
 
 
 def _along_tokens(rows: Rows, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Data and scale of rows as Wgrad takes them; what is quantised already is so for that."""
+    """Data and scale of rows as Wgrad takes them: transposed, in tiles of 128 tokens of one expert.
+
+    Rows that come as an `Fp8Tensor` already are in that form, from `hopper_swiglu`.
+    """
     if isinstance(rows.data, Fp8Tensor):
         return rows.data.data, rows.data.scale
     if batch.offsets is not None:
@@ -166,7 +171,7 @@ KINDS = Kinds(PLAIN, FP8, PACKING)
 
 @Recorded
 def _routed(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, residual: Tensor) -> Tensor:
-    """What routed experts of plain weights add to `residual`."""
+    """`residual` plus the weighted sum of the routed experts, for plain weights; the part of `_in_two` that is ours."""
     network = Network(w13, None, w2, None)
     batch, index = experts.routed_batch(ids, network)
     y, _ = experts.network_forward(PLAIN, x, network, batch, x.dtype, False)
@@ -174,17 +179,23 @@ def _routed(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, re
 
 
 def fused_experts(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward. Of plain weights the shared network is torch's two products, and what follows is recorded."""
+    """The forward of the expert block.
+
+    A call that contains torch's products cannot be recorded (`dskernels.recording`). If the shared network of plain
+    weights is computed by these, the block runs in two parts: the shared network, and the rest, which is recorded.
+    """
     return _in_two(*args) if _has_products_of_torch(args) else _forward(*args)
 
 
 def _has_products_of_torch(args: tuple) -> bool:
+    """Whether this call computes a shared network of plain weights by products of torch, and keeps nothing."""
     x, w13, shared_w13, shared_w2, fp8, keep, n_shared = (args[i] for i in (0, 1, 7, 9, 11, 12, 15))
     if fp8 or keep or n_shared or shared_w13 is None or x.shape[0] <= MOST_TOKENS:
         return False
     if _are_few(x, shared_w13) and takes_half(shared_w2, shared_w2):
         return False
-    return shared_w13.data_ptr() != w13.data_ptr() + w13.numel() * w13.element_size()  # see `experts._one_stack`
+    # One that follows the routed experts in memory is one more of them, see `experts._one_stack`.
+    return shared_w13.data_ptr() != w13.data_ptr() + w13.numel() * w13.element_size()
 
 
 def _in_two(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,49 +219,49 @@ def fused_experts_supports(x: Tensor, *args: object) -> str | None:
 
 
 def fused_experts_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why these kernels do not take its backward, or None."""
+    """Why these kernels do not take the backward of the block, or None."""
     *block, _, _, fp8, _ = args
     return _reason_against(x, block, bool(fp8)) or (_reason_against_rows("dout", dout) if fp8 else None)
 
 
 def feed_forward_supports(x: Tensor, *args: object) -> str | None:
-    """Why these kernels do not take one network alone, or None."""
+    """Why these kernels do not take a single network, or None."""
     *network, fp8, _, _, _ = args
     return _reason_against_network(x, network, bool(fp8), x.shape[0])
 
 
 def feed_forward_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why these kernels do not take its backward, or None."""
+    """Why these kernels do not take the backward of a single network, or None."""
     *network, _, fp8, _ = args
     reason = _reason_against_network(x, network, bool(fp8), x.shape[0])
     return reason or (_reason_against_rows("dout", dout) if fp8 else None)
 
 
 def fused_experts_backward_inputs_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why these kernels do not take its first half, or None."""
+    """Why these kernels do not take the first half of the block's backward, or None."""
     *block, _, _, fp8 = args
     return fused_experts_backward_supports(dout, x, *block, None, None, fp8, None)
 
 
 def fused_experts_backward_weights_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why these kernels do not take its second half, or None."""
+    """Why these kernels do not take the second half of the block's backward, or None."""
     *block, _, _, _, _, _, _, fp8, _ = args
     return fused_experts_backward_supports(dout, x, *block, None, None, fp8, None)
 
 
 def expert_rows_supports(x: Tensor, *args: object) -> str | None:
-    """Why these kernels do not take the block as rows, or None."""
+    """Why these kernels do not take the block without its final sum (`dskernels.moe.rows`), or None."""
     *network, ids, _, fp8, _, _, _ = args
     return _reason_against(x, [*network, None, ids], bool(fp8))
 
 
 def expert_rows_backward_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why these kernels do not take its backward, or None."""
+    """Why these kernels do not take the backward of that, or its first half, or None."""
     return fused_experts_backward_supports(dout, x, *args[:6], None, None, args[8], None)
 
 
 def expert_rows_backward_weights_supports(dout: Tensor, x: Tensor, *args: object) -> str | None:
-    """Why these kernels do not take its second half, or None."""
+    """Why these kernels do not take the second half of that backward, or None."""
     return fused_experts_backward_supports(dout, x, *args[:6], None, None, args[10], None)
 
 
@@ -258,7 +269,7 @@ expert_rows_backward_inputs_supports = expert_rows_backward_supports
 
 
 def _reason_against(x: Tensor, block: Sequence[object], fp8: bool) -> str | None:
-    """Given x and the other tensors of the block, of which weights and their scales follow each other."""
+    """Why the block is not taken, or None; `block` has the operation's tensors from w13 on."""
     *network, _, ids = block[:6]
     if not isinstance(ids, Tensor):
         raise TypeError("experts: expected a tensor")
@@ -266,7 +277,8 @@ def _reason_against(x: Tensor, block: Sequence[object], fp8: bool) -> str | None
 
 
 def _reason_against_network(x: Tensor, network: Sequence[object], fp8: bool, rows: int) -> str | None:
-    """Given both weights, each with its scale after it, and how many rows go through them."""
+    """Why a network is not taken, or None; `network` is w13 and its scale, w2 and its scale, and so many rows go
+    through it."""
     w13, w13_scale, w2, w2_scale = network
     if not (isinstance(w13, Tensor) and isinstance(w2, Tensor)):
         raise TypeError("w13, w2: expected tensors")
@@ -281,7 +293,7 @@ def _reason_against_network(x: Tensor, network: Sequence[object], fp8: bool, row
     if hidden % whole or inner % whole:
         return f"rows must be of whole 16 bytes, there are H = {hidden} and I = {inner} columns"
     for name, weight, scale in (("w13", w13, w13_scale), ("w2", w2, w2_scale)):
-        # What is quantised inside is laid out as the products want it.
+        # A weight that is quantised inside gets the layout that the products need.
         if fp8 and scale is None:
             continue
         if weight.data_ptr() % 16 or not weight.is_contiguous():
@@ -290,7 +302,7 @@ def _reason_against_network(x: Tensor, network: Sequence[object], fp8: bool, row
 
 
 def _reason_against_rows(name: str, tokens: Tensor) -> str | None:
-    """Why tokens cannot be quantised along the rows of an expert, or None; plain ones are copied first."""
+    """Why these tokens cannot be quantised along the rows of an expert, or None; plain tokens are copied first."""
     if tokens.data_ptr() % 16 or tokens.stride(0) * tokens.element_size() % 16:
         return f"rows of {name} must be aligned to 16 bytes, its strides are {list(tokens.stride())}"
     return None

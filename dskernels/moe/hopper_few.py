@@ -1,8 +1,9 @@
-"""The expert block for a few tokens on Hopper, in two launches and in e4m3: what one sequence needs, or a handful.
+"""The expert block for a few tokens on Hopper, in e4m3 and two launches: for decoding one sequence, or a handful.
 
-Each expert that a token chose multiplies all tokens, as the tensor cores take 8 at least: so there is nothing to sort,
-to append or to copy, and the second kernel does all that follows the first product. Its weights are on their way
-before the first kernel has ended (programmatic dependent launch).
+hopper_few_up.cu multiplies all tokens by w13 of each expert that any of them chose. The tensor cores take at least 8
+tokens anyway, so nothing has to be sorted, appended or copied. hopper_few_down.cu does all the rest: SwiGLU,
+quantisation, w2 and the weighted sum. It begins to load its weights before the first kernel has ended (programmatic
+dependent launch).
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ DOWN = Path(__file__).with_name("hopper_few_down.cu")
 
 
 def fused_experts(block: Block) -> Tensor | None:
-    """Output [T, H]. None if it is not for these kernels: more tokens, a shared network apart from the stack, weights
-    that are quantised inside, ids of another type than `route` returns, or fp32."""
+    """Output [T, H]; None if these kernels do not take the block.
+
+    They do not take more tokens than `config_few.most_tokens`, a shared network apart from the stack, weights that are
+    quantised inside, ids of another dtype than `route` returns, or fp32.
+    """
     a, dtype, network, weights, experts, n_shared, shared = block
     w13_scale, w2_scale = network.w13_scale, network.w2_scale
     if shared is not None or not isinstance(a, Fp8Tensor) or w13_scale is None or w2_scale is None:
@@ -41,7 +45,7 @@ def fused_experts(block: Block) -> Tensor | None:
     gate_up = empty(a.data, (most * tokens, network.w13.shape[1]), dtype)
     out = empty(a.data, (tokens, network.w2.shape[1]), dtype)
     weights = weights if weights.stride(1) == 1 else weights.contiguous()
-    # One right behind the other: the second reads all but `gate_up` before the first has ended.
+    # Nothing may be launched between the two: the second reads all its inputs but `gate_up` before the first has ended.
     _up(a.data, a.scale, network.w13, w13_scale, experts, gate_up, n_shared)
     _down(gate_up, network.w2, w2_scale, weights, experts, out, n_shared)
     return out
@@ -55,7 +59,7 @@ def _fits(a: Fp8Tensor, dtype: torch.dtype, network: Network, experts: Tensor) -
 
 
 def most_of(experts: Tensor, w13: Tensor, n_shared: int) -> int:
-    """Experts that may run."""
+    """The largest number of experts that may run, which is known without reading the ids."""
     return config.most_chosen(experts.numel(), w13.shape[0] - n_shared, n_shared)
 
 
@@ -63,7 +67,7 @@ def most_of(experts: Tensor, w13: Tensor, n_shared: int) -> int:
 def _up(
     a: Tensor, a_scale: Tensor, w13: Tensor, w13_scale: Tensor, experts: Tensor, gate_up: Tensor, n_shared: int
 ) -> Plan:
-    """Fill rows [place * T, place * T + T) of `gate_up` for each expert in the list of those that run."""
+    """Fill `gate_up`: rows [i * T, i * T + T) are w13 @ x of all T tokens, for the i-th of the experts that run."""
     (tokens, k), (total, n, _), most = a.shape, w13.shape, most_of(experts, w13, n_shared)
     stages = config.up_stages(most)
     return Plan(
@@ -89,7 +93,7 @@ def _up(
 def _down(
     gate_up: Tensor, w2: Tensor, w2_scale: Tensor, weights: Tensor, experts: Tensor, out: Tensor, n_shared: int
 ) -> Plan:
-    """Fill `out` [T, H]."""
+    """Fill `out` [T, H] with the weighted sum of the experts."""
     chosen = config.choose_down(w2.shape[1], multiprocessors(out.device))
     (tokens, top_k), (total, n, k), most = experts.shape, w2.shape, most_of(experts, w2, n_shared)
     stages = config.down_stages(chosen, most, experts.numel())
@@ -111,7 +115,7 @@ def _down(
 
 
 def options_of(chosen: SmallConfig, out: int) -> dict[str, int]:
-    """The -D options that the kernels and cuda/fp8_gemm_small.cuh describe."""
+    """The -D options of both kernels, described in cuda/fp8_gemm_small.cuh."""
     return {
         "TILE": chosen.tile,
         "TOKENS": chosen.tokens,

@@ -1,7 +1,7 @@
 """Launcher of hopper_swiglu.cu: the gradient of the SwiGLU, quantised for the products after it, for sm_90a.
 
-Written out in bf16 and quantised by kernels of their own, 27 bytes move for each element of the activation; here 9. The
-values are those, rounded to bf16 before they are quantised.
+If the gradient were written in bf16 and quantised by separate kernels, 27 bytes would move for each element of the
+activation; here 9 do. The values that are quantised are the same, as they are rounded to bf16 first here too.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from dskernels.types import Fp8Tensor
 from dskernels.validate import ceil_div
 
 SOURCE = Path(__file__).with_name("hopper_swiglu.cu")
-THREADS, BLOCKS = 256, 2  # of a CTA; of an SM
-WAITING = 3 * 8 * 16 * THREADS  # bytes of dgate, dup and the activation, in bf16
+THREADS, BLOCKS = 256, 2  # threads of a CTA, and CTAs per multiprocessor
+WAITING = 3 * 8 * 16 * THREADS  # bytes of shared memory for dgate, dup and the activation of a tile, in bf16
 
 
 def swiglu_backward(
     kept: Tensor, dhidden: Tensor, batch: Batch, weights: Tensor | None
 ) -> tuple[Fp8Tensor, Rows, Rows, Tensor | None]:
-    """The gradient of gate and up in 1x128 tiles, the same and the weighted activation along tokens, and dweights."""
+    """`Steps.gradient` for `kept` in e4m3 (see `packed`) and `dhidden` in bf16.
+
+    Returns the gradient of gate and up in 1x128 tiles for Dgrad; the same, and the weighted activation, transposed and
+    quantised along tokens for Wgrad; and the gradient of the routing weights.
+    """
     rows, cols = dhidden.shape
     width = 128 * ceil_div(rows, 128) if batch.offsets is None else padded_width(rows, batch.offsets.shape[0] - 1)
     by_row = Fp8Tensor(*empty_quantized(kept[:, : 2 * cols], (1, 128)))
@@ -84,12 +88,12 @@ def _swiglu_backward(
 
 
 def options(weighted: bool, grouped: bool) -> dict[str, int]:
-    """What hopper_swiglu.cu is specialised by."""
+    """The -D options of hopper_swiglu.cu."""
     return {"WEIGHTED": int(weighted), "GROUPED": int(grouped), "UE8M0": 0, "BLOCKS": BLOCKS}
 
 
 def takes(dhidden: Tensor, batch: Batch) -> bool:
-    """Whether it takes these rows: bf16, whole tiles of columns and, where they are not grouped, of tokens."""
+    """Whether the kernel takes these rows: bf16, whole tiles of columns and, if there are no groups, of tokens."""
     rows, cols = dhidden.shape
     whole = batch.offsets is not None or rows % 128 == 0
     return dhidden.dtype == torch.bfloat16 and rows > 0 and cols > 0 and cols % 128 == 0 and whole

@@ -1,4 +1,8 @@
-"""What `fused_experts` and `feed_forward` have in common: how arguments are checked, and made flat."""
+"""What `fused_experts` and `feed_forward` share: checks of their arguments, and making them flat.
+
+Registered operations take tensors and numbers only, so an `Fp8Tensor` is passed as its data and its scale, a plain
+weight as itself and None.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_bool, check_choice, check_fp8, check_tensor
 
 HOW_KEPT = ("input", "fp8")
-# Arguments of the registered operations, a weight as data and scale.
+# Arguments of the registered operations in torch's schema language; a weight is its data and its scale.
 NETWORK = "Tensor x, Tensor w13, Tensor? w13_scale, Tensor w2, Tensor? w2_scale"
 BLOCK = (
     f"{NETWORK}, Tensor weights, Tensor experts, "
@@ -22,7 +26,7 @@ BLOCK = (
 
 
 def check_network(w13: tuple[str, Any], w2: tuple[str, Any], x: Tensor, fp8: bool, *, stacked: bool) -> None:
-    """Check the weights [E?, 2I, H] and [E?, H, I], given with their names."""
+    """Check the weights [2I, H] and [H, I], given with their names; `stacked` ones have a first dimension E."""
     ndim = 3 if stacked else 2
     for (name, weight), shape in ((w13, ("E", "2 * I", "H")), (w2, ("E", "H", "I"))):
         if isinstance(weight, Fp8Tensor):
@@ -41,7 +45,7 @@ def check_network(w13: tuple[str, Any], w2: tuple[str, Any], x: Tensor, fp8: boo
 
 
 def check_options(x: Tensor, quantized: Any, recompute: Any, keep: Any) -> None:
-    """Check the options that both have; all but `fp8`, which decides how weights are checked."""
+    """Check the options that both operations have, except `fp8`, which decides how weights are checked."""
     if recompute is not None:
         check_bool("recompute", recompute)
     if quantized is not None:
@@ -52,16 +56,16 @@ def check_options(x: Tensor, quantized: Any, recompute: Any, keep: Any) -> None:
 
 
 def flat(weight: Tensor | Fp8Tensor) -> tuple[Tensor, Tensor | None]:
-    """Data and scale."""
+    """Data and scale of a weight; the scale of a plain one is None."""
     return (weight.data, weight.scale) if isinstance(weight, Fp8Tensor) else (weight, None)
 
 
 def flat_options(
     x: Tensor, quantized: Fp8Tensor | None, fp8: bool, recompute: bool | None, keep: str, differentiable: bool
 ) -> tuple[int, Tensor | None, Tensor | None]:
-    """What is kept, as bits (see `packed`); and data and scale of the tokens, where products in e4m3 are given them."""
+    """What is kept for the backward, as bits (see `packed`); and data and scale of `quantized`, if it is used."""
     if recompute is None:
-        recompute = x.device.type == "cpu"  # where the reference runs the forward again in any case
+        recompute = x.device.type == "cpu"  # the reference runs the forward again in any case
     bits = KEPT if differentiable and not recompute else 0
     bits |= DIFFERENTIATED if differentiable else 0
     bits |= PACKED if differentiable and fp8 and keep == "fp8" else 0
@@ -69,5 +73,5 @@ def flat_options(
 
 
 def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a backward may follow."""
+    """Whether a backward may follow: grad mode is on, and one of these requires a gradient."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

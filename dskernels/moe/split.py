@@ -12,12 +12,12 @@ from dskernels.later import Waiting
 from dskernels.moe.network import BLOCK
 from dskernels.reference import experts as reference
 
-# Of the gradients of (x, w13, w2, weights, w13 and w2 of the shared expert), those that the second half gives.
+# Positions of the gradients that the second half gives, among those of (x, w13, w2, weights, shared w13, shared w2).
 SECOND = (1, 2, 4, 5)
 
 
 def _inputs_reference(dout, *args):
-    kept = _inputs_fake(dout, *args)[2:]  # which the reference's second half does not read
+    kept = _inputs_fake(dout, *args)[2:]  # only for the shapes: the reference's second half does not read them
     return *reference.fused_experts_backward_inputs(dout, *args), *(tensor.zero_() for tensor in kept)
 
 
@@ -65,7 +65,11 @@ backward_weights = Operation(
 def split(
     waiting: Waiting, dout: Tensor, block: Sequence[Any], fp8: bool, needs: Sequence[bool], impl: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the routing weights now; those of the weights go to where they wait."""
+    """Compute the gradients of x and of the routing weights now, and queue those of the expert weights in `waiting`.
+
+    `block` has the tensors of the operation after `dout`. `needs` says of each of the six gradients whether it is
+    needed.
+    """
     dx, dweights, *kept = backward_inputs(dout, *block, fp8, impl=impl)
     among = [needs[place] for place in SECOND]
 

@@ -1,6 +1,7 @@
-"""The expert block out of portable Triton kernels.
+"""The expert block made of portable Triton kernels: the steps that `dskernels.moe.experts` puts together.
 
-Tokens are never copied to their experts: the products read token ``source[r] // k`` for row r of the batch.
+Tokens are never copied to their experts: the grouped products gather them, reading token ``source[r] // k`` for row r.
+The shared expert is a grouped product with one group.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dskernels.types import Fp8Tensor
 
 
 def _every_token(x: Tensor) -> Batch:
-    # Made on the device: a tensor of the host's numbers could not be captured in a CUDA graph.
+    # Computed on the device, as a copy from the host could not be captured in a CUDA graph.
     return Batch(x.shape[0], offsets=torch.arange(2, dtype=torch.int32, device=x.device) * x.shape[0])
 
 
@@ -41,7 +42,9 @@ def _offsets(batch: Batch) -> Tensor:
 
 
 def _rows(tokens: Operand, batch: Batch) -> Rows:
-    if isinstance(tokens, Fp8Tensor) and tokens.scale.stride(0) != 1:  # as they come from another GPU
+    # The product wants scales in the layout of `Fp8Tensor`, with a contiguous row index. Those that came from another
+    # GPU have the scales of each token side by side.
+    if isinstance(tokens, Fp8Tensor) and tokens.scale.stride(0) != 1:
         scale = empty_scale(tokens.scale, tuple(tokens.scale.shape), tokens.block)
         tokens = Fp8Tensor(tokens.data, scale.copy_(tokens.scale), tokens.block)
     return Rows(tokens, batch.source)
@@ -118,7 +121,7 @@ expert_rows, expert_rows_backward, expert_rows_backward_inputs, expert_rows_back
 
 
 def _e4m3_at(place: int) -> Callable[..., str | None]:
-    """`supports` of an operation that multiplies in e4m3 where the argument at this place says so."""
+    """The `supports` function of an operation whose argument at this position says whether it multiplies in e4m3."""
 
     def supports(*args: Any) -> str | None:
         return reason_against_e4m3(args[0].device) if args[place] else None

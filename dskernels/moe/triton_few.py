@@ -1,8 +1,9 @@
-"""The expert block for a few tokens, of weights that are not quantised, in two portable launches.
+"""The expert block for a few tokens with weights that are not quantised, in two launches of portable kernels.
 
-With a few tokens nothing is sorted, copied or appended: each choice of each token is a row, and a program reads the
-weights of a choice once for one row. That is what one sequence needs, whose experts are hardly ever chosen twice; what
-two tokens share comes from the L2.
+With so few tokens nothing is sorted, copied or appended. Each choice of each token is a row of its own: the first
+kernel computes silu(gate) * up of each, the second multiplies by w2 and adds up each token's rows. A program reads the
+weights of an expert for one row only. This suits the decoding of one sequence, where an expert is hardly ever chosen
+twice; if two tokens choose the same expert, the second reads its weights from the L2.
 
 Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask.
 """
@@ -46,10 +47,11 @@ def few_up_kernel(
     BLOCK_K: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """BLOCK columns of silu(gate) * up of one choice of one token.
+    """Compute BLOCK columns of silu(gate) * up for one choice of one token.
 
-    The columns of a token are those of its choices one after the other, then those of the `n_shared` experts that stand
-    behind the `n_experts` in their stack, then those of the network `p_shared`.
+    The columns of a token's row in `p_hidden` are those of its `top_k` choices one after another (`inner` each), then
+    those of the `n_shared` experts that follow the `n_experts` routed ones in the stack, then those of the separate
+    shared network `p_shared` (`inner_shared`).
     """
     begin_dependent(PROGRAMMATIC)
     i_t = tl.program_id(0).to(tl.int64)
@@ -113,7 +115,10 @@ def few_down_kernel(
     BLOCK_K: tl.constexpr,
     PROGRAMMATIC: tl.constexpr,
 ):
-    """BLOCK columns of the weighted sum of one token's experts, all of its choices side by side."""
+    """Compute BLOCK columns of the weighted sum of one token's experts, multiplying all of its choices side by side.
+
+    Each expert's output is rounded to the dtype of `p_out` before it is weighted.
+    """
     begin_dependent(PROGRAMMATIC)
     i_t = tl.program_id(0).to(tl.int64)
     o_n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -157,7 +162,7 @@ def few_down_kernel(
 
 
 def fused_experts(block: Block) -> Tensor | None:
-    """Output [T, H]. None if it is not for these kernels: more tokens, or weights whose rows are not contiguous."""
+    """Output [T, H]; None if these kernels do not take it: too many tokens, or rows of weights not contiguous."""
     x, dtype, network, weights, experts, n_shared, shared = block
     if isinstance(x, Fp8Tensor) or not _fits(x, network, experts, n_shared, shared):
         return None

@@ -1,4 +1,7 @@
-"""Portable Triton kernel that packs what enters the SwiGLU, see `packed`. Names as in triton_swiglu.py."""
+"""Portable Triton kernel that packs the input of the SwiGLU in e4m3, for the format see `packed`.
+
+Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from dskernels.validate import ceil_div
 
 @triton.jit(do_not_specialize=["rows"])
 def pack_kernel(p_x, p_q, p_s, rows, cols, stride_x, stride_q, stride_s, first_scale):
-    """32 rows of 128 columns in e4m3 and their scales."""
+    """Quantise 32 rows of 128 columns, and store their e4m3 values and their scales."""
     i_r, i_c = tl.program_id(0) * 32, tl.program_id(1)
     x = load_rows(p_x, i_r, i_c * 128, rows, cols, stride_x, 1, 128)
     o_r = (i_r + tl.arange(0, 32)).to(tl.int64)

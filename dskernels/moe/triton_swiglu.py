@@ -22,12 +22,12 @@ from dskernels.validate import ceil_div
 def swiglu_kernel(
     p_x, p_offsets, p_out, rows, groups, width, stride_x, stride_out, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):
-    """WIDTH columns of silu(gate) * up of ROWS rows, gate and up being the halves of a row of 2 * width."""
+    """Compute WIDTH columns of silu(gate) * up of ROWS rows; gate and up are the halves of a row of 2 * width."""
     columns = tl.cdiv(width, WIDTH)
     i_r = (tl.program_id(0) // columns).to(tl.int64) * ROWS
     if p_offsets is not None:
         rows = tl.load(p_offsets + groups)
-        if i_r >= rows:  # after the last group's rows: nobody reads them
+        if i_r >= rows:  # rows behind the last group are never read
             return
     o_c = tl.program_id(0) % columns * WIDTH + tl.arange(0, WIDTH)
     for row in tl.static_range(ROWS):
@@ -61,17 +61,18 @@ def swiglu_backward_kernel(
     HAS_WEIGHTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Of one row: dx [2 * width], weight * hidden [width], and dweight = <dhidden, hidden>; dhidden is unweighted.
+    """Compute for one row dx [2 * width], weight * hidden [width], and dweight = <dhidden, hidden>.
 
-    With HAS_SCALES x is e4m3 in tiles of 128 columns, see `packed`.
+    `dhidden` is not yet multiplied by the routing weight. With HAS_SCALES, x is e4m3 in tiles of 128 columns, see
+    `packed`.
     """
     i_r = tl.program_id(0).to(tl.int64)
     weight = 1.0
     if HAS_WEIGHTS:
-        # There are as many choices as rows: a program also sees to the choice of its number, if that was dropped.
+        # There are as many choices as rows, so program r can also zero the gradient of choice r if that was dropped.
         tl.store(p_dweights + i_r, 0.0, mask=tl.load(p_index + i_r) < 0)
         choice = tl.load(p_source + i_r)
-        if choice < 0:  # a row after the last expert's: nobody reads it
+        if choice < 0:  # a row behind the last expert's, which is never read
             return
         weight = tl.load(p_weights + choice)
     products = tl.zeros([WIDTH], tl.float32)
@@ -101,8 +102,10 @@ def swiglu_backward_kernel(
 
 @triton.jit(do_not_specialize=["rows", "parts"])
 def sum_of_choices_kernel(p_parts, p_source, p_index, p_out, rows, parts, BLOCK: tl.constexpr):
-    """Of BLOCK rows the sum of their parts [parts, rows], in order, to where the choice of each stands; 0 of those of
-    as many choices that were dropped."""
+    """Sum the parts [parts, rows] of BLOCK rows, in order, and store each sum where the row's choice stands.
+
+    It also stores 0 for those of the BLOCK choices of the same numbers that were dropped.
+    """
     o_r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(p_out + o_r, 0.0, mask=tl.load(p_index + o_r, mask=o_r < rows, other=0) < 0)
     choice = tl.load(p_source + o_r, mask=o_r < rows, other=-1)
@@ -116,7 +119,7 @@ def sum_of_choices_kernel(p_parts, p_source, p_index, p_out, rows, parts, BLOCK:
 
 
 def swiglu(gate_up: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """silu(gate) * up [R, I] of `gate_up` [R, 2I]; rows from ``offsets[-1]`` on are left as they are."""
+    """silu(gate) * up [R, I] of `gate_up` [R, 2I]; rows from ``offsets[-1]`` on stay uninitialised."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     hidden = gate_up.new_empty(rows, width)
     if hidden.numel():
@@ -143,10 +146,10 @@ def swiglu(gate_up: Tensor, offsets: Tensor | None = None) -> Tensor:
 def swiglu_backward(
     gate_up: Tensor, dhidden: Tensor, source: Tensor | None, index: Tensor | None, weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradient of `gate_up`, the weighted activation, and the gradient of the weights (0 for dropped choices).
+    """Gradient of `gate_up`, the weighted activation, and the gradient of the routing weights (0 for dropped choices).
 
-    `gate_up` is a matrix, or packed. Rows that have no choice (source -1) are left as they are, as no product reads
-    them.
+    `gate_up` is a plain matrix, or packed (see `packed`). Result rows without a choice (source -1) stay uninitialised,
+    as no product reads them.
     """
     rows, width = dhidden.shape
     packed = gate_up.dtype == torch.uint8
@@ -184,7 +187,7 @@ def swiglu_backward(
 
 
 def sum_of_choices(parts: Tensor, source: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Like `weights`: of each choice the sum of the parts [P, R] of its row, and 0 of dropped ones."""
+    """For each choice the sum of the parts [P, R] of its row, and 0 if it was dropped; of the shape of `weights`."""
     out, rows = torch.empty_like(weights), source.shape[0]
     if rows:
         grid = (ceil_div(rows, 256),)
