@@ -1,46 +1,66 @@
-// The core of the block-scaled e4m3 products on sm_90a: C = A @ B.T with A in 1x128 tiles and B in 128x128 blocks or 1x128 tiles.
-// A kernel includes this file and brings its own order of tiles, see below. docs/fp8_gemm.md tells how it works.
+// The core of the block-scaled e4m3 products on sm_90a: C = A @ B.T with A in 1x128 tiles and B in 128x128 blocks or 1x128 tiles, each with an fp32
+// scale. It is not a kernel: a .cu file includes it, provides the order of the tiles (`Tiles`, below), and calls `block_scaled_gemm`.
+// docs/fp8_gemm.md explains it with a picture.
 //
-// One CTA computes BLOCK_M x BLOCK_N tiles of C, one after another, with three warpgroups. Warpgroups 0 and 1 multiply: each takes 64 rows,
-// or every other 64 rows with WAVES 2. A product of 128 along K starts from a fresh accumulator (the tensor cores keep about 14 bits in
-// e4m3) and is promoted, times both scales, into fp32 registers, while the other warpgroup's runs. Of warpgroup 2, one warp loads: for each
-// 128 of K, the tiles of A and B and their scales go to one of STAGES buffers in shared memory. Two others have finished tiles stored. Two
-// CTAs with a common tile of A (SHARED_A, side by side along N) or of B (along M) form a cluster: the first loads it for both.
+// A persistent CTA of three warpgroups (384 threads) computes BLOCK_M x BLOCK_N tiles of C one after another. For each block of 128 along K, the
+// length of one scale, the operands pass through one of STAGES buffers, the pipeline stages, in shared memory (see ring.cuh):
 //
-// What bounds it is shared memory: of 256x128 tiles, a block of K reads 96 KB for the products and writes 48 KB, 1,152 clocks at 128 bytes a
-// clock, where the tensor cores need 1,024. Measured: 1,165.
+//     warpgroup 2, warp 2    one thread loads a block's tiles of A and B by TMA, and their scales
+//           |  full[stage]           ^  empty[stage]
+//           v                        |
+//     warpgroups 0 and 1     multiply: part = A @ B.T of this block, by wgmma; then promote: total += part * scale of A * scale of B
+//           |  written(group)        ^  free_again(group)
+//           v                        |
+//     warpgroup 2, warps 0 and 1     each stores the tiles of C of one multiplying warpgroup, from shared memory, by TMA
+//     warpgroup 2, warp 3    is spare: `Tiles` may give it something to do
 //
-// `Tiles` says which tiles this CTA computes, in which order. Every thread that needs to know walks a copy of its own:
-//   valid()         whether there is one more; next() goes on to it
-//   row()           of A, and of A's scales, where the tile begins
-//   b_row()         of B, and of the scales of 1x128 tiles of B, where it begins
-//   b_scales(s, i)  where in the matrix `s` of 128x128 blocks' scales those of strip i of the tile are
-//   column()        of C, where it begins
-//   block()         of K, 128 wide, where its sum begins, 0 with B_ROWS 128; blocks(): how many there are, none for a tile of zeros
-//   rows()          rows of C from row() on that it may write
-//   store<ADD>(map, buffer, column, row): have a box of 64 rows stored, or added; `row` counts from the tile's first
-//   advance()       next() for who only counts tiles, with ANY_ROW; begin(): go to the first tile, with IN_UNITS
-//   spare_warp(out, lane): what the one warp that has nothing to do does meanwhile
+// A tile's rows are divided into units of 64, the height of a wgmma. Warpgroup 0 multiplies unit 0 and, with WAVES 2, unit 2; warpgroup 1 multiplies
+// unit 1 and unit 3. Each product of 128 along K starts from a zero accumulator, since the tensor cores keep only about 14 bits while they accumulate
+// e4m3; the result is promoted into fp32 registers. While one warpgroup promotes, the other one's wgmma keeps the tensor cores busy.
 //
-// Before it includes this file it says, by a constant ANY_ROW, whether tiles begin at any row, and end after any: then a warpgroup leaves out
-// its last 64 rows where none of them count. Otherwise row() is a multiple of 4.
+// Two CTAs may form a cluster. Their tiles are adjacent along N and share the tile of A (SHARED_A), or adjacent along M and share the tile of B. The
+// first CTA loads the shared tile for both, by multicast.
+//
+// The limit is the bandwidth of shared memory: with 256x128 tiles, a block of K reads 96 KB for the products and writes 48 KB. That takes 1,152
+// clocks at 128 bytes per clock, while the tensor cores need 1,024. Measured: 1,165.
+//
+// Shared memory, in this order: STAGES tiles of A, STAGES tiles of B, the buffers from which C is stored, STAGES sets of scales of A and of B, the
+// barriers, and from OFFSET_TABLE on whatever the kernel needs.
+//
+// `Tiles` says which tiles this CTA computes, and in which order. Every thread that needs this has its own copy and steps through the same sequence:
+//   valid()         whether the current tile exists; next() goes on to the following one
+//   row()           first row of the tile in A and in A's scales
+//   b_row()         first row of the tile in B and, if B is in 1x128 tiles, in B's scales
+//   b_scales(s, i)  address, in the matrix `s` of the scales of 128x128 blocks, of the scales of strip i of the tile
+//   column()        first column of the tile in C
+//   block()         first block of K of the sum, in units of 128; always 0 with B_ROWS 128
+//   blocks()        number of blocks of K; 0 for a tile of zeros
+//   rows()          number of rows of C, from row() on, that may be written; possibly more than BLOCK_M, possibly none
+//   store<ADD>(map, buffer, column, row): store a box of 64 rows of C by TMA, or add it; `row` is relative to the tile's first row
+//   advance()       with ANY_ROW: next() for threads that need only valid() and blocks()
+//   begin()         with IN_UNITS: go to the first tile
+//   spare_warp(out, lane): the work of the spare warp, possibly nothing
+//
+// Before including this file, the kernel defines a constant ANY_ROW. If it is true, a tile may begin at any row and contain any number of rows, and a
+// warpgroup skips its second unit of 64 rows if the tile has no rows there. Otherwise row() is a multiple of 4.
 //
 // Options (-D):
-//   WAVES       64-row products of a warpgroup: BLOCK_M = 128 * WAVES
-//   BLOCK_N     columns of a tile and of a product, a multiple of 64
-//   STAGES      blocks of K in flight
-//   CLUSTER     CTAs that share a tile, 1 or 2: one of A with SHARED_A 1, else one of B
-//   UNROLL      of the loop over K
-//   B_ROWS      height of a tile of B with one scale: 128, or 1
-//   OUT         0 bf16, 1 fp16, 2 fp32
-//   BIAS        0 none, 1 bf16, 2 fp16, 3 fp32
+//   WAVES       units of 64 rows per multiplying warpgroup, 1 or 2: BLOCK_M = 128 * WAVES
+//   BLOCK_N     columns of a tile, and of a wgmma; a multiple of 64
+//   STAGES      pipeline stages: blocks of K in flight
+//   CLUSTER     CTAs that share a tile, 1 or 2: a tile of A with SHARED_A 1, otherwise of B
+//   GROUP       width of the strips of clusters in which tiles are ordered, see `Place`
+//   UNROLL      unroll factor of the loop over K
+//   B_ROWS      rows of B that share one scale: 128, or 1
+//   OUT         dtype of C: 0 bf16, 1 fp16, 2 fp32
+//   BIAS        dtype of the bias: 0 no bias, 1 bf16, 2 fp16, 3 fp32
 //   ACCUMULATE  1: add to C instead of overwriting it
-//   REGISTERS   of a thread that multiplies; the others have 504 - 2 * REGISTERS
+//   REGISTERS   registers of a multiplying thread; those of warpgroup 2 have 504 - 2 * REGISTERS
 //   AHEAD       with B_ROWS 1: for how many pairs of its columns a thread reads the scales before a block's products, see KEPT
-//   ONE_READER  1: of a warp, only the lanes that release a stage read B's scales from it, and hand them on. compute-sanitizer's racecheck
-//               takes an arrival for the reads of the arriving lane alone; this costs 1.3%. 0 if not defined.
-//   IN_UNITS    1: with ANY_ROW, units of 64 rows of which none count are neither loaded nor multiplied nor handed over. 0 if not defined.
-//   DIRECT      1: C is written by ordinary stores: rows that the accelerator cannot address, and adding to bf16 or fp16
+//   ONE_READER  1: in each warp, only the lanes that release a stage read B's scales from it, and pass them on by shuffle. compute-sanitizer's
+//               racecheck credits an arrival only with the reads of the arriving lane; satisfying it costs 1.3%. 0 if not defined.
+//   IN_UNITS    1: with ANY_ROW, units of 64 rows without a row of the tile are neither loaded, nor multiplied, nor stored. 0 if not defined.
+//   DIRECT      1: C is written by ordinary stores: for rows that are not aligned for TMA, and for adding to bf16 or fp16
 #pragma once
 
 #include "element.cuh"
@@ -55,42 +75,44 @@
 
 constexpr int BLOCK_M = 128 * WAVES, BLOCK_K = 128, UNITS = 2 * WAVES, UNIT_BYTES = 64 * BLOCK_K;
 constexpr int A_BYTES = BLOCK_M * BLOCK_K, B_BYTES = BLOCK_N * BLOCK_K;
-// With B_ROWS 128 a strip of columns has one scale.
+// With B_ROWS 128, the tile is divided into strips of columns that have one scale of B each per block of K. With B_ROWS 1 every column has its own.
 constexpr int STRIP_N = B_ROWS == 1 ? BLOCK_N : BLOCK_N % 128 == 0 ? 128 : 64, STRIPS = BLOCK_N / STRIP_N;
-// The accelerator copies scales of A from a multiple of 4 rows on. With ANY_ROW, where a tile may begin between two of these, it takes 132 in
-// place of 128, to a multiple of 128 bytes. Beside B's scales the loading thread then writes a word for those that multiply: how many rows
-// the tile has, times 4, and how many rows after a multiple of 4 the next tile begins.
+// TMA copies need 16-byte alignment, so scales of A are copied from a multiple of 4 rows on. With ANY_ROW, a tile may begin between two multiples; so
+// 132 scales are copied instead of 128, once per 128 rows, each time to a multiple of 128 bytes. In addition, the loading thread then writes one word
+// next to B's scales for the multiplying warpgroups: 4 times the number of rows of this tile, plus the first row of the next tile modulo 4.
 constexpr int SA_COPIES = ANY_ROW ? WAVES : 1, SA_COPIED = ANY_ROW ? 132 * 4 : BLOCK_M * 4, SA_PITCH = ANY_ROW ? 640 : 512;
 constexpr int SA_BYTES = SA_PITCH * WAVES, SB_BYTES = B_ROWS == 1 ? BLOCK_N * 4 : 16;
-// What the accelerator loads for a stage, where it loads so many units of 64 rows.
+// The bytes that TMA writes to a stage if it loads `units` units of 64 rows of A.
 __device__ __forceinline__ constexpr int loaded_bytes(int units) {
     return units * UNIT_BYTES + B_BYTES + (IN_UNITS ? (units + 1) / 2 : SA_COPIES) * SA_COPIED + (B_ROWS == 1 ? SB_BYTES : 0);
 }
 static_assert(!ANY_ROW || STRIPS <= 3, "the word that ANY_ROW needs is the fourth of B's scales");
 static_assert(!ANY_ROW || !(DIRECT || BIAS), "who multiplies with ANY_ROW does not know where its tile is");
 static_assert(!IN_UNITS || (ANY_ROW && CLUSTER == 1), "each CTA loads its own units");
-// How many 64-row products a warpgroup has of a tile of so many rows.
+// How many units of 64 rows warpgroup `group` multiplies in a tile of `rows` rows.
 __device__ __forceinline__ int waves_of(int rows, int group) {
     if (!ANY_ROW) return WAVES;
     return WAVES > 1 && rows > 128 + group * 64 ? 2 : !IN_UNITS || rows > group * 64;
 }
-constexpr u16 EVERYONE = (1 << CLUSTER) - 1;  // of a cluster
-// C is handed over in boxes of 64 rows and 128 bytes, BOXES of them at once, from the first or the second half of a warpgroup's buffers.
+constexpr u16 EVERYONE = (1 << CLUSTER) - 1;  // multicast mask: all CTAs of the cluster
+// C passes to the storing warps in boxes of 64 rows and 128 bytes. A handover is BOXES of them, through one of the HALVES of a warpgroup's buffers in
+// turn, so that with WAVES 2 one half is filled while the other is stored.
 constexpr int BOX_N = 128 / (int)sizeof(Element), BOXES = BLOCK_N / 64, HANDOVERS = WAVES * BLOCK_N / (BOX_N * BOXES), HALVES = WAVES;
 constexpr int BOX_BYTES = DIRECT ? 0 : 64 * 128;
 
 constexpr int OFFSET_A = 0, OFFSET_B = STAGES * A_BYTES, OFFSET_C = OFFSET_B + STAGES * B_BYTES;
 constexpr int OFFSET_SA = OFFSET_C + 2 * HALVES * BOXES * BOX_BYTES, OFFSET_SB = OFFSET_SA + STAGES * SA_BYTES;
-constexpr int OFFSET_BARRIERS = OFFSET_SB + STAGES * SB_BYTES, OFFSET_TABLE = OFFSET_BARRIERS + STAGES * 16;  // the kernel's from there on
+constexpr int OFFSET_BARRIERS = OFFSET_SB + STAGES * SB_BYTES, OFFSET_TABLE = OFFSET_BARRIERS + STAGES * 16;
 
 #include "ring.cuh"
+#include "fp8_gemm_epilogue.cuh"
 
-// Rows and columns of a cluster's tiles.
+// Rows and columns that a cluster's tiles cover together.
 constexpr int CLUSTER_M = SHARED_A ? BLOCK_M : BLOCK_M * CLUSTER, CLUSTER_N = SHARED_A ? BLOCK_N * CLUSTER : BLOCK_N;
 
-// Which tile of a matrix of `tall` by `wide` clusters' tiles is a CTA's part of number `index`: clusters walk GROUP of them in the direction in
-// which their tiles lie side by side, then one step in the other. So the tiles that are computed at one time cover about as many rows as
-// columns, which is the least to read.
+// The position (m, n), in tiles, of this CTA's tile of cluster number `index`, in a matrix of `tall` by `wide` clusters. The order is GROUP clusters
+// in the direction in which a cluster's tiles are adjacent, then one step in the other direction, and so on. Thus the tiles that are computed at the
+// same time cover about as many rows as columns, which minimises what they read.
 struct Place {
     int m, n;
     __device__ __forceinline__ Place(int index, int tall, int wide, u32 rank) {
@@ -103,35 +125,14 @@ struct Place {
     }
 };
 
-// Where C is, and what is added to it. A tile's columns end at `columns`.
-struct Output {
-    const TensorMap* map;
-    Element* c;
-    const void* bias;
-    int columns, stride;
-};
-
-// Volatile, so that the loads stay where they are used: gathered in front of the sums they spill registers.
-__device__ __forceinline__ float bias_at(const Output& out, int col) {
-    if (BIAS == 0 || col >= out.columns) return 0.f;
-    if (BIAS == 3) {
-        float x;
-        asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(x) : "l"((const float*)out.bias + col));
-        return x;
-    }
-    u16 x;
-    asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(x) : "l"((const u16*)out.bias + col));
-    return widen(x, BIAS == 1 ? 0 : 1);
-}
-
 // ---- loading ------------------------------------------------------------------------------------------------------
 
-// One thread's work: fill the ring, block of K by block of K, tile by tile. Scales of 128x128 blocks of B, too few for the accelerator, it
-// reads itself, a block ahead.
+// The loading thread's work: fill the stages in turn, for all blocks of K of all tiles. The scales of 128x128 blocks of B are too few for TMA; the
+// thread loads them into registers, one block ahead, and stores them to the stage itself.
 //
-// Rows past the end of A are not asked for: the accelerator takes about 4 clocks to write each of them, as zeros, and 129x4096x7168 took 38 us
-// in tiles of 128x64, not 22. `map_last`, if there is one, has boxes of as many rows as the last tile has. What lies in shared memory in place of
-// the others reaches no row of C.
+// Rows past the end of A are not requested: TMA takes about 4 clocks to write each of them as zeros, and 129x4096x7168 took 38 us in tiles of 128x64
+// instead of 22. `map_last`, unless it is null, has boxes with as many rows as the last tile has. Whatever shared memory then holds for the other
+// rows does not reach any row of C.
 template <class Tiles>
 __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, const TensorMap* map_a, const TensorMap* map_b,
                                            const TensorMap* map_sa, const TensorMap* map_sb, const float* sb, const TensorMap* map_last) {
@@ -148,7 +149,8 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
             scales[i] = tiles.b_scales(sb, i);
             next[i] = __ldg(scales[i]);
         }
-        // Before the wait for the ring, which hides it. Behind a tile's first copies 8 groups of 4,096 rows in units, K 2,048, were 12% slower.
+        // Finding the next tile here lets the wait for the ring hide it. Placed after a tile's first copies, it made 8 groups of 4,096 rows in units,
+        // K 2,048, 12% slower.
         tiles.next();
         const float word = ANY_ROW ? __int_as_float(rows * 4 + tiles.row() % 4) : 0.f;
 #pragma unroll 1
@@ -195,124 +197,22 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
         }
     }
     barrier_wait(empty(base, stage.index), stage.phase ^ 1);
-    barrier_arrive(full(base, stage.index));  // for the product that is started after the last tile
-}
-
-// ---- C -----------------------------------------------------------------------------------------------------------
-
-// Write x to C, or add it to what is there.
-__device__ __forceinline__ void store(Element* c, float x) {
-#if OUT == 2
-    *c = ACCUMULATE ? *c + x : x;
-#else
-    *c = (Element)pack(ACCUMULATE ? widen(*c, OUT) + x : x, 0.f);
-#endif
-}
-
-__device__ __forceinline__ void write_directly(const float (&total)[WAVES][BLOCK_N / 2], const Output& out, int first_row, int row,
-                                               int rows, int col, int lane) {
-#pragma unroll
-    for (int w = 0; w < WAVES; ++w) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int r = row + w * 128 + i * 8;
-            if (r >= rows) continue;
-            Element* c_row = out.c + (long long)(first_row + r) * out.stride;
-#pragma unroll
-            for (int j = 0; j < BLOCK_N / 8; ++j) {
-                const int n = col + j * 8 + lane % 4 * 2;
-                if (n < out.columns) store(c_row + n, total[w][4 * j + 2 * i] + bias_at(out, n));
-                if (n + 1 < out.columns) store(c_row + n + 1, total[w][4 * j + 2 * i + 1] + bias_at(out, n + 1));
-            }
-        }
-    }
-}
-
-// C goes from registers to shared memory, in the accelerator's 128-byte swizzle, and from there a warp of its own has it stored: a
-// warpgroup that hands it to the accelerator itself waits about 800 clocks for that.
-__device__ __forceinline__ void write_to_shared(const float (&total)[WAVES][BLOCK_N / 2], const Output& out, u32 buffers, int group, int warp, int lane,
-                                                int col, int waves) {
-    // Anew, so that what depends on them is not kept in registers through the loop over K.
-    if (IN_UNITS) asm volatile("mov.u32 %0, %%laneid; mov.u32 %1, %%tid.x; bfe.u32 %1, %1, 5, 2;" : "=r"(lane), "=r"(warp));
-#pragma unroll
-    for (int h = 0; h < HANDOVERS; ++h) {
-        if (IN_UNITS && h / (HANDOVERS / WAVES) >= waves) continue;
-        named_sync<160>(free_again(group, h % HALVES));
-#pragma unroll
-        for (int i = 0; i < BOXES; ++i) {
-            const u32 buffer = buffers + (h % HALVES * BOXES + i) * BOX_BYTES;
-            const float* x = total[h / (HANDOVERS / WAVES)] + (h % (HANDOVERS / WAVES) * BOXES + i) * (BOX_N / 2);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int n = col + (h % (HANDOVERS / WAVES) * BOXES + i) * BOX_N + j * BOX_N / 4 + lane % 4 * 2;
-                const float b0 = bias_at(out, n), b1 = bias_at(out, n + 1);
-                if (OUT == 2) {  // 8 columns of 32 bits
-                    const int r = warp * 16 + lane / 4;
-                    const u32 at = buffer + r * 128 + (((j * 2 + lane % 4 / 2) ^ (r % 8)) * 16) + lane % 2 * 8;
-                    smem_store2(at, x[4 * j] + b0, x[4 * j + 1] + b1);
-                    smem_store2(at + 8 * 128, x[4 * j + 2] + b0, x[4 * j + 3] + b1);
-                } else {  // 16 columns: four 8x8 matrices, rows 0-7 and 8-15 of columns 0-7, then of columns 8-15
-                    const int r = warp * 16 + lane % 16;
-                    const float* y = x + 8 * j;
-                    const float b2 = bias_at(out, n + 8), b3 = bias_at(out, n + 9);
-                    smem_store_matrix(buffer + r * 128 + (((j * 2 + lane / 16) ^ (r % 8)) * 16), pack(y[0] + b0, y[1] + b1),
-                                      pack(y[2] + b0, y[3] + b1), pack(y[4] + b2, y[5] + b3), pack(y[6] + b2, y[7] + b3));
-                }
-            }
-        }
-        proxy_fence();
-        named_arrive<160>(written(group, h % HALVES));
-    }
-}
-
-// A warp's work: have the tiles of one warpgroup stored. They leave the L2 first: 12% at K = 512, where C is nearly all that moves.
-template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, u32 buffers, int group, const TensorMap* map_c) {
-    const bool elected = elect_one();
-#pragma unroll
-    for (int i = 0; i < HALVES; ++i) named_arrive<160>(free_again(group, i));
-    if constexpr (IN_UNITS) tiles.begin();
-    for (; tiles.valid(); tiles.next()) {
-        const int handovers = IN_UNITS ? HANDOVERS / WAVES * waves_of(tiles.rows(), group) : HANDOVERS;
-#pragma unroll
-        for (int h = 0; h < HANDOVERS; ++h) {
-            if (IN_UNITS && h >= handovers) continue;
-            named_sync<160>(written(group, h % HALVES));
-            if (elected) {
-                const int row = (h / (HANDOVERS / WAVES) * 2 + group) * 64;
-#pragma unroll
-                for (int i = 0; i < BOXES; ++i) {
-                    const int column = tiles.column() + (h % (HANDOVERS / WAVES) * BOXES + i) * BOX_N;
-                    const u32 buffer = buffers + (h % HALVES * BOXES + i) * BOX_BYTES;
-                    tiles.template store<ACCUMULATE>(map_c, buffer, column, row);
-                }
-                tma_store_commit();
-            }
-            // The half that was handed over before this one: by now the accelerator has read it.
-            if (h > 0 || HALVES == 1) {
-                if (elected) tma_store_wait_read<HALVES - 1>();
-                __syncwarp();
-                named_arrive<160>(free_again(group, (h + HALVES - 1) % HALVES));
-            }
-        }
-        if (HALVES > 1 && handovers > 0) {
-            if (elected) tma_store_wait_read<0>();
-            __syncwarp();
-            named_arrive<160>(free_again(group, (handovers - 1) % HALVES));
-        }
-    }
+    barrier_arrive(full(base, stage.index));  // for the product that the multiplying warpgroups start after the last tile, see `multiply_tiles`
 }
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// Scales of the tile's columns that a thread holds: x and y of pair j belong to accumulators 4j to 4j + 3, or both to strip j.
+// Scales of B that a thread needs. With B_ROWS 1, pair j holds those of the two columns of accumulators 4j to 4j + 3; otherwise both numbers of pair
+// j are the scale of strip j.
 constexpr int PAIRS = B_ROWS == 1 ? BLOCK_N / 8 : STRIPS;
-// So many of them are read before a block's first product and kept for both; the others are read when they are used, for each product anew.
-// Each thread's copy of a scale takes its 4 bytes of what shared memory can deliver, so this is what counts: of 256x128 tiles and a block of K,
-// 512 clocks with none kept, 384 with half of them, beside 1,152 for the products.
+// KEPT pairs are read before a block's first product and kept in registers for all of its products. The others are read when they are used, anew for
+// each product. This matters because every thread's copy of a scale takes 4 bytes of shared memory's bandwidth: for 256x128 tiles and a block of K,
+// 512 clocks if none are kept and 384 if half of them are, in addition to 1,152 for the products.
 constexpr int KEPT = B_ROWS == 1 && AHEAD < PAIRS ? AHEAD : PAIRS;
 constexpr bool ALL_KEPT = KEPT == PAIRS;
 
-// total += part times both scales.
+// total += part times both scales. `scale_0` and `scale_1` are the scales of A of this thread's two rows, r and r + 8. Scales of B come from `kept`,
+// or from shared memory at `scales`.
 __device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float (&part)[BLOCK_N / 2], float scale_0, float scale_1,
                                         const float2 (&kept)[KEPT], u32 scales) {
 #pragma unroll
@@ -325,25 +225,27 @@ __device__ __forceinline__ void promote(float (&total)[BLOCK_N / 2], const float
     }
 }
 
-// A warpgroup's work: multiply what the ring holds, and write C. The loop over K is plain and unrolled, so that the compiler spreads waiting
-// for the next stage and the descriptors over the sums. A product is started as soon as its registers are free, the next tile's first one
-// before C is written; after the last tile, one of whatever lies in shared memory.
+// A multiplying warpgroup's work: multiply what the ring holds, and write C. The loop over K is simple and unrolled, so that the compiler interleaves
+// waiting for the next stage and computing descriptors with the promotion. A product is started as soon as the registers of `part` are free: the
+// first one of the next tile therefore starts before C is written, and after the last tile one more product runs, of whatever is in shared memory,
+// whose result is discarded.
 template <class Tiles>
 __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group, int warp, int lane, const Output& out) {
     if constexpr (IN_UNITS) tiles.begin();
     if (!tiles.valid()) return;
-    const int row = group * 64 + warp * 16 + lane / 4, column = lane % 4 * 2;  // of this thread's first accumulator, in the tile
-    // The lower halves of descriptors, through a shuffle, so that the compiler knows them to be the same in all lanes.
+    const int row = group * 64 + warp * 16 + lane / 4, column = lane % 4 * 2;  // position of this thread's first accumulator in the tile
+    // The lower halves of the wgmma descriptors. The shuffle tells the compiler that they are the same in all lanes.
     const u32 first_a = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_A + group * 64 * BLOCK_K), 0);
     const u32 first_b = __shfl_sync(0xffffffffu, (u32)operand_k_major(base + OFFSET_B), 0);
     Stage stage;
     float part[BLOCK_N / 2], scale_0[WAVES], scale_1[WAVES];
     float2 columns[KEPT];
-    u32 at = (row + (ANY_ROW ? tiles.row() % 4 : 0)) * 4;  // where this thread's first scale of A is
+    u32 at = (row + (ANY_ROW ? tiles.row() % 4 : 0)) * 4;  // offset of this thread's first scale of A in a stage's scales
+    // Start the product of unit w with the current stage; for the first unit, also read the stage's scales.
     auto start = [&](int w) {
         const u32 i = stage.index, scales_a = base + OFFSET_SA + i * SA_BYTES + at, scales_b = base + OFFSET_SB + i * SB_BYTES;
         const u32 a = first_a + i * (A_BYTES / 16) + w * (128 * BLOCK_K / 16), b = first_b + i * (B_BYTES / 16);
-        // The block's scales before its products: behind them, reads wait until the tensor cores have read their operands.
+        // Scales are read before the products are issued: after them, the reads would wait until the tensor cores have read their operands.
         if (w == 0) {
 #pragma unroll
             for (int j = 0; j < KEPT; ++j) {
@@ -376,15 +278,16 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
         int waves = WAVES;
         u32 next_at = at;
         if (ANY_ROW) {
-            // Through a shuffle, so that the compiler knows that the whole warp goes one way.
+            // The shuffle tells the compiler that the value, and so the branches below, are the same for the whole warp.
             const int word = __shfl_sync(0xffffffffu, lane < CLUSTER ? __float_as_int(smem_load(base + OFFSET_SB + stage.index * SB_BYTES + 12)) : 0, 0);
             next_at = (row + word % 4) * 4;
             waves = waves_of(word / 4, group);
         }
+        // One copy of the loop over K for each number of units that this warpgroup may have in a tile, a compile-time constant in each.
 #pragma unroll
         for (int used = IN_UNITS ? 0 : ANY_ROW && WAVES > 1 ? WAVES - 1 : WAVES; used <= WAVES; ++used) {
             if (used != waves) continue;
-            if (used == 0) {  // only the product that was started before it was known
+            if (used == 0) {  // no unit: discard the product that was started before this was known, and release the tile's stages
                 wgmma_wait<0>();
 #pragma unroll 1
                 for (int k = tiles.blocks(); k > 0; --k) {
@@ -415,7 +318,7 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
                 }
             }
         }
-        if (BIAS) wgmma_wait<0>();  // adding it takes the registers of the product that was started: it is started again
+        if (BIAS) wgmma_wait<0>();  // adding the bias needs the registers of the next tile's product, which is therefore started again below
         if (DIRECT) {
             write_directly(total, out, tiles.row(), row, tiles.rows(), tiles.column(), lane);
         } else {
@@ -428,11 +331,11 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
     wgmma_wait<0>();
 }
 
-// The whole kernel, for a grid of as many clusters as the GPU holds.
+// The body of the kernel, for a grid of at most as many clusters as the GPU holds at once.
 template <class Tiles>
 __device__ __forceinline__ void block_scaled_gemm(Tiles tiles, u32 base, const TensorMap* map_a, const TensorMap* map_b, const TensorMap* map_sa,
                                                   const TensorMap* map_sb, const float* sb, const Output& out, const TensorMap* map_last = nullptr) {
-    // Through a shuffle, so that the compiler knows them to be the same in all lanes.
+    // The shuffle tells the compiler that these are the same in all lanes.
     const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4;
     const int lane = threadIdx.x % 32;
     if (threadIdx.x == 0) make_barriers(base);
