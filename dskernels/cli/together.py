@@ -92,16 +92,16 @@ def train(
     recipe: TrainConfig,
     plan: str | None,
     device: str | None,
+    tensorboard: bool,
     *,
     init: Path | None,
     checkpoint_every: int,
     keep: int,
     resume: bool | None,
 ) -> None:
-    """Train on all ranks, and show the table on the first."""
+    """Train on all ranks; the first shows the table and writes the events of TensorBoard."""
     from dskernels.cli import training
     from dskernels.model.parallel.training import train as run
-    from dskernels.model.progress import TrainingProgress
 
     console = training.console
     split = parse_plan(plan, ranks())
@@ -120,7 +120,9 @@ def train(
     numbers = ", ".join(f"{n} {getattr(split, n)}" for n in ("data", "expert", "pipeline") if getattr(split, n) > 1)
     console.print(f"{ranks()} ranks: {numbers}; {recipe.microbatches} micro-batches a step.", highlight=False)
     with ExitStack() as stack:
-        progress = stack.enter_context(TrainingProgress(recipe.steps, console)) if chief else None
+        progress = None
+        if chief:
+            progress = stack.enter_context(training.watching(recipe.steps, out, begun.checkpoint, tensorboard))
         options: dict[str, Any] = dict(init=init, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
         options |= dict(out=out, progress=progress, tokenizer_from=begun.tokens)
         history = run(begun.model, begun.corpus, recipe, team, **options)

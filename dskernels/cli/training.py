@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -123,13 +123,21 @@ def train(
     ] = None,
     cuda_graph: Annotated[
         bool | None,
-        typer.Option("--cuda-graph/--no-cuda-graph", help="Replay steps as a CUDA graph; by default on a GPU."),
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="Replay steps as a CUDA graph; by default on one GPU. Not under torchrun with more than one process.",
+        ),
     ] = None,
     plan: Annotated[
         str | None,
         typer.Option(help="Under torchrun: parallelism, such as data=2,expert=2 or pipeline=2; default: all expert."),
     ] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write metrics for TensorBoard.")] = False,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard", help="Also write metrics for TensorBoard; under torchrun the first rank does so."
+        ),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu; else the GPU if there is one.")] = None,
 ) -> None:
     """Train a model on text, with a live table, checkpoints and metrics; the result is a model that generate loads.
@@ -137,13 +145,14 @@ def train(
     If a run was stopped or killed, the same command resumes it from the last checkpoint, with the same numbers.
     """
     from dskernels.cli.generation import _device
-    from dskernels.model.progress import TensorBoardLog, TrainingProgress, require_tensorboard
+    from dskernels.model.progress import require_tensorboard
     from dskernels.model.train import Interrupted
     from dskernels.model.train import train as run
     from dskernels.model.train_config import TrainConfig
-    from dskernels.model.train_state import read_about
 
-    if tensorboard:  # a missing package is reported before the text is read, which may take minutes
+    if (
+        tensorboard and together.speaks()
+    ):  # a missing package is reported before the text is read, which may take minutes
         require_tensorboard()
     where = _device(device)
     if cuda_graph and where.type != "cuda":
@@ -178,28 +187,17 @@ def train(
         validation_batches=validation_batches,
     )
     if together.ranks() > 1 or plan is not None:
-        for name, given in (("tensorboard", tensorboard), ("cuda-graph", cuda_graph)):
-            if given:
-                raise ValueError(f"--{name}: is for one process")
+        if cuda_graph:
+            raise ValueError(f"--cuda-graph: expected one process, torchrun has started {together.ranks()}")
         where_to: dict[str, Any] = dict(init=init, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
-        together.train(config, data, out, tokenizer, held_out, recipe, plan, device, **where_to)
+        together.train(config, data, out, tokenizer, held_out, recipe, plan, device, tensorboard, **where_to)
         return
     begun = begin(config, data, out, tokenizer, held_out, init, recipe, resume)
-    found = begun.checkpoint
     # Imported modules stay alive anyway: scanning them at every garbage collection would slow down each step.
     gc.collect()
     gc.freeze()
     with ExitStack() as stack:
-        shown: list[Callable[[dict[str, Any]], None]] = [stack.enter_context(TrainingProgress(steps, console))]
-        if tensorboard:
-            log = TensorBoardLog(out, read_about(found)["step"] if found else 0)
-            stack.callback(log.close)
-            shown.append(log)
-
-        def progress(line: dict[str, Any]) -> None:
-            for show in shown:
-                show(line)
-
+        progress = stack.enter_context(watching(steps, out, begun.checkpoint, tensorboard))
         try:
             history = run(
                 begun.model,
@@ -220,6 +218,29 @@ def train(
             console.print(f"{interrupted}: give the same command again.", highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
     show_outcome(history, out)
+
+
+@contextmanager
+def watching(
+    steps: int, out: Path, checkpoint: Path | None, tensorboard: bool
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What is to be called with each line of the metrics: it shows the table and, if asked for, writes the events of
+    TensorBoard, from which those after ``checkpoint`` are dropped if the run goes on from one."""
+    from dskernels.model.progress import TensorBoardLog, TrainingProgress
+    from dskernels.model.train_state import read_about
+
+    with ExitStack() as stack:
+        shown: list[Callable[[dict[str, Any]], None]] = [stack.enter_context(TrainingProgress(steps, console))]
+        if tensorboard:
+            log = TensorBoardLog(out, read_about(checkpoint)["step"] if checkpoint else 0)
+            stack.callback(log.close)
+            shown.append(log)
+
+        def progress(line: dict[str, Any]) -> None:
+            for show in shown:
+                show(line)
+
+        yield progress
 
 
 def show_outcome(history: list[dict[str, Any]], out: Path) -> None:
