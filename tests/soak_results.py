@@ -28,6 +28,8 @@ WAYS = {  # as soak_ways.py calls them
     "elsewhere": "on each GPU while each is the current one",
     "everywhere_at_once": "by threads on all GPUs",
 }
+# What a process did, with the colour of its line in the picture.
+KINDS = {"operations, and generation with a model": "#2563eb", "operations alone (--ways, --only)": "#d97706"}
 SLACK = {"allocated": 1 << 20, "host": 64 << 20}  # bytes that allocators may keep; of the host's little goes back
 
 
@@ -89,16 +91,22 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[dict[str, Any]]) -> None:
-    """Memory in use after each round, a line for each process."""
+    """Memory in use after each round, a line for each process; a model stays in memory between rounds."""
     pyplot = importlib.import_module("matplotlib.pyplot")
     style = importlib.import_module("dskernels.model.plot").STYLE
     with pyplot.rc_context({**style, "svg.hashsalt": "soak"}):
         figure, axes = pyplot.subplots(figsize=(7, 2.6))
-        for run in runs:
-            _, sizes = memory(run)
-            axes.plot([row["seconds"] for row in run["rounds"]], [x / 2**20 for x in sizes], lw=1, alpha=0.8)
-        axes.set_xlabel("seconds since a process began")
+        for (kind, color), with_model in zip(KINDS.items(), (True, False), strict=True):
+            chosen = [run for run in runs if bool(run["generation"]) == with_model]
+            for i, run in enumerate(chosen):
+                seconds, sizes = [row["seconds"] for row in run["rounds"]], [x / 2**20 for x in memory(run)[1]]
+                label = f"{kind}: {len(chosen)} processes" if i == 0 else None
+                axes.plot(seconds, sizes, "o-", color=color, lw=1, ms=2.5, alpha=0.6, label=label)
+        axes.set_xlabel("seconds since a process began, a dot after each round")
         axes.set_ylabel("MiB allocated")
-        axes.set_ylim(0, 1.3 * axes.get_ylim()[1])
+        top = 1.3 * axes.get_ylim()[1]
+        axes.set_ylim(-0.05 * top, top)  # so that lines at 0 are seen
+        axes.set_xlim(left=0)
+        axes.legend(loc="center")
         figure.savefig(PICTURE, bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)
