@@ -1,30 +1,47 @@
-// The core of the block-scaled e4m3 products for few rows on sm_90a: C = A @ B.T with A in 1x128 tiles and B in 128x128 blocks. B is
-// streamed once, and bytes in flight are all that counts. A kernel includes this file and brings its own order of tiles, see below.
-// With HALF the operands are bf16 or fp16 and have no scales: a block of K is 128 bytes all the same, 64 elements, and sums stay in the
-// tensor cores' registers.
+// The core of the block-scaled e4m3 products for few rows on sm_90a: C = A @ B.T with A in 1x128 tiles and B in 128x128 blocks, each with an fp32
+// scale. B, the weights, is read once, so the number of bytes in flight is all that matters. This is not a kernel: a .cu file includes it, provides
+// the order of the tiles (`Tiles`, below), and calls `block_scaled_gemm_small`.
+// With HALF, the operands are bf16 or fp16 and have no scales. A block of K is then 64 elements, which are also 128 bytes, and the sum over all of K
+// stays in the accumulators of the tensor cores.
 //
-// The operands are swapped: a CTA takes TILE rows of B as the 64-row operand of the tensor cores, and TOKENS rows of A as the narrow
-// one. One warp loads: for each 128 of K the tiles of B and A and the scales of A's rows go to one of `stages` buffers in shared memory,
-// by the tensor memory accelerator; the first `stages` of them are asked for before anything else happens. TILE / 64 warpgroups multiply.
-// A product of 128 along K starts from a fresh accumulator (the tensor cores keep about 14 bits in e4m3) and is promoted, times both
-// scales, into fp32 registers.
-// A CTA takes one tile after another, and the loads run ahead into the next one. Or it takes one, and SPLIT CTAs of a cluster share the K
-// of it: every one sends each other one its share of the tile's rows of C, through shared memory, and adds up what it gets in the order
-// of the ranks: the same bits every time, with no workspace and no second launch.
+// The operands are swapped, because a wgmma has 64 rows but as few as 8 columns: TILE rows of B take the place of the rows, and TOKENS rows of A, the
+// tokens, are the columns. So the accumulators hold a tile of C transposed. For each block of 128 along K:
 //
-// `Tiles` says which tiles this CTA computes, in which order. Every thread walks a copy of its own:
-//   valid()         whether there is one more; next() goes on to it
-//   row()           of A, where the tile begins; c_row(): of C; rows(): how many of C it may write from there on
-//   b_row()         of B, where it begins
-//   column()        of C, where it begins
-//   b_scales(s, i)  where in the matrix `s` of scales those of the tile's row i of B are, or of any row of B where valid() is false
-//   block()         of K, BLOCK_K elements wide, where this CTA's share of the sum begins; blocks(): how many, the same for all tiles
+//     the last warp           one thread loads the block's tiles of B and A and the scales of A's rows, by TMA, to one of `stages` buffers in shared
+//           |       ^         memory, the pipeline stages; the first `stages` of them before anything else happens
+//      full |       | empty
+//           v       |
+//     TILE / 64 warpgroups    multiply: part = B @ A.T of this block, by wgmma; then promote: total += part * scale of A * scale of B
 //
-// Before it includes this file it says, by a constant ANY_ROW, whether tiles may begin at rows of A that are not multiples of 4.
+// A product of 128 along K starts from a zero accumulator, since the tensor cores keep only about 14 bits while they accumulate e4m3; the result is
+// promoted into fp32 registers. The scales of B's blocks do not pass through shared memory: each lane loads one of 32 blocks, and they are
+// distributed by shuffles.
 //
-// Options (-D): TILE 64 to 256, TOKENS 8 to 128 (a power of two), SPLIT 1 to 8, OUT 0 (bf16), 1 (fp16), 2 (fp32), BIAS 0 (none), 1 (bf16),
-// 2 (fp16), 3 (fp32), ACCUMULATE 0 or 1, HALF 0 (e4m3, which it is where nothing is said), 1 (bf16), 2 (fp16), PAIRS 1: two
-// blocks of K at a time, e4m3 and up to 32 tokens (0 where nothing is said).
+// A CTA computes one tile after another, and its loads run ahead into the next one. Alternatively (SPLIT > 1) it computes a single tile, of which the
+// SPLIT CTAs of a cluster each take a part of K. Every CTA then sends each of the others a share of its partial sums, through distributed shared
+// memory, and adds up the share it receives in the order of the ranks: the same bits in every call, without a workspace or a second launch.
+//
+// `Tiles` says which tiles this CTA computes, and in which order. Every thread has its own copy and steps through the same sequence:
+//   valid()         whether the current tile exists; next() goes on to the following one
+//   row(), c_row()  first row of the tile in A, and in C
+//   rows()          number of rows of C, from c_row() on, that may be written
+//   b_row()         first row of the tile in B
+//   column()        first column of the tile in C
+//   b_scales(s, i)  address, in the matrix `s` of B's scales, of the scales of the tile's row i of B; a valid address even if valid() is false
+//   block()         first block of K, in units of BLOCK_K elements, of this CTA's part of the sum
+//   blocks()        number of blocks of K in this part, the same for all tiles
+//
+// Before including this file, the kernel defines a constant ANY_ROW: whether tiles may begin at rows of A that are not multiples of 4.
+//
+// Options (-D):
+//   TILE        rows of B in a tile: a multiple of 64, up to 256
+//   TOKENS      rows of A in a tile: a power of two, 8 to 128
+//   SPLIT       CTAs of a cluster among which K is divided, 1 to 8
+//   OUT         dtype of C: 0 bf16, 1 fp16, 2 fp32
+//   BIAS        dtype of the bias: 0 no bias, 1 bf16, 2 fp16, 3 fp32
+//   ACCUMULATE  1: add to C instead of overwriting it
+//   HALF        dtype of A and B: 0 e4m3, 1 bf16, 2 fp16; 0 if not defined
+//   PAIRS       1: multiply two blocks of K at a time, for e4m3 and up to 32 tokens; 0 if not defined
 #pragma once
 
 #ifndef HALF
@@ -39,44 +56,19 @@
 
 constexpr int K_BYTES = 128, BLOCK_K = HALF ? 64 : 128, CONSUMERS = 2 * TILE, WARPS = CONSUMERS / 32;
 constexpr int B_BYTES = TILE * K_BYTES, A_BYTES = TOKENS * K_BYTES;
-// The accelerator reads from multiples of 16 bytes and writes to multiples of 128.
+// TMA reads from multiples of 16 bytes, so with ANY_ROW the copy of scales begins up to 3 rows early; and it writes to multiples of 128 bytes.
 constexpr int SA_BYTES = HALF ? 0 : (ANY_ROW ? TOKENS + 4 : TOKENS) * 4, SA_PITCH = (SA_BYTES + 127) / 128 * 128;
-constexpr int GROUPS = TOKENS / 8, SHARE = (GROUPS + SPLIT - 1) / SPLIT;  // 8 rows of C each; those that one CTA adds up
-constexpr int PART = TOKENS < 64 ? TOKENS : 64, PARTS = TOKENS / PART;  // two products, so that one runs while the other is promoted
-constexpr int C_ROWS = SHARE < 8 ? SHARE * 8 : 64;  // of C in shared memory at a time
-constexpr int RECEIVED = (SPLIT - 1) * SHARE * CONSUMERS * 16;
-constexpr int PITCH = TILE + 4;  // of a row of C in shared memory, so that writes and reads meet no bank conflicts
+constexpr int GROUPS = TOKENS / 8, SHARE = (GROUPS + SPLIT - 1) / SPLIT;  // groups of 8 rows of C in a tile; groups that one CTA of a cluster adds up
+constexpr int PART = TOKENS < 64 ? TOKENS : 64, PARTS = TOKENS / PART;  // 128 tokens are two products, so that one runs while the other is promoted
+constexpr int C_ROWS = SHARE < 8 ? SHARE * 8 : 64;  // rows of C that are in shared memory at a time
+constexpr int RECEIVED = (SPLIT - 1) * SHARE * CONSUMERS * 16;  // bytes of partial sums that a CTA receives from the others
+constexpr int PITCH = TILE + 4;  // distance of rows of C in shared memory, in floats: writes and reads have no bank conflicts
 constexpr int C_BYTES = C_ROWS * PITCH * 4;
 
-constexpr int VECTOR = 16 / sizeof(Element);
+#include "fp8_gemm_small_epilogue.cuh"
 
-__device__ __forceinline__ float read(float x) { return x; }
-__device__ __forceinline__ float read(u16 x) { return widen(x, OUT); }
-__device__ __forceinline__ Element rounded(float x) {
-#if OUT == 2
-    return x;
-#else
-    Element narrow;
-    if (OUT == 0) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow) : "f"(x));
-    else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow) : "f"(x));
-    return narrow;
-#endif
-}
-// An element of C, from its sum and, with ACCUMULATE, what was there.
-__device__ __forceinline__ Element finished(float x, const void* bias, int n, Element before) {
-    if (BIAS == 3) x = add(x, __ldg((const float*)bias + n));
-    else if (BIAS) x = add(x, widen(__ldg((const u16*)bias + n), BIAS - 1));
-    return rounded(ACCUMULATE ? add(x, read(before)) : x);
-}
-
-// Where C is, and what is added to it.
-struct Output {
-    Element* c;
-    const void* bias;
-    int columns, stride;
-};
-
-// What lies where in shared memory. C of a CTA's `only` tile is written over the stages, which by then are free.
+// The addresses of what is in shared memory: the stages' tiles of B (`rows`) and A (`tokens`) and scales of A, partial sums from the other CTAs, a
+// tile of C, and barriers. If a CTA has only one tile (`only`), C overwrites the stages, which are free by then.
 struct Memory {
     u32 rows, tokens, scales, received, c, all_received, barriers, end;
 
@@ -94,14 +86,14 @@ struct Memory {
     __device__ __forceinline__ u32 empty(int stage) const { return barriers + stage * 16 + 8; }
 };
 
-// One thread's work: fill the stages, block of K by block of K, tile by tile.
+// The loading thread's work: fill the stages in turn, for all blocks of K of all tiles.
 template <class Tiles> struct Loader {
     Tiles tiles;
     const Memory& memory;
     const int stages, blocks;
     const TensorMap *map_a, *map_b, *map_sa;
-    const int rows_a;  // of a box of A
-    int at = 0, into = 0;  // the next load: this block of the tile, into this stage
+    const int rows_a;  // rows of a box of A
+    int at = 0, into = 0;  // the next load: block `at` of the tile, into stage `into`
 
     __device__ __forceinline__ bool done() const { return !tiles.valid() || blocks == 0; }
     __device__ __forceinline__ void load() {
@@ -117,7 +109,7 @@ template <class Tiles> struct Loader {
             tiles.next();
         }
     }
-    // Each barrier and at once the load that it counts: the first bytes are asked for as early as can be.
+    // Initialise each stage's barriers and start its first load at once, so that the first bytes are requested as early as possible.
     __device__ __forceinline__ void begin() {
 #pragma unroll 1
         for (int i = 0; i < stages; ++i) {
@@ -135,11 +127,11 @@ template <class Tiles> struct Loader {
     }
 };
 
-// The next 8 rows of an operand lie at + 64 of its descriptor.
+// The distance of two PARTs of tokens in a descriptor: the next 8 rows of an operand are at + 64.
 constexpr int PART_STEP = PART / 8 * 64;
 
 #if HALF
-// total += the product of the stage at `rows` and `tokens`.
+// total += the product of a stage, whose tiles of B and A are at `rows` and `tokens`. Then release the stage, by its barrier `empty`.
 __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 rows, u32 tokens, u32 empty, int lane) {
     const u64 b = operand_k_major(rows), a = operand_k_major(tokens);
     registers_fence(total);
@@ -153,7 +145,8 @@ __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 r
     if (lane == 0) barrier_arrive(empty);
 }
 #else
-// total += the product of the stage at `rows`, `tokens` and `columns` (the scales of this thread's first columns), times `scale` and those.
+// total += the product of a stage, times its scales. Its tiles of B and A are at `rows` and `tokens`; A's scales for this thread's first two tokens
+// are at `columns`, and `scale` is that of B's block. Release the stage, by its barrier `empty`, once the tensor cores have read it.
 __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 rows, u32 tokens, u32 columns, float scale, u32 empty, int lane) {
     const u64 b = operand_k_major(rows), a = operand_k_major(tokens);
     float part[PARTS][PART / 2];
@@ -168,7 +161,7 @@ __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 r
     }
 #pragma unroll
     for (int h = 0; h < PARTS; ++h) {
-        // While the product runs: the scales of this thread's columns, two of every eight tokens.
+        // While the product runs, read the scales of this thread's columns, two of every eight tokens.
         float2 s[PART / 8];
 #pragma unroll
         for (int j = 0; j < PART / 8; ++j) {
@@ -196,8 +189,8 @@ __device__ __forceinline__ void multiply_block(float (&total)[TOKENS / 2], u32 r
 
 #if PAIRS
 static_assert(!HALF && TOKENS <= 32, "registers for two products");
-// The same for two stages: the second product runs while the first is promoted. 1.6% faster in the mean of 44 products of 1 to 32 rows, 6% at
-// most, and the same bits.
+// The same for two stages: the second product runs while the first is promoted. This is 1.6% faster on average over 44 products of 1 to 32 rows, 6%
+// at most, and gives the same bits.
 __device__ __forceinline__ void multiply_blocks(float (&total)[TOKENS / 2], const u32 (&rows)[2], const u32 (&tokens)[2], const u32 (&columns)[2],
                                                 const float (&scale)[2], const u32 (&empty)[2], int lane) {
     float part[2][TOKENS / 2];
@@ -237,88 +230,13 @@ __device__ __forceinline__ void multiply_blocks(float (&total)[TOKENS / 2], cons
 }
 #endif
 
-// The share of this CTA of the cluster's tile, added up: rows 8 * SHARE * rank to 8 * SHARE * (rank + 1) of the tile of C. The same thread
-// of every CTA holds the same elements.
-__device__ __forceinline__ void add_up(float (&sum)[SHARE * 4], const float (&total)[TOKENS / 2], u32 received, u32 all_received, int rank) {
-    const u32 mine = received + threadIdx.x * 16;
-    cluster_wait();
-#pragma unroll
-    for (int to = 0; to < SPLIT; ++to) {
-        const u32 slot = (rank < to ? rank : rank - 1) * SHARE * CONSUMERS * 16;
-        const u32 there = cluster_addr(mine + slot, to), counted = cluster_addr(all_received, to);
-#pragma unroll
-        for (int j = 0; j < SHARE; ++j) {
-            if (to * SHARE + j >= GROUPS) break;
-            const float* x = total + 4 * (to * SHARE + j);
-            if (to == rank) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) sum[4 * j + e] = x[e];
-            } else {
-                cluster_store(there + j * CONSUMERS * 16, counted, make_float4(x[0], x[1], x[2], x[3]));
-            }
-        }
-    }
-    barrier_wait(all_received, 0);
-#pragma unroll
-    for (int j = 0; j < SHARE; ++j) {
-        const float own[4] = {sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]};
-#pragma unroll
-        for (int from = 0; from < SPLIT; ++from) {
-            float4 x = make_float4(own[0], own[1], own[2], own[3]);
-            if (from != rank) x = smem_load4(mine + ((from < rank ? from : from - 1) * SHARE + j) * CONSUMERS * 16);
-            sum[4 * j] = from ? add(sum[4 * j], x.x) : x.x;
-            sum[4 * j + 1] = from ? add(sum[4 * j + 1], x.y) : x.y;
-            sum[4 * j + 2] = from ? add(sum[4 * j + 2], x.z) : x.z;
-            sum[4 * j + 3] = from ? add(sum[4 * j + 3], x.w) : x.w;
-        }
-    }
-}
-
-// Rows of the tile from its row `of_tile` on, SHARE * 8 of them, to C, where the tile begins at row `first_row` and has `rows` rows: transposed
-// through shared memory, so that a thread writes 16 bytes.
-__device__ __forceinline__ void write(const float* sum, const Output& out, u32 buffer, int first_row, int of_tile, int rows, int column) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 to = buffer + ((lane % 4) * 2 * PITCH + warp * 16 + lane / 4) * 4;
-    const bool aligned = (((u64)out.c | (u64)out.stride * sizeof(Element)) & 15) == 0;
-#pragma unroll
-    for (int h = 0; h < SHARE * 8; h += C_ROWS) {
-        named_sync<CONSUMERS>(1);
-#pragma unroll
-        for (int j = 0; j < C_ROWS / 8; ++j) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) smem_store(to + ((8 * j + e % 2) * PITCH + e / 2 * 8) * 4, sum[h / 2 + 4 * j + e]);
-        }
-        named_sync<CONSUMERS>(1);
-        const int first = of_tile + h, count = min(min(C_ROWS, TOKENS - first), rows - first);
-        for (int i = threadIdx.x; i < count * (TILE / VECTOR); i += CONSUMERS) {
-            const int row = i / (TILE / VECTOR), in_row = i % (TILE / VECTOR) * VECTOR, col = column + in_row;
-            if (col >= out.columns) continue;
-            float x[VECTOR];
-#pragma unroll
-            for (int e = 0; e < VECTOR; e += 4) *(float4*)(x + e) = smem_load4(buffer + (row * PITCH + in_row + e) * 4);
-            Element* to = out.c + (long long)(first_row + first + row) * out.stride + col;
-            alignas(16) Element y[VECTOR];
-            if (aligned && col + VECTOR <= out.columns) {
-                if (ACCUMULATE) *(uint4*)y = *(const uint4*)to;
-#pragma unroll
-                for (int e = 0; e < VECTOR; ++e) y[e] = finished(x[e], out.bias, col + e, y[e]);
-                *(uint4*)to = *(const uint4*)y;
-            } else {
-#pragma unroll
-                for (int e = 0; e < VECTOR; ++e)
-                    if (col + e < out.columns) to[e] = finished(x[e], out.bias, col + e, to[e]);
-            }
-        }
-    }
-}
-
-// The whole kernel, for CONSUMERS + 32 threads. Boxes of A have `rows_a` rows: where A has fewer than TOKENS, none past its end, each of which
-// the accelerator would take about 4 clocks to write, as zeros.
+// The body of the kernel, for CONSUMERS + 32 threads. Boxes of A have `rows_a` rows. If the tile has fewer rows than TOKENS, `rows_a` should be that
+// number: TMA takes about 4 clocks to write each row past the end of A as zeros.
 template <class Tiles>
 __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memory& memory, int stages, const TensorMap* map_a,
                                                         const TensorMap* map_b, const TensorMap* map_sa, const float* sb, const Output& out,
                                                         int rows_a = TOKENS) {
-    // Through a shuffle, so that the compiler knows it to be the same in all lanes.
+    // The shuffle tells the compiler that `warp` is the same in all lanes.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, rank = SPLIT > 1 ? cluster_rank() : 0;
     const int blocks = tiles.blocks();
     Loader<Tiles> loader{tiles, memory, stages, blocks, map_a, map_b, map_sa, rows_a};
@@ -331,7 +249,7 @@ __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memor
         }
     }
     __syncthreads();
-    if (SPLIT > 1) cluster_arrive();  // whoever waits for all of the cluster knows that it may send to `received`
+    if (SPLIT > 1) cluster_arrive();  // the other CTAs may send to `received` once they have waited for this
 
     if (warp == WARPS) {
         if (elect_one()) loader.go_on();
@@ -342,7 +260,7 @@ __device__ __forceinline__ void block_scaled_gemm_small(Tiles tiles, const Memor
     if (SPLIT == 1 && !tiles.valid()) return;
 
     const int group = warp / 4;
-    // B's scales of 32 blocks of a tile, one a lane.
+    // The scales of B for 32 blocks of a tile from `block` on, one per lane. They are loaded while the 32 blocks before are multiplied.
     auto scales_from = [&](const Tiles& of, int block) {
         return __ldg(of.b_scales(sb, group * 64) + of.block() + max(min(block + lane, blocks - 1), 0));
     };
