@@ -1,4 +1,5 @@
-// Which experts a few tokens chose, each once, in shared memory: the shared ones, then routed ones in the order of their numbers.
+// The list, in shared memory, of the experts that a few tokens chose, each of them once: first the shared experts, then the routed ones by ascending
+// id. The two kernels of moe/hopper_few.py both make it, instead of passing it on.
 #pragma once
 
 #include "ptx.cuh"
@@ -11,15 +12,16 @@ __device__ __forceinline__ u32 smem_word(u32 addr) {
 __device__ __forceinline__ void smem_set_word(u32 addr, u32 x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory"); }
 
 __device__ __forceinline__ void smem_or(u32 addr, u32 bits) { asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(addr), "r"(bits) : "memory"); }
-// From the L2, as another kernel may have written it since this one began.
+// A load from the L2, as the preceding kernel may have written the word since this one began.
 __device__ __forceinline__ int load_fresh(const int* p) {
     int x;
     asm volatile("ld.global.cg.b32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
 }
 
-// A set of bits, one a routed expert; where those of each word begin in the list; how many experts there are at all; and the list. Every thread of a
-// CTA calls `clear`; `add` for the choices that are its own, a barrier after that; and `list`.
+// At `addr`: a set of bits, one for each routed expert; for each of its words, the position in the list of its first expert; the number of experts in
+// the list; and the list. Every thread of the CTA calls `clear`; then, after a barrier, `add` for its own choices; then `list`, which begins and ends
+// with a barrier.
 struct Chosen {
     static constexpr int WORDS = 32, BEFORE = 128, COUNT = 256, LIST = 272;
     u32 addr;
@@ -51,13 +53,14 @@ struct Chosen {
     }
     __device__ __forceinline__ int count() const { return smem_word(addr + COUNT); }
     __device__ __forceinline__ int expert(int place) const { return smem_word(addr + LIST + place * 4); }
-    // Where a routed expert that was chosen stands in the list.
+    // The position in the list of a routed expert that was chosen.
     __device__ __forceinline__ int place_of(int id) const {
         return smem_word(addr + BEFORE + id / 32 * 4) + __popc(smem_word(addr + id / 32 * 4) & ((1u << id % 32) - 1));
     }
 };
 
-// K of all experts of the list, one after the other, `of_expert` blocks each: which expert's a block is, and which of it.
+// Steps through the blocks of K of all experts in the list, `of_expert` blocks for each: `place` is the expert's position in the list, `block` the
+// block within the expert.
 struct Walk {
     int of_expert, place, block;
     __device__ __forceinline__ Walk(int at, int of_expert) : of_expert(of_expert), place(at / of_expert), block(at - place * of_expert) {}
@@ -65,7 +68,7 @@ struct Walk {
         if (++block == of_expert) block = 0, ++place;
     }
 };
-// Part `rank` of `split` of all those blocks.
+// The range of those blocks that CTA `rank` of `split` has.
 struct Share {
     int first, count;
     __device__ __forceinline__ Share(int all, int rank, int split) : first(all * rank / split), count(all * (rank + 1) / split - first) {}

@@ -1,9 +1,9 @@
-// Groups of rows, whose sizes only the device knows: where each begins, in rows and in tiles, in a table in shared memory.
+// Groups of rows, whose sizes only the device knows: a table in shared memory that says where each group begins, in rows and in tiles.
 #pragma once
 
 #include "ptx.cuh"
 
-// Words in shared memory.
+// Integers in shared memory.
 __device__ __forceinline__ int load_word(u32 addr) {
     int x;
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(addr));
@@ -11,8 +11,8 @@ __device__ __forceinline__ int load_word(u32 addr) {
 }
 __device__ __forceinline__ void store_word(u32 addr, int x) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(x) : "memory"); }
 
-// Entry g says where group g begins: .x its first row, .y how many tiles come before it. One more entry ends the last group. Of groups
-// that have a buffer each (RUNNING 0), .x of entry g + 1 is how many rows group g has.
+// Entry g says where group g begins: .x is its first row, .y the number of tiles before it. One more entry says where the last group ends. For groups
+// that have a buffer each (`plan_groups` with RUNNING false), .x of entry g + 1 is the number of rows of group g.
 struct GroupTable {
     u32 addr;
     int groups;
@@ -38,9 +38,9 @@ template <class Step> __device__ __forceinline__ int scan_warp(int x, int lane, 
     return x;
 }
 
-// Fill the table; the whole CTA's work, which ends with all of it visible. RUNNING: group g ends at row `ends[g]`, and begins where the one
-// before ended; values are clamped into [0, rows], and one that is less than an earlier one counts as that one. Else `ends[g]` is how many
-// rows it has, clamped in the same way. `tiles` says how many tiles a group with so many rows has. `scratch` is 8 bytes for each warp.
+// Fill the table. The whole CTA calls this; when it returns, all threads see the whole table. With RUNNING, group g ends at row `ends[g]`, and begins
+// where the preceding one ended; values are clamped to [0, rows] and replaced by their running maximum. Without, `ends[g]` is the number of rows of
+// group g, clamped likewise. `tiles(n)` says how many tiles a group of n rows has. `scratch` is 8 bytes of shared memory per warp.
 template <int THREADS, bool RUNNING, class Tiles>
 __device__ __forceinline__ void plan_groups(GroupTable table, u32 scratch, const int* ends, int rows, Tiles tiles) {
     constexpr int WARPS = THREADS / 32;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void plan_groups(GroupTable table, u32 scratch, const
     auto set_word = [&](int i, int x) { store_word(scratch + i * 4, x); };
     auto larger = [](int x, int y) { return max(x, y); };
     auto sum = [](int x, int y) { return x + y; };
-    int row = 0, tile = 0;  // where the groups of this round begin
+    int row = 0, tile = 0;  // where the groups of this round begin; a round is one group per thread
     if (threadIdx.x == 0) table.set(0, 0, 0);
     for (int first = 0; first < table.groups; first += THREADS) {
         const int group = first + threadIdx.x;

@@ -1,9 +1,9 @@
-// How warps hand shared memory on to each other, so that compute-sanitizer can follow it.
+// How warps hand shared memory over to each other, in a way that compute-sanitizer's racecheck can be made to understand.
 //
-// One lane arrives at a barrier for its warp, and by named barriers groups of warps take turns. racecheck takes an arrival for what the arriving
-// lane did alone, and does not follow memory that goes to and fro by named barriers: it reports kernels of ten lines that are right
-// (docs/mla_decode.md, "What sanitizers report"). With RACECHECK 1, which nothing but `make sanitize` asks for, each lane arrives for itself, and
-// named barriers are barriers in shared memory. Else these are the plain instructions.
+// Normally one lane arrives at a barrier for its whole warp, and groups of warps take turns by named barriers. racecheck credits an arrival only with
+// the accesses of the arriving lane, and does not follow memory that is handed back and forth by named barriers: it reports races in correct kernels
+// of ten lines (docs/mla_decode.md, "What sanitizers report"). With RACECHECK 1, which only `make sanitize` sets, each lane arrives for itself, and
+// named barriers are replaced by barriers in shared memory. Otherwise these functions are the plain instructions.
 #pragma once
 
 #include "ptx.cuh"
@@ -12,9 +12,9 @@
 #define RACECHECK 0
 #endif
 
-constexpr u32 OF_WARP = RACECHECK ? 32 : 1;  // arrivals of a warp
+constexpr u32 OF_WARP = RACECHECK ? 32 : 1;  // arrivals per warp
 
-// The whole warp's work: by then all its lanes have what they read, or a __syncwarp behind what they wrote.
+// Called by the whole warp, when all of its lanes have received what they read, or have passed a __syncwarp after what they wrote.
 __device__ __forceinline__ void barrier_arrive_warp(u32 barrier, int lane) {
     if (RACECHECK || lane == 0) barrier_arrive(barrier);
 }
@@ -25,14 +25,14 @@ __device__ __forceinline__ u32 handover(int id) {
     __shared__ u64 barriers[HANDOVERS];
     return smem_addr(barriers) + id * 8;
 }
-// Which phase of each id comes next for this thread: a bit for each.
+// The phase in which this thread will wait next at each id, one bit per id.
 __device__ __forceinline__ u16& handover_phases() {
     __shared__ u16 phases[384];
     return phases[threadIdx.x];
 }
 #endif
 
-// The whole CTA's work, before its first barrier: `threads(id)` is how many come together at a named barrier.
+// Called by the whole CTA, before its first barrier. `threads(id)` says how many threads meet at the named barrier `id`.
 template <class Threads> __device__ __forceinline__ void handovers_init(Threads threads) {
 #if RACECHECK
     handover_phases() = 0;
@@ -57,8 +57,8 @@ template <int THREADS> __device__ __forceinline__ void handover_sync(int id) {
     named_sync<THREADS>(id);
 #endif
 }
-// Of warps that come by different instructions. `bar.sync` is short for `barrier.sync.aligned`, of which synccheck asks that it is one instruction
-// for all who come; PTX, that it is one for each warp.
+// For warps that reach the barrier by different instructions. `bar.sync` is short for `barrier.sync.aligned`: PTX only requires that all lanes of a
+// warp execute the same one, but synccheck requires that all threads do.
 template <int THREADS> __device__ __forceinline__ void handover_sync_apart(int id) {
 #if RACECHECK
     handover_sync<THREADS>(id);

@@ -1,5 +1,8 @@
-// Hopper's instructions, one wrapper each: barriers in shared memory, the tensor memory accelerator, matrices in shared memory.
-// Addresses of shared memory are 32-bit (`smem_addr`); a phase is the parity a barrier is waited for with.
+// Wrappers for single PTX instructions of sm_90: barriers in shared memory (mbarrier), named barriers, clusters, the tensor memory accelerator (TMA),
+// dependent launches, shared memory, and arithmetic that is independent of compiler flags.
+//
+// Addresses in shared memory are 32-bit numbers (`smem_addr`). A `phase` is the parity with which a barrier is waited for: a barrier that has just
+// been initialised is in its phase 0, so waiting for phase 0 waits for its first completion, and waiting for phase 1 returns at once.
 #pragma once
 
 typedef unsigned char u8;
@@ -9,7 +12,7 @@ typedef unsigned long long u64;
 
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
-// Volatile, so that the compiler keeps it: in a cluster it would form it anew wherever it is used.
+// Volatile, so that the compiler keeps the result in a register: in a cluster it would compute it again wherever it is used.
 __device__ __forceinline__ u32 smem_addr(const void* p) {
     u32 addr;
     asm volatile("{.reg .u64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a;}" : "=r"(addr) : "l"(p));
@@ -28,14 +31,15 @@ __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrive at the same barrier of CTA `rank` of the cluster. Without `.release.cluster`, which would put a 1 us fence of the
-// whole GPU into every step: what follows in the other CTA is a copy by the accelerator, ordered by the barrier itself.
+// Arrive at the same barrier in CTA `rank` of the cluster. Without `.release.cluster`, which would put a fence of the whole GPU, of 1 us, into every
+// step. None is needed: what follows in the other CTA is a TMA copy, which the barrier itself orders.
 __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 rank) {
     asm volatile(
         "{.reg .b32 r; mapa.shared::cluster.u32 r, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [r];}" ::"r"(barrier), "r"(rank)
         : "memory");
 }
-// With a hint to sleep until the phase ends (10 ms at most): polling takes turns at the shared memory that the products read.
+// Wait until the barrier's phase of this parity has completed. The hint lets the thread sleep until then (10 ms at most), because polling competes
+// with the products for shared memory.
 __device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
     asm volatile(
         "{.reg .pred done;\n"
@@ -67,8 +71,8 @@ template <int COUNT> __device__ __forceinline__ void registers_shrink() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// True in one lane of a whole warp, always the same. What runs in it alone the compiler then keeps in uniform registers; after
-// `if (lane == 0)` it puts a loop over the lanes around each copy of the accelerator.
+// True in one lane of a whole warp, always the same lane. For code that only this lane runs, the compiler then uses uniform registers; after
+// `if (lane == 0)` it would put a loop over the lanes around each TMA copy.
 __device__ __forceinline__ bool elect_one() {
     u32 elected;
     asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
@@ -89,7 +93,8 @@ __device__ __forceinline__ void tma_load(u32 dst, const TensorMap* map, u32 barr
         "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
         : "memory");
 }
-// A load that leaves the L2 first: it takes the place of its own kind, not of what others put there and may still have to be written back.
+// A load whose data is evicted from the L2 first, so that it replaces earlier data of its own kind, and not what others wrote there, which may still
+// have to be written back to memory.
 __device__ __forceinline__ void tma_load_evict_first(u32 dst, const TensorMap* map, u32 barrier, int x, int y) {
     asm volatile(
         "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
@@ -98,7 +103,7 @@ __device__ __forceinline__ void tma_load_evict_first(u32 dst, const TensorMap* m
         "l"(map), "r"(barrier), "r"(x), "r"(y)
         : "memory");
 }
-// The same tile to every CTA of the cluster that `mask` names, at the same place, counted by each CTA's own barrier.
+// Load the same tile into every CTA of the cluster whose bit is set in `mask`, to the same address; each CTA's own barrier counts the bytes.
 __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map, u32 barrier, int x, int y, u16 mask) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
@@ -113,8 +118,9 @@ __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map
         "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(mask)
         : "memory");
 }
-// Rows of a group that ends at row `end`, by a map of `ragged_map` in tensor_map.py: those from `end` on are read as zero. The second coordinate
-// is out of bounds from RAGGED on; the third turns what it adds to the address into a multiple of 2^64.
+// Load rows of a group that ends at row `end`; rows from `end` on are read as zero. The map is one of `ragged_map` in tensor_map.py. A row at or after
+// `end` has a second coordinate of at least RAGGED, which is out of bounds. The third coordinate makes what RAGGED adds to the address a multiple of
+// 2^64, that is, nothing.
 constexpr int RAGGED = 1 << 30;
 __device__ __forceinline__ void tma_load_ragged(u32 dst, const TensorMap* map, u32 barrier, int x, int row, int end) {
     asm volatile(
@@ -129,7 +135,7 @@ __device__ __forceinline__ void tma_load_ragged_multicast(u32 dst, const TensorM
         "l"(map), "r"(barrier), "r"(x), "r"(RAGGED + row - end), "r"(RAGGED), "r"(end), "h"(mask)
         : "memory");
 }
-// The same of one of several matrices, the fifth coordinate of a map that is otherwise a `ragged_map`.
+// The same for one of several matrices; its number is the fifth coordinate of a map that is otherwise a `ragged_map`.
 __device__ __forceinline__ void tma_load_ragged(u32 dst, const TensorMap* map, u32 barrier, int x, int row, int end, int matrix) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst),
@@ -140,7 +146,7 @@ __device__ __forceinline__ void tma_store(const TensorMap* map, u32 src, int x, 
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map), "r"(src), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
-// A tile that nobody reads again soon: it leaves the L2 first.
+// Store a tile that is not read again soon: it is evicted from the L2 first.
 __device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 src, int x, int y) {
     asm volatile(
         "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
@@ -154,7 +160,7 @@ __device__ __forceinline__ void tma_store_evict_first(const TensorMap* map, u32 
         "r"(y), "r"(z)
         : "memory");
 }
-// Rows of a group, as `tma_load_ragged` reads them: those from `end` on are not written.
+// Store rows of a group, with coordinates as in `tma_load_ragged`: rows from `end` on are not written.
 __device__ __forceinline__ void tma_store_ragged_evict_first(const TensorMap* map, u32 src, int x, int row, int end) {
     asm volatile(
         "{.reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
@@ -162,7 +168,7 @@ __device__ __forceinline__ void tma_store_ragged_evict_first(const TensorMap* ma
         "r"(RAGGED + row - end), "r"(RAGGED), "r"(end)
         : "memory");
 }
-// Add to what is there, in the L2.
+// Add a tile to what is in memory; the L2 does the additions.
 __device__ __forceinline__ void tma_add(const TensorMap* map, u32 src, int x, int y) {
     asm volatile(
         "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(src), "r"(x), "r"(y)
@@ -175,13 +181,13 @@ __device__ __forceinline__ void tma_add(const TensorMap* map, u32 src, int x, in
         : "memory");
 }
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Wait until the accelerator has read all but PENDING of this thread's groups: their shared memory may be written again.
+// Wait until TMA has read all but the last PENDING of this thread's committed groups: their shared memory may then be overwritten.
 template <int PENDING> __device__ __forceinline__ void tma_store_wait_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
 }
-// Wait until all but PENDING of them have been written.
+// Wait until all but the last PENDING of them have been written to memory.
 template <int PENDING> __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory"); }
-// Contiguous bytes, without a map: multiples of 16, at such addresses.
+// Copies of contiguous bytes, without a tensor map. Sizes and addresses have to be multiples of 16.
 __device__ __forceinline__ void bulk_load(u32 dst, const void* src, u32 barrier, u32 bytes) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];" ::"r"(dst), "l"(src), "r"(barrier),
                  "r"(bytes)
@@ -190,22 +196,22 @@ __device__ __forceinline__ void bulk_load(u32 dst, const void* src, u32 barrier,
 __device__ __forceinline__ void bulk_store(void* dst, u32 src, u32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
 }
-// Add fp32 to what is there, in the L2.
+// Add fp32 numbers to what is in memory; the L2 does the additions.
 __device__ __forceinline__ void bulk_add(float* dst, u32 src, u32 bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
 }
-// Orders what a thread has copied by the accelerator, and what it does otherwise, in all memory.
+// Orders a thread's TMA copies and its ordinary reads and writes, for all of memory.
 __device__ __forceinline__ void proxy_fence_everywhere() { asm volatile("fence.proxy.async;" ::: "memory"); }
-// Makes ordinary writes to shared memory visible to the accelerator and to the tensor cores.
+// Makes a thread's ordinary writes to shared memory visible to TMA and to the tensor cores.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- dependent launches ------------------------------------------------------------------------------------------
 
-// Let the kernel behind this one begin, if its launch is programmatic; and wait until the kernel in front has ended and its results are there.
+// Let the next kernel begin, if its launch is programmatic; and wait until the preceding kernel has ended and its results are in memory.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_dependency() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// Both, as a kernel whose launch is programmatic begins: in this order, so that all in front of it has ended before the one behind it begins,
-// which then may read before it waits whatever this one does not write.
+// Both, for the beginning of a kernel whose launch is programmatic. The order matters: when the next kernel begins, everything before this one has
+// ended. So the next kernel may read, before it waits, whatever this one does not write.
 __device__ __forceinline__ void begin_dependent() {
     wait_for_dependency();
     launch_dependents();
@@ -240,7 +246,7 @@ __device__ __forceinline__ void smem_store_matrix(u32 addr, u32 a, u32 b, u32 c,
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
-// The same, transposed: lane i gives the address where column i % 8 of matrix i / 8 becomes a row.
+// The same, transposed: lane i gives the address to which column i % 8 of matrix i / 8 is written, as a row.
 __device__ __forceinline__ void smem_store_transposed(u32 addr, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a), "r"(b), "r"(c), "r"(d)
                  : "memory");
@@ -248,17 +254,17 @@ __device__ __forceinline__ void smem_store_transposed(u32 addr, u32 a, u32 b, u3
 
 // ---- clusters: one CTA writes into another's shared memory --------------------------------------------------------
 
-// The two halves of `cluster_sync`: between them a thread may do what needs nothing of the other CTAs. Relaxed: it tells that the CTA
-// is there and, after `barrier_init_fence`, its barriers; a release would put a fence of the whole GPU into the prologue.
+// The two halves of `cluster_sync`: between them a thread may do work for which it needs nothing from the other CTAs. The arrival is relaxed: it says
+// that the CTA has started and, after `barrier_init_fence`, that its barriers exist. A release would put a fence of the whole GPU into the prologue.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-// Where CTA `rank` of the cluster has what lies at `addr` here.
+// The address in CTA `rank` of the cluster that corresponds to `addr` in this CTA.
 __device__ __forceinline__ u32 cluster_addr(u32 addr, u32 rank) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(addr), "r"(rank));
     return there;
 }
-// 16 bytes to a CTA of the cluster, counted by a barrier of that CTA (both addresses from `cluster_addr`).
+// Write 16 bytes to another CTA of the cluster; a barrier of that CTA counts them (both addresses are from `cluster_addr`).
 __device__ __forceinline__ void cluster_store(u32 addr, u32 barrier, float4 x) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(addr), "f"(x.x),
                  "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
@@ -267,7 +273,7 @@ __device__ __forceinline__ void cluster_store(u32 addr, u32 barrier, float4 x) {
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
-// Spelt out, so that denormals count whatever the compiler is told (CuPy tells it to flush them).
+// In PTX, so that denormals are not flushed to zero whatever the compiler's flags are (CuPy compiles with -ftz=true).
 __device__ __forceinline__ float mul(float x, float y) {
     float z;
     asm("mul.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));

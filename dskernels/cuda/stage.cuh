@@ -1,5 +1,5 @@
-// Where a warp is in a ring of STAGES buffers, a constant that is there before this file is included: which buffer, and the phase of its
-// barriers, which changes with every round.
+// A warp's position in a ring of STAGES buffers: the index of the buffer, and the phase with which its barriers are waited for, which alternates with
+// every round. The constant STAGES has to be defined before this file is included.
 #pragma once
 
 #include "ptx.cuh"

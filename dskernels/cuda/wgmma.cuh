@@ -1,12 +1,12 @@
-// Warpgroup products into fp32 registers, of e4m3 tiles, m64nNk32, or bf16 or fp16 ones, m64nNk16: A and B (64 and N rows
-// of 128 bytes) from shared memory, named by descriptors. `keep` 0 starts from zero, 1 adds to what `d` holds.
+// Products of a warpgroup (wgmma) with fp32 accumulators in registers: of e4m3 tiles, m64nNk32, or of bf16 or fp16 tiles, m64nNk16. A and B (64 and N
+// rows of 128 bytes) are in shared memory, and are named by descriptors. With `keep` 0 the accumulators start from zero, with 1 the product is added.
 //
-// d[4j + 2i + e] of a thread is row 16 * warp + lane / 4 + 8i, column 8j + 2 * (lane % 4) + e of the 64 x N product.
+// d[4j + 2i + e] of a thread is the element in row 16 * warp + lane / 4 + 8i and column 8j + 2 * (lane % 4) + e of the 64 x N product.
 #pragma once
 
 #include "ptx.cuh"
 
-// ---- the operand lists that the assembler wants spelt out --------------------------------------------------------
+// ---- operand lists, which the assembler requires in full ----------------------------------------------------------
 
 #define REGISTERS_4 "%0, %1, %2, %3"
 #define REGISTERS_8 REGISTERS_4 ", %4, %5, %6, %7"
@@ -31,7 +31,7 @@
 #define SUMS_96(i) SUMS_64(i), SUMS_32(i + 64)
 #define SUMS_128(i) SUMS_64(i), SUMS_64(i + 64)
 
-// N columns are R = N / 2 registers a thread; A, B and KEEP are the numbers of the operands after these.
+// Defines multiply(d, a, b, keep) for N columns, which are R = N / 2 registers per thread. A, B and KEEP are the numbers of the operands after these.
 #define DEFINE_PRODUCTS(N, R, A, B, KEEP)                                                                                 \
     __device__ __forceinline__ void multiply(float (&d)[R], u64 a, u64 b, int keep) {                                     \
         asm volatile("{.reg .pred p; setp.ne.b32 p, %" #KEEP ", 0;\n"                                                     \
@@ -48,7 +48,7 @@ DEFINE_PRODUCTS(64, 32, 32, 33, 34)
 DEFINE_PRODUCTS(128, 64, 64, 65, 66)
 DEFINE_PRODUCTS(192, 96, 96, 97, 98)
 
-// Of bf16 or fp16 tiles: m64nNk16. FLIP_A, FLIP_B: 1 where an operand's rows of 128 bytes run along M or N instead of K.
+// The same for bf16 or fp16 tiles, m64nNk16. FLIP_A, FLIP_B: 1 if the operand's rows of 128 bytes run along M or N instead of K.
 #define HALF_PRODUCT(TYPE, N, R, A, B, KEEP, F, G)                                                                        \
     asm volatile("{.reg .pred p; setp.ne.b32 p, %" #KEEP ", 0;\n"                                                         \
                  "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS_##R "}, %" #A ", %" #B    \
@@ -72,20 +72,21 @@ DEFINE_HALF_PRODUCTS(256, 128, 128, 129, 130, 131, 132)
 
 // ---- around a product ---------------------------------------------------------------------------------------------
 
-// The upper half of a descriptor is always the same: 8 rows every 1,024 bytes, the 128-byte swizzle.
+// A descriptor from its lower half. The upper half is always the same: 8 rows every 1,024 bytes, the 128-byte swizzle.
 __device__ __forceinline__ u64 operand(u32 low) { return (u64)low | ((u64)64 << 32) | ((u64)1 << 62); }
-// Descriptor of an operand tile whose rows along K are 128 bytes, with the 128-byte swizzle, 8 rows every 1,024 bytes. The next 32
-// of K lie at + 2, the next 8 rows at + 64.
+// Descriptor of an operand tile whose rows run along K: 128 bytes each, with the 128-byte swizzle, 8 rows every 1,024 bytes. Adding 2 to the descriptor
+// moves on by 32 bytes along K (32 elements of e4m3, 16 of bf16), adding 64 by 8 rows.
 __device__ __forceinline__ u64 operand_k_major(u32 addr) {
     return operand(((addr & 0x3FFFF) >> 4) | (1 << 16));
 }
-// Of one whose rows along M or N are 128 bytes, 64 elements: 8 of K every 1,024 bytes, the next 64 of M or N `stride` bytes on. The next
-// 16 of K lie at + 128.
+// Descriptor of an operand tile whose rows run along M or N: 128 bytes each, 64 elements of 16 bits; 8 steps of K every 1,024 bytes, and the next 64
+// elements of M or N `stride` bytes further on. Adding 128 moves on by 16 along K.
 __device__ __forceinline__ u64 operand_mn_major(u32 addr, u32 stride) {
     return operand(((addr & 0x3FFFF) >> 4) | (stride / 16 << 16));
 }
-// With the 64-byte swizzle: rows of 64 bytes, 32 elements, 8 of them every 512 bytes. Along K the next 16 lie at + 2, and after 32 in the next
-// tile; along M or N, `stride` bytes from one 32 elements to the next, the next 16 of K lie at + 64.
+// The same with the 64-byte swizzle: rows of 64 bytes, 32 elements of 16 bits, 8 rows every 512 bytes. If rows run along K, adding 2 moves on by 16
+// along K, and a tile ends after 32. If they run along M or N, the next 32 elements are `stride` bytes further on, and adding 64 moves on by 16 along
+// K.
 __device__ __forceinline__ u64 operand_narrow(u32 low) { return (u64)low | ((u64)32 << 32) | ((u64)2 << 62); }
 __device__ __forceinline__ u64 operand_narrow_k_major(u32 addr) { return operand_narrow(((addr & 0x3FFFF) >> 4) | (1 << 16)); }
 __device__ __forceinline__ u64 operand_narrow_mn_major(u32 addr, u32 stride) {
@@ -96,7 +97,7 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// Tells the compiler that registers are in use by an asynchronous product here.
+// Tells the compiler that an asynchronous product may read or write these registers here, so that it does not move accesses to them across this point.
 template <int N> __device__ __forceinline__ void registers_fence(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");

@@ -1,9 +1,10 @@
-// The rest of the expert block for a few tokens, at most 8, on sm_90a, in one launch: silu(gate) * up of what hopper_few_up.cu left, quantised, times
-// each expert's B [N, K], weighted and summed over the experts.
+// The rest of the expert block for a few tokens (at most 8), on sm_90a, in one launch: silu(gate) * up of what hopper_few_up.cu computed, quantised,
+// times each expert's B [N, K], weighted and summed over the experts.
 //
-// An expert after the other, K of all of them makes one long sum: out = sum over e of (w_e * A_e) @ B_e.T, where a routing weight goes into the scales
-// of A. SPLIT CTAs of a cluster share it, each some blocks of 128, for TILE rows of B, and add up what they have as the plain products do, in a
-// fixed order. All CTAs quantise what they multiply, which is little; the weights they ask for before that, and before the kernel in front has ended.
+// The K dimensions of all experts are concatenated to one long sum: out = sum over e of (w_e * A_e) @ B_e.T, where the routing weight w_e is
+// multiplied into the scales of A_e. For TILE rows of B, the SPLIT CTAs of a cluster share the blocks of 128 of this sum, and add up their parts as
+// the plain products do (fp8_gemm_small.cuh), in a fixed order. One warp loads B, the others quantise A, CHUNK blocks at a time, and multiply. Every
+// CTA quantises all of A that it multiplies, since that is little work; it starts to load B before that, even before the preceding kernel has ended.
 //
 // Options (-D): those of cuda/fp8_gemm_small.cuh, TOKENS 8, OUT 0 or 1, and UE8M0 0.
 
@@ -13,12 +14,12 @@ constexpr bool ANY_ROW = false;
 #include "quantize.cuh"
 
 constexpr int CHUNK = 16;            // blocks of A that are quantised at a time
-constexpr u32 UNCHOSEN = 0x7fa5a5a5;  // in place of a weight, and of a scale: a NaN that no arithmetic makes
+constexpr u32 UNCHOSEN = 0x7fa5a5a5;  // stands for the weight, and the scale, of a token that did not choose: a NaN that no arithmetic produces
 
 static_assert(TOKENS == 8 && OUT != 2, "rows of A are one swizzled box of 8");
 static_assert(CHUNK * TOKENS == CONSUMERS, "a thread for each token of each block");
 
-// What lies where in shared memory. C is written over the stages, which by then are free.
+// Addresses in shared memory. C overwrites the pipeline stages, which are free by then.
 struct Layout {
     u32 rows, a, received, scales, weights, ids, all_received, barriers, chosen;
 
@@ -31,6 +32,7 @@ struct Layout {
 };
 
 __device__ __forceinline__ bool is_chosen(float weight) { return __float_as_uint(weight) != UNCHOSEN; }
+// 16 bytes, or zeros if not `valid`; from the L2, as the preceding kernel may have written them since this one began.
 __device__ __forceinline__ uint4 load_fresh(const u16* p, bool valid) {
     uint4 v = make_uint4(0, 0, 0, 0);
     asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];}"
@@ -41,7 +43,8 @@ __device__ __forceinline__ uint4 load_fresh(const u16* p, bool valid) {
 }
 __device__ __forceinline__ float number(const uint4& v, int j) { return widen((u16)(word(v, j / 2) >> j % 2 * 16), OUT); }
 
-// 128 columns of a token, 8 of each of 16 lanes, to row `token` of the box at `to`, and their scale, times the weight, to `scale_to`; if `stored`.
+// Compute silu(gate) * up of 128 columns of a token, 8 columns in each of 16 lanes, and quantise them. If `stored`, write them to row `token` of the
+// tile at `to`, and their scale, times the routing weight, to `scale_to`.
 __device__ __forceinline__ void quantize_gated(const uint4& gate, const uint4& up, u32 to, int token, u32 scale_to, float weight, bool stored) {
     const int lane = threadIdx.x % 16;
     float y[8], amax = 0.f;
@@ -65,8 +68,8 @@ __device__ __forceinline__ void quantize_gated(const uint4& gate, const uint4& u
     smem_store2(at, __uint_as_float(e4m3(y[0], y[1], y[2], y[3])), __uint_as_float(e4m3(y[4], y[5], y[6], y[7])));
 }
 
-// total += the product of a block of B, at `rows`, and one of A, times both scales; `columns` are those of this thread's two tokens, which get
-// nothing where they did not choose the expert, whatever its weights are.
+// total += the product of the block of B at `rows` and the block of A at `a`, times the scales of both. `columns` is where the scales of this thread's
+// two tokens are. A token that did not choose the expert gets nothing, even if the expert's weights are NaN or infinite.
 __device__ __forceinline__ void multiply_chosen(float (&total)[4], u32 rows, u32 a, u32 columns, float scale) {
     const u64 left = operand_k_major(rows), right = operand_k_major(a);
     float part[4];
@@ -85,7 +88,7 @@ __device__ __forceinline__ void multiply_chosen(float (&total)[4], u32 rows, u32
     }
 }
 
-// `gate_up` is [places, tokens, 2 * K] as hopper_few_up.cu writes it. `most` is how many experts there may be in the list.
+// `gate_up` [experts that run, tokens, 2 * K] is what hopper_few_up.cu wrote. `most` is how many experts the list has room for.
 extern "C" __global__ void
 #if SPLIT > 1
 __cluster_dims__(SPLIT, 1, 1)
@@ -100,7 +103,8 @@ few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restric
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32, rank = SPLIT > 1 ? cluster_rank() : 0;
     const int n = blockIdx.x / SPLIT * TILE, of_expert = (K + BLOCK_K - 1) / BLOCK_K;
 
-    // hopper_few_up.cu may still run. What is read here, ids, weights, B and its scales, is older than its results, see `begin_dependent`.
+    // hopper_few_up.cu may still be running. What is read before `begin_dependent` below (ids, routing weights, B and its scales) had been written
+    // before it began, as `begin_dependent` in ptx.cuh explains.
     chosen.clear();
     for (int i = threadIdx.x; i < CHUNK * A_BYTES / 16; i += blockDim.x) smem_store4(memory.a + i * 16, 0.f, 0.f, 0.f, 0.f);
     proxy_fence();
@@ -121,7 +125,7 @@ few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restric
         chosen.add(id, routed);
     }
     chosen.list(routed, shared);
-    if (SPLIT > 1) cluster_arrive();  // whoever waits for all of the cluster knows that it may send to `received`
+    if (SPLIT > 1) cluster_arrive();  // a CTA that has waited for this may write to `received` of the others
     const int all = chosen.count() * of_expert;
     const Share share(all, rank, SPLIT);
     const int first = share.first, count = share.count;
@@ -144,7 +148,7 @@ few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restric
         return;
     }
 
-    // The weight of each token for each expert. One that chose an expert twice adds up: its first choice does.
+    // The routing weight of each token for each expert. If a token chose an expert twice, the thread of its first choice adds up the weights.
     for (int i = threadIdx.x; i < chosen.count() * TOKENS; i += CONSUMERS)
         smem_set_word(memory.weights + i * 4, i < shared * TOKENS && i % TOKENS < tokens ? __float_as_uint(1.f) : UNCHOSEN);
     named_sync<CONSUMERS>(1);
@@ -161,7 +165,7 @@ few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restric
             if (smem_word(memory.ids + j * 4) == id) weight = add(weight, __int_as_float(load_fresh(row + j)));
         smem_store(memory.weight(chosen.place_of(id), token), weight);
     }
-    // B's scales of a chunk of blocks, one a lane.
+    // B's scales for a chunk of blocks, one block in each lane.
     auto scale_from = [&](int i) {
         if (i + lane >= count || lane >= CHUNK) return 0.f;
         const Walk at(first + i + lane, of_expert);
@@ -176,19 +180,19 @@ few_experts_down(const __grid_constant__ TensorMap map_b, const float* __restric
         const float scales_now = scales_next;
         scales_next = scale_from(begin + CHUNK);
         const int blocks = min(count - begin, CHUNK);
-        named_sync<CONSUMERS>(1);  // the weights are there; and the chunk before has been multiplied
-        // A warp has four blocks, and a lane says of a token whether it chose the expert of one.
+        named_sync<CONSUMERS>(1);  // the routing weights are in shared memory, and the preceding chunk has been multiplied
+        // Each warp quantises four blocks of the chunk. A lane stands for one token in one of these, and knows whether it chose the block's expert.
         const int own = threadIdx.x / TOKENS;
         float own_weight = __uint_as_float(UNCHOSEN);
         if (own < blocks) own_weight = smem_load(memory.weight(Walk(first + begin + own, of_expert).place, threadIdx.x % TOKENS));
         if (!is_chosen(own_weight)) smem_set_word(memory.scales + threadIdx.x * 4, UNCHOSEN);
         for (u32 left = __ballot_sync(~0u, is_chosen(own_weight)); left;) {
-            // Four of those that did at a time, two to each half of the warp.
+            // Four pairs of a block and a token that chose its expert are quantised at a time, two by each half of the warp.
             uint4 gate[2], up[2];
             int pair[2];
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
-                const int one = __ffs(left) - 1;  // -1 where there are no more
+                const int one = __ffs(left) - 1;  // -1 if there are no more
                 left &= left - 1;
                 const int other = __ffs(left) - 1;
                 left &= left - 1;

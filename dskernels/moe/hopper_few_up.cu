@@ -1,13 +1,13 @@
-// The first product of the expert block for a few tokens, at most TOKENS, on sm_90a: C = A @ B[e].T of all of them with every expert e that one of
-// them chose, or that they share. The tensor cores take 8 tokens at least, so those that did not choose an expert cost nothing but what is written of
-// them; and no token has to be sorted or copied. Rows of C follow the experts as `Chosen` lists them, `tokens` rows each. The core, with its
-// options, is in cuda/fp8_gemm_small.cuh.
+// The first product of the expert block for a few tokens (at most TOKENS), on sm_90a: C = A @ B[e].T of all tokens, for every expert e that at least
+// one of them chose, and for the shared experts. The tensor cores take at least 8 tokens, so multiplying the tokens that did not choose an expert too
+// costs nothing but writing their rows; in return no token has to be sorted or copied. C has `tokens` rows for each expert, in the order in which
+// `Chosen` lists the experts. The core and its options are in cuda/fp8_gemm_small.cuh.
 
 constexpr bool ANY_ROW = false;
 #include "fp8_gemm_small.cuh"
 #include "few_experts.cuh"
 
-// The tiles of this CTA, every gridDim.x-th: expert by expert, in an expert along N.
+// The tiles of this CTA: every gridDim.x-th of all tiles, which are ordered by expert, and for each expert along N.
 struct Tiles {
     Chosen chosen;
     int tokens, N, stride_sb, all_blocks, tiles_n, count, tile, place = 0, n = 0, expert = 0;
@@ -41,7 +41,8 @@ struct Tiles {
     __device__ __forceinline__ int blocks() const { return all_blocks; }
 };
 
-// `ids` are the `choices` of all tokens; experts are `routed` ones, of which those that were chosen run, and `shared` ones, which do all.
+// `ids` are the choices of all tokens, `choices` of them altogether. B has `routed` experts, of which those that were chosen run, and after them
+// `shared` ones, which all run.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32)
 few_experts_up(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
                const float* __restrict__ sb, const int* ids, Element* c, int tokens, int choices, int routed, int shared, int N, int K,
@@ -51,7 +52,7 @@ few_experts_up(const __grid_constant__ TensorMap map_a, const __grid_constant__ 
     const Chosen chosen{memory.end};
     chosen.clear();
     __syncthreads();
-    // A programmatic launch: the kernel in front of this one may run until here.
+    // The launch is programmatic: the preceding kernel may still run until here, and may have yet to write what is read below.
     begin_dependent();
     for (int i = threadIdx.x; i < choices; i += blockDim.x) chosen.add(load_fresh(ids + i), routed);
     chosen.list(routed, shared);

@@ -1,24 +1,29 @@
-// The gradient of the SwiGLU of experts, quantised for what multiplies it, on sm_90a: from gate and up as they were kept, in e4m3, and the gradient
-// of the activation, it makes dgate and dup in 1x128 tiles (Dgrad) and along the tokens of each expert (Wgrad), and the weighted activation along
-// tokens. Each is rounded to bf16 first, as if it were written out and quantised by kernels of their own, which moves three times the bytes.
+// The gradient of the SwiGLU of experts, quantised for the products after it, on sm_90a. From gate and up as they were kept, in e4m3, and from the
+// gradient of the activation, it computes dgate and dup in 1x128 tiles (for Dgrad) and along the tokens of each expert (for Wgrad), and the weighted
+// activation along tokens. Each value is rounded to bf16 before it is quantised, as if it had been written in bf16 and quantised by separate kernels,
+// which would move three times the bytes.
 //
-// A tile is 128 rows of one expert by 128 columns of the gate and the same of up. CTAs stay and walk tiles, those of one row of them before the
-// next: down the columns first, as in grouped_gemm/hopper_quantize.cu, 98304 x 1408 took 583 us on an H200 and not 532. A thread has 8 rows of 8
-// columns, and what it has made of them waits in shared memory for its turn. Quotients are products with a reciprocal, an ulp or two off: one e4m3
-// in 2,000 is the next one, and a quarter of the instructions are saved (with exact ones it was 652 us).
+// A tile is 128 rows of one expert by 128 columns of the gate and the same columns of up. The CTAs are persistent, and process one row of tiles after
+// another. In the order of grouped_gemm/hopper_quantize.cu, one column of tiles after another, 98304 x 1408 took 583 us on an H200 instead of 532. A
+// thread has 8 rows of 8 columns: it computes dgate, dup and the activation of these and puts them into shared memory; then the three are quantised in
+// turn. Quotients are computed as products with a reciprocal, which are an ulp or two off: one e4m3 value in 2,000 becomes its neighbour, and a
+// quarter of the instructions are saved (with exact quotients the kernel took 652 us).
 //
-// Slower were: the next tile asked for into the L2 meanwhile (562 us), and magnitudes found while the values are still in registers, with 6 barriers
-// a tile in place of 10 and 14% fewer instructions (590). The bytes that it moves would take 294 us at the speed of a copy.
+// Slower were: prefetching the next tile into the L2 (562 us), and finding the largest magnitudes while the values are still in registers, with 6
+// barriers per tile instead of 10 and 14% fewer instructions (590 us). At the speed of a copy, the bytes that it moves would take 294 us.
 //
-// Options (-D): WEIGHTED: rows have weights, of choice source[row], and the gradient of each is added up over its tile's columns. GROUPED: 0 takes
-// all rows for one group. UE8M0. BLOCKS to an SM.
+// Options (-D):
+//   WEIGHTED  1: rows have routing weights, that of choice source[row]; the gradient of each weight is summed over the columns of a tile
+//   GROUPED   0: all rows are one group
+//   UE8M0     1: scales are powers of two, see cuda/quantize.cuh
+//   BLOCKS    CTAs per multiprocessor
 
 #include "quantize.cuh"
 #include "tile_groups.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 
-// Four e4m3 in a word as floats.
+// The four e4m3 numbers of a word, times a scale, in fp32.
 __device__ __forceinline__ void widen(u32 word, float scale, float (&x)[4]) {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -49,7 +54,8 @@ __device__ __forceinline__ u16 e4m3(float a, float b) {
     return two;
 }
 
-// The 8 x 8 elements of a thread by the scales of their columns, turned; and, with ROWS, by those of their rows, as they stand, to `q`.
+// Quantise a thread's 8 x 8 elements by the scales of their columns, and put them into the transposed tile `turned`. With ROWS, also quantise them by
+// the scales of their rows, and store these to `q`, not transposed.
 template <bool ROWS>
 __device__ __forceinline__ void emit(const Pairs& v, const Lane& at, const Reciprocal* by_row, const Columns<Pairs, Reciprocal, WARPS>& columns,
                                      Turned& turned, u8* q, int stride_q, int height) {
@@ -79,8 +85,9 @@ __device__ __forceinline__ void emit(const Pairs& v, const Lane& at, const Recip
         for (int i = 0; i < 8; ++i) store(q + (long long)i * stride_q, make_uint2(out[i][0], out[i][1]), i < height);
 }
 
-// `kept` [rows, stride_kept bytes]: 2 * cols e4m3, then, from byte `scales_at` on, a float for each 128 of them. `dhidden` bf16 [rows, cols], cols
-// a multiple of 128. q [rows, 2 * cols], s its scales; qt [2 * cols, 128 * tiles], st; ht [cols, 128 * tiles], hst; dweights [cols / 128, rows].
+// Inputs: a row of `kept` has `stride_kept` bytes, 2 * cols e4m3 values and, from byte `scales_at` on, a float for each 128 of them; `dhidden` is bf16
+// [rows, cols], cols a multiple of 128. Results: dgate and dup as q [rows, 2 * cols] with scales s, and transposed as qt [2 * cols, 128 * tiles] with
+// scales st; the weighted activation transposed as ht [cols, 128 * tiles] with scales hst; dweights [cols / 128, rows], the parts of each row's sum.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 swiglu_backward(const u8* __restrict__ kept, const u16* __restrict__ dhidden, const int* __restrict__ offsets, const int* __restrict__ source,
                 const float* __restrict__ weights, u8* __restrict__ q, float* __restrict__ s, u8* __restrict__ qt, float* __restrict__ st,
@@ -88,18 +95,18 @@ swiglu_backward(const u8* __restrict__ kept, const u16* __restrict__ dhidden, co
                 int rows, int cols, int groups, int tiles, int stride_s, int stride_st, int stride_hst) {
     __shared__ __align__(16) Reciprocal by_row[128];
     __shared__ __align__(16) Columns<Pairs, Reciprocal, WARPS> columns;
-    extern __shared__ __align__(128) uint4 waiting[];  // dgate, dup, the activation: [3][8][THREADS]; behind them the groups
-    Turned& turned = *reinterpret_cast<Turned*>(waiting);  // where dgate was: read by then
+    extern __shared__ __align__(128) uint4 waiting[];  // dgate, dup and the activation, [3][8][THREADS]; after them the table of groups
+    Turned& turned = *reinterpret_cast<Turned*>(waiting);  // overwrites dgate, which has been read by then
     int* const first_row = reinterpret_cast<int*>(waiting + 24 * THREADS);
     int* const first_tile = first_row + groups + 1;
     if (GROUPED) find_groups<THREADS>(offsets, rows, groups, first_row, first_tile);
 
     const Lane at(threadIdx.x);
-    const int filled = GROUPED ? first_tile[groups] : tiles;  // tiles that no group fills are left as they are: nobody reads them
+    const int filled = GROUPED ? first_tile[groups] : tiles;  // tiles that belong to no group stay uninitialised: they are never read
     const int wide = cols / 128, items = filled * wide;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
         const int tile = item / wide, i_c = item % wide;
-        int row = tile * 128 + at.row0, height = min(rows - row, 8);  // first row of this thread, and how many of the 8 are the group's
+        int row = tile * 128 + at.row0, height = min(rows - row, 8);  // first row of this thread, and how many of its 8 rows the group has
         if (GROUPED) {
             const int group = group_of(tile, groups, first_tile);
             row = height = 0;
@@ -110,11 +117,11 @@ swiglu_backward(const u8* __restrict__ kept, const u16* __restrict__ dhidden, co
         }
         const int col = i_c * 128 + at.c * 8;
 
-        __syncthreads();  // nobody stores what is turned any more
+        __syncthreads();  // all threads have stored their part of the preceding transposed tile
         {
             const u8* const p = kept + (long long)row * stride_kept;
             const u16* const p_d = dhidden + (long long)row * stride_d + col;
-            // A lane has the scales and the weight of one row: the lower half of the 16 those of gate, the upper those of up.
+            // Each lane loads a scale and the weight of one row: of 16 lanes, the lower 8 load the scales of gate, the upper 8 those of up.
             const int of = at.c % 8;
             float mine = 0.f, weight = 0.f, product = 0.f;
             if (of < height) {
@@ -145,7 +152,7 @@ swiglu_backward(const u8* __restrict__ kept, const u16* __restrict__ dhidden, co
                         widen(k ? ups[i].y : ups[i].x, up_scale, up);
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
-                            // The hardware's approximations do: what follows is rounded to bf16.
+                            // The hardware's approximations are good enough, since the results are rounded to bf16.
                             const float d = element(ds[i], 4 * k + j), sig = approximate_inverse(1.f + __expf(-gate[j])), silu = gate[j] * sig;
                             const float of_silu = d * up[j], weighted = silu * w;
                             sum += of_silu * silu;
@@ -178,7 +185,7 @@ swiglu_backward(const u8* __restrict__ kept, const u16* __restrict__ dhidden, co
             Pairs v;
 #pragma unroll
             for (int i = 0; i < 8; ++i) v.rows[i] = waiting[(turn * 8 + i) * THREADS + threadIdx.x];
-            const int i_out = turn == 1 ? i_c + wide : i_c;  // of the columns of the gradient
+            const int i_out = turn == 1 ? i_c + wide : i_c;  // index of these 128 columns in the gradient's 2 * cols, or the activation's cols
             if (turn < 2) {
                 const int mine = at.c / 2;
                 const float scale = scale_of(Pairs::bits(v.of_row(at.lane)));
