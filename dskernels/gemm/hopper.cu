@@ -1,10 +1,13 @@
-// C[M, N] = A[M, K] @ B[N, K].T for e4m3 A in 1x128 tiles and B in 128x128 blocks (or 1x128 tiles), on sm_90a. The core, with its options, is
-// in cuda/fp8_gemm.cuh; here is the order of the tiles.
+// The dense block-scaled product on sm_90a: C[M, N] = A[M, K] @ B[N, K].T, with e4m3 A in 1x128 tiles and B in 128x128 blocks or 1x128 tiles.
+//
+// The warps, the pipeline, the scales and the options are those of cuda/fp8_gemm.cuh. This file adds the order of the tiles. The grid is as many
+// clusters as the GPU holds at once, or fewer if there are fewer tiles; cluster i computes the clusters' tiles i, i + grid, i + 2 * grid, ... in the
+// order of `Place`.
 
 constexpr bool ANY_ROW = false;
 #include "fp8_gemm.cuh"
 
-// The tiles of this CTA.
+// The tiles of this CTA. `index` is the number of its cluster's current tiles; `m` and `n` are the position of its own tile, counted in tiles.
 struct Tiles {
     int M, N, K, stride_sb, index, step, count, tall, wide, m, n;
     u32 rank;
@@ -43,6 +46,9 @@ struct Tiles {
     __device__ __forceinline__ void spare_warp(const Output&, int) const {}
 };
 
+// `map_a` has boxes of BLOCK_M rows, `map_last` boxes of as many rows as the last tile along M has. `map_sa` and, with B_ROWS 1, `map_sb` are for
+// scales; with B_ROWS 128, the scales of B are read from `sb`, in which `stride_sb` is the distance of rows. With DIRECT, C is written at `c`,
+// otherwise through `map_c`.
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)

@@ -1,8 +1,8 @@
 """Launcher of hopper.cu, the block-scaled e4m3 GEMM for sm_90a, in CUDA C++.
 
-CUDA C++ because Gluon cannot say what decided the speed: a tile of A multicast to a cluster of two, and one thread that
-waits, copies and arrives for a warp. Prototypes at 4,096 tokens reached 0.79 to 0.92 of DeepGEMM in Gluon, which had
-1.10 to 1.21 of cuBLASLt there; this kernel has 1.09 to 1.30.
+It is CUDA C++ because Gluon cannot express what decided the speed: multicasting a tile of A to a cluster of two CTAs,
+and a single thread that waits, issues copies and arrives for its warp. At 4,096 tokens, prototypes in Gluon reached
+0.79 to 0.92 of the speed of DeepGEMM, which reached 1.10 to 1.21 of cuBLASLt's; this kernel reaches 1.09 to 1.30.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def fp8_gemm(
     out: Tensor,
     accumulate: bool,
 ) -> Plan:
-    """Fill `out` [M, N], or add to it; few rows by the kernel of hopper_small.py."""
+    """Fill `out` [M, N], or add to it. Few rows are left to the kernel of hopper_small.py."""
     (m, k), n = a.shape, b.shape[0]
     if b_rows == 128 and use_small(m, n, k, multiprocessors(a.device)):
         small = choose_small_config(m, n, k, multiprocessors(a.device))
@@ -80,7 +80,7 @@ def plan(
     out: Tensor,
     accumulate: bool,
 ) -> Plan:
-    """The launch of a given config."""
+    """The launch for a given config; the names are those of `fp8_gemm`."""
     (m, k), n = a.shape, b.shape[0]
     aligned = out.stride(0) * out.element_size() % 16 == 0 and out.data_ptr() % 16 == 0
     direct = not aligned or (accumulate and out.dtype != torch.float32)
@@ -118,7 +118,7 @@ def plan(
 
 
 def options_of(config: HopperConfig, b_rows: int, out: int, bias: int, accumulate: int, direct: int) -> dict[str, int]:
-    """The -D options that cuda/fp8_gemm.cuh and hopper.cu describe."""
+    """The -D options, which cuda/fp8_gemm.cuh describes."""
     return {
         "WAVES": config.waves,
         "BLOCK_N": config.block_n,
@@ -139,7 +139,7 @@ def options_of(config: HopperConfig, b_rows: int, out: int, bias: int, accumulat
 
 
 def shared_bytes(config: HopperConfig, b_rows: int, direct: bool) -> int:
-    """Shared memory of a block, as cuda/fp8_gemm.cuh lays it out."""
+    """Bytes of shared memory of a CTA, as laid out in cuda/fp8_gemm.cuh."""
     rows, columns = config.block_m, config.block_n
     stage = (rows + columns) * 128 + rows * 4 + (columns * 4 if b_rows == 1 else 16) + 16
     return config.stages * stage + (0 if direct else rows * columns * 2)

@@ -1,11 +1,14 @@
-// C[M, N] = A[M, K] @ B[N, K].T for few rows M, e4m3 A in 1x128 tiles and B in 128x128 blocks, or both of bf16 or fp16, on sm_90a. The core,
-// with its options, is in cuda/fp8_gemm_small.cuh; here is the order of the tiles. `map_sa` and `sb` are of e4m3 alone.
+// The dense product for few rows M on sm_90a: C[M, N] = A[M, K] @ B[N, K].T, with e4m3 A in 1x128 tiles and B in 128x128 blocks, or both of them bf16
+// or fp16 (HALF).
+//
+// The warps, the pipeline, the scales and the options are those of cuda/fp8_gemm_small.cuh. This file adds the order of the tiles.
 
 constexpr bool ANY_ROW = false;
 #include "fp8_gemm_small.cuh"
 
-// The tiles of this CTA: where there are more than CTAs fit, every so many along N. Only where there is one for each CTA, or for each cluster, whose
-// CTAs take a part of K each, may they also lie along M.
+// The tiles of this CTA, at row `m` of C and column `n`. If all of A's rows fit one tile, tiles are numbered along N, and a CTA takes every
+// gridDim.x-th of them. With several tiles along M, or with SPLIT > 1, there are as many CTAs, or clusters, as tiles, and each takes one. With SPLIT,
+// a CTA has `count` blocks of K from block `first` on.
 struct Tiles {
     int M, N, stride_sb, m, n, step, first, count;
 
@@ -32,6 +35,8 @@ struct Tiles {
     __device__ __forceinline__ int blocks() const { return count; }
 };
 
+// `map_a` has boxes of TOKENS rows, or of all rows if A has fewer; `map_last` has boxes of as many rows as the last tile along M has. `map_sa` and
+// `sb`, the scales, are used for e4m3 only. The launch is programmatic: it waits for the preceding kernel, then lets the next one begin.
 extern "C" __global__ void
 #if SPLIT > 1
 __cluster_dims__(SPLIT, 1, 1)

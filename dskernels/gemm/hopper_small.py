@@ -1,8 +1,8 @@
 """Launchers of hopper_small.cu, the products for few rows on sm_90a: of block-scaled e4m3, of bf16 and of fp16.
 
-Reading the weights is all that counts there: with one row the kernel takes 0.74 to 0.86 of cuBLASLt's time. CUDA C++,
-as Triton 3.6's Gluon has neither clusters nor L2 policies: without evict-first, loads of B write back what others left
-in the L2, and 4096x7168 takes 21.0 us at 64 rows, not 18.6.
+The time is that of reading the weights: with one row, the kernel takes 0.74 to 0.86 of cuBLASLt's time. It is CUDA C++
+because Gluon in Triton 3.6 has neither clusters nor L2 policies. Unless the loads of B are marked evict-first, they
+force what others left in the L2 to be written back, and 4096x7168 takes 21.0 us with 64 rows instead of 18.6.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ SOURCE = Path(__file__).with_name("hopper_small.cu")
 OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 HALF = {torch.bfloat16: 1, torch.float16: 2}
 BIAS = {None: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
-# Up to here a CTA asks for whole rows of B at once, and the L2 fetches in pieces as large as it is asked for: 32768x512
-# took 12.7 us with a row and 13.5 with 64; in pieces of 256 bytes 13.7 and 14.7. At K = 1536 and more it is the same.
+# Up to this K, a CTA requests whole rows of B at once, and the L2 fetch granularity of B's tensor map is set to the 128
+# bytes that a copy takes of a row: 32768x512 took 12.7 us with one row and 13.5 with 64; with a granularity of 256
+# bytes 13.7 and 14.7. From K = 1536 on it makes no difference.
 SHORT_K = 512
 
 
@@ -38,7 +39,8 @@ def plan(
     out: Tensor,
     accumulate: bool,
 ) -> Plan:
-    """The launch of a given config, for B in blocks of 128x128; the names are those of `fp8_gemm`."""
+    """The launch of the e4m3 product for a given config, with B in blocks of 128x128; the names are those of `fp8_gemm`
+    in hopper.py."""
     (m, k), n = a.shape, b.shape[0]
     processors = multiprocessors(a.device)
     stages = config.stages(m, n, k, processors)
@@ -66,21 +68,23 @@ def plan(
 
 @Planned
 def half_gemm(a: Tensor, b: Tensor, out: Tensor) -> Plan:
-    """Fill `out` [M, N] with ``a @ b.T``, `a` [M, K] and `b` [N, K] being bf16 or fp16: blocks of K of as many bytes as
-    those of e4m3, and tiles as for these."""
+    """Fill `out` [M, N] with ``a @ b.T`` for `a` [M, K] and `b` [N, K] in bf16 or fp16.
+
+    Tiles are chosen as for e4m3 with twice the K, which has as many bytes.
+    """
     (m, k), n = a.shape, b.shape[0]
     return plan_half(choose_small_config(m, n, 2 * k, multiprocessors(a.device)), a, b, out)
 
 
 def takes_half(a: Tensor, b: Tensor) -> bool:
-    """Whether `half_gemm` takes these: their rows are contiguous, and aligned to 16 bytes."""
+    """Whether `half_gemm` supports these: bf16 or fp16, not empty, rows contiguous and aligned to 16 bytes."""
     if a.dtype not in HALF or b.dtype != a.dtype or a.numel() == 0 or b.numel() == 0:
         return False
     return all(x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (a, b))
 
 
 def plan_half(config: SmallConfig, a: Tensor, b: Tensor, out: Tensor) -> Plan:
-    """The launch of a given config."""
+    """The launch of `half_gemm` for a given config."""
     (m, k), n = a.shape, b.shape[0]
     processors = multiprocessors(a.device)
     stages = config.stages(m, n, 2 * k, processors)
@@ -106,7 +110,7 @@ def plan_half(config: SmallConfig, a: Tensor, b: Tensor, out: Tensor) -> Plan:
 
 
 def options_of(config: SmallConfig, out: int, bias: int, accumulate: int, half: int = 0) -> dict[str, int]:
-    """The -D options that cuda/fp8_gemm_small.cuh describes."""
+    """The -D options, which cuda/fp8_gemm_small.cuh describes."""
     return {
         "TILE": config.tile,
         "TOKENS": config.tokens,

@@ -1,11 +1,11 @@
 """Portable Triton kernel of the block-scaled e4m3 GEMM: C[M, N] = A[M, K] @ B[N, K].T.
 
-A program computes tiles of C. It walks K in steps of 128, the length of a scale: the tensor cores multiply a step
-from a fresh accumulator (Hopper keeps only about 14 bits while it accumulates in e4m3), and the result, times both
-scales, is added in fp32.
+A program computes tiles of C. It takes K in steps of 128, the length of a scale. The tensor cores multiply each step
+from a zero accumulator, since Hopper keeps only about 14 bits while it accumulates e4m3; the result is multiplied by
+both scales and added in fp32.
 
-From Hopper on, tiles are loaded through tensor descriptors, and there are as many programs as run at once, each of
-which walks its tiles. Few rows of A are for `triton_narrow`.
+From Hopper on, tiles are loaded through tensor descriptors, and programs are persistent: there are as many as run at
+once, and each computes several tiles. Few rows of A are left to `triton_narrow`.
 
 Names: `p_` pointer, `d_` tensor descriptor, `i_` index of a program or tile, `o_` offsets, `m_` mask, `s_` scale.
 """
@@ -28,7 +28,7 @@ from dskernels.portable import cast, dot, reason_against_e4m3
 
 @triton.jit
 def tile_of(i, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(row, column) of tile `i`, going down GROUP_M tiles before the next column, so that neighbours share B in L2."""
+    """(row, column) of tile `i`: GROUP_M tiles down, then the next column, so that consecutive tiles share B in L2."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     first = i // (GROUP_M * tiles_n) * GROUP_M
@@ -63,9 +63,10 @@ def fp8_gemm_kernel(
     TMA: tl.constexpr,
     TMA_STORE: tl.constexpr,
 ):
-    """BLOCK_M x BLOCK_N tiles of C; B_ROWS is the height of a tile of B that has one scale, 128 or 1.
+    """BLOCK_M x BLOCK_N tiles of C. B_ROWS is the number of rows of B that share a scale, 128 or 1.
 
-    TMA loads through tensor descriptors, which fill with zeros; TMA_STORE stores through one.
+    With TMA, tiles are loaded through tensor descriptors, which return zeros outside the matrix; with TMA_STORE, C is
+    stored through one.
     """
     if TMA:
         d_a = tl.make_tensor_descriptor(p_a, [M, K], [stride_am, 1], [BLOCK_M, 128])
@@ -75,7 +76,7 @@ def fp8_gemm_kernel(
     blocks = tl.cdiv(K, 128)
     for i in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         i_m, i_n = tile_of(i, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        # Offsets in int64, the coordinates of descriptors in int32.
+        # Offsets of pointers are int64, coordinates of descriptors int32.
         o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         o_k = tl.arange(0, 128)
@@ -85,7 +86,7 @@ def fp8_gemm_kernel(
         o_b = tl.minimum(o_n, N - 1)
         if B_ROWS == 1:
             o_sb = o_b * stride_sbn
-        else:  # BLOCK_N divides 128: the tile lies in one block of B
+        else:  # BLOCK_N divides 128, so the tile lies within one row of B's blocks
             o_sb = i_n.to(tl.int64) * BLOCK_N // B_ROWS * stride_sbn
 
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -180,21 +181,22 @@ def fp8_gemm_supports(a: Tensor, *args: object) -> str | None:
 
 
 def with_scratch(launch: functools.partial, device: torch.device) -> None:
-    """Launch a kernel that makes tensor descriptors, which Triton keeps in memory that its allocator gives.
+    """Launch a kernel that creates tensor descriptors; Triton keeps these in memory from its allocator.
 
-    The allocator is set for the current context: in a copy of the caller's, his own one stays as it is.
+    The allocator is set for the current context only. Run this in a copy of the caller's context, so that the caller's
+    own allocator stays in place.
     """
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     launch()
 
 
 def aligned(x: Tensor) -> bool:
-    """Whether TMA takes a matrix: address and rows at multiples of 16 bytes."""
+    """Whether TMA can address a matrix: its address and its rows are aligned to 16 bytes."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
 def architecture(device: torch.device) -> tuple[int, int]:
-    """Compute capability of an NVIDIA GPU, (0, 0) of another one; the CPU's interpreter does as sm_90."""
+    """Compute capability of an NVIDIA GPU, or (0, 0) for another one; the interpreter on the CPU counts as sm_90."""
     if device.type != "cuda":
         return (9, 0)
     return capability(device)

@@ -1,10 +1,12 @@
-"""Portable Triton kernel of the block-scaled e4m3 GEMM for few rows of A: it streams the weights once.
+"""Portable Triton kernel of the block-scaled e4m3 GEMM for few rows of A: it reads the weights once.
 
-There is little to compute, and the time is that of reading B. So nothing is persistent, a program computes one small
-tile, and what counts is how many bytes are under way: up to eight blocks of K a program, scales included. Loading the
-scales in the step that uses them instead costs the latency of memory at each step: 35 µs against 22 at 1x4096x7168 on
-an H100. Where the tiles are too few to fill the GPU, several programs share one along K, and `sum_parts_kernel` adds
-their sums in a fixed order.
+There is little to compute, and the time is that of reading B. So programs are not persistent, each computes one small
+tile, and what matters is the number of bytes in flight: up to eight blocks of K per program, including their scales.
+Loading the scales in the step that uses them instead would cost the latency of memory in each step: 35 µs instead of 22
+at 1x4096x7168 on an H100. If there are too few tiles to fill the GPU, several programs share one, each with a part of
+K, and `sum_parts_kernel` adds their sums in a fixed order.
+
+Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask, `s_` scale.
 """
 
 from __future__ import annotations
@@ -47,9 +49,11 @@ def narrow_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One tile of C; with SPLIT, what `blocks` blocks of K add to it, to p_parts [parts, M, N].
+    """One tile of C or, with SPLIT, the part of it from `blocks` blocks of K, which goes to p_parts [parts, M, N].
 
-    Tensor cores multiply at least 64 rows by 8 or 16 columns: up to 16 rows of A stand as the columns, C transposed.
+    Tensor cores multiply at least 64 rows by 8 or 16 columns. So with up to 16 rows of A (SWAP) the operands are
+    exchanged: rows of B are the rows of the product, those of A its columns, and the tile of C is transposed at the
+    end.
     """
     SWAP: tl.constexpr = BLOCK_M < 64
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -60,21 +64,21 @@ def narrow_kernel(
     o_m = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, 128)
-    # Rows beyond the last are those of the last row again, and are not stored.
+    # Rows beyond the last load the last row again, and are not stored.
     o_a = tl.minimum(o_m, M - 1)
     o_b = tl.minimum(o_n, N - 1)
     p_a_tile = p_a + o_a[:, None] * stride_am + o_k[None, :]
     p_b_tile = p_b + o_b[:, None] * stride_bn + o_k[None, :]
     if B_ROWS == 1:
         o_sb = o_b * stride_sbn
-    else:  # BLOCK_N divides 128: the tile lies in one block of B
+    else:  # BLOCK_N divides 128, so the tile lies within one row of B's blocks
         o_sb = i_n.to(tl.int64) * BLOCK_N // B_ROWS * stride_sbn
 
     if SWAP:
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # `num_stages` here, on the loop, has the loads of the scales pipelined too.
+    # With `num_stages` given for the loop, the loads of the scales are pipelined too.
     for k in tl.range(first, last, num_stages=STAGES):
         if EVEN_K:
             a = tl.load(p_a_tile + k * 128)  # [BLOCK_M, 128]
@@ -126,7 +130,7 @@ def sum_parts_kernel(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK columns of a row of C: the sum of its parts, in the same order at each call."""
+    """BLOCK columns of a row of C: the sum of its parts, in the same order in every call."""
     i_m = tl.program_id(1).to(tl.int64)
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     o_p = tl.arange(0, PARTS)
@@ -154,7 +158,7 @@ def narrow(
     config: GemmConfig,
     parts: int,
 ) -> None:
-    """Fill `out` [M, N], or add to it; `parts` programs share a tile, fewer where K has no block for each."""
+    """Fill `out` [M, N], or add to it. Up to `parts` programs share a tile, each with at least one block of K."""
     (m, k), n = a.shape, b.shape[0]
     blocks = max(1, ceil_div(ceil_div(k, 128), parts))
     parts = max(1, ceil_div(ceil_div(k, 128), blocks))
