@@ -1,5 +1,5 @@
-// What the gradient of attention does around its products, on sm_90a: it finds the sequences, computes delta before, and scales and rounds dq after.
-// mla/prefill/hopper_backward.cu has the rest, and says what the names mean.
+// What the gradient of attention does before and after its main kernel, on sm_90a: the kernel `prepare` computes delta, the kernel `finish` scales
+// and rounds dq; and how all of them find the sequences. The main kernel, and what the names mean, are in mla/prefill/hopper_backward.cu.
 //
 // Options (-D):
 //   KIND   of the inputs: 0 bf16, 1 fp16
@@ -8,7 +8,7 @@
 #include "attention.cuh"
 
 constexpr bool FP16 = KIND == 1;
-constexpr int QK_DIM = 192, V_DIM = 128, ROWS = 64, KEYS = 128;  // ROWS queries are a block, KEYS keys a tile
+constexpr int QK_DIM = 192, V_DIM = 128, ROWS = 64, KEYS = 128;  // a block is ROWS queries, a tile is KEYS keys
 constexpr int DQ_BYTES = ROWS * QK_DIM * 4;
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -16,26 +16,28 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Sizes {
     int tokens_q, tokens_k, sequences, heads, heads_k, causal;
-    // A head has this many blocks of queries and tiles of keys, some of them empty.
+    // The number of blocks of queries, and of tiles of keys, of a head; it never is too small, and some of them are empty.
     __device__ __forceinline__ int blocks_q() const { return tokens_q / ROWS + sequences + 2; }
     __device__ __forceinline__ int tiles_k() const { return tokens_k / KEYS + sequences + 2; }
 };
 
-// `turns` says which tile of keys is to add to a block of queries of a head. Behind these is how many tiles have been taken, and then cu_seqlens_k
-// made to ascend: a tile of keys that nobody found would be waited for without end.
+// `turns` has, for each head and block of queries, the tile of keys whose turn it is to add to this block. After these comes the number of tiles that
+// have been taken, and then cu_seqlens_k made ascending: otherwise no CTA might find a certain tile of keys, and its turn would be waited for
+// forever.
 __device__ __forceinline__ int* counter_of(int* turns, const Sizes& sizes) { return turns + (long long)sizes.heads * sizes.blocks_q(); }
 __device__ __forceinline__ int* ascending_of(int* turns, const Sizes& sizes) { return counter_of(turns, sizes) + 1; }
 
-// Edge i of the spans that part [0, tokens): 0, then the sequences + 1 values of cu_seqlens, then tokens. Whatever those values are, an edge lies
-// within [0, tokens].
+// Edge i of the spans that divide [0, tokens). Edges are 0, then the sequences + 1 values of cu_seqlens, then `tokens`: so span 0 is what lies before
+// the first sequence, span s the s-th sequence, and the last span what lies after all of them. Whatever the values are, edges are within
+// [0, tokens].
 __device__ __forceinline__ int edge(const int* cu, int i, int sequences, int tokens) {
     if (i <= 0) return 0;
     if (i > sequences + 1) return tokens;
     return min(max(__ldg(cu + i - 1), 0), tokens);
 }
 
-// Tile i, of SIZE tokens: of which span, where that begins and how long it is, and where in it the tile begins. The first tile of a span is number
-// edge / SIZE + span; that leaves every span as many as it needs, and some that begin at its end or later.
+// Tile i of SIZE tokens: the span that it belongs to, where this begins and how long it is, and where in the span the tile begins. The first tile of
+// a span has the number edge / SIZE + span. This leaves each span as many tiles as it needs; surplus ones begin at its end or later.
 template <int SIZE> struct Tile {
     int span, start, length, first;
     __device__ __forceinline__ Tile(const int* cu, int i, int sequences, int tokens) {
@@ -51,18 +53,18 @@ template <int SIZE> struct Tile {
         first = (i - start / SIZE - low) * SIZE;
     }
 };
-// How many tokens the sequence of a span has; the first and the last span are none.
+// The number of tokens of a span's sequence; 0 for the first and the last span, which are no sequences.
 __device__ __forceinline__ int length_of(const int* cu, int span, int sequences, int tokens) {
     if (span < 1 || span > sequences) return 0;
     return max(edge(cu, span + 1, sequences, tokens) - edge(cu, span, sequences, tokens), 0);
 }
-// Query i of a sequence sees the keys up to i + ahead.
+// The difference `ahead`: query i of a sequence sees the keys up to i + ahead.
 __device__ __forceinline__ int keys_ahead(int queries, int keys, int causal) { return causal ? keys - queries : 1 << 29; }
 
 // ---- 16-bit rows from registers ----------------------------------------------------------------------------------
 
-// Of one of a thread's rows four pairs of columns, 8 apart: the four lanes of a quad transpose them, and each writes 16 bytes, columns
-// 8 * (lane % 4) on.
+// Store 32 columns of one of a thread's rows. Each lane has four pairs of columns, which are 8 columns apart; the four lanes of a quad transpose
+// them, so that each writes 16 bytes, the 8 columns from 8 * (lane % 4) on.
 __device__ __forceinline__ void store_quad(u16* row, u32 (&x)[4], int quarter, bool inside) {
 #pragma unroll
     for (int d = 1; d < 4; d *= 2)
@@ -77,7 +79,7 @@ __device__ __forceinline__ void store_quad(u16* row, u32 (&x)[4], int quarter, b
     if (inside) *(uint4*)(row + 8 * quarter) = make_uint4(x[0], x[1], x[2], x[3]);
 }
 
-// Columns FROM to TO of a thread's two rows of a product, times `scale`, to the rows `row` and `row` + 8 of `rows`.
+// Store columns FROM to TO of a thread's two rows of a product, times `scale`, to rows `row` and `row` + 8 of a matrix with `rows` rows.
 template <int FROM, int TO, int N>
 __device__ __forceinline__ void store_columns(u16* to, long long stride, const float (&x)[N], float scale, int row, int rows, int quarter) {
 #pragma unroll
@@ -95,7 +97,7 @@ __device__ __forceinline__ void store_columns(u16* to, long long stride, const f
 
 constexpr int PREPARE_THREADS = 128;
 
-// A warp's work: values that are less than an earlier one become that one, and all lie within [0, tokens].
+// A warp's work: clamp `count` values to [0, tokens] and replace them by their running maximum.
 __device__ __forceinline__ void ascend(const int* cu, int* to, int count, int tokens, int lane) {
     int before = 0;
     for (int i = lane; i - lane < count; i += 32) {
@@ -110,8 +112,9 @@ __device__ __forceinline__ void ascend(const int* cu, int* to, int count, int to
     }
 }
 
-// Of a block of queries and a head: lse in units of log 2, and delta; also the counter of its turns is set to 0. One more CTA makes cu_seqlens_k
-// ascend. A query that sees nothing gets lse inf instead of -inf, so that its p are 0, and so do the rows behind the sequence's end.
+// Each CTA has one block of queries of a head: it writes their lse in units of log 2 and their delta to `stats`, and sets the block's turn to 0. One
+// more block per head makes cu_seqlens_k ascending and resets the counter of tiles. A query that sees no key gets lse inf instead of -inf, so that
+// its weights p become 0, and so do the rows after the end of the sequence.
 extern "C" __global__ void __launch_bounds__(PREPARE_THREADS)
 prepare(const u16* dout, const float* dlse, const u16* out, const float* lse, const int* cu_q, const int* cu_k, float* stats, int* turns,
         long long stride_dt, long long stride_dh, long long stride_ot, long long stride_oh, Sizes sizes) {
@@ -161,7 +164,7 @@ prepare(const u16* dout, const float* dlse, const u16* out, const float* lse, co
 
 // ---- after: dq ---------------------------------------------------------------------------------------------------
 
-// Of a block of queries and a head: scale what was summed, and round it. Queries that see nothing, or of no sequence, get 0.
+// Each CTA has one block of queries of a head: it scales the sums of dq and rounds them. Queries that see no key, or belong to no sequence, get 0.
 extern "C" __global__ void __launch_bounds__(256)
 finish(const float* sums, const int* cu_q, int* turns, u16* dq, long long stride_t, long long stride_h, Sizes sizes, float scale) {
     const int block = blockIdx.x / sizes.heads, head = blockIdx.x % sizes.heads;

@@ -1,39 +1,39 @@
-// The tiles of queries of packed sequences, whose lengths only the device knows: found, and put into an order, by one CTA before the kernel
-// that computes them.
+// The tiles of queries of packed sequences, whose lengths only the device knows. The kernel `plan`, a single CTA, finds them and puts them into an
+// order; the attention kernel launched after it takes them from that list.
 //
-// Before a kernel includes this file it says, by constants, ROWS, the queries of a tile, and BLOCK_N, the keys of a block.
+// A file that includes this one first defines two constants: ROWS, the number of queries of a tile, and BLOCK_N, the number of keys of a block.
 #pragma once
 
 #include "ptx.cuh"
 
-// A tile, as `plan` writes it down.
+// A tile as `plan` writes it to the list.
 struct alignas(32) Tile {
-    int row, rows;     // the first of its queries, and how many: at least 1
-    int key, key_end;  // the keys of its sequence
-    int seen;          // how many keys its first query sees: not clamped, as queries after it may see more
-    int blocks;        // of keys that any of its queries sees
-    int head, unused;  // for the kernel that computes it
+    int row, rows;     // its first query, and the number of its queries, at least 1
+    int key, key_end;  // the range of the keys of its sequence
+    int seen;          // number of keys that its first query sees; not clamped, since each later query sees one more
+    int blocks;        // number of blocks of keys that any of its queries sees
+    int head, unused;  // for use by the attention kernel
 };
 struct alignas(32) Work {
-    int next, tiles;  // a counter that begins at 0; how many tiles there are
+    int next, tiles;  // a counter of the attention kernel, which begins at 0; the number of tiles
     Tile list[1];
 };
 
 struct Sizes {
     int tokens_q, tokens_k, sequences, causal;
-    int chunk;  // keys that are read at one time
+    int chunk;  // tiles whose sequences begin within this many keys are computed at about the same time, see `plan`
 };
 
-// Edge i of the spans that part [0, tokens): 0, then the sequences + 1 values of cu_seqlens, then tokens. Whatever those values are, an edge
-// lies within [0, tokens].
+// Edge i of the spans that divide [0, tokens). Edges are 0, then the sequences + 1 values of cu_seqlens, then `tokens`. Whatever the values are, an
+// edge is within [0, tokens].
 __device__ __forceinline__ int edge(const int* cu, int i, int sequences, int tokens) {
     if (i <= 0) return 0;
     if (i > sequences + 1) return tokens;
     return min(max(__ldg(cu + i - 1), 0), tokens);
 }
 
-// Tile i of tokens_q / ROWS + sequences + 2, which are never too few; those too many have no rows. Span 0 is what lies before the first
-// sequence, span s the s-th sequence, the last span what lies after all of them. The first tile of a span is number edge / ROWS + span.
+// Tile i of tokens_q / ROWS + sequences + 2, a number that is never too small; surplus tiles have no rows. Span 0 is what lies before the first
+// sequence, span s the s-th sequence, the last span what lies after all of them. The first tile of a span has the number edge / ROWS + span.
 __device__ __forceinline__ Tile find_tile(const int* cu_q, const int* cu_k, const Sizes& sizes, int i) {
     int low = 0, high = sizes.sequences + 2;
     while (high - low > 1) {
@@ -61,8 +61,8 @@ __device__ __forceinline__ Tile find_tile(const int* cu_q, const int* cu_k, cons
 constexpr int PLAN_THREADS = 1024, PLAN_WARPS = PLAN_THREADS / 32;
 constexpr int CHUNKS = 32, LEVELS = 256, BUCKETS = CHUNKS * LEVELS;
 
-// Sort the tiles into buckets: by the chunk of keys that their sequence begins in, so that what is computed at one time stays in the L2, and
-// within a chunk by length, the longest first, so that all multiprocessors end at about the same time.
+// Sort the tiles into buckets: by the chunk of keys in which their sequence begins, so that the keys of tiles that are computed at the same time stay
+// in the L2; and within a chunk by length, the longest first, so that all multiprocessors finish at about the same time.
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1)
 plan(const int* __restrict__ cu_q, const int* __restrict__ cu_k, Work* work, Sizes sizes) {
     __shared__ int places[BUCKETS];
@@ -81,7 +81,7 @@ plan(const int* __restrict__ cu_q, const int* __restrict__ cu_k, Work* work, Siz
         if (tile.rows > 0) atomicAdd(places + bucket(tile), 1);
     }
     __syncthreads();
-    // Where each bucket begins: an exclusive sum, over the buckets of a thread, of a warp, of the CTA.
+    // Find where each bucket begins: an exclusive sum over the buckets of a thread, then of a warp, then of the CTA.
     int* mine = places + threadIdx.x * (BUCKETS / PLAN_THREADS);
     int count = 0;
     for (int i = 0; i < BUCKETS / PLAN_THREADS; ++i) count += mine[i];

@@ -1,55 +1,65 @@
-// The core of the bf16 and fp16 products on sm_90a: C = A @ B.T, summed in fp32 by the tensor cores. A kernel includes this file and brings
-// its own order of tiles, see below. The block-scaled e4m3 products (fp8_gemm.cuh) are built in the same way.
+// The core of the bf16 and fp16 products on sm_90a: C = A @ B.T, summed in fp32 by the tensor cores. It is not a kernel: a .cu file includes it,
+// provides the order of the tiles (`Tiles`, below), and calls `half_gemm`. The block-scaled e4m3 products (fp8_gemm.cuh) are built in the same way.
 //
-// A pair of CTAs, a cluster, computes two tiles of C of 128 x BLOCK_N at a time, each with three warpgroups. Warpgroups 0 and 1 multiply 64
-// rows each, and keep a block's products in flight while they start the next one's. Of warpgroup 2, one warp loads: for each 64 of K, the
-// tiles of A and B go to one of STAGES buffers in shared memory. Two others have finished tiles stored, and the last one is the kernel's.
-// What both tiles of a pair need, B where they lie one below the other, A where they lie side by side, each CTA loads half of, for both.
+// Two persistent CTAs form a cluster and compute two adjacent tiles of C, of 128 x BLOCK_N, at a time. Each has three warpgroups (384 threads):
 //
-// In 128x256 tiles shared memory is as busy as the tensor cores: a block of K reads 80 KB for the products and writes 48 KB, 1,024 clocks at
-// 128 bytes a clock, and the products take 1,024; in 128x128 tiles it would be 640 for 512. What bounds it seems to be power, as with cuBLAS:
-// one H100 did 694 to 698 TFLOP/s in bf16 whatever the shape, the order of the tiles, the unrolling, or how far one warpgroup was set behind
-// the other.
+//     warpgroup 2, warp 2    one thread loads, for each 64 along K, the tiles of A and B by TMA into one of STAGES buffers (see ring.cuh)
+//           |  full[stage]           ^  empty[stage]
+//           v                        |
+//     warpgroups 0 and 1     multiply 64 rows each by wgmma; the products of one stage are in flight while those of the next are issued
+//           |  written(group)        ^  free_again(group)
+//           v                        |
+//     warpgroup 2, warps 0 and 1     each stores the tiles of C of one multiplying warpgroup, from shared memory, by TMA
+//     warpgroup 2, warp 3    runs what the kernel passes as `rest`
 //
-// `Tiles` says which tiles this CTA computes, in which order, the same blocks of K for both CTAs of a pair. Every thread that needs to know
-// walks a copy of its own:
-//   valid()         whether there is one more; next() goes on to it
-//   side_by_side()  whether the pair lies side by side, with the same rows of A; else it has the same rows of B
-//   blocks()        of K, 64 wide: 1 or more
-//   rows()          rows of C from the tile's first on that it may write; where they are none, the tile is loaded all the same
-//   column()        of C, where it begins
-//   load_a<SHARED>(map, buffer, barrier, block, i), load_b: load box i of a block of K, SHARED for both CTAs
-//   store<ADD>(map, buffer, column, row): have a box of 64 rows stored, or added; `row` counts from the tile's first
+// The two tiles of a pair share an operand: the tile of B if one lies below the other, the tile of A if they lie side by side. Each CTA loads half of
+// the shared tile, for both, by multicast.
+//
+// With 128x256 tiles, shared memory is as busy as the tensor cores: a block of K reads 80 KB for the products and writes 48 KB, which takes 1,024
+// clocks at 128 bytes per clock, and the products take 1,024 too; with 128x128 tiles it would be 640 clocks for products of 512. The limit seems to
+// be power, as it is for cuBLAS: one H100 reached 694 to 698 TFLOP/s in bf16, whatever the shape, the order of the tiles, the unrolling, or how far
+// one warpgroup was set behind the other.
+//
+// `Tiles` says which tiles this CTA computes, and in which order; both CTAs of a pair have the same blocks of K. Every thread that needs this has its
+// own copy and steps through the same sequence:
+//   valid()         whether the current tile exists; next() goes on to the following one
+//   side_by_side()  whether the tiles of the pair are adjacent along N, with the same rows of A; otherwise they have the same rows of B
+//   blocks()        number of blocks of K, 64 wide; at least 1
+//   rows()          number of rows of C, from the tile's first, that may be written; even if there are none, the tile's operands are loaded
+//   column()        first column of the tile in C
+//   load_a<SHARED>(map, buffer, barrier, block, i), load_b<SHARED>(...): load box i of a block of K, with SHARED for both CTAs
+//   store<ADD>(map, buffer, column, row): store a box of 64 rows of C by TMA, or add it; `row` is relative to the tile's first row
 //
 // Options (-D):
-//   KIND        of A and B: 0 bf16, 1 fp16
-//   A_MN, B_MN  1: the operand's rows along M or N are contiguous in memory, not those along K
+//   KIND        dtype of A and B: 0 bf16, 1 fp16
+//   A_MN, B_MN  1: the operand is contiguous along M or N in memory, 0: along K
 //   BLOCK_N     columns of a tile: 128, 192 or 256
-//   STAGES      blocks of K in flight
-//   UNROLL      of the loop over K
-//   OUT         0 bf16, 1 fp16, 2 fp32
-//   ACCUMULATE  1: add to C instead of overwriting it, with OUT 2
+//   STAGES      pipeline stages: blocks of K in flight
+//   UNROLL      unroll factor of the loop over K
+//   OUT         dtype of C: 0 bf16, 1 fp16, 2 fp32
+//   ACCUMULATE  1: add to C instead of overwriting it; requires OUT 2
 #pragma once
 
 #include "element.cuh"
 #include "wgmma.cuh"
 
 constexpr int BLOCK_M = 128, BLOCK_K = 64, CLUSTER = 2;
-constexpr u16 EVERYONE = 3;  // of a cluster
-// Operands come in boxes: rows of 64 of K, half a tile's; or 64 of K, rows of 64 of M or N.
+constexpr u16 EVERYONE = 3;  // multicast mask: both CTAs of the cluster
+// TMA loads operands in boxes of 128-byte rows. If rows run along K, a box has 64 of K and half of the tile's rows; if they run along M or N, it has
+// 64 of M or N and 64 of K.
 constexpr int A_BOXES = 2, B_BOXES = B_MN ? BLOCK_N / 64 : 2;
 constexpr int A_BYTES = BLOCK_M * BLOCK_K * 2, B_BYTES = BLOCK_N * BLOCK_K * 2;
-// C is handed over in boxes of 64 rows and 128 bytes, through two buffers for each warpgroup.
+// C passes to the storing warps in boxes of 64 rows and 128 bytes, through two buffers for each multiplying warpgroup.
 constexpr int BOX_N = 128 / (int)sizeof(Element), BOXES = BLOCK_N / BOX_N, BOX_BYTES = 64 * 128, HALVES = 2;
 
 constexpr int OFFSET_A = 0, OFFSET_B = STAGES * A_BYTES, OFFSET_C = OFFSET_B + STAGES * B_BYTES;
-constexpr int OFFSET_BARRIERS = OFFSET_C + 2 * HALVES * BOX_BYTES, OFFSET_TABLE = OFFSET_BARRIERS + STAGES * 16;  // the kernel's from there on
+constexpr int OFFSET_BARRIERS = OFFSET_C + 2 * HALVES * BOX_BYTES, OFFSET_TABLE = OFFSET_BARRIERS + STAGES * 16;  // from there on the kernel's own
 
 #include "ring.cuh"
 
 // ---- loading ------------------------------------------------------------------------------------------------------
 
-// One thread's work: fill the ring, block of K by block of K, tile by tile.
+// The loading thread's work: fill the stages in turn, for all blocks of K of all tiles.
 template <class Tiles>
 __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, const TensorMap* map_a, const TensorMap* map_b) {
     Stage stage;
@@ -71,14 +81,15 @@ __device__ __forceinline__ void load_tiles(Tiles tiles, u32 base, u32 rank, cons
                 if (a_shared) tiles.template load_b<false>(map_b, b + i * (B_BYTES / B_BOXES), barrier, k, i);
                 else if (i % 2 == rank) tiles.template load_b<true>(map_b, b + i * (B_BYTES / B_BOXES), barrier, k, i);
             }
-            barrier_expect(barrier, A_BYTES + B_BYTES);  // from here and from the other CTA
+            barrier_expect(barrier, A_BYTES + B_BYTES);  // loaded by this CTA and by the other one
         }
     }
 }
 
 // ---- C -----------------------------------------------------------------------------------------------------------
 
-// C goes from registers to shared memory, in the accelerator's 128-byte swizzle, and from there a warp of its own has it stored.
+// A multiplying warpgroup's part of storing C: from registers to shared memory, in the 128-byte swizzle of the tensor map. A warp of warpgroup 2
+// stores it from there.
 __device__ __forceinline__ void write_to_shared(const float (&sums)[BLOCK_N / 2], u32 buffers, int group, int warp, int lane) {
 #pragma unroll
     for (int box = 0; box < BOXES; ++box) {
@@ -104,7 +115,7 @@ __device__ __forceinline__ void write_to_shared(const float (&sums)[BLOCK_N / 2]
     }
 }
 
-// A warp's work: have the tiles of one warpgroup stored.
+// A storing warp's work: issue the TMA stores for one multiplying warpgroup's part of every tile.
 template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, u32 buffers, int group, const TensorMap* map_c) {
     const bool elected = elect_one();
 #pragma unroll
@@ -117,7 +128,7 @@ template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, 
             if (elected) {
                 tiles.template store<ACCUMULATE>(map_c, buffers + box % HALVES * BOX_BYTES, tiles.column() + box * BOX_N, group * 64);
                 tma_store_commit();
-                // The buffer that was handed over before this one: by now the accelerator has read it.
+                // Wait until TMA has read the buffer of the preceding box, which is then released.
                 if (box > 0) tma_store_wait_read<1>();
             }
             __syncwarp();
@@ -131,12 +142,13 @@ template <class Tiles> __device__ __forceinline__ void store_tiles(Tiles tiles, 
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// A warpgroup's work: multiply what the ring holds, and write C. A stage is released when the products after its own have been started.
+// A multiplying warpgroup's work: multiply what the ring holds, and write C. A stage is released when the products of the next stage have been issued
+// and its own have ended.
 template <class Tiles>
 __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group, int warp, int lane) {
-    constexpr int STEP_A = A_MN ? 128 : 2, STEP_B = B_MN ? 128 : 2;  // 16 of K, in a descriptor
+    constexpr int STEP_A = A_MN ? 128 : 2, STEP_B = B_MN ? 128 : 2;  // what 16 along K add to a descriptor
     const u32 addr_a = base + OFFSET_A + group * (A_BYTES / A_BOXES), addr_b = base + OFFSET_B;
-    // The lower halves of descriptors, through a shuffle, so that the compiler knows them to be the same in all lanes.
+    // The lower halves of the wgmma descriptors. The shuffle tells the compiler that they are the same in all lanes.
     const u32 first_a = __shfl_sync(0xffffffffu, (u32)(A_MN ? operand_mn_major(addr_a, BOX_BYTES) : operand_k_major(addr_a)), 0);
     const u32 first_b = __shfl_sync(0xffffffffu, (u32)(B_MN ? operand_mn_major(addr_b, BOX_BYTES) : operand_k_major(addr_b)), 0);
     Stage stage;
@@ -178,11 +190,11 @@ __device__ __forceinline__ void multiply_tiles(Tiles tiles, u32 base, int group,
     }
 }
 
-// The whole kernel but for the barriers, see `make_barriers`, and what the last warp does, `rest`; for a grid of as many clusters as the GPU
-// holds.
+// The body of the kernel, for a grid of at most as many clusters as the GPU holds at once. The kernel itself initialises the barriers before
+// (`make_barriers`), and says what the last warp does (`rest`).
 template <class Tiles, class Rest>
 __device__ __forceinline__ void half_gemm(Tiles tiles, u32 base, const TensorMap* map_a, const TensorMap* map_b, const TensorMap* map_c, Rest rest) {
-    // Through a shuffle, so that the compiler knows them to be the same in all lanes.
+    // The shuffle tells the compiler that these are the same in all lanes.
     const int global_warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), group = global_warp / 4, warp = global_warp % 4;
     const int lane = threadIdx.x % 32;
     if (group == 2) {
@@ -194,5 +206,5 @@ __device__ __forceinline__ void half_gemm(Tiles tiles, u32 base, const TensorMap
         registers_grow<232>();
         multiply_tiles(tiles, base, group, warp, lane);
     }
-    cluster_sync();  // a CTA must not end while the other may still arrive at its barriers, or load for it
+    cluster_sync();  // a CTA must not end while the other may still arrive at its barriers or load into its shared memory
 }

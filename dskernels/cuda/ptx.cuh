@@ -118,9 +118,9 @@ __device__ __forceinline__ void tma_load_multicast(u32 dst, const TensorMap* map
         "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(mask)
         : "memory");
 }
-// Load rows of a group that ends at row `end`; rows from `end` on are read as zero. The map is one of `ragged_map` in tensor_map.py. A row at or after
-// `end` has a second coordinate of at least RAGGED, which is out of bounds. The third coordinate makes what RAGGED adds to the address a multiple of
-// 2^64, that is, nothing.
+// Load rows of a group that ends at row `end`; rows from `end` on are read as zero. The map is one of `ragged_map` in tensor_map.py. A row at or
+// after `end` has a second coordinate of at least RAGGED, which is out of bounds. The third coordinate makes what RAGGED adds to the address a
+// multiple of 2^64, that is, nothing.
 constexpr int RAGGED = 1 << 30;
 __device__ __forceinline__ void tma_load_ragged(u32 dst, const TensorMap* map, u32 barrier, int x, int row, int end) {
     asm volatile(

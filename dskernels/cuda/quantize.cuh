@@ -1,5 +1,7 @@
-// Quantising to e4m3: a tile's scale, division by it, and the 8 x 8 elements of a thread, whose transpose passes through shared memory.
-// UE8M0 (-D): scales are powers of two.
+// Quantising to e4m3: the scale of a tile, division by it, and the block of 8 x 8 elements that a thread has of a tile of 128 x 128. Scales are found
+// for rows and for columns of a tile; the transposed result passes through shared memory.
+//
+// Option (-D): UE8M0 1: scales are powers of two.
 #pragma once
 
 #include "ptx.cuh"
@@ -8,11 +10,13 @@ constexpr u32 INFINITE = 0x7f800000u;
 
 // ---- scale and division ------------------------------------------------------------------------------------------
 
-// What the elements of a tile are divided by: the scale as `scale * up` in [1, 2), `up` being a power of two, and 1 / (scale * up).
+// The divisor of a tile's elements. `up` is the power of two that brings the tile's scale into [1, 2), `scale` is the scale times `up`, `inverse` is
+// 1 / `scale`. (In some cases of `prepare`, infinity, NaN and UE8M0, they have other values.)
 struct alignas(16) Divisor {
     float up, scale, inverse, unused;
 };
-// The same where a product that is an ulp or two off is as good, since the elements are: a quarter of the instructions and registers.
+// A divisor for elements that are an ulp or two off themselves, so that a product with the reciprocal is as good as a quotient: it takes a quarter of
+// the instructions and registers.
 struct Reciprocal {
     float inverse;
 };
@@ -22,23 +26,25 @@ __device__ __forceinline__ float approximate_inverse(float x) {
     return x;
 }
 
-// 1 / (1 + exp(-x)), to the bit of torch's, but not below 2^-126: then scales are the reference's. With ex2.approx and rcp.approx alone they are up
-// to 3 ulp off, and the gated product as it stands takes 90 us, not 103, at 32768 x 2048 on an H200.
+// 1 / (1 + exp(-x)), with the same bits as torch's, but never below 2^-126. That makes scales equal to the reference's. With ex2.approx and
+// rcp.approx alone, scales are up to 3 ulp off, and quantising silu(gate) * up of 32768 x 2048, without a transposed result, takes 90 us instead of
+// 103 on an H200.
 __device__ __forceinline__ float sigmoid(float x) {
     const float y = fminf(add(1.f, expf(-x)), 0x1p126f), guess = approximate_inverse(y);
-    return fma(fma(-y, guess, 1.f), guess, guess);  // a step of Newton's leaves the nearest float
+    return fma(fma(-y, guess, 1.f), guess, guess);  // a Newton step gives the nearest float
 }
 
-// amax / 448, at least 2^-126, and 1 where amax, given as its bits, is 0.
+// The scale of a tile, given the bits of the largest magnitude: amax / 448, at least 2^-126, and 1 if amax is 0.
 __device__ __forceinline__ float scale_of(u32 amax) {
-    // Exact, as the quotient of a float and 7 is never nearer than 1/14 ulp to the middle of two; away from denormals.
+    // One correction of the guess gives the correctly rounded quotient, because the quotient of a float and 7 is never nearer than 1/14 ulp to the
+    // middle between two floats. Small values are multiplied by 2^64, to stay away from denormals.
     const bool small = amax < 0x10000000u;
     const float x = __uint_as_float(amax) * (small ? 0x1p64f : 1.f), r = 1.f / 448.f, guess = x * r;
     float scale = __fmaf_rn(__fmaf_rn(-guess, 448.f, x), r, guess) * (small ? 0x1p-64f : 1.f);
     if (amax >= INFINITE) scale = x;
     scale = scale < 1.1754943508222875e-38f ? 1.1754943508222875e-38f : scale;
     if (UE8M0) {
-        // Up to a power of two: any bit of the mantissa carries into the exponent. Infinity and NaN stay.
+        // Round up to a power of two: any bit of the mantissa carries into the exponent. Infinity and NaN stay.
         const u32 bits = __float_as_uint(scale);
         scale = bits < INFINITE ? __uint_as_float((bits + 0x7fffffu) & INFINITE) : scale;
     }
@@ -48,26 +54,26 @@ __device__ __forceinline__ float scale_of(u32 amax) {
 __device__ __forceinline__ void prepare(Divisor& d, float scale) {
     const u32 bits = __float_as_uint(scale);
     const bool finite = bits < INFINITE;
-    // finite / infinity is 0, infinity / infinity and everything / NaN is NaN
+    // For other scales, finite / infinity has to be 0, infinity / infinity and anything / NaN has to be NaN.
     d.up = finite ? __uint_as_float(0x7f000000u - (bits & INFINITE)) : bits == INFINITE ? 0.f : scale;
     d.scale = finite ? __uint_as_float((bits & ~INFINITE) | 0x3f800000u) : 1.f;
-    // The nearest float: what the hardware returns is one ulp off at most, and a step of Newton's takes that away, for each of the 2^23.
+    // The nearest float: the hardware's reciprocal is one ulp off at most, and a Newton step removes that, for each of the 2^23 mantissas.
     const float guess = approximate_inverse(d.scale);
     d.inverse = UE8M0 ? 1.f : __fmaf_rn(guess, __fmaf_rn(-d.scale, guess, 1.f), guess);
     d.unused = 0.f;
 }
 __device__ __forceinline__ void prepare(Reciprocal& d, float scale) { d.inverse = approximate_inverse(scale); }
 
-// x / scale for x * up, to the bit of IEEE division wherever e4m3 can tell: the product with the reciprocal is 1.5 ulp off at most, and one step
-// of Newton's leaves it on the right side of every point where e4m3 rounds (all mantissas of the scale were tried with all floats next to
-// such a point). The signs in the step keep a negative zero.
+// x / scale, given x * up. After rounding to e4m3, it is the same as IEEE division: the product with the reciprocal is 1.5 ulp off at most, and one
+// Newton step leaves it on the right side of every point where e4m3 rounds (all mantissas of the scale were tried with all floats next to such a
+// point). The signs in the step keep a negative zero.
 __device__ __forceinline__ float quotient(float x, const Divisor& d) {
     if (UE8M0) return x;
     const float q = __fmul_rn(x, d.inverse);
     return __fmaf_rn(-__fmaf_rn(q, d.scale, -x), d.inverse, q);
 }
 
-// x * up. Not `*`: CuPy compiles with -ftz=true, which would take a denormal x for zero.
+// x * up for a pair of bf16. In PTX, because CuPy compiles with -ftz=true, with which `*` would take a denormal x for zero.
 __device__ __forceinline__ u32 raised(u32 pair, const Divisor& d) {
     const u32 up = __float_as_uint(d.up);
     asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(pair) : "r"(__byte_perm(up, up, 0x3232)));
@@ -76,7 +82,7 @@ __device__ __forceinline__ u32 raised(u32 pair, const Divisor& d) {
 __device__ __forceinline__ float divided(float x, const Divisor& d) { return quotient(mul(x, d.up), d); }
 __device__ __forceinline__ float divided(float x, const Reciprocal& d) { return mul(x, d.inverse); }
 
-// Four e4m3 in a word, the first in the lowest byte.
+// Four numbers as e4m3 in a word, the first in the lowest byte.
 __device__ __forceinline__ u32 e4m3(float a, float b, float c, float d) {
     u16 low, high;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(b), "f"(a));
@@ -86,7 +92,7 @@ __device__ __forceinline__ u32 e4m3(float a, float b, float c, float d) {
 
 // ---- memory ------------------------------------------------------------------------------------------------------
 
-// 16 bytes, or zeros if not `valid`. Predicated by hand, as the stores below: the compiler would branch around each.
+// Load 16 bytes, or zeros if not `valid`. Predicated in PTX, like the stores below, because the compiler would branch around each of them.
 __device__ __forceinline__ uint4 load(const void* p, bool valid) {
     uint4 v = make_uint4(0, 0, 0, 0);
     asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
@@ -111,20 +117,20 @@ __device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 
 __device__ __forceinline__ u32 word(const uint4& v, int w) { return w == 0 ? v.x : w == 1 ? v.y : w == 2 ? v.z : v.w; }
 __device__ __forceinline__ float element(const uint4& v, int j) { return j % 2 ? high(word(v, j / 2)) : low(word(v, j / 2)); }
 
-// The larger magnitude, NaN if one of them is; denormals count.
+// The larger magnitude of two numbers, NaN if one of them is; denormals are not flushed.
 __device__ __forceinline__ float larger(float a, float b) {
     float c;
     asm("{.reg .f32 a, b; abs.f32 a, %1; abs.f32 b, %2; max.NaN.f32 %0, a, b;}" : "=f"(c) : "f"(a), "f"(b));
     return c;
 }
-// The larger ones of two pairs of 16-bit magnitudes.
+// The larger ones of two pairs of 16-bit magnitudes, one for each half of the word.
 __device__ __forceinline__ u32 larger(u32 a, u32 b) {
     u32 both;
     asm("max.u16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
     return both;
 }
 
-// The largest of each of eight words over 16 lanes; a lane gets that of word `lane % 16 / 2`.
+// For each of eight words, the largest over 16 lanes; a lane gets the result for word `lane % 16 / 2`.
 __device__ __forceinline__ u32 largest_of_each(const u32 (&m)[8], int lane) {
     u32 pairs[4];
     const bool odd = lane & 2, a = lane & 8, b = lane & 4;
@@ -138,12 +144,13 @@ __device__ __forceinline__ u32 largest_of_each(const u32 (&m)[8], int lane) {
 
 // ---- the 8 x 8 elements of a thread ------------------------------------------------------------------------------
 
-// In bf16 as loaded. Magnitudes are compared as integers, two at a time: ordered like the floats, and a NaN is larger than all.
+// A thread's elements in bf16, as loaded. Magnitudes are compared as integers, two at a time: their order is that of the floats, and NaN is larger
+// than all.
 struct Pairs {
     typedef u16 Magnitude;
     uint4 rows[8];
 
-    // The quotients of columns 2 w and 2 w + 1 of a row, by one divisor or by two.
+    // The quotients of columns 2 w and 2 w + 1 of row i, by one divisor, or by one for each column.
     __device__ __forceinline__ float2 quotients(int i, int w, const Divisor& d) const {
         const u32 x = raised(::word(rows[i], w), d);
         return make_float2(quotient(low(x), d), quotient(high(x), d));
@@ -172,7 +179,7 @@ struct Pairs {
         z = larger(z, __shfl_xor_sync(~0u, z, 1));
         return lane & 2 ? z >> 16 : z & 0xffffu;
     }
-    // The largest magnitudes of four columns over both halves of the warp: the lower half takes the first four.
+    // Write the largest magnitudes of four columns, over both halves of the warp, to `out`: the lower half has the first four columns of the eight.
     __device__ __forceinline__ void of_columns(Magnitude* out, int half) const {
         u32 m[4];
 #pragma unroll
@@ -185,7 +192,7 @@ struct Pairs {
         const u32 b = larger(half ? m[3] : m[1], __shfl_xor_sync(~0u, half ? m[1] : m[3], 16));
         *reinterpret_cast<uint2*>(out) = make_uint2(a, b);
     }
-    // The largest magnitude of all, in every lane.
+    // The largest magnitude of all elements of the warp, in every lane.
     __device__ __forceinline__ u32 of_warp() const {
         u32 m = 0;
 #pragma unroll
@@ -196,7 +203,7 @@ struct Pairs {
     }
 };
 
-// In fp32.
+// A thread's elements in fp32; the functions are those of `Pairs`.
 struct Singles {
     typedef u32 Magnitude;
     float x[8][8];
@@ -234,19 +241,20 @@ struct Singles {
 
 // ---- a tile of 16 rows a warp, 128 columns -----------------------------------------------------------------------
 
-// Where a thread's 8 x 8 elements are in its tile: rows from `row0` on, columns from 8 c on.
+// The position of a thread's 8 x 8 elements in its tile: rows from `row0` on, columns from 8 c on.
 struct Lane {
     int warp, lane, half, c, row0;
 
     __device__ __forceinline__ Lane(int thread) : warp(thread / 32), lane(thread % 32), half(lane / 16), c(lane % 16), row0(warp * 16 + half * 8) {}
 };
 
-// The largest magnitudes of the columns, over the CTA; and what a column is divided by, column 8 c + j at [j][c], so that lanes read side by side.
+// The largest magnitudes of a tile's columns: for each warp, and combined over the CTA. The divisor of column 8 c + j is at [j][c], so that the lanes
+// of a warp read neighbouring ones.
 template <class V, class D, int N> struct Columns {
     D divisors[8][16];
     typename V::Magnitude amax[N][128];
 
-    // The scales of the first `width` columns go to `scales`. Threads see `divisors` after the next barrier.
+    // Find the scales of the columns; those of the first `width` columns are stored to `scales`. Threads see `divisors` after the next barrier.
     __device__ __forceinline__ void find(const V& v, const Lane& at, float* scales, int width) {
         v.of_columns(&amax[at.warp][at.c * 8 + at.half * 4], at.half);
         __syncthreads();
@@ -262,18 +270,18 @@ template <class V, class D, int N> struct Columns {
     }
 };
 
-// A tile of 128 x 128, transposed: row 8 c + j of it has 16 bytes of each warp, those of `warp` in place warp ^ c, so that the 16 rows of a
-// store hit all banks.
+// A transposed tile of 128 x 128 in shared memory. Its row 8 c + j has 16 bytes from each warp; those of warp w are at 16-byte chunk w ^ c % 8, so
+// that the 16 rows to which a warp writes at a time cover all banks.
 struct Turned {
     u8 bytes[128 * 128];
 
-    // Columns 8 c + 2 w and the next of a thread's 8 rows.
+    // Put columns 8 c + 2 w and 8 c + 2 w + 1 of a thread's 8 rows, `y`, into the tile.
     __device__ __forceinline__ void put(const Lane& at, int w, const float2 (&y)[8]) {
         u8* to = &bytes[(at.c * 8 + 2 * w) * 128 + ((at.warp ^ at.c % 8) * 16) + at.half * 8];
         *reinterpret_cast<uint2*>(to) = make_uint2(e4m3(y[0].x, y[1].x, y[2].x, y[3].x), e4m3(y[4].x, y[5].x, y[6].x, y[7].x));
         *reinterpret_cast<uint2*>(to + 128) = make_uint2(e4m3(y[0].y, y[1].y, y[2].y, y[3].y), e4m3(y[4].y, y[5].y, y[6].y, y[7].y));
     }
-    // The first `height` rows of it, of `width` bytes, to a matrix of rows `stride` bytes apart, by 256 threads.
+    // Store the first `height` rows and `width` bytes of each to a matrix whose rows are `stride` bytes apart, by 256 threads.
     __device__ __forceinline__ void store(u8* to, int stride, int height, int width) const {
         const int place = threadIdx.x % 8;
 #pragma unroll

@@ -30,7 +30,7 @@ __device__ __forceinline__ void release(u32 base, int stage, int lane) {
 
 // ---- C -------------------------------------------------------------------------------------------------------------
 
-// Ids of named barriers of 160 threads: the 128 of a warpgroup that write a buffer for C, and the 32 of the warp that stores it. `written`: the buffer
-// has been filled. `free_again`: TMA has read it.
+// Ids of named barriers of 160 threads: the 128 of a warpgroup that write a buffer for C, and the 32 of the warp that stores it. `written`: the
+// buffer has been filled. `free_again`: TMA has read it.
 __device__ __forceinline__ constexpr int written(int group, int half) { return 1 + group * HALVES + half; }
 __device__ __forceinline__ constexpr int free_again(int group, int half) { return 1 + (2 + group) * HALVES + half; }

@@ -1,13 +1,16 @@
-// The factor of RMSNorm, to the bit of the reference's: squares of bf16 are added in fp64, whose sum no order of adding changes by an ulp of fp32.
+// The factor of RMSNorm, 1 / sqrt(mean of squares + eps), with the same bits as the reference's. The squares of bf16 numbers are added in fp64, where
+// no order of addition changes the sum by an ulp of fp32.
 #pragma once
 
 #include "ptx.cuh"
 
-// |x| of an fp32 that was bf16, in fp64. Two integer instructions a number in place of a conversion, of which a multiprocessor has 16 a clock.
-// What is below 2^-126 becomes about 2^-127, whose square no mean of fp32 can tell from 0; infinity becomes 2^128, whose square is infinite in it.
+// |x| in fp64, for an fp32 number x that was bf16. It takes two integer instructions instead of a conversion, of which a multiprocessor does 16 per
+// clock. A number below 2^-126 becomes about 2^-127, whose square makes no difference to a mean in fp32; infinity becomes 2^128, whose square is
+// infinite in fp32.
 __device__ __forceinline__ double widened(float x) { return __hiloint2double(((__float_as_uint(x) & ~(1u << 31)) >> 3) + (896u << 20), 0); }
 
-// Adds the squares of a pair of bf16, each widened as above. The masks are spelt out, or the compiler would shift first, and need an instruction more.
+// Add the squares of a pair of bf16, each widened as above. The masks are in PTX, because the compiler would shift first, which takes one more
+// instruction.
 __device__ __forceinline__ void add_squares(double& sum, u32 pair) {
     u32 x, y;
     asm("and.b32 %0, %1, 0x7fff;" : "=r"(x) : "r"(pair));
@@ -16,7 +19,7 @@ __device__ __forceinline__ void add_squares(double& sum, u32 pair) {
     sum = __fma_rn(a, a, sum);
     sum = __fma_rn(b, b, sum);
 }
-// Of two pairs the larger magnitudes, NaN where there is one; and whether a pair has it.
+// The larger magnitudes of two pairs of bf16, NaN if one of the two is NaN (the signs of the results mean nothing); and whether a pair contains NaN.
 __device__ __forceinline__ u32 larger_or_nan(u32 a, u32 b) {
     u32 c;
     asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
@@ -34,7 +37,7 @@ __device__ __forceinline__ float factor_of(double mean, float eps) {
     return x;
 }
 
-// Two numbers in bf16, the first in the lower half.
+// Two numbers rounded to bf16 in a word, the first in the lower half.
 __device__ __forceinline__ u32 narrowed(float x, float y) {
     u32 pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));

@@ -1,6 +1,6 @@
-// Steps that the choice of experts and its gradient share: elements of a row, and the affinity of a token to an expert.
+// Steps that the choice of experts and its gradient share: reading elements of a row of logits, and the affinity of a token to an expert.
 //
-// Options (-D): DTYPE of the logits, 0 bf16, 1 fp16, 2 fp32; SOFTMAX.
+// Options (-D): DTYPE of the logits, 0 bf16, 1 fp16, 2 fp32; SOFTMAX 1: affinities are a softmax over the experts, 0: sigmoids.
 #pragma once
 
 #include "ptx.cuh"
@@ -12,7 +12,7 @@ typedef u16 Element;
 #endif
 
 constexpr u32 ALL = 0xffffffffu;
-constexpr float LARGEST = 0x1p126f, LEAST_SUM = 1e-30f;  // as in the reference: what an infinity counts as, the least sum that normalises
+constexpr float LARGEST = 0x1p126f, LEAST_SUM = 1e-30f;  // as in the reference: the value that stands for infinity, the least sum to divide by
 constexpr float MOST_FINITE = 0x1.fffffep127f;
 
 // ---- elements ----------------------------------------------------------------------------------------------------
@@ -34,11 +34,12 @@ __device__ __forceinline__ Element element(float x) {
     return bits;
 #endif
 }
-// N elements that are aligned to their size, up to 16 bytes.
+// N elements as one value, aligned to their total size, up to 16 bytes.
 template <int N, class T> struct alignas(sizeof(T) * N <= 16 ? sizeof(T) * N : 16) Vector { T at[N]; };
 template <int N, class T> __device__ __forceinline__ Vector<N, T> load(const T* p) { return *reinterpret_cast<const Vector<N, T>*>(p); }
 
-// Orders as floats do; its own inverse on the bits. (There are no negative zeros to tell apart: s + b has none.)
+// An integer key whose order is that of the floats; applied to its own bits, the function is its own inverse. (It distinguishes negative zero, but
+// s + b is never that.)
 __device__ __forceinline__ int key_of(float x) {
     const int bits = __float_as_int(x);
     return bits ^ (bits >> 31 & 0x7fffffff);
@@ -55,8 +56,8 @@ __device__ __forceinline__ float warp_max(float x) { return float_of(__reduce_ma
 
 // ---- affinities --------------------------------------------------------------------------------------------------
 
-// 1 / (1 + exp(-x)) to the bit of torch's, so that near ties fall as in the reference; 0 below -87.3, where that is denormal. The steps are
-// those of CUDA's expf, with the sign in the constants: nvcc would spend an instruction on it.
+// 1 / (1 + exp(-x)) with the same bits as torch's, so that near ties are decided as in the reference; 0 below -87.3, where the result is denormal.
+// The steps are those of CUDA's expf, with the sign of x moved into the constants: nvcc would spend an instruction on it.
 __device__ __forceinline__ float sigmoid(float x) {
     float step, exponent, power, guess;
     asm("fma.rn.ftz.sat.f32 %0, %1, 0fBBBB989D, 0f3F000000;" : "=f"(step) : "f"(x));
@@ -66,17 +67,17 @@ __device__ __forceinline__ float sigmoid(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(rest));
     const float y = 1.f + fminf(__fmul_rn(__int_as_float(__float_as_int(exponent) << 23), power), 0x1p127f);
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(y));
-    return __fmaf_rn(__fmaf_rn(-y, guess, 1.f), guess, guess);  // a step of Newton's leaves the nearest float
+    return __fmaf_rn(__fmaf_rn(-y, guess, 1.f), guess, guess);  // a Newton step gives the nearest float
 }
 
-// Affinities of a row: of SOFTMAX, given the largest logit and one over the sum of exponentials.
+// The affinities of a row, from its logits. SOFTMAX needs the largest logit, `top`, and one over the sum of the exponentials, `inverse`.
 struct Affinity {
     float top, inverse;
     __device__ __forceinline__ float operator()(float x) const {
         return SOFTMAX ? __fmul_rn(expf(__fsub_rn(x, top)), inverse) : sigmoid(x);
     }
 };
-// Of the row's finite logits `x`, those that `counts` says.
+// `Affinity` of a row whose finite logits are spread over the lanes of a warp, N in each; `counts(v)` says which of a lane's `x` belong to the row.
 template <int N, class Counts> __device__ __forceinline__ Affinity affinity_of(const float (&x)[N], Counts counts) {
     Affinity row = {0.f, 1.f};
     if (SOFTMAX) {

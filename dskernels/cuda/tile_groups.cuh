@@ -1,5 +1,5 @@
-// Groups of rows, whose sizes only the device knows, and their tiles of 128 rows. The first tile of a group begins at the group's first row, so a tile
-// has rows of only one group. (groups.cuh does the same for tiles of other sizes.)
+// Groups of rows, whose sizes only the device knows, and their tiles of 128 rows. The first tile of a group begins at the group's first row, so a
+// tile has rows of only one group. (groups.cuh does the same for tiles of other sizes.)
 #pragma once
 
 #include "ptx.cuh"
@@ -16,8 +16,8 @@ template <class F> __device__ __forceinline__ int scanned(int x, int first, F f)
     return lane == 0 ? first : x;
 }
 
-// Find the first row and the first tile of each group; the entry after the last group says where it ends. Offsets are clamped to [0, rows], replaced by
-// their running maximum, and the first one by 0: so whatever values they have, groups are disjoint and inside the tensors.
+// Find the first row and the first tile of each group; the entry after the last group says where it ends. Offsets are clamped to [0, rows], replaced
+// by their running maximum, and the first one by 0: so whatever values they have, groups are disjoint and inside the tensors.
 template <int THREADS> __device__ __forceinline__ void find_groups(const int* offsets, int rows, int groups, int* first_row, int* first_tile) {
 #pragma unroll 1
     for (int g = threadIdx.x; g <= groups; g += THREADS) first_row[g] = g == 0 ? 0 : min(max(offsets[g], 0), rows);

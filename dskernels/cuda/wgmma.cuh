@@ -74,8 +74,8 @@ DEFINE_HALF_PRODUCTS(256, 128, 128, 129, 130, 131, 132)
 
 // A descriptor from its lower half. The upper half is always the same: 8 rows every 1,024 bytes, the 128-byte swizzle.
 __device__ __forceinline__ u64 operand(u32 low) { return (u64)low | ((u64)64 << 32) | ((u64)1 << 62); }
-// Descriptor of an operand tile whose rows run along K: 128 bytes each, with the 128-byte swizzle, 8 rows every 1,024 bytes. Adding 2 to the descriptor
-// moves on by 32 bytes along K (32 elements of e4m3, 16 of bf16), adding 64 by 8 rows.
+// Descriptor of an operand tile whose rows run along K: 128 bytes each, with the 128-byte swizzle, 8 rows every 1,024 bytes. Adding 2 to the
+// descriptor moves on by 32 bytes along K (32 elements of e4m3, 16 of bf16), adding 64 by 8 rows.
 __device__ __forceinline__ u64 operand_k_major(u32 addr) {
     return operand(((addr & 0x3FFFF) >> 4) | (1 << 16));
 }
@@ -97,7 +97,8 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
-// Tells the compiler that an asynchronous product may read or write these registers here, so that it does not move accesses to them across this point.
+// Tells the compiler that an asynchronous product may read or write these registers here, so that it does not move accesses to them across this
+// point.
 template <int N> __device__ __forceinline__ void registers_fence(float (&d)[N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");

@@ -68,8 +68,8 @@ __device__ __forceinline__ void quantize_gated(const uint4& gate, const uint4& u
     smem_store2(at, __uint_as_float(e4m3(y[0], y[1], y[2], y[3])), __uint_as_float(e4m3(y[4], y[5], y[6], y[7])));
 }
 
-// total += the product of the block of B at `rows` and the block of A at `a`, times the scales of both. `columns` is where the scales of this thread's
-// two tokens are. A token that did not choose the expert gets nothing, even if the expert's weights are NaN or infinite.
+// total += the product of the block of B at `rows` and the block of A at `a`, times the scales of both. `columns` is where the scales of this
+// thread's two tokens are. A token that did not choose the expert gets nothing, even if the expert's weights are NaN or infinite.
 __device__ __forceinline__ void multiply_chosen(float (&total)[4], u32 rows, u32 a, u32 columns, float scale) {
     const u64 left = operand_k_major(rows), right = operand_k_major(a);
     float part[4];

@@ -5,8 +5,8 @@
 //
 // A tile is 128 rows of one expert by 128 columns of the gate and the same columns of up. The CTAs are persistent, and process one row of tiles after
 // another. In the order of grouped_gemm/hopper_quantize.cu, one column of tiles after another, 98304 x 1408 took 583 us on an H200 instead of 532. A
-// thread has 8 rows of 8 columns: it computes dgate, dup and the activation of these and puts them into shared memory; then the three are quantised in
-// turn. Quotients are computed as products with a reciprocal, which are an ulp or two off: one e4m3 value in 2,000 becomes its neighbour, and a
+// thread has 8 rows of 8 columns: it computes dgate, dup and the activation of these and puts them into shared memory; then the three are quantised
+// in turn. Quotients are computed as products with a reciprocal, which are an ulp or two off: one e4m3 value in 2,000 becomes its neighbour, and a
 // quarter of the instructions are saved (with exact quotients the kernel took 652 us).
 //
 // Slower were: prefetching the next tile into the L2 (562 us), and finding the largest magnitudes while the values are still in registers, with 6
@@ -85,9 +85,10 @@ __device__ __forceinline__ void emit(const Pairs& v, const Lane& at, const Recip
         for (int i = 0; i < 8; ++i) store(q + (long long)i * stride_q, make_uint2(out[i][0], out[i][1]), i < height);
 }
 
-// Inputs: a row of `kept` has `stride_kept` bytes, 2 * cols e4m3 values and, from byte `scales_at` on, a float for each 128 of them; `dhidden` is bf16
-// [rows, cols], cols a multiple of 128. Results: dgate and dup as q [rows, 2 * cols] with scales s, and transposed as qt [2 * cols, 128 * tiles] with
-// scales st; the weighted activation transposed as ht [cols, 128 * tiles] with scales hst; dweights [cols / 128, rows], the parts of each row's sum.
+// Inputs: a row of `kept` has `stride_kept` bytes, 2 * cols e4m3 values and, from byte `scales_at` on, a float for each 128 of them; `dhidden` is
+// bf16 [rows, cols], cols a multiple of 128. Results: dgate and dup as q [rows, 2 * cols] with scales s, and transposed as qt [2 * cols, 128 * tiles]
+// with scales st; the weighted activation transposed as ht [cols, 128 * tiles] with scales hst; dweights [cols / 128, rows], the parts of each row's
+// sum.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 swiglu_backward(const u8* __restrict__ kept, const u16* __restrict__ dhidden, const int* __restrict__ offsets, const int* __restrict__ source,
                 const float* __restrict__ weights, u8* __restrict__ q, float* __restrict__ s, u8* __restrict__ qt, float* __restrict__ st,
