@@ -1,4 +1,11 @@
-"""Quantised copies of weights, kept until the weight changes."""
+"""Quantised copies of weights, kept until the weight changes.
+
+`fp8_linear` and the expert block multiply by bf16, fp16 or fp32 weights that are quantised on the way. The copy of a
+weight in 128x128 blocks, and that of its transpose for the gradient, are kept here, so that a weight that does not
+change is quantised once. A change is recognised by the weight's data pointer and version counter. Not every change
+raises that counter, so copies are also given up once the weight's gradient has been computed, see `done_with`. In a
+CUDA graph, trainable weights have copies that belong to the capture, see `quantized_weight`.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +27,13 @@ from dskernels.types import Fp8Tensor
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """Of a weight its copies, and what it was when they were made.
+    """The copies of a weight, and the state of the weight for which they were made.
 
     Attributes:
-        state: its data pointer and version, and the implementation that was asked for; `CHANGED` if it may be another.
-        rows: its blocks.
-        transposed: those of its transpose, once they were asked for.
+        state: data pointer and version of the weight, and the implementation that was asked for; `CHANGED` if the
+            weight may have changed since.
+        rows: the weight in 128x128 blocks.
+        transposed: its transpose in 128x128 blocks; None until it is asked for.
     """
 
     state: tuple[int, int, str | None]
@@ -33,18 +41,21 @@ class _Kept:
     transposed: Fp8Tensor | None
 
 
-CHANGED = (-1, -1, None)  # the state of no weight
-_COUNTED = "_dskernels_counts_changes"
-_kept = WeakTensorKeyDictionary()
-# The same by the id of the weight, found in 1 us and not in 6; it keeps nothing alive.
+CHANGED = (-1, -1, None)  # a state that no weight has
+_COUNTED = "_dskernels_counts_changes"  # attribute of weights for which `counts_changes` was called
+_kept = WeakTensorKeyDictionary()  # weight -> _Kept
+# The same by the id of the weight: a lookup takes 1 us instead of 6. It holds weak references only.
 _quick: dict[int, tuple[TensorWeakRef, weakref.ref[_Kept]]] = {}
-MOST_QUICK = 1 << 14  # entries, of which some may be of weights that are gone
-# Which weight lies where: autograd, under hooks for saved tensors, hands another object for it to a backward.
+MOST_QUICK = 1 << 14  # entries; some may belong to weights that no longer exist
+# The weight at each address: with hooks for saved tensors, autograd passes another tensor object for it to a backward.
 _owners: dict[tuple, TensorWeakRef] = {}
 
 
 def weight_operand(weight: Tensor, scale: Tensor | None, transpose: bool, impl: str | None) -> Fp8Tensor:
-    """`weight` [E?, N, K] in 128x128 blocks, or its transpose; one without a scale is quantised first."""
+    """`weight` [N, K] or [E, N, K], or its transpose, in 128x128 blocks. Without a `scale`, it is quantised.
+
+    If the operation is being recorded, the recording asks for the copy again at each of its launches.
+    """
     if scale is None:
         recording = recorder.get()
         if recording is None or weight.is_inference():
@@ -57,18 +68,21 @@ def weight_operand(weight: Tensor, scale: Tensor | None, transpose: bool, impl: 
 
 @functools.cache
 def _parts_of(transpose: bool, impl: str | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """What gives data and scale of a weight's copy, always the same function for the same copy."""
+    """A function that returns data and scale of a weight's copy; always the same object for the same arguments."""
     return lambda weight: quantized_weight(weight, transpose=transpose, impl=impl)[:2]
 
 
 def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp8Tensor:
-    """`weight` [E?, N, K] in 128x128 blocks, or its transpose, quantised anew only after the weight was written to.
+    """`weight` [N, K] or [E, N, K], or its transpose, in 128x128 blocks; quantised again only if it may have changed.
 
-    A change is seen by data pointer and version counter, and is expected once the weight's gradient is there, see
-    `done_with`. The copies are those of `impl`, which refuses what it does not take whether another implementation has
-    made some before or not. Weights made in inference mode have no version, and are quantised at each call. A trainable
-    weight changes between the replays of a CUDA graph without its version moving: of such a one a capture has copies of
-    its own, made once (a step of 1.8 G parameters in e4m3 took 0.9 of 59 ms more with one pass for each product).
+    A change is recognised by data pointer and version counter, and is assumed once the weight's gradient has been
+    computed, see `done_with`. Copies belong to `impl`: an implementation that does not support the weight raises, even
+    if another one has already made a copy. Weights made in inference mode have no version counter, and are quantised in
+    every call.
+
+    Between the replays of a CUDA graph, a trainable weight changes without its version changing. So every capture has
+    its own copies of trainable weights, and quantises each weight once per capture. (With one pass for each product, a
+    step of 1.8 G parameters in e4m3 took 0.9 ms more, of 59.)
     """
     quick = _quick.get(id(weight))
     if quick is not None and quick[0]() is weight and not (weight.requires_grad and _is_capturing(weight)):
@@ -89,18 +103,19 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
     if kept is None or kept.state != state:
         before = kept or _kept.get(owner)
         if before is not None and before.transposed is not None and (own or before.state[:2] != state[:2]):
-            # It is trained: what both products of the next step want, in one pass over it.
+            # The weight is being trained: make both copies that the next step needs in one pass.
             kept = _Kept(state, *quantize_both(weight, block=(128, 128), impl=impl))
         else:
             kept = _Kept(state, quantize(weight, (128, 128), impl=impl), None)
         if before is not None and before.state[2] == impl and not (weight.requires_grad or capturing):
             kept = _in_place_of(before, kept)
     if transpose and kept.transposed is None:
-        # Read again, not turned: torch turns bytes at a quarter of the speed of memory.
+        # Quantise the weight again instead of transposing the copy: torch transposes bytes at a quarter of the speed of
+        # memory.
         kept = replace(kept, transposed=quantize(weight, (128, 128), transpose=True, impl=impl))
     if own:
         copies[owner] = kept
-    elif not capturing:  # what is made during capture lives in the graph's memory and is filled only by a replay
+    elif not capturing:  # copies made during a capture are in the graph's memory, and filled only by a replay
         _captured.of(None)
         copies[owner] = kept
         if owner is weight:
@@ -111,30 +126,31 @@ def quantized_weight(weight: Tensor, *, transpose: bool, impl: str | None) -> Fp
 
 
 def _in_place_of(before: _Kept, kept: _Kept) -> _Kept:
-    """The new copies of a frozen weight in the memory of those before, which a CUDA graph that was captured reads.
+    """Write the new copies of a frozen weight to the memory of the previous ones, and return these.
 
-    Else it would read memory that is somebody else's by now. A graph has the new numbers from the next eager call on.
+    A CUDA graph captured before reads that memory, which would otherwise be freed and used for something else. The
+    graph sees the new values after the next eager call.
     """
     if before.rows.data.shape != kept.rows.data.shape or before.rows.data.device != kept.rows.data.device:
         return kept
     for old, new in ((before.rows, kept.rows), (before.transposed, kept.transposed)):
-        if old is not None and new is not None:  # what one of them has, the other has
+        if old is not None and new is not None:  # either both have a transpose or neither
             old.data.view(torch.uint8).copy_(new.data.view(torch.uint8))
             old.scale.copy_(new.scale)
     return replace(before, state=kept.state)
 
 
 def done_with(*weights: Tensor) -> None:
-    """Say that the gradients of these weights are there: the next forward quantises them anew.
+    """Announce that the gradients of these weights have been computed: the next forward quantises the weights again.
 
-    What changes a weight then need not raise its version. FSDP2 gathers new values into the same tensor, often at the
-    same address, and puts the counter back; others write to ``weight.data``, or by a collective. With the copies of the
-    step before such a model trains, only wrongly. So they serve from a forward to its backward, but for weights of
-    which it is known that every change is counted.
+    What changes a weight after that need not raise its version counter. FSDP2 gathers new values into the same tensor,
+    often at the same address, and restores the counter; others write to ``weight.data``, or use a collective. With the
+    copies of the preceding step such a model would train, but wrongly. So copies are used from a forward to its
+    backward only, except for weights whose every change is known to be counted, see `counts_changes`.
     """
     for weight in weights:
         if _is_capturing(weight):
-            continue  # what is kept is the capture's
+            continue  # the copies belong to the capture
         owner = _owner_of(weight)
         kept = None if getattr(owner, _COUNTED, False) else _kept.get(owner)
         if kept is not None:
@@ -142,21 +158,24 @@ def done_with(*weights: Tensor) -> None:
 
 
 def counts_changes(weights: Iterable[Tensor]) -> None:
-    """Say that whatever writes to these weights raises their version, as this library's optimisers do: their copies
-    serve all micro-batches of a step."""
+    """Announce that whatever writes to these weights raises their version counter, as this library's optimisers do.
+
+    Their copies are then used for all micro-batches of a step.
+    """
     for weight in weights:
         setattr(weight, _COUNTED, True)
 
 
 class _Captured:
-    """The copies of trainable weights that belong to the capture that runs, let go when another one asks, or none."""
+    """The copies of trainable weights for the running capture; they are dropped once another capture, or eager code,
+    quantises a weight."""
 
     def __init__(self) -> None:
         self._capture: int | None = None
         self._copies = WeakTensorKeyDictionary()
 
     def of(self, capture: int | None) -> WeakTensorKeyDictionary:
-        """Those of a capture, by its id."""
+        """The copies of the capture with this id; None stands for eager code."""
         if capture != self._capture:
             self._capture, self._copies = capture, WeakTensorKeyDictionary()
         return self._copies
@@ -170,10 +189,10 @@ def _is_capturing(weight: Tensor) -> bool:
 
 
 def _owner_of(weight: Tensor) -> Tensor:
-    """The tensor whose copies are those of `weight`: itself, or in a backward one that is the same memory.
+    """The tensor under which the copies of `weight` are kept: itself or, in a backward, another tensor of that memory.
 
-    Only there: another tensor of that memory may have a version counter of its own (`weight.data` has), which does not
-    move with this one's.
+    This holds in a backward only. Elsewhere, another tensor of the same memory may have a version counter of its own,
+    as `weight.data` has, which does not change with this one's.
     """
     if weight in _kept:
         return weight
@@ -183,12 +202,13 @@ def _owner_of(weight: Tensor) -> Tensor:
         owner = None if found is None else found()
         if owner is not None and owner in _kept and owner.data_ptr() == place[0] and owner._version == weight._version:
             return owner
-    if len(_owners) >= MOST_QUICK:  # of weights that were made for one call
+    if len(_owners) >= MOST_QUICK:  # most entries are then of weights that existed for one call
         _owners.clear()
     _owners[place] = TensorWeakRef(weight)
     return weight
 
 
 def transposed(weight: Fp8Tensor) -> Fp8Tensor:
-    """The transpose of a weight, or of each of a stack, in 128x128 blocks; exact, since its blocks are the same."""
+    """The transpose of a weight, or of each weight of a stack, in 128x128 blocks; exact, since the blocks are the
+    same."""
     return Fp8Tensor(weight.data.mT.contiguous(), weight.scale.mT.contiguous(), weight.block)
