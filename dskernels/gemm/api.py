@@ -1,4 +1,4 @@
-"""Public e4m3 matrix products."""
+"""Public e4m3 matrix products: `fp8_gemm`, and `fp8_linear` with its gradients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def fp8_gemm(
     """Multiply two block-scaled e4m3 matrices: ``a @ b.T (+ bias)``.
 
     C[m, n] = sum over blocks k of 128: (sum over i in k of a.data[m, i] * b.data[n, i]) * a.scale[m, k] * b.scale[n,
-    k], the inner sum from a fresh accumulator, the outer one in fp32.
+    k]. Each inner sum has an accumulator of its own; the outer sum is in fp32.
 
     Args:
         a: ``[M, K]`` in 1x128 tiles, M and K any size.
@@ -96,26 +96,31 @@ def fp8_linear(
 ) -> Tensor:
     """A linear layer whose three products run in e4m3: ``x @ weight.T + bias``, and its gradients.
 
-    Fprop multiplies x in 1x128 tiles by the weight in 128x128 blocks; Dgrad, dy in 1x128 tiles by the same weight;
-    Wgrad, dy.T by x.T, both in tiles of 128 tokens, quantised from what they were, not from e4m3, and accumulated in
-    fp32. The quantised weight is kept until the weight changes, which its data pointer and version counter tell, and no
-    longer than until its gradient has been computed. What changes a weight in inference without raising its version
-    (``weight.data.copy_(...)``, a collective) has to say so: ``torch.autograd.graph.increment_version(weight)``.
+    Fprop multiplies x in 1x128 tiles by the weight in 128x128 blocks. Dgrad multiplies dy in 1x128 tiles by the same
+    weight. Wgrad multiplies dy.T by x.T, both in tiles of 128 tokens, quantised from the original values rather than
+    from their e4m3 copies, and accumulated in fp32.
+
+    The quantised weight is kept until the weight changes, which is recognised by its data pointer and version counter,
+    or until its gradient has been computed. In inference, code that changes a weight without raising its version
+    (``weight.data.copy_(...)``, a collective) has to announce it:
+    ``torch.autograd.graph.increment_version(weight)``.
 
     Args:
         x: bf16, fp16 or fp32 ``[..., K]``.
         weight: ``[N, K]``, a bf16, fp16 or fp32 master weight, or an `Fp8Tensor` in 128x128 blocks, which gets no
             gradient.
         bias: bf16, fp16 or fp32 ``[N]``.
-        quantized: ``[rows of x, K]`` in 1x128 tiles, `x` as :func:`dskernels.quantize` or
-            :func:`dskernels.rmsnorm_quantize` has made it: Fprop takes it in place of quantising `x`.
-        scale_format: of the scales of `x`, ``"fp32"`` or ``"ue8m0"`` (powers of two), see :func:`dskernels.quantize`.
-        keep: what is kept of `x` for Wgrad: ``"fp8"``, its quantised transpose, a byte an element; ``"input"``, `x`
-            itself, quantised in the backward, where something else keeps it anyhow. The gradients are the same bits.
+        quantized: ``[rows of x, K]`` in 1x128 tiles: the quantised `x`, if :func:`dskernels.quantize` or
+            :func:`dskernels.rmsnorm_quantize` has already computed it. Fprop uses it instead of quantising `x`.
+        scale_format: format of the scales of `x`, ``"fp32"`` or ``"ue8m0"`` (powers of two), see
+            :func:`dskernels.quantize`.
+        keep: what is saved of `x` for Wgrad. ``"fp8"`` saves its quantised transpose, one byte per element;
+            ``"input"`` saves `x` itself, which is quantised in the backward, and costs nothing if something else keeps
+            `x` anyway. The gradients have the same bits.
         impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        ``[..., N]`` in x's dtype. Gradients come in the dtype of what they belong to.
+        ``[..., N]`` in x's dtype. Each gradient has the dtype of its tensor.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -185,7 +190,7 @@ def _fp8_linear_forward(
         columns = quantize(x, (128, 1), scale_format=form, transpose=True, impl=impl)
     if rows is None:
         rows = quantize(x, scale_format=form, impl=impl)
-    # As bytes: what autograd would do with a result in e4m3 (add gradients up, say) torch cannot.
+    # Returned as bytes: torch lacks what autograd might do with e4m3 results, such as adding up their gradients.
     kept = _nothing_kept(x) if columns is None else (columns.data.view(torch.uint8), columns.scale)
     return fp8_gemm(rows, weight_operand(weight, scale, False, impl), out_dtype=x.dtype, bias=bias, impl=impl), *kept
 
@@ -237,7 +242,7 @@ def _fp8_linear_gradients(
 
 
 def _empty_gradients(dy, x, x_t, x_t_scale, weight, scale, ue8m0, needs_dx, needs_dw):
-    """Gradients of the right shape; of no rows where one is not needed."""
+    """Empty gradients of the right shape; one that is not needed has no rows."""
     dx = dy.new_empty(dy.shape[0] if needs_dx else 0, weight.shape[1])
     return dx, weight.new_empty(weight.shape if needs_dw else (0, weight.shape[1]))
 
@@ -261,7 +266,7 @@ def _save(ctx: Any, args: tuple, output: tuple[Tensor, ...]) -> None:
     _, x_t, x_t_scale = output
     ctx.mark_non_differentiable(x_t, x_t_scale)
     ctx.set_materialize_grads(False)
-    # Of the input no more than the gradient of the weight wants.
+    # The input is saved only if the gradient of the weight needs it.
     wants = scale is None and ctx.needs_input_grad[1]
     kept = (None, x_t, x_t_scale) if keep else (x if wants else None, None, None)
     ctx.save_for_backward(*kept, weight, scale)
