@@ -1,11 +1,16 @@
-// Grouped e4m3 products on sm_90a. With B_ROWS 128: rows of A [T, K] times the matrix of their group, B [E, N, K], in 1x128 tiles and 128x128
-// blocks. With B_ROWS 1: for each group, A [N, P] times B [K, P] along the group's columns, both in 1x128 tiles. The core, with its options,
-// is in cuda/fp8_gemm.cuh; here are the groups, whose sizes only the device knows, and the order of the tiles.
+// Grouped block-scaled e4m3 products on sm_90a, for groups whose sizes only the device knows. B_ROWS selects one of two kernels:
 //
-// One more option (-D):
-//   MASKED    0: group e is rows offsets[e] to offsets[e + 1], and rows of C after the last group become zero, of the first `cleared`
-//             1: group e is the first offsets[e] of `rows` rows from e * rows on
-//   IN_UNITS  see there; it also orders the tiles by their height
+//   128  `grouped_gemm`: each row of A [T, K] times the matrix of its group, of B [E, N, K]; A in 1x128 tiles, B in 128x128 blocks
+//   1    `grouped_wgrad`: for each group, A [N, P] times B [K, P], summed over the columns of the group; both in 1x128 tiles
+//
+// The warps, the pipeline, the scales and most options are those of cuda/fp8_gemm.cuh. This file adds the groups and the order of the tiles. First,
+// all threads of a CTA fill a table in shared memory that says where each group and its tiles begin (cuda/groups.cuh). After that, every thread that
+// loads, multiplies or stores steps through the CTA's tiles on its own, and finds the group of each tile in the table.
+//
+// Further options (-D):
+//   MASKED    0: group e has rows offsets[e] to offsets[e + 1]; rows of C after the last group, of the first `cleared` rows, become zero
+//             1: group e has the first offsets[e] of the `rows` rows from e * rows on
+//   IN_UNITS  1: units of 64 rows without a row of the group are skipped, see cuda/fp8_gemm.cuh; here, it also orders groups by their height
 
 constexpr bool ANY_ROW = B_ROWS == 128;
 #include "fp8_gemm.cuh"
@@ -14,13 +19,16 @@ constexpr bool ANY_ROW = B_ROWS == 128;
 #if B_ROWS == 128
 // ---- rows in groups ----------------------------------------------------------------------------------------------
 
+// The sizes of the product. `b_step` is the number of rows of B from one matrix to the next; `stride_sbe` and `stride_sbn` are the strides of B's
+// scales. `wide` and `tall` count clusters' tiles along N and along the rows of a group.
 struct Shape {
-    int rows, N, K, b_step, stride_sbe, stride_sbn, cleared;  // b_step: rows of B from one matrix to the next
+    int rows, N, K, b_step, stride_sbe, stride_sbn, cleared;
     __device__ __forceinline__ int wide() const { return (N + CLUSTER_N - 1) / CLUSTER_N; }
     __device__ __forceinline__ static int tall(int rows) { return (rows + CLUSTER_M - 1) / CLUSTER_M; }
 };
 
-// One of them: its group, its first row, how many rows the group has from there on (in units: how many it has), and which it is along N.
+// One tile: its group; its first row; `left`, how many rows the group has from there on (with IN_UNITS, how many rows the tile has); and its number
+// along N.
 struct Tile {
     Shape shape;
     int group = 0, first, left, n;
@@ -37,7 +45,7 @@ struct Tile {
     template <bool ADD> __device__ __forceinline__ void store(const TensorMap* map, u32 buffer, int column, int row) const {
         if (row < left) tma_store_ragged_evict_first(map, buffer, column, first + row, first + left);
     }
-    // Rows from `end` on, of no group, become zero.
+    // The spare warps of all CTAs together write zeros to rows from `end` on, which belong to no group.
     __device__ __forceinline__ void clear(const Output& out, int end, int lane) const {
         if (MASKED) return;
         const int bytes = shape.N * (int)sizeof(Element);
@@ -49,7 +57,7 @@ struct Tile {
     }
 };
 
-// On from `at` to the entry whose tiles include number `index`.
+// Advance `at` to the entry of the table that has tile number `index`: the same entry or, by a binary search, a later one.
 __device__ __forceinline__ void find(GroupTable table, int index, int& at) {
     if (table.at(at + 1).y > index) return;
     int high = table.groups - 1;
@@ -62,13 +70,14 @@ __device__ __forceinline__ void find(GroupTable table, int index, int& at) {
 }
 
 #if IN_UNITS
-// Tiles of a group are as even in height as units of 64 rows allow. So CTAs have different work; that they end together nevertheless, groups
-// are computed in the order of their height, the tallest first, and CTAs take tiles in turns, each round from one seat further on: a CTA
-// whose seats the tiles of a group divide would always get the same of them. 64 groups of 256 rows, give or take 30%, 4096x7168,
-// took 5% longer as the groups lie, 256 such groups 22%; always from one seat 7 and 18% longer than whole tiles.
+// The tiles of a group have heights that are as equal as units of 64 rows allow, so CTAs have unequal work. Two things make them end at about the
+// same time. Groups are computed in the order of their height, the tallest first. And the CTAs take tiles in rounds, each taking one tile per round,
+// where a CTA's place within the round (`seat`) moves on by one from round to round; with fixed places, a CTA would always get the same one of a
+// group's tiles if their number divides the number of CTAs. With 64 groups of 256 rows, give or take 30%, 4096x7168, computing the groups in their
+// original order took 5% longer, with 256 such groups 22%; fixed places took 7 and 18% longer than whole tiles.
 //
-// Entry i of the table says which group comes i-th, .x, and how many tiles before it, .y. Behind it is, for each group, what `plan_groups` has
-// said of it.
+// Entry i of the table has the group that is computed i-th (.x), and the number of tiles before it (.y). The first row of each group, from
+// `plan_groups`, is stored behind the table.
 struct Tiles : Tile {
     GroupTable table;
     int index, seat, at = 0;
@@ -77,7 +86,8 @@ struct Tiles : Tile {
     __device__ __forceinline__ u32 row_addr(int group) const { return table.addr + GroupTable::bytes(table.groups) + group * 4; }
     __device__ __forceinline__ int row_of(int group) const { return load_word(row_addr(group)); }
 
-    // Fill it; the whole CTA's work. Where the ring will be are meanwhile the groups as they lie, and from `heights` on how many units each has.
+    // Fill the table; all threads of the CTA take part. The memory of the pipeline stages is used temporarily for the groups in their original order,
+    // and from `heights` on for the number of units of each. The position of a group is the number of groups that are taller, or as tall and earlier.
     __device__ __forceinline__ void plan(u32 base, const int* ends) const {
         const GroupTable plain{base, table.groups};
         const u32 heights = base + GroupTable::bytes(table.groups);
@@ -99,10 +109,10 @@ struct Tiles : Tile {
             table.set(place, g, tiles * shape.wide());
         }
         if (threadIdx.x == 0) table.set(table.groups, 0, plain.tiles());
-        proxy_fence();  // before the accelerator writes where they were
+        proxy_fence();  // TMA will overwrite the temporary tables
         __syncthreads();
     }
-    // Only here, so that nothing of it is kept, in local memory, from where the warps do not yet go their ways.
+    // This is not done in the constructor, because values computed before the warps take different branches would be kept in local memory.
     __device__ __forceinline__ void begin() {
         index = seat = blockIdx.x;
         locate();
@@ -134,7 +144,8 @@ struct Tiles : Tile {
 };
 
 #else
-// Each tile is BLOCK_M rows, the last of a group the rest; groups are computed as they lie.
+// Each tile has BLOCK_M rows, and the last one of a group the rest. Groups are computed in their original order. Entry g of the table has the first
+// row of group g, and the number of tiles before it.
 struct Tiles : Tile {
     GroupTable table;
     int index, step, count;
@@ -169,6 +180,8 @@ struct Tiles : Tile {
 };
 #endif
 
+// `offsets` are the ends of the groups, after a 0 (MASKED 0), or the sizes of the groups (MASKED 1). `rows` is the number of rows of A, or of each
+// group's buffer. `map_c` is a ragged map, by which TMA does not write rows beyond the end of a group.
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
@@ -188,9 +201,10 @@ grouped_gemm(const __grid_constant__ TensorMap map_a, const __grid_constant__ Te
 #else
 // ---- sums over the columns of groups -----------------------------------------------------------------------------
 
-// What follows from the kernel's arguments is computed where it is used: whoever multiplies has no registers to keep it.
+// All groups have the same tiles, those of C [N, K], and tiles are numbered group by group. Values that follow from the kernel's arguments are
+// computed where they are used, because the multiplying threads have no registers to keep them.
 struct Tiles {
-    GroupTable table;  // its tiles are blocks of 128 columns
+    GroupTable table;  // its "tiles" are the blocks of 128 columns
     int columns, N, K, index, group, m, n;
     u32 rank;
 
@@ -201,13 +215,13 @@ struct Tiles {
     __device__ __forceinline__ int tall() const { return (N + CLUSTER_M - 1) / CLUSTER_M; }
     __device__ __forceinline__ int wide() const { return (K + CLUSTER_N - 1) / CLUSTER_N; }
     __device__ __forceinline__ int step() const { return gridDim.x / CLUSTER; }
-    // Blocks before a group; offsets that the columns were not made for may say more than there are.
+    // Number of blocks before a group. It is limited to those that exist, for offsets that do not belong to these columns.
     __device__ __forceinline__ int blocks_before(int group) const { return min(table.at(group).y, columns / BLOCK_K); }
     __device__ __forceinline__ void locate() {
         if (!valid()) return;
         const int size = tall() * wide();
         group = index / size;
-        while (ACCUMULATE && blocks() == 0) {  // nothing to add: on to the first group that ends behind this one
+        while (ACCUMULATE && blocks() == 0) {  // an empty group adds nothing: skip to this CTA's first tile of the next group that is not empty
             const int here = block();
             for (int high = table.groups; group < high;) {
                 const int middle = (group + high) / 2;
@@ -241,6 +255,7 @@ struct Tiles {
     __device__ __forceinline__ void spare_warp(const Output&, int) const {}
 };
 
+// `columns` is the number of padded tokens P; `offsets` are the ends of the groups in tokens, after a 0.
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)

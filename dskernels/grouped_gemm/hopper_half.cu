@@ -1,27 +1,34 @@
-// Grouped products of bf16 and fp16 on sm_90a, one per group over a ragged batch whose group sizes only the device knows. The core, with its
-// options, is in cuda/half_gemm.cuh; here is the order of the tiles, and what of C has no tile.
+// Grouped products of bf16 and fp16 on sm_90a: one product per group over a ragged batch, whose group sizes only the device knows.
+//
+// The warps, the pipeline and most options are those of cuda/half_gemm.cuh: a cluster of two CTAs computes a pair of tiles at a time. This file adds
+// the groups, the order of the tiles, and the zeros in parts of C that no tile covers. First, all threads of a CTA fill a table in shared memory that
+// says where each group and its tiles begin (cuda/groups.cuh); after that, every thread that loads, multiplies or stores steps through the CTA's
+// tiles on its own.
 //
 // Further options (-D):
-//   FORM   0 C[r] = B[e] @ A[r] for row r of group e, A [1, T, K], B [E, N, K]; rows of no group become zero, of the first `height`
-//          1 C[e, m] = B[e] @ A[e, m] for m below the group's count, A [E, M, K]
-//          2 C[e] = A[rows of e].T @ B[rows of e], A [T, M], B [T, N], C [E, M, N]; of a group without rows, zero, or untouched
-//   GROUP  pairs of tiles, one below the other, that are walked before the next columns
+//   FORM   0: C[r] = B[e] @ A[r] for each row r of group e, A [1, T, K], B [E, N, K]; of the first `height` rows, those of no group become zero
+//          1: C[e, m] = B[e] @ A[e, m] for each m below the group's count, A [E, M, K]
+//          2: C[e] = A[rows of e].T @ B[rows of e], A [T, M], B [T, N], C [E, M, N]; for a group without rows, C[e] becomes zero or, with
+//             ACCUMULATE, is not touched
+//   GROUP  number of pairs of tiles that are computed along M before the next column of tiles
 
 #include "groups.cuh"
 #include "half_gemm.cuh"
 
-// What the tiles follow from: C is `height` x `columns` for each group with FORM 2, else `columns` wide; `depth` is K.
+// The sizes from which the tiles follow: C has `columns` columns and, with FORM 2, `height` rows for each group; `depth` is K.
 struct Shape {
     int height, columns, depth;
     __device__ __forceinline__ int wide() const { return (columns + BLOCK_N - 1) / BLOCK_N; }
     __device__ __forceinline__ int tall(int rows) const { return ((FORM == 2 ? height : rows) + BLOCK_M - 1) / BLOCK_M; }
-    // Pairs of tiles of a group of so many rows: one below the other, and of a last, odd row of tiles side by side.
+    // The number of pairs of tiles of a group with `rows` rows: pairs adjacent along M and, if the number of rows of tiles is odd, pairs adjacent along
+    // N in the last of these rows.
     __device__ __forceinline__ int pairs(int rows) const {
         if (rows == 0) return 0;
         return tall(rows) / 2 * wide() + tall(rows) % 2 * ((wide() + 1) / 2);
     }
 };
 
+// The tiles of this CTA. The current one is tile (m, n) of `group`, which has rows `first` to `end`; `beside`: the pair is adjacent along N.
 struct Tiles {
     Shape shape;
     GroupTable table;
@@ -36,8 +43,8 @@ struct Tiles {
         group = 0;
         locate();
     }
-    // Clusters walk GROUP pairs down, then one column of tiles on: what is computed at one time covers about as many rows as columns, which
-    // is the least to read.
+    // The order of a group's pairs is GROUP pairs along M, then the next column of tiles. Thus the tiles that are computed at the same time cover
+    // about as many rows as columns, which minimises what they read.
     __device__ __forceinline__ void locate() {
         if (!valid()) return;
         int2 from = table.at(group), to = table.at(group + 1);
@@ -69,7 +76,7 @@ struct Tiles {
     __device__ __forceinline__ int column() const { return n * BLOCK_N; }
     __device__ __forceinline__ int blocks() const { return ((FORM == 2 ? end - first : shape.depth) + BLOCK_K - 1) / BLOCK_K; }
     __device__ __forceinline__ int rows() const {
-        if (n >= shape.wide()) return 0;  // the second of a pair side by side, of an odd number of columns
+        if (n >= shape.wide()) return 0;  // the second tile of a pair along N, if the number of columns of tiles is odd
         return (FORM == 2 ? shape.height : end - first) - m * BLOCK_M;
     }
 
@@ -88,7 +95,7 @@ struct Tiles {
         if (SHARED) tma_load_multicast(buffer, map, barrier, x, y, z, EVERYONE);
         else tma_load(buffer, map, barrier, x, y, z);
     }
-    // Rows of other groups count as zero, whatever they hold.
+    // Load rows of this group; rows of other groups are read as zero, whatever they hold.
     template <bool SHARED> __device__ __forceinline__ void load_ragged(const TensorMap* map, u32 buffer, u32 barrier, int x, int block) const {
         if (SHARED) tma_load_ragged_multicast(buffer, map, barrier, x, first + block * BLOCK_K, end, EVERYONE);
         else tma_load_ragged(buffer, map, barrier, x, first + block * BLOCK_K, end);
@@ -101,7 +108,7 @@ struct Tiles {
     }
 };
 
-// A warp's work, one of as many as there are CTAs: zeros to rows `first` to `end` of a matrix, whose rows begin at multiples of 16 bytes.
+// Write zeros to rows `first` to `end` of a matrix whose rows are aligned to 16 bytes; one warp of each CTA takes part.
 __device__ __forceinline__ void clear(u8* c, long long stride, int columns, int first, int end, int lane) {
     const int bytes = columns * (int)sizeof(Element);
     for (int r = first + blockIdx.x; r < end; r += gridDim.x) {
@@ -111,6 +118,8 @@ __device__ __forceinline__ void clear(u8* c, long long stride, int columns, int 
     }
 }
 
+// `sizes` are the ends of the groups, after a 0 (FORM 0 and 2), or their counts (FORM 1); `batch` is what these values are limited to. `stride_e` and
+// `stride_r` are the bytes from one matrix and row of C to the next.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1)
 grouped_half(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_c,
              const int* __restrict__ sizes, u8* c, long long stride_e, long long stride_r, int groups, int batch, int height, int columns, int depth) {

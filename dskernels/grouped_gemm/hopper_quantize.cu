@@ -1,11 +1,19 @@
-// Quantising the tokens of each group along themselves, transposed, on sm_90a: the operands of the grouped weight gradient.
+// Quantising x.T to e4m3 along the tokens of each group, on sm_90a: this makes the operands of the grouped weight gradient.
 //
-// A tile is 128 tokens of one group by 128 channels, and becomes 128 rows of 128 bytes. CTAs stay, `BLOCKS` to an SM: each finds out once where
-// groups and their tiles begin, from the offsets, and then walks tiles, those of all tokens before the next channels: so rows of the result
-// fill from tiles that run at the same time, and a token that several experts gather is still in the L2. A tile that no group fills is
-// zero, unless it is to be left as it is.
+// A tile is 128 tokens of one group by 128 channels, and becomes 128 rows of 128 bytes. It has a scale for each channel. A CTA reads a tile once,
+// into registers (a thread holds 8 tokens by 8 channels), finds the scales, and transposes the quantised tile in shared memory, see
+// cuda/quantize.cuh.
 //
-// Options (-D): KIND of x: 0 bf16, 1 fp16, 2 fp32. GATHER: row r of the batch is row source[r] / top_k of x. UE8M0. BLOCKS.
+// CTAs are persistent, BLOCKS per multiprocessor. Each computes once, from the offsets, where groups and their tiles begin, and then takes every
+// gridDim.x-th tile. Tiles are ordered by channels first, so that all tokens come before the next channels: thus the rows of the result are filled by
+// tiles that run at the same time, and a token that several experts gather is still in the L2. A tile that no group fills becomes zero, unless
+// `leave` says that it is not written.
+//
+// Options (-D):
+//   KIND    dtype of x: 0 bf16, 1 fp16, 2 fp32
+//   GATHER  1: row r of the batch is row source[r] / top_k of x
+//   UE8M0   1: scales are powers of two
+//   BLOCKS  CTAs per multiprocessor
 
 #include "quantize.cuh"
 #include "tile_groups.cuh"
@@ -34,14 +42,14 @@ quantize_grouped(const u8* __restrict__ x, const int* __restrict__ offsets, cons
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
         const int tile = item % walked, col = item / walked * 128;
         const int group = group_of(tile, groups, first_tile);
-        int row = 0, height = 0;  // first row of this thread, and how many of the 8 from there on are the group's
+        int row = 0, height = 0;  // first row of this thread, and how many of the 8 from there on belong to the group
         if (group < groups) {
             row = first_row[group] + (tile - first_tile[group]) * 128 + at.row0;
             height = min(first_row[group + 1] - row, 8);
         }
         int token = row;
         if (GATHER) {
-            // A lane for each of the rows. What is no row of x leads to its last.
+            // Each lane loads the source of one row. A source that is not a row of x is replaced by its last row.
             token = at.c < height ? min((u32)source[row + at.c] / (u32)top_k, (u32)tokens - 1) : 0;
         }
         if (col + at.c * 8 >= cols) height = 0;

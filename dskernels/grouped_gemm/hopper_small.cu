@@ -1,15 +1,20 @@
-// C[m] = A[m, K] @ B[e, N, K].T for the rows m of each group e, where they are few; e4m3 A in 1x128 tiles and B in 128x128 blocks, on sm_90a. The
-// core, with its options, is in cuda/fp8_gemm_small.cuh; here are the groups, whose sizes only the device knows, and the order of the tiles.
+// The grouped block-scaled e4m3 product on sm_90a for groups of few rows: C[m] = A[m, K] @ B[e, N, K].T for each row m of group e, with A in 1x128
+// tiles and B in 128x128 blocks. Only the device knows the sizes of the groups.
 //
-// One more option (-D): MASKED 1: group e has rows e * M to (e + 1) * M of A and C, of which the first sizes[e] count. MASKED 0: groups follow each
-// other in M rows, sizes[e + 1] is where group e ends, and rows of C that belong to none become zero.
+// The warps, the pipeline, the scales and most options are those of cuda/fp8_gemm_small.cuh. This file adds the groups and the order of the tiles:
+// first, all threads of a CTA fill a table in shared memory that says where each group and its tiles begin (cuda/groups.cuh). After that, the loading
+// thread and the multiplying threads each step through the CTA's tiles and find the group of each in the table.
+//
+// Further option (-D):
+//   MASKED  0: groups follow each other in M rows; group e ends at row sizes[e + 1], and rows of C that belong to no group become zero
+//           1: group e has the first sizes[e] of rows e * M to (e + 1) * M of A and C
 
 constexpr bool ANY_ROW = true;
 #include "fp8_gemm_small.cuh"
 #include "groups.cuh"
 
-// The tiles of this CTA, every gridDim.x-th: they go group by group, in a group along N, and there along its rows, so that who needs the same
-// rows of B asks for them at about the same time.
+// The tiles of this CTA: every gridDim.x-th of all tiles. These are ordered by group, then along N, and then along the rows of the group, so that
+// tiles with the same rows of B load them at about the same time.
 struct Tiles {
     GroupTable table;
     int M, N, stride_sb, highest, all_blocks, all_tiles, tile, m = 0, left = 0, n = 0, group = 0;
@@ -22,7 +27,7 @@ struct Tiles {
     }
     __device__ __forceinline__ void locate() {
         if (!valid()) return;
-        group = 0;  // the last that has no more tiles in front of it: empty ones have as many as the next
+        group = 0;  // becomes the last group that begins at or before this tile; an empty group begins where the next one does, which is then taken
         for (int step = highest; step; step /= 2)
             if (group + step < table.groups && table.at(group + step).y <= tile) group += step;
         const int2 begin = table.at(group), end = table.at(group + 1);
@@ -49,7 +54,7 @@ struct Tiles {
     __device__ __forceinline__ int blocks() const { return all_blocks; }
 };
 
-// All CTAs' work: zeros in rows `first` to `end` of C.
+// Write zeros to rows `first` to `end` of C; all CTAs take part.
 __device__ __forceinline__ void clear(const Output& out, int first, int end) {
     const bool aligned = (((u64)out.c | (u64)out.stride * sizeof(Element)) & 15) == 0;
     const int vectors = aligned ? out.columns / VECTOR : 0;
@@ -60,6 +65,8 @@ __device__ __forceinline__ void clear(const Output& out, int first, int end) {
     }
 }
 
+// `M` is the number of rows of A or, with MASKED, of each group's buffer. `stride_sb_group` and `stride_sb` are the strides of B's scales from one
+// group, and from one row of blocks, to the next.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32)
 grouped_gemm_small(const __grid_constant__ TensorMap map_a, const __grid_constant__ TensorMap map_b, const __grid_constant__ TensorMap map_sa,
                    const float* __restrict__ sb, const int* __restrict__ sizes, Element* c, int groups, int M, int N, int K,
