@@ -80,7 +80,6 @@ inline void tma_load_evict_first(u32 dst, const TensorMap* map, u32 barrier, int
     barrier_at(barrier).bytes -= map->box_rows * 128;
     barrier_at(barrier).settle();
 }
-inline void tma_prefetch_evict_first(const TensorMap*, int, int) {}
 inline void tma_load(u32, const TensorMap*, u32, int, int) { fault("rows of A are not loaded here"); }
 inline void multiply(float (&d)[4], u64 a, u64 b, int keep) {
     for (int n = 0; n < 4; ++n) {

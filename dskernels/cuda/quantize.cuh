@@ -31,7 +31,7 @@ __device__ __forceinline__ float approximate_inverse(float x) {
 // 103 on an H200.
 __device__ __forceinline__ float sigmoid(float x) {
     const float y = fminf(add(1.f, expf(-x)), 0x1p126f), guess = approximate_inverse(y);
-    return fma(fma(-y, guess, 1.f), guess, guess);  // a Newton step gives the nearest float
+    return fma(fma(-y, guess, 1.f), guess, guess);  // a Newton step leaves the nearest float
 }
 
 // The scale of a tile, given the bits of the largest magnitude: amax / 448, at least 2^-126, and 1 if amax is 0.
@@ -130,7 +130,7 @@ __device__ __forceinline__ u32 larger(u32 a, u32 b) {
     return both;
 }
 
-// For each of eight words, the largest over 16 lanes; a lane gets the result for word `lane % 16 / 2`.
+// The largest of each of eight words over 16 lanes; a lane gets the result for word `lane % 16 / 2`.
 __device__ __forceinline__ u32 largest_of_each(const u32 (&m)[8], int lane) {
     u32 pairs[4];
     const bool odd = lane & 2, a = lane & 8, b = lane & 4;

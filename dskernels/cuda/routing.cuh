@@ -67,7 +67,7 @@ __device__ __forceinline__ float sigmoid(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(rest));
     const float y = 1.f + fminf(__fmul_rn(__int_as_float(__float_as_int(exponent) << 23), power), 0x1p127f);
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(y));
-    return __fmaf_rn(__fmaf_rn(-y, guess, 1.f), guess, guess);  // a Newton step gives the nearest float
+    return __fmaf_rn(__fmaf_rn(-y, guess, 1.f), guess, guess);  // a Newton step leaves the nearest float
 }
 
 // The affinities of a row, from its logits. SOFTMAX needs the largest logit, `top`, and one over the sum of the exponentials, `inverse`.
