@@ -1,4 +1,4 @@
-"""Public grouped matrix products."""
+"""Public grouped matrix products, and the quantisation of operands of the weight gradient."""
 
 from __future__ import annotations
 
@@ -32,28 +32,30 @@ def grouped_gemm(
 ) -> Tensor:
     """Multiply each row of a ragged batch with the matrix of its group: ``out[r] = b[e] @ a[r]``.
 
-    Row r belongs to group e where ``offsets[e] <= r < offsets[e + 1]``. Products are summed in fp32; those of e4m3 as
-    in :func:`dskernels.fp8_gemm`, promoted every 128 along K. The last dimension of every tensor is contiguous.
+    Row r belongs to group e if ``offsets[e] <= r < offsets[e + 1]``. Products are summed in fp32; for e4m3, each 128
+    along K are summed separately and then added in fp32, as in :func:`dskernels.fp8_gemm`. The last dimension of every
+    tensor is contiguous.
 
     Args:
         a: ``[T, K]``, rows sorted by group, T >= 0; bf16, fp16 or fp32, or an `Fp8Tensor` in 1x128 tiles.
         b: ``[E, N, K]``, E >= 1, in the dtype of `a`; or a stacked `Fp8Tensor` in 128x128 blocks, its scale
             ``[E, ceil(N / 128), ceil(K / 128)]``.
         offsets: int32 ``[E + 1]`` on the device: 0, then the end of each group. Groups may be empty. It is never read
-            on the host. Values are clamped into [0, T], and one that is less than an earlier one counts as that one, so
-            that no value leads out of bounds.
-        out_dtype: bf16, fp16 or fp32; by default that of `a`, bf16 for e4m3; ignored where `out` is given.
-        out: ``[T, N]`` bf16, fp16 or fp32 to write to, last dimension contiguous; not where a gradient is needed.
+            on the host. Values are clamped to [0, T], and a value that is less than an earlier one is replaced by that
+            one, so no value leads out of bounds.
+        out_dtype: bf16, fp16 or fp32; by default that of `a`, bf16 for e4m3; ignored if `out` is given.
+        out: ``[T, N]`` bf16, fp16 or fp32 to write to, last dimension contiguous; not allowed if a gradient is needed.
         impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        ``[T, N]``; `out` itself where that is given. Rows from ``offsets[E]`` on are zero, and those of `a` not read.
+        ``[T, N]``; `out` itself if it is given. Rows from ``offsets[E]`` on are zero, and those rows of `a` are not
+        read.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
-        ValueError: shapes, tiles, strides or devices do not fit, or `out` is given where a gradient is needed.
+        ValueError: shapes, tiles, strides or devices do not fit, or `out` is given although a gradient is needed.
 
-    Differentiable in `a` and `b` where they are not e4m3: da by a grouped product with b transposed, db by
+    Differentiable in `a` and `b` unless they are e4m3: da is a grouped product with b transposed, and db is computed by
     :func:`grouped_wgrad`. T = 0 gives an empty result, K = 0 gives zeros.
     Source: DeepSeek-V3 report (arXiv 2412.19437), eq. 12 and section 3.3.2.
     """
@@ -83,27 +85,28 @@ def grouped_gemm_masked(
 ) -> Tensor:
     """Multiply the first ``counts[e]`` rows of each group's buffer with its matrix: ``out[e, m] = b[e] @ a[e, m]``.
 
-    The layout of expert-parallel decoding: every expert has a buffer of M rows, and only the device knows how many of
-    them have arrived. The last dimension of every tensor is contiguous.
+    This is the layout of expert-parallel decoding: every expert has a buffer of M rows, and only the device knows how
+    many of them have arrived. The last dimension of every tensor is contiguous.
 
     Args:
         a: ``[E, M, K]``, M >= 0; bf16, fp16 or fp32, or an `Fp8Tensor` in 1x128 tiles, its scale
-            ``[E, M, ceil(K / 128)]`` with the row index contiguous: quantised as ``[E * M, K]``, then both parts viewed
-            as stacks.
+            ``[E, M, ceil(K / 128)]`` with the row index contiguous: quantise it as ``[E * M, K]``, then view data and
+            scale as stacks.
         b: ``[E, N, K]``, E >= 1, in the dtype of `a`; or a stacked `Fp8Tensor` in 128x128 blocks.
-        counts: int32 ``[E]`` on the device, clamped into [0, M].
-        out_dtype: bf16, fp16 or fp32; by default that of `a`, bf16 for e4m3; ignored where `out` is given.
+        counts: int32 ``[E]`` on the device; values are clamped to [0, M].
+        out_dtype: bf16, fp16 or fp32; by default that of `a`, bf16 for e4m3; ignored if `out` is given.
         out: ``[E, M, N]`` bf16, fp16 or fp32 to write to, last dimension contiguous.
         impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        ``[E, M, N]``; `out` itself where that is given. Rows beyond the count are unspecified, those of `a` not read.
+        ``[E, M, N]``; `out` itself if it is given. Rows beyond the count are unspecified, and those rows of `a` are not
+        read.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, tiles, strides or devices do not fit, or a gradient is needed: there is none.
 
-    M = 0 gives an empty result, K = 0 gives zeros in the rows that count.
+    M = 0 gives an empty result, K = 0 gives zeros in the rows below the counts.
     Source: DeepSeek-V3 report (arXiv 2412.19437), section 3.4.2.
     """
     _check_operands(a, b, stacked_a=True)
@@ -133,7 +136,7 @@ def grouped_wgrad(
 ) -> Tensor:
     """Sum the outer products of each group's tokens, in fp32: ``dw[e] = dy[rows of e].T @ x[rows of e]``.
 
-    The weight gradient of :func:`grouped_gemm`. Rows that belong to no group are not read. The last dimension
+    This is the weight gradient of :func:`grouped_gemm`. Rows that belong to no group are not read. The last dimension
     of every tensor is contiguous.
 
     Args:
@@ -146,8 +149,8 @@ def grouped_wgrad(
         impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        fp32 ``[E, N, K]``; `out` itself where that is given. A group without tokens is zero; where accumulating, its
-        part of `out` is left as it is, not even read.
+        fp32 ``[E, N, K]``; `out` itself if it is given. The part of a group without tokens is zero; with `accumulate`,
+        it is neither read nor written.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -187,10 +190,10 @@ def grouped_wgrad(
 
 @repeated
 def quantize_grouped(x: Tensor, offsets: Tensor, *, scale_format: str = "fp32", impl: str | None = None) -> Fp8Tensor:
-    """Quantise ``x.T`` along the tokens of each group, the operand of :func:`grouped_wgrad`.
+    """Quantise ``x.T`` along the tokens of each group, to make an operand of :func:`grouped_wgrad`.
 
-    The tokens of group e stand in ``ceil(size / 128)`` whole tiles of 128 columns, zeros after the last; groups follow
-    each other without gaps. All implementations return the same bytes.
+    The tokens of a group fill ``ceil(size / 128)`` tiles of 128 columns, with zeros after the last token; the tiles of
+    the groups follow each other without gaps. All implementations return the same bytes.
 
     Args:
         x: bf16, fp16 or fp32 ``[T, K]``, last dimension contiguous.
@@ -201,7 +204,8 @@ def quantize_grouped(x: Tensor, offsets: Tensor, *, scale_format: str = "fp32", 
 
     Returns:
         Fp8Tensor ``[K, P]`` in 1x128 tiles, ``P = 128 * (ceil(T / 128) + E)``, which is enough for any offsets. Columns
-        that hold no token are zero, with scale 1. Rows of `x` that belong to no group are not read.
+        without a token are zero, and tiles without a token have scale 1. Rows of `x` that belong to no group are not
+        read.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -334,12 +338,12 @@ def _gradients(
     if needs_da:
         da = _grouped_gemm(dy, None, b.mT, None, offsets, a.dtype, impl=impl)
     if needs_db:
-        _grouped_wgrad(dy, None, a, None, offsets, db, False, impl=impl)  # rounded once, on its way out
+        _grouped_wgrad(dy, None, a, None, offsets, db, False, impl=impl)  # rounded once, in the kernel
     return da, db
 
 
 def _empty_gradients(dy, a, b, offsets, needs_da, needs_db):
-    """Gradients of the right shape; of no rows where one is not needed."""
+    """Empty gradients of the right shape; one that is not needed has no rows."""
     da = a.new_empty((a.shape[0] if needs_da else 0, a.shape[1]))
     return da, b.new_empty((b.shape[0] if needs_db else 0, *b.shape[1:]))
 

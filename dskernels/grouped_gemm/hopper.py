@@ -1,8 +1,8 @@
-"""The grouped products on Hopper: which kernel takes what; and the launcher of hopper.cu, e4m3 and many rows a group.
+"""The grouped products on Hopper: the choice of kernels, and the launcher of hopper.cu (e4m3, many rows per group).
 
-What each group's size is, only the device knows. So the choice between kernels goes by the rows of an average group,
-and a launch depends on the shapes alone. Rows need no padding: the accelerator ends a copy of C where a group ends, and
-a warpgroup leaves out those 64 rows of a tile that lie behind it.
+Only the device knows the sizes of the groups. So the choice between kernels depends on the average number of rows per
+group, and a launch on the shapes alone. Groups need no padding: TMA does not write rows of C beyond the end of a group,
+and a warpgroup skips its second 64 rows of a 256-row tile if the group has no rows there.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from dskernels.grouped_gemm.config import (
 
 SOURCE = Path(__file__).with_name("hopper.cu")
 MOST_GROUPS = 1024
-TABLE_BYTES = 8 * (MOST_GROUPS + 1)  # of shared memory: where the groups begin
-ORDER_BYTES = 12 * (MOST_GROUPS + 1)  # in units: in which order they are computed, and where they begin
-UNIT = 64  # rows of A in a copy, in units
-SCALE_ROWS = 132  # of A's scales in a copy: 128, as of any row, from a multiple of 4 on
+TABLE_BYTES = 8 * (MOST_GROUPS + 1)  # bytes of shared memory for the table of groups
+ORDER_BYTES = 12 * (MOST_GROUPS + 1)  # the same with `in_units`, where the order of the groups is stored too
+UNIT = 64  # rows of A per TMA copy with `in_units`
+SCALE_ROWS = 132  # scales of A per TMA copy: those of 128 rows from any row on, starting at a multiple of 4
 
-# ---- what the operations name ---------------------------------------------------------------------------------------
+# ---- implementations of the operations ------------------------------------------------------------------------------
 
 
 def grouped_gemm(
@@ -65,10 +65,11 @@ def grouped_gemm_out(
 def grouped_gemm_leaving(
     a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, offsets: Tensor, out: Tensor
 ) -> Plan:
-    """The same, but rows of `out` that belong to no group stay as they are, unless the rows are few.
+    """The same, but rows of `out` that belong to no group are left as they are, unless the rows are few.
 
-    Of tokens of two ranks half the rows of an expert block are such, which nobody reads: zeros there were 128 of 2,220
-    us that its products took in e4m3 (2 x 2,048 tokens on an H200), and 150 of 3,870 in bf16.
+    With the tokens of two ranks, half of the rows of an expert block belong to no group, and nobody reads them. Writing
+    zeros there took 128 of the 2,220 us of its products in e4m3 (2 x 2,048 tokens on an H200), and 150 of 3,870 in
+    bf16.
     """
     if a_scale is None or b_scale is None:
         return hopper_half.grouped_gemm_leaving.prepare(a, b, offsets, out)
@@ -78,7 +79,7 @@ def grouped_gemm_leaving(
 
 
 def _are_few(a: Tensor, b: Tensor) -> bool:
-    """Whether the kernel for few rows takes them."""
+    """Whether the product is left to the kernel for few rows."""
     return use_hopper_small(a.shape[0], b.shape[0]) and _in_one_piece(b)
 
 
@@ -111,7 +112,10 @@ def grouped_wgrad(
     out: Tensor,
     accumulate: bool,
 ) -> Plan:
-    """Fill `out` [E, N, K] with, or add to it, the products of the tokens of each group: columns of e4m3 operands."""
+    """Fill `out` [E, N, K] with, or add to it, the products over the tokens of each group.
+
+    Tokens are the columns of e4m3 operands, [N, P] and [K, P], and the rows of others.
+    """
     if dy_scale is None or x_scale is None:
         return hopper_half.grouped_wgrad.prepare(dy, x, offsets, out, accumulate)
     groups, n, k = out.shape
@@ -120,11 +124,11 @@ def grouped_wgrad(
 
 
 def _in_one_piece(b: Tensor) -> bool:
-    """Whether the matrices of `b` lie one after the other, as the kernel for few rows wants them."""
+    """Whether the matrices of `b` follow each other without gaps, as the kernel for few rows requires."""
     return b.shape[0] == 1 or b.stride(0) == b.shape[1] * b.stride(1)
 
 
-# ---- what the kernels take ------------------------------------------------------------------------------------------
+# ---- supported arguments --------------------------------------------------------------------------------------------
 
 
 def grouped_gemm_supports(
@@ -150,7 +154,8 @@ def grouped_gemm_masked_supports(
     """Why these kernels do not take such arguments, or None."""
     if a_scale is None or b_scale is None:
         return hopper_half.grouped_gemm_masked_supports(a, b, counts, out)
-    # Rows of scales lie side by side; a single row of each group may have any stride, as nothing is read by it.
+    # For scales, the row index is contiguous. If there is only one group, its stride is arbitrary, because it is not
+    # used.
     for name, x, row in (("a", a, a.stride(1)), ("a.scale", a_scale, 1), ("out", out, out.stride(1))):
         if x.shape[0] > 1 and x.stride(0) != x.shape[1] * row:
             return f"the groups of {name} must follow each other without gaps, its strides are {list(x.stride())}"
@@ -211,7 +216,7 @@ def _reason_against_scales(*scales: Tensor) -> str | None:
 def plan(
     config: HopperConfig, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor
 ) -> Plan:
-    """The launch of a given config for rows in one piece."""
+    """The launch for a given config, for groups that follow each other in one matrix of rows."""
     return _plan_rows(config, a, a_scale, b, b_scale, offsets, out, cleared=a.shape[0])
 
 
@@ -225,7 +230,7 @@ def _plan_rows(
     out: Tensor,
     cleared: int,
 ) -> Plan:
-    """The same; of the first `cleared` rows those that belong to no group become zero."""
+    """The same; among the first `cleared` rows, those that belong to no group become zero."""
     clusters = hopper_clusters(config, a.shape[0], b.shape[0], b.shape[1])
     return _plan(config, a, a_scale, b, b_scale, a.shape[0], Pointer("offsets"), out, clusters, cleared)
 
@@ -233,7 +238,7 @@ def _plan_rows(
 def plan_masked(
     config: HopperConfig, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor
 ) -> Plan:
-    """The launch of a given config for a buffer of rows for each group."""
+    """The launch for a given config, for groups that have a buffer of rows each."""
     clusters = b.shape[0] * config.clusters(a.shape[1], b.shape[1])
     rows = a.shape[1]
     a, a_scale, out = (x.flatten(0, 1) for x in (a, a_scale, out))
@@ -252,7 +257,7 @@ def _plan(
     clusters: int,
     cleared: int = 0,
 ) -> Plan:
-    """The launch for operands whose groups, of at most `rows` rows, lie one after another."""
+    """The launch for two-dimensional `a` and `out`. `rows` is the number of rows of `a`, or of each group's buffer."""
     groups, n, k = b.shape
     step = b.stride(0) // b.stride(1) if groups > 1 else n
     b_rows = b.as_strided(((groups - 1) * step + n, k), (b.stride(1), 1))
@@ -289,7 +294,7 @@ def plan_wgrad(
     out: Tensor,
     accumulate: bool,
 ) -> Plan:
-    """The launch of a given config for sums along the columns of groups."""
+    """The launch for a given config, for sums along the columns of groups."""
     groups, n, k = out.shape
     shared = wgrad_shared_bytes(config)
     options = options_for(config, 1, OUT[out.dtype], accumulate=accumulate)
@@ -312,20 +317,21 @@ def plan_wgrad(
 
 
 def rows_shared_bytes(config: HopperConfig) -> int:
-    """Shared memory of a block of `plan`: a dense product's, where copies of scales take 640 bytes, and the groups."""
+    """Bytes of shared memory of a CTA of `plan`: as for the dense product, but 640 bytes for each copy of scales, and
+    the table of groups."""
     table = ORDER_BYTES if config.in_units else TABLE_BYTES
     return shared_bytes(config, 128, False) + config.stages * config.waves * (640 - 512) + table
 
 
 def wgrad_shared_bytes(config: HopperConfig) -> int:
-    """Shared memory of a block of `plan_wgrad`."""
+    """Bytes of shared memory of a CTA of `plan_wgrad`."""
     return shared_bytes(config, 1, False) + TABLE_BYTES
 
 
 def options_for(
     config: HopperConfig, b_rows: int, out: int, *, accumulate: bool = False, masked: bool = False
 ) -> dict[str, int]:
-    """The -D options that cuda/fp8_gemm.cuh and hopper.cu describe."""
+    """The -D options, which cuda/fp8_gemm.cuh and hopper.cu describe."""
     return options_of(config, b_rows, out, bias=0, accumulate=int(accumulate), direct=0) | {
         "MASKED": int(masked),
         "IN_UNITS": int(config.in_units),

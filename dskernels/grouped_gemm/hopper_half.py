@@ -1,11 +1,13 @@
 """Launchers of hopper_half.cu, the grouped products of bf16 and fp16 for sm_90a, in CUDA C++.
 
-CUDA C++ because Gluon has no clusters, which let two tiles share what they read, and because of how a group ends: a
-copy of the tensor memory accelerator stops there wherever its box does, so groups begin at any row, without padding.
+It is CUDA C++ because Gluon has no clusters, which let two tiles share what they load, and because of how a group ends:
+a TMA copy through a ragged map stops at the end of the group, wherever its box ends. So groups may begin at any row,
+without padding.
 
-On an H100 in three runs, bf16, the ratio to `torch._grouped_mm` in the same run: 8 groups of 4,096 rows 1.02 to 1.07
-forward (694 to 722 TFLOP/s), 1.02 to 1.03 for the gradient of `a`, 0.996 to 1.009 for that of the weights in fp32 where
-torch writes bf16, and 1.03 to 1.05 in bf16; 32 groups of about 190 rows 1.06; 32 of 20 rows 1.08 to 1.10, at 2.9 TB/s.
+Speed relative to `torch._grouped_mm` in the same run, for bf16, from three runs on an H100. 8 groups of 4,096 rows:
+1.02 to 1.07 forward (694 to 722 TFLOP/s); 1.02 to 1.03 for the gradient of `a`; for that of the weights 0.996 to 1.009
+in fp32, where torch writes bf16, and 1.03 to 1.05 in bf16. 32 groups of about 190 rows: 1.06. 32 groups of 20 rows:
+1.08 to 1.10, at 2.9 TB/s.
 """
 
 from __future__ import annotations
@@ -29,43 +31,46 @@ from dskernels.validate import ceil_div
 
 SOURCE = Path(__file__).with_name("hopper_half.cu")
 BLOCK_M = 128
-GROUP, UNROLL = 8, 2  # 4 to 16, and 1 to 4, were within 0.2%
+GROUP, UNROLL = 8, 2  # GROUP from 4 to 16 and UNROLL from 1 to 4 were within 0.2%
 KINDS = {torch.bfloat16: 0, torch.float16: 1}
-CONTIGUOUS, MASKED, WGRAD = 0, 1, 2
+CONTIGUOUS, MASKED, WGRAD = 0, 1, 2  # values of the option FORM
 
 
 @dataclass(frozen=True)
 class HalfConfig:
-    """Tile of 128 rows by `block_n` columns; `clocks` is what 64 of K take, in shared memory."""
+    """Tile of 128 rows by `block_n` columns. `clocks` is the time of 64 of K, which shared memory determines."""
 
     block_n: int
     clocks: int
 
     def pairs(self, groups: int, rows: int, columns: int) -> int:
-        """Pairs of tiles of `groups` matrices: one below the other, and of a last, odd row of tiles side by side."""
+        """How many pairs of tiles cover `groups` matrices.
+
+        Tiles of a pair are adjacent along M or, in a last, odd row of tiles, along N.
+        """
         tall, wide = ceil_div(rows, BLOCK_M), ceil_div(columns, self.block_n)
         return groups * (tall // 2 * wide + tall % 2 * ceil_div(wide, 2))
 
     def stages(self, groups: int) -> int:
-        """Blocks of K in flight: as many as fit."""
+        """Pipeline stages, the blocks of K in flight: as many as fit, at most 6."""
         return min((SHARED_LIMIT - self.shared_bytes(0, groups)) // (self.stage + 16), 6)
 
     def shared_bytes(self, stages: int, groups: int) -> int:
-        """Shared memory of a CTA, as cuda/half_gemm.cuh and cuda/groups.cuh lay it out."""
+        """Bytes of shared memory of a CTA, as laid out in cuda/half_gemm.cuh and cuda/groups.cuh."""
         return stages * (self.stage + 16) + 4 * 64 * 128 + 8 * (groups + 1)
 
     @property
     def stage(self) -> int:
-        """Bytes of a block of K."""
+        """Bytes of a stage: the tiles of A and B of one block of K."""
         return (BLOCK_M + self.block_n) * 64 * 2
 
 
 CONFIGS = (HalfConfig(256, clocks=1024), HalfConfig(192, clocks=832), HalfConfig(128, clocks=640))
-MOST_GROUPS = 4096  # with 3 stages of the largest tile
+MOST_GROUPS = 4096  # with this many, 3 stages of the largest tile still fit
 
 
 def choose_config(groups: int, rows: int, columns: int, multiprocessors: int) -> HalfConfig:
-    """Config that takes the fewest clocks for each 64 of K of `groups` matrices of so many rows and columns."""
+    """Config with the fewest clocks per 64 of K, for `groups` matrices of `rows` rows and `columns` columns."""
 
     def clocks(config: HalfConfig) -> int:
         return ceil_div(config.pairs(groups, rows, columns), multiprocessors // 2) * config.clocks
@@ -84,7 +89,7 @@ def grouped_gemm(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> Plan:
 
 @Planned
 def grouped_gemm_leaving(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> Plan:
-    """The same, but rows that belong to no group stay as they are."""
+    """The same, but rows that belong to no group are left as they are."""
     return _plan_rows(_config(a, b), a, b, offsets, out, cleared=0)
 
 
@@ -105,18 +110,19 @@ def grouped_wgrad(dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor, accumulat
 
 
 def plan(config: HalfConfig, a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> Plan:
-    """The launch of `grouped_gemm` with a given config."""
+    """The launch of `grouped_gemm` for a given config."""
     return _plan_rows(config, a, b, offsets, out, cleared=a.shape[0])
 
 
 def _config(a: Tensor, b: Tensor) -> HalfConfig:
     rows, (groups, n, _) = a.shape[0], b.shape
-    filled = min(rows, groups)  # at most; how full they are, only the device knows
+    filled = min(rows, groups)  # the most groups that can have rows; only the device knows the actual sizes
     return choose_config(filled, ceil_div(rows, filled), n, multiprocessors(a.device))
 
 
 def _plan_rows(config: HalfConfig, a: Tensor, b: Tensor, offsets: Tensor, out: Tensor, cleared: int) -> Plan:
-    """The launch for rows in one piece, of which those below `cleared` that belong to no group become zero."""
+    """The launch for groups that follow each other in one matrix of rows. Among the first `cleared` rows, those that
+    belong to no group become zero."""
     rows, (groups, n, k) = a.shape[0], b.shape
     return _plan(
         config,
@@ -132,7 +138,7 @@ def _plan_rows(config: HalfConfig, a: Tensor, b: Tensor, offsets: Tensor, out: T
 
 
 def plan_masked(config: HalfConfig, a: Tensor, b: Tensor, counts: Tensor, out: Tensor) -> Plan:
-    """The launch of `grouped_gemm_masked` with a given config."""
+    """The launch of `grouped_gemm_masked` for a given config."""
     (groups, rows, n), k = out.shape, a.shape[2]
     return _plan(
         config,
@@ -148,7 +154,7 @@ def plan_masked(config: HalfConfig, a: Tensor, b: Tensor, counts: Tensor, out: T
 
 
 def plan_wgrad(config: HalfConfig, dy: Tensor, x: Tensor, offsets: Tensor, out: Tensor, accumulate: bool) -> Plan:
-    """The launch of `grouped_wgrad` with a given config."""
+    """The launch of `grouped_wgrad` for a given config."""
     groups, n, k = out.shape
     return _plan(
         config,
@@ -179,7 +185,7 @@ def _plan(
     pairs: int,
     accumulate: bool = False,
 ) -> Plan:
-    """The launch; `shape` is the kernel's last arguments, `pairs` as many pairs of tiles as there can be."""
+    """The launch. `shape` has the kernel's last arguments; `pairs` is the most pairs of tiles that there can be."""
     groups = shape[0]
     stages = config.stages(groups)
     shared = config.shared_bytes(stages, groups)
@@ -205,7 +211,7 @@ def _plan(
 def options_of(
     config: HalfConfig, stages: int, form: int, kind: int, b_mn: int, out: int, accumulate: int
 ) -> dict[str, int]:
-    """The -D options that cuda/half_gemm.cuh and hopper_half.cu describe."""
+    """The -D options, which cuda/half_gemm.cuh and hopper_half.cu describe."""
     return {
         "KIND": kind,
         "A_MN": int(form == WGRAD),
@@ -221,12 +227,12 @@ def options_of(
 
 
 def rows_map(name: str, x: Tensor, rows: int = 64) -> TensorMap:
-    """Map of boxes of `rows` rows and 64 columns of a stack of matrices."""
+    """Tensor map of a stack of matrices, with boxes of `rows` rows and 64 columns."""
     return TensorMap(name, x, (1, rows, 64), swizzle=True)
 
 
 def _weights(b: Tensor, config: HalfConfig) -> tuple[TensorMap, int]:
-    """Map of `b` [E, N, K], and whether its rows along N are contiguous, as where a gradient is multiplied."""
+    """Tensor map of `b` [E, N, K], and the option B_MN: 1 if `b` is contiguous along N, as in the gradient of `a`."""
     if b.stride(2) == 1:
         return rows_map("b", b, config.block_n // 2), 0
     return rows_map("b", b.mT), 1
@@ -236,7 +242,7 @@ def _out_map(out: Tensor) -> TensorMap:
     return TensorMap("out", out, (1, 64, 128 // out.element_size()), swizzle=True)
 
 
-# ---- what the kernel takes ------------------------------------------------------------------------------------------
+# ---- supported arguments --------------------------------------------------------------------------------------------
 
 
 def grouped_gemm_supports(a: Tensor, b: Tensor, offsets: Tensor, out: Tensor) -> str | None:

@@ -1,7 +1,8 @@
-"""Launcher of hopper_quantize.cu: quantising the tokens of each group along themselves, for sm_90a, in CUDA C++.
+"""Launcher of hopper_quantize.cu: quantising x.T along the tokens of each group, for sm_90a, in CUDA C++.
 
-CUDA C++ for the reason that `dskernels.fp8.hopper` gives: Triton turns a tile of bytes a word a thread. On an H100 with
-8 groups of about 4096 tokens of 7168 channels Triton takes 1,251 us, this 278, and a copy of as many bytes 247.
+It is CUDA C++ for the reason that `dskernels.fp8.hopper` gives: Triton transposes a tile of bytes one word per thread
+at a time. On an H100, for 8 groups of about 4096 tokens with 7168 channels, Triton takes 1,251 us, this kernel 278, and
+a copy of as many bytes 247.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dskernels.validate import ceil_div
 SOURCE = Path(__file__).with_name("hopper_quantize.cu")
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 THREADS = 256
-MOST_GROUPS = 2047  # whose first rows and tiles take 16 KiB of a block's shared memory
+MOST_GROUPS = 2047  # their first rows and first tiles take 16 KiB of a block's shared memory
 
 
 def quantize_grouped(
@@ -30,7 +31,7 @@ def quantize_grouped(
 ) -> tuple[Tensor, Tensor]:
     """Data e4m3 [K, P] and scale [K, P / 128] of x.T; with `source`, token r is row ``source[r] // top_k`` of `x`.
 
-    What no group fills becomes zero; with `leave` it is left as it is, since `grouped_wgrad` does not read it.
+    Tiles that no group fills become zero. With `leave`, they are not written, since `grouped_wgrad` does not read them.
     """
     k, rows = x.shape[1], x.shape[0] if source is None else source.shape[0]
     width = padded_width(rows, offsets.shape[0] - 1)
@@ -69,12 +70,12 @@ def _quantize_grouped(
 
 
 def blocks_of(dtype: torch.dtype) -> int:
-    """Blocks to an SM, as many as registers allow without spilling: a thread holds 64 elements."""
+    """Blocks per SM, as many as registers allow without spilling; a thread holds 64 elements."""
     return 4 if dtype == torch.bfloat16 else 2
 
 
 def options(dtype: torch.dtype, gather: bool, ue8m0: bool) -> dict[str, int]:
-    """What hopper_quantize.cu is specialised by."""
+    """The options that hopper_quantize.cu is specialised by."""
     return {"KIND": KINDS[dtype], "GATHER": int(gather), "UE8M0": int(ue8m0), "BLOCKS": blocks_of(dtype)}
 
 

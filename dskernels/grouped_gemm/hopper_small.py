@@ -1,8 +1,8 @@
 """Launchers of hopper_small.cu, the grouped e4m3 products for groups of few rows on sm_90a.
 
-The time is that of reading the matrices of the groups that have rows. On an H100 whose copies move 3,002 GB/s, 1,024
-rows over 256 groups of 4096x7168 took 2,388 us, 3,068 GB/s of what is touched; 8 rows, one to a group, 93 us. Buffers
-with 16 rows for each of 32 groups: 2,792 GB/s; the same of 7168x2048 2,677.
+The time is that of reading the matrices of those groups that have rows. On an H100 whose copies reach 3,002 GB/s, 1,024
+rows in 256 groups, 4096x7168, took 2,388 us, which is 3,068 GB/s for the bytes that are touched; 8 rows, one per group,
+took 93 us. Buffers with 16 rows for each of 32 groups reached 2,792 GB/s, and for 7168x2048 2,677.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def grouped_gemm_masked(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, 
 def plan(
     config: SmallConfig, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out: Tensor
 ) -> Plan:
-    """The launch of a given config for rows in one piece."""
+    """The launch for a given config, for groups that follow each other in one matrix of rows."""
     return _plan(config, a, a_scale, b, b_scale, a.shape[0], Pointer("offsets"), out)
 
 
 def plan_masked(
     config: SmallConfig, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out: Tensor
 ) -> Plan:
-    """The launch of a given config for a buffer of rows for each group."""
+    """The launch for a given config, for groups that have a buffer of rows each."""
     rows = a.shape[1]
     a, a_scale, out = (x.view(-1, x.shape[-1]) for x in (a, a_scale, out))
     return _plan(config, a, a_scale, b, b_scale, rows, Pointer("counts"), out)
@@ -56,7 +56,7 @@ def plan_masked(
 def _plan(
     config: SmallConfig, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, rows: int, sizes: Pointer, out: Tensor
 ) -> Plan:
-    """The launch for operands whose groups, of at most `rows` rows, lie one after another."""
+    """The launch for two-dimensional `a` and `out`. `rows` is the number of rows of `a`, or of each group's buffer."""
     groups, n, k = b.shape
     processors = multiprocessors(a.device)
     stages = config_small.stages(config, groups)
@@ -82,7 +82,7 @@ def _plan(
 
 
 def options_of(config: SmallConfig, out: int, *, masked: bool) -> dict[str, int]:
-    """The -D options that hopper_small.cu and cuda/fp8_gemm_small.cuh describe."""
+    """The -D options, which hopper_small.cu and cuda/fp8_gemm_small.cuh describe."""
     return {
         "TILE": config.tile,
         "TOKENS": config.tokens,

@@ -1,12 +1,12 @@
 """Portable Triton kernels of the grouped products, and the plan of which rows and tiles belong to a group.
 
-The group sizes stay on the device. `plan_kernel` turns offsets into the first row and the first tile of every group;
-the grid of a product covers the most tiles that any sizes can need, and each program looks up which group its tile
-belongs to. Programs beyond the last tile return at once. The rows after the last group count as one more group, whose
+The group sizes stay on the device. `plan_kernel` turns offsets into the first row and the first tile of every group.
+The grid of a product has as many programs as any group sizes can need tiles, and each program looks up the group of its
+tile; programs beyond the last tile return at once. The rows after the last group are treated as one more group, whose
 product has no terms, so that they become zero.
 
-Offsets are read as their running maximum, clamped into [0, T]: whatever they hold, groups are disjoint and inside the
-tensors.
+Offsets are clamped to [0, T] and replaced by their running maximum: whatever they are, groups are disjoint and within
+the tensors.
 
 Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask, `s_` scale.
 """
@@ -35,7 +35,7 @@ def larger(a, b):
 def plan_kernel(p_offsets, p_plan, T, E, BLOCK: tl.constexpr, GROUPS: tl.constexpr):
     """plan[0, g] = first row of group g, plan[1, g] = its first tile of BLOCK rows; group E is the rest, E + 1 the end.
 
-    That is the running maximum of offsets[0 .. E], the first taken as 0, and of the number of tiles before.
+    plan[0] is the running maximum of offsets[0 .. E], with the first taken as 0; plan[1] counts the tiles before g.
     """
     o_g = tl.arange(0, GROUPS)
     start = tl.load(p_offsets + o_g, mask=(o_g > 0) & (o_g <= E), other=0)
@@ -50,7 +50,7 @@ def plan_kernel(p_offsets, p_plan, T, E, BLOCK: tl.constexpr, GROUPS: tl.constex
 
 @triton.jit
 def group_of_tile(p_plan, i_tile, E, GROUPS: tl.constexpr):
-    """Group that tile `i_tile` belongs to: as many groups as end at or before it; E + 1 for tiles after the last."""
+    """The group of tile `i_tile`: the number of groups that end at or before it; E + 1 for tiles after the last."""
     o_g = tl.arange(0, GROUPS)
     end = tl.load(p_plan + (E + 2) + o_g + 1, mask=o_g <= E, other=2147483647)
     return tl.sum((end <= i_tile).to(tl.int32), 0)
@@ -79,8 +79,8 @@ def multiply(
 ):
     """fp32 [BLOCK_M, BLOCK_N], the products of rows of a and rows of b, given pointers to the rows' first elements.
 
-    A step of e4m3 has a fresh accumulator and its own scales, one for each row of a and one for all rows of b (BLOCK_K
-    is 128, and a tile is inside one block of 128 rows); the sum of the steps is fp32.
+    For e4m3, each step starts from a zero accumulator and has scales of its own: one for each row of a, and one for all
+    rows of b, since BLOCK_K is 128 and a tile lies within one block of 128 rows. The sum of the steps is fp32.
     """
     o_k = tl.arange(0, BLOCK_K)
     p_a = p_a_rows[:, None] + o_k[None, :] * stride_ak
@@ -135,7 +135,8 @@ def grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One tile of c [T, N]. With GATHER, row r of the batch is row source[r] // top_k of a."""
-    # All columns of a tile of rows follow each other: programs that run together share rows of a and an expert in L2.
+    # Consecutive programs take all columns of a tile of rows, so programs that run at the same time share rows of a and
+    # an expert's matrix in L2.
     tiles_n = tl.cdiv(N, BLOCK_N)
     i_tile = tl.program_id(0) // tiles_n
     i_n = tl.program_id(0) % tiles_n
@@ -201,7 +202,7 @@ def grouped_gemm_masked_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of c [E, M, N], if it has a row below counts[e]."""
+    """One tile of c [E, M, N], unless all of its rows are beyond counts[e]."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     i_n = tl.program_id(0) % tiles_n
     i_m = tl.program_id(0) // tiles_n % tl.cdiv(M, BLOCK_M)
@@ -238,7 +239,7 @@ def grouped_gemm_masked_kernel(
 
 
 def plan(offsets: Tensor, rows: int, block: int) -> Tensor:
-    """First row and first tile of `block` rows of each group, int32 [2, E + 2]."""
+    """First row, and first tile of `block` rows, of each group: int32 [2, E + 2], see `plan_kernel`."""
     groups = offsets.shape[0] - 1
     result = offsets.new_empty(2, groups + 2)
     launch(plan_kernel, (1,), offsets, result, rows, groups, BLOCK=block, GROUPS=lanes(groups), num_warps=4)
@@ -246,7 +247,7 @@ def plan(offsets: Tensor, rows: int, block: int) -> Tensor:
 
 
 def lanes(groups: int) -> int:
-    """Lanes that hold all groups, the rest, and the end."""
+    """Size of a block that holds an entry for each group, the rest, and the end: a power of two."""
     return triton.next_power_of_2(groups + 2)
 
 
@@ -260,15 +261,16 @@ def product(
     source: Tensor | None = None,
     top_k: int = 1,
 ) -> None:
-    """Fill `out` [T, N] with the product of each row of `a` and its group's matrix of `b` [E, N, K], in any strides.
+    """Fill `out` [T, N] with the product of each row of `a` [T, K] and its group's matrix of `b` [E, N, K].
 
-    With `source` int32 [T], row r of the batch is row ``source[r] // top_k`` of `a`, which has its own height then.
+    Strides are arbitrary. With `source` int32 [T], row r of the batch is row ``source[r] // top_k`` of `a`, which may
+    then have any number of rows.
     """
     (rows, n), (groups, _, k) = out.shape, b.shape
     if rows == 0 or n == 0:
         return
     config = choose_config(rows, groups, a.dtype)
-    # A plain product has no scales; the kernel never looks at what stands in their place.
+    # Without e4m3 there are no scales; the kernel does not use the tensors that are passed in their place.
     s_a, s_b = (a, b) if a_scale is None or b_scale is None else (a_scale, b_scale)
     grid = (tile_bound(rows, groups, config.block_m) * ceil_div(n, config.block_n),)
     launch(
@@ -300,7 +302,7 @@ def product(
 
 
 def tile_options(config: GroupedConfig) -> dict[str, int]:
-    """A config as the options of a launch."""
+    """The options of a launch with this config."""
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -362,7 +364,7 @@ def grouped_gemm_masked(
 
 
 def grouped_gemm_supports(a: Tensor, a_scale: Tensor | None, *args: object) -> str | None:
-    """Why the GPU of `a` cannot multiply it, or None."""
+    """Why the GPU of `a` does not support the product, or None."""
     return None if a_scale is None else reason_against_e4m3(a.device)
 
 

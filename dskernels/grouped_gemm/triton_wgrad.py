@@ -1,6 +1,6 @@
 """Portable Triton kernels of the grouped weight gradient, and of quantising its operands along tokens.
 
-Groups are found by the plan of `dskernels.grouped_gemm.triton`, made for tiles of 128 tokens.
+They find groups with the plan of `dskernels.grouped_gemm.triton`, made for tiles of 128 tokens.
 
 Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask, `s_` scale.
 """
@@ -50,13 +50,14 @@ def grouped_wgrad_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """One tile of dw [E, N, K], summed over a group's tokens: rows of [T, N], [T, K], or columns of [N, P], [K, P]."""
+    """One tile of dw [E, N, K], summed over a group's tokens: rows of [T, N] and [T, K], or with FP8 columns of [N, P]
+    and [K, P]."""
     tiles_k = tl.cdiv(K, BLOCK_K)
     i_k = tl.program_id(0) % tiles_k
     i_n = tl.program_id(0) // tiles_k % tl.cdiv(N, BLOCK_N)
     i_e = tl.program_id(0) // tiles_k // tl.cdiv(N, BLOCK_N)
     if FP8:
-        # A plan of tiles of 128: the padded groups begin where their tiles do.
+        # The plan is made for tiles of 128, so a padded group begins at its first tile.
         first = tl.minimum(tl.load(p_plan + (E + 2) + i_e), P // 128) * 128
         last = tl.minimum(tl.load(p_plan + (E + 2) + i_e + 1), P // 128) * 128
     else:
@@ -82,7 +83,7 @@ def grouped_wgrad_kernel(
             o_dy = tl.load(p_source + o_t, mask=m_t, other=0).to(tl.int64) // top_k
         if GATHER_X:
             o_x = tl.load(p_source + o_t, mask=m_t, other=0).to(tl.int64) // top_k
-        # [BLOCK_N, BLOCK_T], [BLOCK_T, BLOCK_K]; what is masked is never read, so that NaN after a group stays out
+        # [BLOCK_N, BLOCK_T], [BLOCK_T, BLOCK_K]; masked elements are never read, so NaN beyond a group has no effect
         dy = tl.load(p_dy_rows[:, None] + o_dy[None, :] * stride_dyt, mask=m_n[:, None] & m_t[None, :], other=0.0)
         x = tl.load(p_x_rows[None, :] + o_x[:, None] * stride_xt, mask=m_k[None, :] & m_t[:, None], other=0.0)
         if FP8:
@@ -119,7 +120,7 @@ def quantize_grouped_kernel(
     GROUPS: tl.constexpr,
     PATCH: tl.constexpr,
 ):
-    """Quantise 128 tokens of one group, for PATCH rows of the result [K, P]; tiles that no group fills become zeros."""
+    """Quantise 128 tokens of one group, for PATCH rows of the result [K, P]; tiles that no group fills become zero."""
     i_tile, i_k = tl.program_id(0), tl.program_id(1)
     i_g = tl.minimum(group_of_tile(p_plan, i_tile, E, GROUPS), E)
     o_t = tl.load(p_plan + i_g) + (i_tile - tl.load(p_plan + (E + 2) + i_g)) * 128 + tl.arange(0, 128)
@@ -150,18 +151,19 @@ def grouped_wgrad(
     top_k: int = 1,
     gather: str | None = None,
 ) -> None:
-    """Fill `out` [E, N, K] with, or add to it, the products of the tokens of each group.
+    """Fill `out` [E, N, K] with, or add to it, the products over the tokens of each group.
 
-    With `source` int32 [T], token r of the operand named by `gather`, "dy" or "x", is its row ``source[r] // top_k``.
+    Tokens are the columns of e4m3 operands, and the rows of others. With `source` int32 [T], token r of the operand
+    named by `gather`, "dy" or "x", is row ``source[r] // top_k`` of it.
     """
     groups, n, k = out.shape
     if n == 0 or k == 0:
         return
     fp8 = dy_scale is not None
-    # A plain product has no scales; the kernel never looks at what stands in their place.
+    # Without e4m3 there are no scales; the kernel does not use the tensors that are passed in their place.
     s_dy, s_x = (dy, x) if dy_scale is None or x_scale is None else (dy_scale, x_scale)
     if fp8:
-        # [N, P] and [K, P]: tokens along columns, groups on whole tiles of 128
+        # [N, P] and [K, P]: tokens are columns, and each group has whole tiles of 128
         tokens, (stride_dyn, stride_dyt), (stride_xk, stride_xt) = dy.shape[1], dy.stride(), x.stride()
     else:
         tokens, (stride_dyt, stride_dyn), (stride_xt, stride_xk) = dy.shape[0], dy.stride(), x.stride()
@@ -239,10 +241,10 @@ def quantize_grouped(
 
 
 def grouped_wgrad_supports(dy: Tensor, dy_scale: Tensor | None, *args: object) -> str | None:
-    """Why the GPU of `dy` cannot multiply it, or None."""
+    """Why the GPU of `dy` does not support the product, or None."""
     return None if dy_scale is None else reason_against_e4m3(dy.device)
 
 
 def quantize_grouped_supports(x: Tensor, *args: object) -> str | None:
-    """Why the GPU of `x` cannot make e4m3, or None."""
+    """Why the GPU of `x` does not support e4m3, or None."""
     return reason_against_e4m3(x.device)
