@@ -103,7 +103,10 @@ def train(
     balance_alpha: Annotated[float, typer.Option(help="Weight of the sequence-wise balance loss.")] = 1e-4,
     mtp_lambda: Annotated[float, typer.Option(help="Weight of the MTP loss.")] = 0.3,
     final_mtp_lambda: Annotated[float, typer.Option(help="Weight of the MTP loss once the rate decays.")] = 0.1,
-    ema: Annotated[float, typer.Option(help="Decay of averaged weights, which are exported too; 0 for none.")] = 0.0,
+    ema: Annotated[
+        float,
+        typer.Option(help="Decay of averaged weights, which are exported too, also under torchrun; 0 for none."),
+    ] = 0.0,
     recompute: Annotated[
         bool,
         typer.Option("--recompute/--no-recompute", help="Save less for the backward and recompute it."),

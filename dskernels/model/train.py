@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -24,19 +21,17 @@ from dskernels.model.data import Corpus
 from dskernels.model.disk import writing
 from dskernels.model.ema import Ema
 from dskernels.model.optimizer import MasterAdamW
-from dskernels.model.token_file import fingerprint
-from dskernels.model.train_begin import check, first_model, texts
+from dskernels.model.train_begin import check, check_identity, first_model, identity, texts
 from dskernels.model.train_config import DEMO, TrainConfig
+from dskernels.model.train_metrics import METRICS_FILE, History, Metrics
+from dskernels.model.train_pieces import Piece, read_pieces
 from dskernels.model.train_step import MEASURED, Pending, Stepper, evaluate
 from dskernels.model.writing import save
 
 __all__ = ["DEMO", "MEASURED", "METRICS_FILE", "History", "Interrupted", "TrainConfig", "evaluate", "train"]
 
-METRICS_FILE = "metrics.jsonl"
 EMA_FOLDER = "ema"
 GRAPHED = ("cuda",)  # devices whose steps can be captured as graphs
-
-History = list[dict[str, Any]]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -73,8 +68,9 @@ def train(
       weights.
 
     A run that is stopped, in whatever way, continues from its last checkpoint with the same numbers: resumed on the
-    same machine, it has the bits of a run that was never stopped. The host is one step behind the device: a line is
-    written while the next step runs.
+    same machine, it has the bits of a run that was never stopped. The checkpoint may also be one of
+    `dskernels.model.parallel.train`, which in turn continues from those of this function. The host is one step behind
+    the device: a line is written while the next step runs.
 
     Args:
         model_config: the shape of the model.
@@ -112,10 +108,7 @@ def train(
         OSError: such as a full disk; the message names the file, and the last good checkpoint.
         Interrupted: see ``checkpoint_every``. Without checkpoints it is Python's KeyboardInterrupt.
     """
-    check(model_config, data, train_config)
-    for name, value, least in (("checkpoint_every", checkpoint_every, 0), ("keep", keep, 1)):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    check(model_config, data, train_config, checkpoint_every, keep)
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, expected a folder")
@@ -135,7 +128,7 @@ def train(
         train_state.remove_checkpoints(out)
     else:
         run.restore(last)
-    with _Metrics(out, run.history_bytes) as metrics, _stopping(checkpoint_every > 0) as stopped:
+    with Metrics(out, run.history_bytes) as metrics, _stopping(checkpoint_every > 0) as stopped:
         history = metrics.before
         try:
             for line in run.lines(checkpoint_every, metrics, stopped):
@@ -174,15 +167,9 @@ class _Run:
         self.stepper = Stepper(self.model, self.optimizer, config, cuda_graph=cuda_graph)
         self.ema = Ema(self.optimizer, config.ema) if config.ema else None
         self.step, self.history_bytes = 0, 0
-        # What a checkpoint has to agree with.
-        begun = {} if init is None else {"init": str(Path(init).resolve())}
-        self.identity = dict(
-            recipe=json.loads(json.dumps(dataclasses.asdict(config))) | begun,
-            model=json.loads(json.dumps(model_config.to_hf())),
-            text=dict(train=fingerprint(data.train), validation=fingerprint(data.validation)),
-        )
+        self.identity = identity(model_config, data, config, init)
 
-    def lines(self, checkpoint_every: int, metrics: _Metrics, stopped: threading.Event) -> Iterator[dict[str, Any]]:
+    def lines(self, checkpoint_every: int, metrics: Metrics, stopped: threading.Event) -> Iterator[dict[str, Any]]:
         """Train; yields the lines of the metrics as they come."""
         config, stepper = self.config, self.stepper
         if self.step == 0:
@@ -227,7 +214,7 @@ class _Run:
             with self.optimizer.replaced(self.ema.average):
                 save(self.model, self.out / EMA_FOLDER, tokenizer_from=tokenizer_from)
 
-    def checkpoint(self, metrics: _Metrics) -> Path:
+    def checkpoint(self, metrics: Metrics) -> Path:
         """Write what `restore` reads."""
         if self.ema is not None:
             self.ema.finish()
@@ -239,22 +226,15 @@ class _Run:
         )
 
     def restore(self, path: Path) -> None:
-        """Continue from a checkpoint.
+        """Continue from a checkpoint, of one process or of many ranks.
 
         Raises:
-            ValueError: it was made with other arguments; the message says which.
+            ValueError: it was made with other arguments; the message says which. Ranks may have had another number of
+                micro-batches.
         """
         about = train_state.read_about(path)
-        for kind, now in self.identity.items():
-            then = about.get(kind)
-            for name in sorted({*now, *(then or {})}):
-                if not isinstance(then, dict) or then.get(name) != now.get(name):
-                    was = then.get(name) if isinstance(then, dict) else None
-                    raise ValueError(
-                        f"{path}: another run, its {kind} has {name} = {was!r}, asked for is {now.get(name)!r} "
-                        "(begin anew with resume=False or --restart, or in another folder, with these weights by "
-                        "--init)"
-                    )
+        of_ranks = "plan" in about
+        check_identity(path, about, self.identity, microbatches=not of_ranks)
         try:
             self.step, self.history_bytes = int(about["step"]), int(about["history_bytes"])
             position, updates = dict(about["text_position"]), float(about["updates"])
@@ -262,7 +242,13 @@ class _Run:
             raise ValueError(f"{path / train_state.STATE_FILE}: not a description of a checkpoint") from None
         generator = torch.empty_like(self.text.state()["generator"])
         with torch.no_grad():
-            train_state.read_tensors(path, about["files"], self._tensors(generator))
+            tensors = self._tensors(generator)
+            if of_ranks:
+                computed = dict(self.model.named_buffers()).keys() - self.model.state_dict().keys()
+                wanted = tensors.keys() - {f"buffer.{name}" for name in computed}
+                read_pieces(path, {name: Piece.all_of(tensors[name]) for name in wanted})
+            else:
+                train_state.read_tensors(path, about["files"], tensors)
             self.optimizer.steps.fill_(updates)
         self.optimizer.refresh()
         self.text.restore({**position, "generator": generator})
@@ -278,44 +264,6 @@ class _Run:
         }
         tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
         return tensors | {"text.generator": generator}
-
-
-class _Metrics:
-    """The file of lines, truncated to where a checkpoint was made."""
-
-    def __init__(self, out: Path, size: int) -> None:
-        self.path = out / METRICS_FILE
-        self.size = size
-        self.before: History = []
-        if size:
-            there = self.path.read_bytes() if self.path.is_file() else b""
-            if len(there) < size:
-                raise ValueError(f"{self.path}: {len(there):,} bytes, the checkpoint was made at {size:,}")
-            self.before = [json.loads(line) for line in there[:size].splitlines()]
-
-    def __enter__(self) -> _Metrics:
-        with writing(self.path):
-            self._file = self.path.open("r+b" if self.size else "wb", buffering=0)
-            if self.size:
-                self._file.truncate(self.size)
-                self._file.seek(self.size)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
-
-    def append(self, line: dict[str, Any]) -> None:
-        """Write a line, at once."""
-        rest = json.dumps(line).encode() + b"\n"
-        with writing(self.path):
-            while rest:
-                rest = rest[self._file.write(rest) :]
-
-    def flushed(self) -> int:
-        """The number of bytes of all lines, which are on the disk now."""
-        with writing(self.path):
-            os.fsync(self._file.fileno())
-        return self._file.tell()
 
 
 @contextmanager

@@ -130,8 +130,6 @@ def refuse(rank, folder):
     config = Config.from_name("tiny", **SMALL)
     with pytest.raises(ValueError, match="microbatches: expected a multiple of the 2 ranks"):
         train_together(config, corpus(), recipe(microbatches=3), team, out=folder)
-    with pytest.raises(ValueError, match="ema"):
-        train_together(config, corpus(), recipe(ema=0.9), team, out=folder)
     pipeline = Team.start(Plan(pipeline=2), "cpu")
     with pytest.raises(ValueError, match="microbatches: expected at least 4, 4 for each of 1 pipelines"):
         train_together(config, corpus(), recipe(microbatches=2), pipeline, out=folder)

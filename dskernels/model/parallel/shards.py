@@ -1,48 +1,32 @@
-"""What a rank holds of a parameter, and checkpoints made of such pieces, which any other number of ranks can read.
+"""Which rows of a parameter a rank holds, and how all ranks together write them as a checkpoint.
 
-Everything is spread along the first dimension: rows by FSDP2, experts over the expert ranks. A piece is so many rows of
-a tensor from some row on; each rank writes its own, in safetensors, and reads those that it will hold.
+Everything is divided along the first dimension: rows by FSDP2, experts over the expert ranks. Each rank writes its own
+pieces in safetensors; `dskernels.model.train_pieces.read_pieces` reads them.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dskernels.model.disk import flush, writing
-from dskernels.model.train_state import FOLDER, STATE_FILE, checkpoints
-
-PIECES = "pieces-{:05d}"
-
-
-class Piece(NamedTuple):
-    """Rows of a tensor.
-
-    Attributes:
-        rows: these rows, in the memory of what they are of.
-        first: the number of the first.
-        total: how many the whole tensor has.
-    """
-
-    rows: Tensor
-    first: int
-    total: int
+from dskernels.model.train_pieces import PIECES, Piece
+from dskernels.model.train_state import FOLDER, SHARD, STATE_FILE, checkpoints
+from dskernels.model.writing import in_shards
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows of this rank, detached, in the same memory and with the same version."""
+    """The rows that this rank holds, detached, in the same memory and with the same version counter."""
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             tensor = tensor.to_local()
@@ -53,9 +37,9 @@ def bounds(tensor: Tensor, part: int = 0, parts: int = 1) -> tuple[int, int]:
     """The first row that this rank holds of a parameter, and how many there are in all.
 
     Args:
-        tensor: as the model has it.
-        part: which of `parts` equal ones of the whole it is already, as the experts of a rank are.
-        parts: of how many.
+        tensor: the parameter as the model has it.
+        part: which of ``parts`` equal parts of the whole that is, as a rank has only its part of the experts.
+        parts: how many parts there are.
     """
     first = 0
     if isinstance(tensor, DTensor):
@@ -67,16 +51,17 @@ def bounds(tensor: Tensor, part: int = 0, parts: int = 1) -> tuple[int, int]:
 def write_pieces(
     run: Path, step: int, about: Mapping[str, Any], pieces: Mapping[str, Piece], *, keep: int, rank: int
 ) -> Path:
-    """Writes the checkpoint of a step; all ranks call it, each with what it is to write.
+    """Write the checkpoint of a step; all ranks call it, each with its own pieces.
 
-    As with one process it is written under another name, flushed, and renamed when every rank is done.
+    As with one process, it is written under another name, flushed, and renamed when every rank is done. A rank copies
+    the pieces of one file at a time to the host, at most `SHARD` bytes or one tensor.
 
     Args:
         run: the run's folder, which all ranks see.
         step: how many steps have been made.
-        about: what ``state.json`` is to hold, from rank 0.
-        pieces: by name. What several ranks hold, one of them writes.
-        keep: checkpoints that stay.
+        about: the content of ``state.json``, which rank 0 writes.
+        pieces: by name. If several ranks hold the same rows, one of them writes these.
+        keep: how many of the newest checkpoints to keep.
         rank: of this process.
     """
     path = run / FOLDER / f"step-{step:08d}"
@@ -86,14 +71,17 @@ def write_pieces(
         with writing(path):
             partial.mkdir(parents=True)
     dist.barrier()
-    name = PIECES.format(rank)
     with writing(path):
-        tensors = {key: piece.rows.detach().to("cpu", copy=True) for key, piece in pieces.items() if piece.rows.numel()}
-        save_file(tensors, partial / f"{name}.safetensors")
-        index = {key: [pieces[key].first, pieces[key].total] for key in tensors}
-        (partial / f"{name}.json").write_text(json.dumps(index), encoding="utf-8")
-        flush(partial / f"{name}.safetensors")
-        flush(partial / f"{name}.json")
+        on_host = (
+            (name, piece.rows.detach().to("cpu", copy=True)) for name, piece in pieces.items() if piece.rows.numel()
+        )
+        for number, tensors in enumerate(in_shards(on_host, SHARD), 1):
+            file = partial / PIECES.format(rank, number)
+            index = {name: [pieces[name].first, pieces[name].total] for name in tensors}
+            file.with_suffix(".json").write_text(json.dumps(index), encoding="utf-8")
+            save_file(tensors, file.with_suffix(".safetensors"))
+            flush(file.with_suffix(".safetensors"))
+            flush(file.with_suffix(".json"))
     dist.barrier()
     if rank == 0:
         with writing(path):
@@ -108,45 +96,3 @@ def write_pieces(
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return path
-
-
-def read_pieces(path: Path, wanted: Mapping[str, Piece]) -> None:
-    """Fills pieces from a checkpoint that any number of ranks wrote.
-
-    Raises:
-        ValueError: rows of one are missing, or of another shape; the message names it.
-    """
-    filled = dict.fromkeys(wanted, 0)
-    for file, name, first, read in _stored(path):
-        piece = wanted.get(name)
-        if piece is None:
-            continue
-        rows = read()
-        begin, end = max(first, piece.first), min(first + rows.shape[0], piece.first + piece.rows.shape[0])
-        if begin >= end:
-            continue
-        if rows.shape[1:] != piece.rows.shape[1:]:
-            raise ValueError(f"{file}: {name} is {list(rows.shape)}, expected {list(piece.rows.shape)}")
-        piece.rows[begin - piece.first : end - piece.first].copy_(rows[begin - first : end - first])
-        filled[name] += end - begin
-    for name, piece in wanted.items():
-        if filled[name] < piece.rows.shape[0]:
-            raise ValueError(f"{path}: {piece.rows.shape[0] - filled[name]} rows of {name} are missing")
-
-
-def whole_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Every tensor whose name begins so, put together, by the rest of its name."""
-    parts: dict[str, dict[int, Tensor]] = {}
-    for _, name, first, read in _stored(path):
-        if name.startswith(prefix):
-            parts.setdefault(name.removeprefix(prefix), {})[first] = read()
-    return {name: torch.cat([rows[first] for first in sorted(rows)]) for name, rows in parts.items()}
-
-
-def _stored(path: Path) -> Iterable[tuple[Path, str, int, Callable[[], Tensor]]]:
-    """File, name, first row, and how to read it, of each piece."""
-    for index in sorted(path.glob("pieces-*.json")):
-        file = index.with_suffix(".safetensors")
-        with safe_open(file, framework="pt") as opened:
-            for name, (first, _) in json.loads(index.read_text(encoding="utf-8")).items():
-                yield file, name, first, functools.partial(opened.get_tensor, name)

@@ -1,7 +1,7 @@
 """Training on many ranks: the recipe of one process, step by step, with the same numbers whatever the plan.
 
-Every rank draws the same micro-batches and takes its own of them, so that a plan changes who computes what and nothing
-else: losses differ from those of one process by rounding alone.
+Every rank generates the same sequence of micro-batches and processes its own share of it. A plan therefore changes
+which rank computes what, and nothing else: losses differ from those of one process only by rounding.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,10 +18,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from dskernels.model.config import Config
 from dskernels.model.data import Corpus, Packed
 from dskernels.model.disk import writing
+from dskernels.model.ema import Ema
 from dskernels.model.loss import Losses, losses
 from dskernels.model.model import DeepseekV3, Output
 from dskernels.model.moe import MoE
@@ -29,12 +31,14 @@ from dskernels.model.parallel.optimizer import TeamAdamW
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.pipeline import Pipeline
 from dskernels.model.parallel.plan import Team, parallelize, spread_experts
-from dskernels.model.parallel.shards import Piece, read_pieces, whole_tensors, write_pieces
+from dskernels.model.parallel.shards import write_pieces
 from dskernels.model.parallel.whole import WholeAdamW
-from dskernels.model.train import METRICS_FILE, History
-from dskernels.model.train_begin import check, first_model, texts
+from dskernels.model.train import EMA_FOLDER
+from dskernels.model.train_begin import check, check_identity, first_model, identity, texts
 from dskernels.model.train_config import TrainConfig
-from dskernels.model.train_state import checkpoints, read_about
+from dskernels.model.train_metrics import History, Metrics
+from dskernels.model.train_pieces import Piece, read_pieces
+from dskernels.model.train_state import STATE_FILE, checkpoints, read_about, remove_checkpoints
 from dskernels.model.train_step import Pending, Stepper, count, no_load
 from dskernels.model.writing import save
 
@@ -54,59 +58,59 @@ def train(
     schedule: str = "dualpipev",
     tokenizer_from: str | Path | None = None,
 ) -> History:
-    """Trains a model on all ranks of a team; every rank calls it with the same arguments.
+    """Train a model on all ranks of a team; every rank calls it with the same arguments.
+
+    It writes what `dskernels.model.train.train` writes: rank 0 writes the metrics, the model and, with
+    ``train_config.ema``, the averaged weights in ``ema``; every rank writes its pieces of a checkpoint. There is always
+    a checkpoint after the last step, because the model is written from it.
 
     Args:
-        model_config: see `dskernels.model.train.train`, as all that is not here.
-        data: likewise, the same on every rank.
-        train_config: likewise. ``microbatches`` is their number on all ranks: a multiple of the ranks with their own
-            text, at least 2 P for each where there is a pipeline of P.
+        model_config: as in `dskernels.model.train.train`, like every argument that is not described here.
+        data: the text, the same on every rank.
+        train_config: how to train. ``microbatches`` is their number on all ranks together: a multiple of the number of
+            ranks that process different text, and with a pipeline of P ranks at least 2 P for each of these.
         team: the ranks, see `Team.start`.
-        out: folder, which all ranks see; rank 0 writes metrics and model, each its pieces of a checkpoint.
-        progress: called with each line, on rank 0.
-        init: a folder whose weights are the first ones, which all ranks see.
-        checkpoint_every: steps between two checkpoints, 0 for none. One made by some ranks goes on with any others.
-        keep: how many of them stay.
-        resume: True goes on from the last checkpoint, False begins anew, None goes on if there is one.
-        schedule: see `Pipeline`.
-        tokenizer_from: a folder whose tokenizer is copied beside the weights.
+        out: a folder that all ranks see.
+        progress: called with each line of the metrics, on rank 0 only. For TensorBoard, rank 0 passes a
+            `dskernels.model.progress.TensorBoardLog`.
+        init: a folder that all ranks see, whose weights are the initial ones.
+        checkpoint_every: steps between two checkpoints; 0 writes only the one after the last step. Any other number of
+            ranks can resume from a checkpoint, and so can one process.
+        keep: how many of the newest checkpoints to keep.
+        resume: True continues from the last checkpoint; False starts anew and removes what is there; None continues if
+            there is a checkpoint.
+        schedule: of a pipeline, see `Pipeline`.
+        tokenizer_from: a folder whose tokenizer is copied next to the weights.
 
     Returns:
         The lines of this call, on every rank.
 
     Raises:
-        ValueError: as with one process; the plan does not fit the model or the micro-batches.
-        FloatingPointError: a loss or a gradient is not finite, on every rank.
+        ValueError: as with one process, except that a checkpoint may have had another number of micro-batches; or the
+            plan does not fit the model or the micro-batches.
+        FloatingPointError: a loss or a gradient is not finite; raised on every rank.
     """
-    check(model_config, data, train_config)
-    if train_config.ema:
-        raise ValueError("ema: an average of the weights is for one process")
+    check(model_config, data, train_config, checkpoint_every, keep)
     found = next(iter(checkpoints(out)), None)
     if resume and found is None:
         raise ValueError(f"resume: {out} has no checkpoint to go on from")
     last = None if resume is False else found
-    run = _Run(model_config, data, train_config, team, Path(out), schedule, init if last is None else None)
-    dist.barrier()
+    run = _Run(model_config, data, train_config, team, Path(out), schedule, init, read_init=last is None)
+    dist.barrier()  # all ranks have looked for checkpoints, and the folder exists
     if last is not None:
         run.restore(last)
+    elif run.chief:
+        remove_checkpoints(out)
     history: History = []
-    with (run.out / METRICS_FILE).open("a" if run.step else "w") if run.chief else _Nowhere() as file:
-        for line in run.lines(checkpoint_every, keep):
+    with Metrics(run.out, run.history_bytes) if run.chief else nullcontext() as metrics:
+        for line in run.lines(checkpoint_every, keep, metrics):
             history.append(line)
-            if run.chief:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
+            if metrics is not None:
+                metrics.append(line)
                 if progress is not None:
                     progress(line)
     run.export(tokenizer_from)
     return history
-
-
-class _Nowhere:
-    def __enter__(self) -> Any:
-        return None
-
-    def __exit__(self, *exc_info: object) -> None: ...
 
 
 class TeamStepper(Stepper):
@@ -180,6 +184,10 @@ class TeamStepper(Stepper):
                 sums += torch.stack(losses(output, batch, self.model.config, balance_alpha=0.0)) * share
                 if share:
                     count(load, output)
+            if isinstance(self.model, FSDPModule):
+                # Its own weights (embedding, head, MTP modules) stay gathered until a backward, but the next forward
+                # may be of other weights, such as their average.
+                self.model.reshard()
         else:
             sums, load = torch.zeros(3, device=self.device), no_load(self.model)
             n = self.pipeline.microbatches
@@ -208,9 +216,10 @@ class _Run:
         out: Path,
         schedule: str,
         init: str | Path | None,
+        read_init: bool,
     ) -> None:
-        self.config, self.team, self.out = config, team, out
-        self.rank, self.step = dist.get_rank(), 0
+        self.config, self.team, self.out, self.model_config = config, team, out, model_config
+        self.rank, self.step, self.history_bytes = dist.get_rank(), 0, 0
         self.chief = self.rank == 0
         if self.chief:
             with writing(out):
@@ -228,7 +237,7 @@ class _Run:
                 f"{plan.pipeline} ranks, got {config.microbatches}"
             )
         # The same weights on every rank, from which each keeps its own: on the CPU, so that none holds all on a GPU.
-        self.model = first_model(model_config, config, torch.device("cpu"), torch.float32, init)
+        self.model = first_model(model_config, config, torch.device("cpu"), torch.float32, init if read_init else None)
         self.pipeline: Pipeline | None = None
         if plan.pipeline > 1:
             self.pipeline = Pipeline(
@@ -244,10 +253,13 @@ class _Run:
             self.optimizer = spread(self.model, team, config)
         model = self.model if self.pipeline is None else _parts(self.pipeline, model_config, team.device)
         self.stepper = TeamStepper(model, self.optimizer, config, team, self.pipeline)
+        # Each rank averages the rows that it updates, on its CPU; together these are the average of one process.
+        self.ema = Ema(self.optimizer, config.ema) if config.ema else None
+        self.identity = identity(model_config, data, config, init)
         self.text, self.held_out = texts(data, config)
 
-    def lines(self, checkpoint_every: int, keep: int) -> Iterator[dict[str, Any]]:
-        """Trains; gives the lines of the metrics as they come."""
+    def lines(self, checkpoint_every: int, keep: int, metrics: Metrics | None) -> Iterator[dict[str, Any]]:
+        """Train; yields the lines of the metrics as they come."""
         config, stepper = self.config, self.stepper
         if self.step == 0:
             yield dict(step=0, **stepper.evaluate(self.held_out))
@@ -256,6 +268,8 @@ class _Run:
         while self.step < config.steps:
             text = list(itertools.islice(self.text, config.microbatches))
             started = stepper.start(text, self.step)
+            if self.ema is not None:
+                self.ema.start(self.step)
             if pending is not None:
                 yield stepper.finish(pending)
             pending = started
@@ -268,73 +282,101 @@ class _Run:
             yield stepper.finish(pending)
             pending = None
             if look:
-                yield dict(step=self.step, **stepper.evaluate(self.held_out))
+                yield dict(step=self.step, **stepper.evaluate(self.held_out), **self._look_at_average(last))
             if checkpoint:
-                self.checkpoint(keep)
+                self.checkpoint(keep, metrics)
             stepper.rest()
 
-    def checkpoint(self, keep: int) -> None:
-        """Writes what `restore` reads."""
+    def _look_at_average(self, last: bool) -> dict[str, float]:
+        if self.ema is None or not last:
+            return {}
+        self.ema.finish()
+        with self.optimizer.replaced(self.ema.average):
+            return dict(ema_validation_loss=self.stepper.evaluate(self.held_out)["validation_loss"])
+
+    def checkpoint(self, keep: int, metrics: Metrics | None) -> None:
+        """Write what `restore` reads."""
+        if self.ema is not None:
+            self.ema.finish()
         place = self.text.state()
         about = dict(
+            history_bytes=0 if metrics is None else metrics.flushed(),
             text_position=dict(next=place["next"], taken=place["taken"]),
             updates=float(self.optimizer.steps),
-            recipe=json.loads(json.dumps(dataclasses.asdict(self.config))),
+            torch=torch.__version__,
             plan=dataclasses.asdict(self.team.plan),
+            **self.identity,
         )
         pieces = {name: piece for name, piece in self._pieces(place["generator"]).items() if self._writes(name)}
         write_pieces(self.out, self.step, about, pieces, keep=keep, rank=self.rank)
 
     def restore(self, path: Path) -> None:
-        """Goes on from a checkpoint, by whatever ranks it was made."""
+        """Continue from a checkpoint, whichever ranks made it, or one process.
+
+        Raises:
+            ValueError: it was made with other arguments; the message says which.
+        """
         about = read_about(path)
+        check_identity(path, about, self.identity, microbatches=False)
         generator = torch.empty_like(self.text.state()["generator"])
         with torch.no_grad():
             read_pieces(path, self._pieces(generator))
-        self.step = int(about["step"])
-        self.optimizer.steps.fill_(float(about["updates"]))
+        try:
+            self.step, self.history_bytes = int(about["step"]), int(about["history_bytes"])
+            position, updates = dict(about["text_position"]), float(about["updates"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path / STATE_FILE}: not a description of a checkpoint") from None
+        self.optimizer.steps.fill_(updates)
         self.optimizer.refresh()
-        self.text.restore({**about["text_position"], "generator": generator})
+        self.text.restore({**position, "generator": generator})
 
     def export(self, tokenizer_from: str | Path | None) -> None:
-        """The whole model, as others read it, from the pieces of the last checkpoint."""
+        """Write the whole model, and its average, in the Hugging Face layout, from the pieces of the last
+        checkpoint."""
         if self.chief:
             path = checkpoints(self.out)[0]
-            model = DeepseekV3(self.model.config, device="cpu", dtype=self.config.dtype)
-            masters, buffers = whole_tensors(path, "master."), whole_tensors(path, "buffer.")
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(masters[name])
-                for name, buffer in model.named_buffers():
-                    if name in buffers:
-                        buffer.copy_(buffers[name])
-            save(model, self.out, tokenizer_from=tokenizer_from)
+            for kind, folder in (("master", self.out), ("ema", self.out / EMA_FOLDER)):
+                if kind == "master" or self.ema is not None:
+                    save(self._whole(path, kind), folder, tokenizer_from=tokenizer_from)
         dist.barrier()
 
+    def _whole(self, path: Path, kind: str) -> DeepseekV3:
+        """The model whose weights are the masters of a checkpoint, or their average."""
+        model = DeepseekV3(self.model_config, device="meta", dtype=self.config.dtype).to_empty(device="cpu")
+        wanted = {f"{kind}.{name}": Piece.all_of(parameter) for name, parameter in model.named_parameters()}
+        with torch.no_grad():
+            read_pieces(path, wanted | _biases(model))
+        return model
+
     def _pieces(self, generator: Tensor) -> dict[str, Piece]:
-        """All that a step depends on, as far as this rank holds it."""
+        """What this rank holds of all that a step depends on, by the names in a checkpoint."""
         optimizer = self.optimizer
-        kinds = {"master": optimizer.flat, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
-        pieces = {}
-        for kind, flat in kinds.items():
-            for name, rows in optimizer.named(flat).items():
-                pieces[f"{kind}.{name}"] = Piece(rows, *optimizer.place(name))
-        models = [self.model] if self.pipeline is None else self.pipeline.stages
-        for model in models:
-            for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):
-                    pieces[f"buffer.{name}"] = Piece(buffer, 0, buffer.shape[0])
-        pieces["text.generator"] = Piece(generator, 0, generator.shape[0])
-        return pieces
+        state = {"master": optimizer.flat, "exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq}
+        if self.ema is not None:
+            state["ema"] = self.ema.average
+        pieces = {
+            f"{kind}.{name}": Piece(rows, *optimizer.place(name))
+            for kind, flat in state.items()
+            for name, rows in optimizer.named(flat).items()
+        }
+        for model in [self.model] if self.pipeline is None else self.pipeline.stages:
+            pieces |= _biases(model)
+        return pieces | {"text.generator": Piece.all_of(generator)}
 
     def _writes(self, name: str) -> bool:
-        """Of the ranks that hold the same, the first writes it."""
+        """Whether this rank writes a piece: of the ranks that hold the same one, the first does."""
         team = self.team
         if name == "text.generator":
             return self.chief
         if name.startswith("buffer."):
             return team.place("batch") == 0
         return self.optimizer.writes(name.partition(".")[2])
+
+
+def _biases(model: nn.Module) -> dict[str, Piece]:
+    """The biases of a model's routers, by their names in a checkpoint."""
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    return {f"buffer.{name}": Piece.all_of(buffer) for name, buffer in biases.items()}
 
 
 def spread(model: DeepseekV3, team: Team, config: TrainConfig) -> TeamAdamW:
