@@ -12,9 +12,10 @@ implementation of a part may be: a function that is decorated with `Recorded`.
 
 What makes it safe:
 
-- A call is recorded only if all it did was to allocate without filling, to view, and to launch by `driver.Planned` or
-  by `portable.launch`: a dispatch mode sees every operation of torch, a hook what Triton launches by itself. Anything
-  else (a copy, a fill, a kernel of torch's) and any address from elsewhere (a table) means that it runs as it is
+- A call is recorded only if all it did was to allocate without filling, to view, to launch by `driver.Planned` or by
+  `portable.launch`, and to multiply by `torch.mm` or `torch.bmm` with ``out=`` into memory of its own, which is done
+  again as it was: a dispatch mode sees every operation of torch, a hook what Triton launches by itself. Anything else
+  (a copy, a fill, another kernel of torch's) and any address from elsewhere (a table) means that it runs as it is
   written each time. What is kept of an argument is asked for at each launch (`keep`).
 - Streams, CUDA graphs and several threads: memory comes from torch's allocator and launches go to the current stream,
   as ever, where that is captured one by one; a recording is of one stream and with one thread at a time, and a thread
@@ -38,7 +39,7 @@ from dskernels.cuda import driver
 from dskernels.cuda.driver import Plan
 from dskernels.device import PLAIN, dispatch_modes, has_triton, several_gpus
 from dskernels.metadata import ByMetadata
-from dskernels.relaunching import Kept, Noted, Place, Recording
+from dskernels.relaunching import OPERANDS, Kept, Noted, Place, Product, Recording
 from dskernels.validate import may_be_written
 
 MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own
@@ -48,6 +49,8 @@ Returned = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
 _aten = torch.ops.aten
 _ALLOCATING = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+# Products of torch's that may stand between launches: they write to what was allocated, and read nothing else.
+_PRODUCTS = {_aten.mm.out: torch.mm, _aten.bmm.out: torch.bmm}
 
 
 class Recorded:
@@ -164,7 +167,8 @@ class Recorder(TorchDispatchMode):
         self._stream: int = torch._C._cuda_getCurrentRawStream(self._device)
         self._made: list[Tensor] = []  # kept until the end, so that no two have the same address
         self._bytes = 0
-        self._launches: list[tuple[Plan, dict[str, int]]] = []
+        self._launches: list[tuple[Plan | Product, dict[str, int]]] = []
+        self._casts: bool = torch._C._is_any_autocast_enabled()  # other operands of a product than a mode sees
         self._kept: list[tuple[int, Kept, Sequence[Tensor]]] = []
 
     def run(self, function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -181,6 +185,7 @@ class Recorder(TorchDispatchMode):
         """The function cannot be recorded; with `later`, another call of its kind may be."""
         if self.reason is None:
             self.reason, self.later = reason, later
+            self._made.clear()
 
     def keep(self, x: Tensor, again: Kept) -> Sequence[Tensor]:
         """What ``again(x)`` keeps of a tensor, two tensors of which metadata depend on that of x; asked for anew at
@@ -223,15 +228,31 @@ class Recorder(TorchDispatchMode):
                     self.wrote(args[i])
             return result
         result = func(*args, **(kwargs or {}))
+        if self.reason is not None:
+            return result
         if func.overloadpacket in _ALLOCATING:
             self._made.append(result)
             self._bytes += result.untyped_storage().nbytes()
             if self._bytes * MOST_MEMORY > _memory(self._device):
                 self.refuse("it takes more memory than is to be kept at once")
-                self._made.clear()
+        elif func in _PRODUCTS:
+            self._multiply(func, args, kwargs or {})
         elif not (func.is_view and _is_view_of(result, args[0])):  # `contiguous` and `reshape` may be one, or copy
             self.refuse(f"{func} is no launch of ours")
         return result
+
+    def _multiply(self, func: Any, args: tuple, kwargs: dict) -> None:
+        """Note a product of torch's that was made."""
+        operands = *args, kwargs.pop("out")
+        out, dtype = operands[-1], args[0].dtype
+        made = {x.untyped_storage().data_ptr() for x in self._made}
+        if self._casts or kwargs or any(x.dtype != dtype or not x.numel() or x.is_neg() for x in operands):
+            self.refuse(f"{func} of such operands is not made again")
+        elif out.untyped_storage().data_ptr() not in made:
+            self.refuse(f"{func} writes to what is not of this call")
+        shapes = tuple([(tuple(x.shape), x.stride()) for x in operands])
+        addresses = {name: x.data_ptr() for name, x in zip(OPERANDS, operands, strict=True)}
+        self._launches.append((Product(_PRODUCTS[func], shapes, dtype), addresses))
 
     def noted(self, result: Any) -> Noted | None:
         """What was done, ready to be launched again; None if it cannot be."""
@@ -255,6 +276,14 @@ class Recorder(TorchDispatchMode):
 
         returned = self.returned(result, number_of_result)
         launches = [(plan, self._places(addresses, pieces)) for plan, addresses in self._launches]
+        # Operands are made as parts of tensors of their own dtype.
+        known = [x.dtype for x in self.tensors] + [x.dtype for _, _, parts in self._kept for x in parts]
+        dtypes = dict(enumerate(known)) | {piece: x.dtype for x, piece in results if piece is not None}
+        products = [(launch.dtype, places) for launch, places in launches if isinstance(launch, Product)]
+        if any(dtypes.get(place.piece, dtype) != dtype for dtype, places in products for place in places.values()):
+            self.refuse("an operand of a product is a part of something of another dtype")
+        if len({dtype for dtype, _ in products}) > 1:
+            self.refuse("there are products of more than one dtype")
         if self.reason is not None:
             return None
         return Noted(

@@ -15,6 +15,7 @@ from torch import Tensor
 from dskernels.cuda.driver import Plan
 from dskernels.cuda.graph import LaunchGraph, reason_against_graphs
 from dskernels.device import like_this
+from dskernels.validate import ceil_div
 
 # From so many launches on they are a graph; a number that no call has turns graphs off. On an H200 the 7 of the expert
 # block take the host 15 us so and 41 one by one (17.5 and 42 where results are kept); a single one takes the device 2.5
@@ -26,6 +27,23 @@ MOST_GRAPHS = 512
 ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
 
 Kept = Callable[[Tensor], Sequence[Tensor]]
+
+
+class Product(NamedTuple):
+    """A product that is torch's, ``function(left, right, out=out)``: made again as it was, between the launches.
+
+    Attributes:
+        function: `torch.mm` or `torch.bmm`.
+        operands: of `left`, `right` and `out`, shape and strides.
+        dtype: of all three.
+    """
+
+    function: Callable
+    operands: tuple[tuple[Sequence[int], Sequence[int]], ...]
+    dtype: torch.dtype
+
+
+OPERANDS = "left", "right", "out"
 
 
 class Place(NamedTuple):
@@ -44,7 +62,7 @@ class Noted:
     Attributes:
         device: ordinal of the GPU.
         stream: the launches' stream.
-        launches: plans that nobody else has, and where each name's address came from.
+        launches: plans that nobody else has, and products, and where each name's address came from.
         pieces: address and bytes of each.
         n_tensors: how many of them are tensors of the call.
         kept: of some tensors, by number, what is kept of it, asked for at each launch: so many pieces more.
@@ -55,7 +73,7 @@ class Noted:
 
     device: int
     stream: int
-    launches: list[tuple[Plan, dict[str, Place]]]
+    launches: list[tuple[Plan | Product, dict[str, Place]]]
     pieces: list[tuple[int, int]]
     n_tensors: int
     kept: list[tuple[int, Kept]]
@@ -69,14 +87,15 @@ class Recording:
 
     def __init__(self, noted: Noted) -> None:
         self.written, self._kept = noted.written, noted.kept
-        self._plans = [plan for plan, _ in noted.launches]
+        self._plans = [plan for plan, _ in noted.launches if isinstance(plan, Plan)]
         self._device = noted.device
         self._raw_stream = ctypes.c_void_p(noted.stream)
         for plan in self._plans:
             plan.stream = noted.stream
         self._graph: LaunchGraph | None = None
         self._recent = False
-        graph = len(self._plans) >= FEWEST_IN_GRAPH and all(plan.in_graph for plan in self._plans)
+        products = [product for product, _ in noted.launches if isinstance(product, Product)]
+        graph = len(self._plans) >= FEWEST_IN_GRAPH and all(plan.in_graph for plan in self._plans) and not products
         self._alone = not graph or reason_against_graphs() is not None
         self._related = _related(noted.pieces[: noted.n_tensors])
         self._make = [like_this(x) for x, _ in noted.results]
@@ -92,7 +111,9 @@ class Recording:
         inside = [i for i in used if i >= n_given and i not in own]
         offsets, size = packed([(noted.pieces[i][1], used[i][0], used[i][1]) for i in inside])
         starts = dict(zip(inside, offsets, strict=True))
-        memory = torch.empty(size, dtype=torch.uint8, device="meta")
+        # Of the dtype of products, so that their operands there are parts of it.
+        dtype = products[0].dtype if products else torch.uint8
+        memory = torch.empty(ceil_div(size, dtype.itemsize), dtype=dtype, device="meta")
         self._make_own = like_this(memory) if size else None
         number = {i: i for i in range(n_given)}
         if size:
@@ -103,12 +124,21 @@ class Recording:
         # Of each, where its address is assigned and how far behind it, and the launches that read it.
         self._moved: list[list[tuple[Any, int, int]]] = [[] for _ in self._now]
         readers: list[set[int]] = [set() for _ in self._now]
-        for n, (plan, places) in enumerate(noted.launches):
-            for name, words, word in plan.addresses:
+        self._in_order: list[Callable[[Sequence[Tensor]], None]] = []  # plans and products, if there are any products
+        n = 0
+        for launch, places in noted.launches:
+            if isinstance(launch, Product):
+                begins = [(number[i], starts.get(i, 0) + offset) for i, offset in (places[name] for name in OPERANDS)]
+                self._in_order.append(_multiply_again(launch, begins))
+                continue
+            for name, words, word in launch.addresses:
                 if name in places:
                     piece, offset = places[name]
                     self._moved[number[piece]].append((words, word, starts.get(piece, 0) + offset))
                     readers[number[piece]].add(n)
+            if products:
+                self._in_order.append(_enqueue_again(launch))
+            n += 1
         self._readers = [tuple(launches) for launches in readers]
         self._stale: set[int] = set()  # launches that the graph has with other addresses
 
@@ -123,9 +153,10 @@ class Recording:
         """Allocate, write the addresses that changed, launch on the current stream; what the call returns."""
         results = [make() for make in self._make]
         now = [*addresses]
+        kept: list[Tensor] = []
         if self._kept:
-            kept = [again(tensors[i]) for i, again in self._kept]  # which lives until all is enqueued
-            now += [x.data_ptr() for parts in kept for x in parts]
+            kept = [x for i, again in self._kept for x in again(tensors[i])]  # which lives until all is enqueued
+            now += [x.data_ptr() for x in kept]
         if self._make_own is not None:
             own = self._make_own()  # freed at the end, like every intermediate result: the stream keeps the order
             now.append(own.data_ptr())
@@ -139,7 +170,10 @@ class Recording:
                         words[word] = address + offset
                     stale.update(self._readers[i])
             self._now = now
-        if torch._C._cuda_isCurrentStreamCapturing():
+        if self._in_order:
+            given = [*tensors, *kept, *([] if self._make_own is None else [own]), *results]
+            self._launch_in_order(given)
+        elif torch._C._cuda_isCurrentStreamCapturing():
             self._launch_captured()
         elif self._alone:
             for plan in self._plans:
@@ -163,13 +197,53 @@ class Recording:
 
     def _launch_captured(self) -> None:
         """One by one, with words that are asked for; those of the stream are put back."""
-        before = [(plan.memory, i, plan.memory[i]) for plan in self._plans for i, _ in plan.asked]
+        before = self._ask_all()
         for plan in self._plans:
-            plan.ask()
             if status := plan.enqueue():
                 plan.again(status)
         for memory, i, word in before:
             memory[i] = word
+
+    def _launch_in_order(self, given: Sequence[Tensor]) -> None:
+        """The same with products in between, which read and write parts of what is given."""
+        before = self._ask_all() if torch._C._cuda_isCurrentStreamCapturing() else ()
+        for launch in self._in_order:
+            launch(given)
+        for memory, i, word in before:
+            memory[i] = word
+
+    def _ask_all(self) -> list[tuple[Any, int, int]]:
+        """Write the words that are asked for; what stood there before."""
+        before = [(plan.memory, i, plan.memory[i]) for plan in self._plans for i, _ in plan.asked]
+        for plan in self._plans:
+            plan.ask()
+        return before
+
+
+def _enqueue_again(plan: Plan) -> Callable[[Sequence[Tensor]], None]:
+    """What launches a plan as it is."""
+
+    def launch(given: Sequence[Tensor]) -> None:
+        if status := plan.enqueue():
+            plan.again(status)
+
+    return launch
+
+
+def _multiply_again(product: Product, begins: Sequence[tuple[int, int]]) -> Callable[[Sequence[Tensor]], None]:
+    """What makes a product again; each operand begins so many bytes behind one of the given tensors, by its number."""
+    part = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
+    places = [
+        (number, shape, strides, offset // product.dtype.itemsize)
+        for (number, offset), (shape, strides) in zip(begins, product.operands, strict=True)
+    ]
+    (i, *left), (j, *right), (k, *out) = places
+    function = product.function
+
+    def multiply(given: Sequence[Tensor]) -> None:
+        function(part(given[i], *left), part(given[j], *right), out=part(given[k], *out))
+
+    return multiply
 
 
 _have_graphs: deque[weakref.ref[Recording]] = deque()

@@ -4,9 +4,10 @@ import pytest
 
 from compiling import TARGETS, Compile, assert_clean, compile_all
 from dskernels.mla.prefill.config import choose_config, padded
+from dskernels.mla.prefill.triton_gather import PACK_BLOCK
 
 FORWARD, BACKWARD = "dskernels.mla.prefill.triton", "dskernels.mla.prefill.triton_backward"
-GATHER = "dskernels.mla.prefill.triton_gather"
+GATHER, GROUPS = "dskernels.mla.prefill.triton_gather", "dskernels.mla.prefill.triton_groups"
 KERNELS = {
     "forward": (f"{FORWARD}:forward_kernel", "q k kb v out", "q k kb v o"),
     "dq": (f"{BACKWARD}:dq_kernel", "dout q k kb v dq", "d q k kb v dq"),
@@ -95,3 +96,35 @@ def test_gathering_compiles_without_spills(fp8):
         divisible=("stride_page", "stride_token"),
     )
     assert_clean(compile_all([kernel]))
+
+
+@pytest.mark.parametrize("pointer", ["*bf16", "*fp32"])
+def test_moving_queries_and_results_compiles_without_spills(pointer):
+    kernels = [
+        Compile(
+            f"{GATHER}:pack_kernel",
+            signature={
+                **dict.fromkeys(("p_lengths", "p_cu", "p_first", "p_ends"), "*i32"),
+                **dict.fromkeys(("requests", "capacity"), "i32"),
+            },
+            constants={"BLOCK": PACK_BLOCK},
+        ),
+        Compile(
+            f"{GROUPS}:group_queries_kernel",
+            signature={
+                **dict.fromkeys(("p_q", "p_grouped", "p_queries"), pointer),
+                **{"p_token": "*i32", **dict.fromkeys(("stride_token", "stride_head", "heads"), "i32")},
+            },
+            constants={"WIDTH": 192, "LATENT": 512, "ROPE": 64, "BLOCK_H": 16, "BLOCK_D": 256},
+        ),
+        Compile(
+            f"{GROUPS}:take_results_kernel",
+            signature={
+                **dict.fromkeys(("p_out", "p_to"), pointer),
+                **{"p_place": "*i32", "p_lse": "*fp32", "p_lse_to": "*fp32"},
+                **dict.fromkeys(("tokens", "places", "heads"), "i32"),
+            },
+            constants={"WIDTH": 128, "GROUP": 8, "BLOCK_H": 32, "BLOCK_D": 128},
+        ),
+    ]
+    assert_clean(compile_all(kernels))

@@ -4,6 +4,7 @@ import pytest
 
 from compiling import Compile, assert_clean, compile_all
 from dskernels.routing.config import RowConfig, choose_config, choose_gate_config
+from dskernels.routing.triton_balance import BEGIN_BLOCK
 from dskernels.routing.triton_gate import OPTIONS
 
 ROW = {"T": "i32", "stride_lt": "i32", "p_logits": "*fp32"}
@@ -67,7 +68,15 @@ def test_other_kernels_compile_without_spills():
             f"{BALANCE}:sum_loss_kernel",
             signature={"p_parts": "*fp32", "p_filled": "*i32", "p_out": "*fp32", "n_parts": "i32", "alpha": "fp32"},
             constants={"BLOCK": 1024},
-        )
+        ),
+        Compile(
+            f"{BALANCE}:begin_kernel",
+            signature={
+                **dict.fromkeys(("p_lengths", "p_tokens", "p_counts", "p_filled"), "*i32"),
+                **{"p_ends": "*i64", "S": "i32", "n_counts": "i32"},
+            },
+            constants={"BLOCK": BEGIN_BLOCK},
+        ),
     ]
     for n_experts, top_k, score in [(6, 2, "sigmoid"), (256, 8, "sigmoid"), (1000, 32, "softmax")]:
         config = choose_config(n_experts)

@@ -116,6 +116,33 @@ def test_groups_of_new_tokens(device, lengths, new, group):
     assert torch.equal((seen[i] - count[i] + 1 + place % group).clamp(min=0), ends.clamp(min=0).int())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_and_results_that_are_moved_are_the_same_bits(device, dtype):
+    """Also where the place of a token is none, as hostile cu_seqlens leave it."""
+    heads, group, (latent, nope, rope, value) = 19, 3, SMALL
+    token = torch.tensor([4, 0, 0, 2, 3, 1], dtype=torch.int32, device=device)
+    q = torch.randn(5, 2 * heads, nope + rope).to(dtype).to(device)[:, ::2]
+    ops = torch.ops.dskernels
+    got, want = (ops.group_queries(q, token, latent, rope, impl) for impl in ("triton", "reference"))
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1][..., latent:], want[1][..., latent:])
+    out, lse = torch.randn(6, heads, value).to(dtype).to(device), torch.randn(2, heads, group, device=device)
+    for places in ([0, 5, 2, 3], [-7, 2147483647, 6, 1]):
+        place = torch.tensor(places, dtype=torch.int32, device=device)
+        got, want = (ops.take_results(out, lse, place, impl) for impl in ("triton", "reference"))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("requests", [0, 1, 4, 1100])
+def test_positions_that_are_packed(device, requests):
+    lengths = torch.randint(-5, 90, (requests,), dtype=torch.int32).to(device)
+    got, want = (torch.ops.dskernels.pack_lengths(lengths, 70, impl) for impl in ("triton", "reference"))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    cu, first, ends = (x.tolist() for x in got)
+    assert cu == [0, *lengths.clamp(0, 70).cumsum(0).tolist()]
+    assert (first, ends) == ([0] * requests, [0, cu[-1]])
+
+
 @pytest.mark.parametrize(("impl", "heads", "case"), [("reference", 40, 0), ("reference", 2, 1), ("triton", 40, 0)])
 def test_absorbed(device, monkeypatch, impl, heads, case):
     monkeypatch.setattr(cached, "is_absorbed", lambda *args: True)
@@ -123,7 +150,7 @@ def test_absorbed(device, monkeypatch, impl, heads, case):
     check(inputs, impl)
     # What is said of it runs nothing, and has no index that could be out of bounds.
     chosen = [choice.operation for choice in ds.explain(ds.mla_prefill_cached, *inputs, scale=0.2, impl=impl)]
-    assert chosen == ["group_tokens", "mla_decode"]
+    assert chosen == ["group_tokens", "group_queries", "mla_decode", "take_results"]
 
 
 @settings(max_examples=6)
@@ -369,6 +396,10 @@ def test_registration():
     some = torch.ops.dskernels.mla_prefill_some.default
     check_registration(some, (Q[:, :1], k[:, :1], k_rope, v[:, :1], cu, offsets([5, 4]), 0.1, out[:, :1], lse[:1]))
     check_registration(torch.ops.dskernels.group_tokens.default, (TABLE, LENGTHS, CU_Q, 7, 3, 8))
+    check_registration(torch.ops.dskernels.pack_lengths.default, (LENGTHS, 20))
+    place = torch.tensor([3, 0, 9], dtype=torch.int32)
+    results = torch.randn(6, 2, 40), torch.randn(2, 2, 3), place
+    check_registration(torch.ops.dskernels.take_results.default, results)
     gather = torch.ops.dskernels.gather_latents.default
     table, first = TABLE.clamp(0, 1), torch.zeros(2, dtype=torch.int32)
     check_registration(gather, (CACHE.nan_to_num(), table, offsets([20, 3]), first, 2, 21, 32, 16, torch.float32))

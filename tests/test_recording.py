@@ -1,6 +1,7 @@
 """Calls whose launches are recorded: against the driver of test_cuda_driver, on the CPU."""
 
 import collections
+import ctypes
 import functools
 import gc
 import threading
@@ -166,6 +167,69 @@ def test_what_is_more_than_launches_runs_as_it_is_written(on_the_cpu, monkeypatc
     for _ in range(6):
         run(torch.empty(4, 32))
     assert len(calls) == 6
+
+
+def multiplying(calls, dtype=torch.float32, out_of=None):
+    """out = first(x @ w.T), the product with `out=` into memory in between."""
+
+    @Recorded
+    def run(x, w):
+        calls.append(1)
+        between = x.new_empty(x.shape[0], w.shape[0], dtype=dtype) if out_of is None else out_of
+        torch.mm(x, w.t(), out=between)
+        out = x.new_empty(between.shape)
+        first(between, out)
+        return out
+
+    return run
+
+
+def test_a_product_of_torchs_is_made_again(on_the_cpu, monkeypatch):
+    calls, results = [], {}
+    run = multiplying(calls)
+    read = on_the_cpu.read
+
+    def read_and_keep(arguments):
+        """What is read when the launch is made."""
+        source, to = read(arguments)
+        memory = (ctypes.c_float * 32).from_address(source)
+        with torch._C._DisableTorchDispatch():
+            results[to] = torch.frombuffer(memory, dtype=torch.float32).view(4, 8).clone()
+        return [source, to]
+
+    monkeypatch.setattr(on_the_cpu, "read", read_and_keep)
+    weights = torch.randn(20, 32)
+    for i in range(5):
+        x, w = torch.randn(4, 40)[:, 3:35], weights[i : i + 8]  # parts, at other offsets each time
+        x = torch.cat([torch.zeros(1), x.flatten()])[1:].view(4, 32) if i == 4 else x
+        out = run(x, w)
+        assert torch.equal(results[out.data_ptr()], x @ w.t())
+    assert not on_the_cpu.graphs  # between its launches there is something else
+    assert len(calls) <= 4
+
+
+@pytest.mark.parametrize("why", ["another dtype", "memory of others", "autocast", "no elements"])
+def test_products_that_are_not_made_again(on_the_cpu, why):
+    calls = []
+    elsewhere = torch.empty(4, 8) if why == "memory of others" else None
+    run = multiplying(calls, out_of=elsewhere)
+    x = torch.empty(4, 0 if why == "no elements" else 32)
+    if why == "another dtype":
+        x = x.view(torch.int32)  # of which `first` is given a part that is read as floats
+
+        @Recorded
+        def run(x):
+            calls.append(1)
+            between, out = x.new_empty(4, 4, dtype=torch.float32), x.new_empty(4, 4, dtype=torch.float32)
+            torch.mm(x.view(torch.float32), x.view(torch.float32).t(), out=between)
+            first(between, out)
+            return out
+
+    given = (x,) if why == "another dtype" else (x, torch.empty(8, x.shape[1]))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=why == "autocast"):
+        for _ in range(5):
+            run(*given)
+    assert len(calls) == 5
 
 
 def test_results_without_elements_and_nothing(on_the_cpu):

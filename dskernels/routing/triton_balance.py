@@ -4,6 +4,9 @@ The loss of a batch is a sum over tokens: a token of sequence s adds alpha / (to
 f_se * p_e, where p is its own share of affinity. So nothing has to be summed over a sequence but whole numbers, its
 choices by expert (integer atomics, the same in any order), and everything else is done token by token. No grid
 depends on a length.
+
+All steps are kernels of this file, the zeros of the counters too: a call that consists of them alone is recorded
+(dskernels.recording). With torch's `zeros`, `clamp` and `cumsum` among them it cost the host 169 us.
 """
 
 from __future__ import annotations
@@ -13,10 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dskernels.device import empty
 from dskernels.portable import cast, launch
+from dskernels.recording import Recorded
 from dskernels.routing.config import choose_config
 from dskernels.routing.triton import LARGEST, load_affinities, normalized, reason_against, take_best
 from dskernels.validate import ceil_div
+
+BEGIN_BLOCK = 1024  # counters that a program sets to zero, and lengths that the first sums up at a time
 
 
 @triton.jit
@@ -28,6 +35,27 @@ def update_bias_kernel(p_bias, p_load, rate, E: tl.constexpr, COLUMNS: tl.conste
     lack = tl.sum(load, axis=0) - load * E
     step = tl.where(lack > 0, rate, tl.where(lack < 0, -rate, 0.0))
     tl.store(p_bias + o_e, tl.load(p_bias + o_e, mask=m_e) + step, mask=m_e)
+
+
+@triton.jit(do_not_specialize=["S", "n_counts"])
+def begin_kernel(p_lengths, p_ends, p_tokens, p_counts, p_filled, S, n_counts, BLOCK: tl.constexpr):
+    """Zeros for the counters of the next kernel, BLOCK of `counts` a program; the first also sums up the lengths.
+
+    ends[s] is the number of tokens up to the end of sequence s, those of negative length being empty.
+    """
+    o_i = tl.arange(0, BLOCK)
+    o_c = tl.program_id(0).to(tl.int64) * BLOCK + o_i
+    zeros = tl.zeros([BLOCK], tl.int32)
+    tl.store(p_counts + o_c, zeros, mask=o_c < n_counts)
+    if tl.program_id(0) == 0:
+        tl.store(p_filled, 0)
+        end = tl.zeros([], tl.int64)
+        for first in range(0, S, BLOCK):
+            o_s = first + o_i
+            length = tl.maximum(tl.load(p_lengths + o_s, mask=o_s < S, other=0), 0).to(tl.int64)
+            tl.store(p_ends + o_s, end + tl.cumsum(length, 0), mask=o_s < S)
+            tl.store(p_tokens + o_s, zeros, mask=o_s < S)
+            end += tl.sum(length, 0)
 
 
 @triton.jit
@@ -183,15 +211,16 @@ def update_bias(bias: Tensor, load: Tensor, rate: float) -> None:
     launch(update_bias_kernel, (1,), bias, load, rate, E=E, COLUMNS=triton.next_power_of_2(E), num_warps=1)
 
 
+@Recorded
 def balance_loss(logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: float, softmax: bool) -> Tensor:
     """The loss of `logits` [T, E], a scalar."""
     (T, E), config = logits.shape, choose_config(logits.shape[1])
-    n_parts = ceil_div(T, config.rows)
-    loss = logits.new_zeros((), dtype=torch.float32)
     if T == 0:
-        return loss
+        return logits.new_zeros((), dtype=torch.float32)
+    n_parts = ceil_div(T, config.rows)
+    loss = empty(logits, (), torch.float32, ())
     sequence, tokens, counts, filled = count_choices(logits, sequence_lengths, top_k, softmax)
-    parts = logits.new_empty(n_parts, dtype=torch.float32)
+    parts = empty(logits, (n_parts,), torch.float32, (1,))
     launch(
         token_loss_kernel,
         (n_parts,),
@@ -213,12 +242,13 @@ def balance_loss(logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: fl
     return loss
 
 
+@Recorded
 def balance_loss_backward(
     grad: Tensor, logits: Tensor, sequence_lengths: Tensor, top_k: int, alpha: float, softmax: bool
 ) -> Tensor:
     """Gradient to `logits` [T, E] of the loss. It counts the choices again: nothing is kept from the forward pass."""
     (T, E), config = logits.shape, choose_config(logits.shape[1])
-    dlogits = torch.empty((T, E), dtype=logits.dtype, device=logits.device)
+    dlogits = empty(logits, (T, E), logits.dtype)
     if T == 0:
         return dlogits
     sequence, tokens, counts, filled = count_choices(logits, sequence_lengths, top_k, softmax)
@@ -250,9 +280,22 @@ def count_choices(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sequence of each token [T], tokens [S], choices [S, E], number of sequences that hold a token []), all int32."""
     (T, E), S, config = logits.shape, sequence_lengths.shape[0], choose_config(logits.shape[1])
-    ends = sequence_lengths.clamp(min=0).cumsum(0)
-    sequence = logits.new_empty(T, dtype=torch.int32)
-    tokens, counts, filled = (logits.new_zeros(shape, dtype=torch.int32) for shape in ((S,), (S, E), ()))
+    ends = empty(logits, (S,), torch.int64, (1,))
+    sequence, tokens = (empty(logits, (n,), torch.int32, (1,)) for n in (T, S))
+    counts, filled = empty(logits, (S, E), torch.int32), empty(logits, (), torch.int32, ())
+    launch(
+        begin_kernel,
+        (max(ceil_div(S * E, BEGIN_BLOCK), 1),),
+        sequence_lengths,
+        ends,
+        tokens,
+        counts,
+        filled,
+        S,
+        S * E,
+        BLOCK=BEGIN_BLOCK,
+        num_warps=4,
+    )
     launch(
         count_choices_kernel,
         (ceil_div(T, config.rows),),

@@ -64,17 +64,16 @@ def absorbed(
         block_table, lengths, cu_q, tokens, group, cache.shape[1], impl=impl
     )
 
-    q = q.index_select(0, token)
-    queries = q.new_empty(len(token), heads, latent_dim + rope_dim)
+    # Between our own launches just two products of torch's, with `out=`, so that all of it is recorded.
+    q, queries = _group_queries(q, token, latent_dim, rope_dim, impl=impl)
     torch.bmm(q[..., : head_dim - rope_dim].transpose(0, 1), w_uk, out=queries[..., :latent_dim].transpose(0, 1))
-    queries[..., latent_dim:] = q[..., head_dim - rope_dim :]
     queries = queries.unflatten(0, (-1, group))
     latents, lse = mla_decode(
         queries, cache, table, seen, scale=scale, value_dim=latent_dim, q_lengths=count, impl=impl
     )
     out = q.new_empty(len(token), heads, w_uv.shape[1])
     torch.bmm(latents.flatten(0, 1).transpose(0, 1), w_uv.mT, out=out.transpose(0, 1))
-    return out.index_select(0, place), lse.transpose(0, 1).flatten(1).index_select(1, place)
+    return _take_results(out, lse, place, impl=impl)
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------
@@ -101,7 +100,7 @@ def _group_tokens_reference(
     slots = count_up(group)
     real = slots < count[:, None]
     token = torch.where(real, (start + first)[:, None] + slots, 0).clamp(0, tokens - 1).flatten()
-    place = lengths.new_zeros(tokens)
+    place = lengths.new_zeros(tokens)  # each token has one, unless cu_seqlens does not ascend
     place[token[real.flatten()].long()] = count_up(groups * group)[real.flatten()]
     return token, place, block_table[request], seen.int(), count.int()
 
@@ -124,4 +123,45 @@ _group_tokens = Operation(
     triton="dskernels.mla.prefill.triton_groups:group_tokens",
     hopper="dskernels.mla.prefill.triton_groups:group_tokens",  # it moves a few integers
     fake=_group_tokens_fake,
+)
+
+
+def _group_queries_reference(q: Tensor, token: Tensor, latent_dim: int, rope_dim: int) -> tuple[Tensor, Tensor]:
+    q = q.index_select(0, token)
+    queries = q.new_empty(q.shape[0], q.shape[1], latent_dim + rope_dim)
+    queries[..., latent_dim:] = q[..., q.shape[2] - rope_dim :]
+    return q, queries
+
+
+def _group_queries_fake(q: Tensor, token: Tensor, latent_dim: int, rope_dim: int) -> tuple[Tensor, Tensor]:
+    places, (_, heads, width) = token.shape[0], q.shape
+    return q.new_empty(places, heads, width), q.new_empty(places, heads, latent_dim + rope_dim)
+
+
+def _take_results_reference(out: Tensor, lse: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    place = place.clamp(0, out.shape[0] - 1)
+    return out.index_select(0, place), lse.transpose(0, 1).flatten(1).index_select(1, place)
+
+
+def _take_results_fake(out: Tensor, lse: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    _, heads, width = out.shape
+    return out.new_empty(place.shape[0], heads, width), lse.new_empty(heads, place.shape[0])
+
+
+# Of q [T, H, nope + rope] the row of each place [P, H, nope + rope], and queries [P, H, latent + rope], of which so far
+# only the rope part is written.
+_group_queries = Operation(
+    "group_queries(Tensor q, Tensor token, int latent_dim, int rope_dim) -> (Tensor, Tensor)",
+    reference=_group_queries_reference,
+    triton="dskernels.mla.prefill.triton_groups:group_queries",
+    hopper="dskernels.mla.prefill.triton_groups:group_queries",  # it moves bytes, which needs no more
+    fake=_group_queries_fake,
+)
+# Of out [P, H, V] and lse [groups, H, group] the row of each token's place: [T, H, V] and [H, T].
+_take_results = Operation(
+    "take_results(Tensor out, Tensor lse, Tensor place) -> (Tensor, Tensor)",
+    reference=_take_results_reference,
+    triton="dskernels.mla.prefill.triton_groups:take_results",
+    hopper="dskernels.mla.prefill.triton_groups:take_results",
+    fake=_take_results_fake,
 )

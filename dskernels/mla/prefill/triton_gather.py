@@ -12,6 +12,8 @@ from dskernels.mla.decode.triton import clamp, load_fp8_rows, load_rows
 from dskernels.portable import cast, launch, reason_against_e4m3
 from dskernels.validate import ceil_div
 
+PACK_BLOCK = 512  # lengths that are summed up at a time
+
 
 @triton.jit(do_not_specialize=["requests", "steps", "start", "rows", "columns", "pages", "page_size", "stride_table"])
 def gather_kernel(
@@ -70,6 +72,30 @@ def gather_kernel(
     o_p = tl.arange(0, BLOCK_P)
     tl.store(p_out + o_l[None, :], latent, mask=m_row[:, None] & (o_l < LATENT)[None, :])
     tl.store(p_out + LATENT + o_p[None, :], rope, mask=m_row[:, None] & (o_p < ROPE)[None, :])
+
+
+@triton.jit(do_not_specialize=["requests", "capacity"])
+def pack_kernel(p_lengths, p_cu, p_first, p_ends, requests, capacity, BLOCK: tl.constexpr):
+    """cu[b + 1] = cu[b] + lengths[b], each between 0 and `capacity`; first[b] = 0; ends = (0, the last of cu)."""
+    tl.store(p_cu, 0)
+    tl.store(p_ends, 0)
+    total = 0
+    for start in range(0, requests, BLOCK):
+        o_b = start + tl.arange(0, BLOCK)
+        m_b = o_b < requests
+        length = tl.minimum(tl.maximum(tl.load(p_lengths + o_b, mask=m_b, other=0), 0), capacity)
+        tl.store(p_cu + 1 + o_b, total + tl.cumsum(length, 0), mask=m_b)
+        tl.store(p_first + o_b, tl.zeros([BLOCK], tl.int32), mask=m_b)
+        total += tl.sum(length, 0)
+    tl.store(p_ends + 1, total)
+
+
+def pack_lengths(lengths: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(cu [B + 1], first [B], ends [2]) of all cached positions of each request."""
+    requests = lengths.shape[0]
+    cu, first, ends = (lengths.new_empty(n) for n in (requests + 1, requests, 2))
+    launch(pack_kernel, (1,), lengths, cu, first, ends, requests, capacity, BLOCK=PACK_BLOCK, num_warps=4)
+    return cu, first, ends
 
 
 def gather_latents(

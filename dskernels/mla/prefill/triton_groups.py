@@ -1,4 +1,5 @@
-"""Portable Triton kernel that divides the packed new tokens of several requests into groups, each of one request."""
+"""Portable Triton kernels that divide the packed new tokens of several requests into groups, each of one request, and
+move their queries there and their results back."""
 
 from __future__ import annotations
 
@@ -6,11 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dskernels.device import empty
 from dskernels.mla.prefill.config import most_groups
 from dskernels.mla.prefill.triton import find_tile
 from dskernels.portable import launch
+from dskernels.validate import ceil_div
 
 COLUMNS = 512  # columns of the table that a program copies at a time
+ELEMENTS = 4096  # of queries or results that a program copies at a time
 
 
 @triton.jit(do_not_specialize=["tokens", "requests", "columns", "stride_table", "capacity"])
@@ -56,6 +60,62 @@ def group_kernel(
         tl.store(p_to + o_c, tl.load(p_from + o_c, mask=o_c < columns), mask=o_c < columns)
 
 
+@triton.jit(do_not_specialize=["stride_token", "stride_head"])
+def group_queries_kernel(
+    p_q,
+    p_token,
+    p_grouped,
+    p_queries,
+    stride_token,
+    stride_head,
+    heads,
+    WIDTH: tl.constexpr,
+    LATENT: tl.constexpr,
+    ROPE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """BLOCK_H heads (program 1) of a place (program 0): its token's row, whose last ROPE columns also end the query."""
+    i_place = tl.program_id(0).to(tl.int64)
+    o_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    mask = (o_h < heads) & (o_d < WIDTH)
+    token = tl.load(p_token + i_place).to(tl.int64)
+    row = tl.load(p_q + token * stride_token + o_h * stride_head + o_d, mask=mask)
+    i_row = i_place * heads + o_h
+    tl.store(p_grouped + i_row * WIDTH + o_d, row, mask=mask)
+    o_rope = o_d - (WIDTH - ROPE)
+    tl.store(p_queries + i_row * (LATENT + ROPE) + LATENT + o_rope, row, mask=mask & (o_rope >= 0))
+
+
+@triton.jit(do_not_specialize=["tokens", "places"])
+def take_results_kernel(
+    p_out,
+    p_lse,
+    p_place,
+    p_to,
+    p_lse_to,
+    tokens,
+    places,
+    heads,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """BLOCK_H heads (program 1) of a token (program 0): the results of its place."""
+    i_token = tl.program_id(0).to(tl.int64)
+    o_h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    m_h = o_h < heads
+    mask = m_h[:, None] & (o_d < WIDTH)
+    place = tl.minimum(tl.maximum(tl.load(p_place + i_token), 0), places - 1).to(tl.int64)
+    row = tl.load(p_out + (place * heads + o_h)[:, None] * WIDTH + o_d, mask=mask)
+    tl.store(p_to + (i_token * heads + o_h)[:, None] * WIDTH + o_d, row, mask=mask)
+    lse = tl.load(p_lse + (place // GROUP * heads + o_h) * GROUP + place % GROUP, mask=m_h)
+    tl.store(p_lse_to + o_h * tokens + i_token, lse, mask=m_h)
+
+
 def group_tokens(
     block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, tokens: int, group: int, page_size: int
 ) -> tuple[Tensor, ...]:
@@ -64,8 +124,8 @@ def group_tokens(
     requests, columns = block_table.shape
     groups = most_groups(tokens, requests, group)
     token, seen, count = (lengths.new_empty(n) for n in (groups * group, groups, groups))
-    # Each token has its place, unless cu_seqlens does not ascend.
-    place = lengths.new_zeros(tokens)
+    # Each token has its place, unless cu_seqlens does not ascend: then `take_results` takes whatever there is as one.
+    place = lengths.new_empty(tokens)
     rows = lengths.new_empty((groups, columns))
     launch(
         group_kernel,
@@ -89,3 +149,62 @@ def group_tokens(
         num_warps=4,
     )
     return token, place, rows, seen, count
+
+
+def group_queries(q: Tensor, token: Tensor, latent_dim: int, rope_dim: int) -> tuple[Tensor, Tensor]:
+    """The row of `q` [T, H, D] of each place [P, H, D], and queries [P, H, latent + rope] with its rope part."""
+    places, (_, heads, width) = token.shape[0], q.shape
+    grouped = empty(q, (places, heads, width), q.dtype)
+    queries = empty(q, (places, heads, latent_dim + rope_dim), q.dtype)
+    block_h, block_d = _blocks(heads, width)
+    if grouped.numel():
+        launch(
+            group_queries_kernel,
+            (places, ceil_div(heads, block_h)),
+            q,
+            token,
+            grouped,
+            queries,
+            q.stride(0),
+            q.stride(1),
+            heads,
+            WIDTH=width,
+            LATENT=latent_dim,
+            ROPE=rope_dim,
+            BLOCK_H=block_h,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    return grouped, queries
+
+
+def take_results(out: Tensor, lse: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of each token's place: [T, H, V] of `out` [P, H, V], and [H, T] of `lse` [groups, H, group]."""
+    (places, heads, width), tokens = out.shape, place.shape[0]
+    to, lse_to = empty(out, (tokens, heads, width), out.dtype), empty(lse, (heads, tokens), lse.dtype)
+    block_h, block_d = _blocks(heads, width)
+    if to.numel():
+        launch(
+            take_results_kernel,
+            (tokens, ceil_div(heads, block_h)),
+            out,
+            lse,
+            place,
+            to,
+            lse_to,
+            tokens,
+            places,
+            heads,
+            WIDTH=width,
+            GROUP=lse.shape[2],
+            BLOCK_H=block_h,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    return to, lse_to
+
+
+def _blocks(heads: int, width: int) -> tuple[int, int]:
+    """Heads and columns of a program."""
+    block_d = triton.next_power_of_2(width)
+    return min(max(ELEMENTS // block_d, 1), triton.next_power_of_2(max(heads, 1))), block_d
