@@ -1,6 +1,6 @@
-"""Which implementation was asked for, what a device rules out, and :func:`explain`, which says what would run and why.
+"""Which implementation was asked for, which ones a device rules out, and :func:`explain`, which says what would run.
 
-`dskernels.dispatch` chooses by these at each call.
+`dskernels.dispatch` decides by these at each call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ choices: ContextVar[list[Choice] | None] = ContextVar("choices of explain()", de
 
 
 class Choice(NamedTuple):
-    """What runs for one operation, and why each implementation before it does not."""
+    """The implementation that runs for one operation, and why each implementation before it does not."""
 
     operation: str
     impl: str
@@ -39,16 +39,17 @@ class Choice(NamedTuple):
 
 
 class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
-    """Run every operation inside ``with use_impl("reference"):`` by that implementation, or raise where it cannot.
+    """Run every operation inside ``with use_impl("reference"):`` by that implementation, or raise if it cannot.
 
-    A call's own ``impl=`` wins over it. Backward passes run what their forward was asked for. It holds for the current
-    thread.
+    A call's own ``impl=`` takes precedence. A backward runs the implementation that its forward was asked for. It
+    applies to the current thread.
 
     Args:
-        impl: ``"reference"``, ``"triton"`` or ``"hopper"``; None leaves the choice to each call, in another block too.
+        impl: ``"reference"``, ``"triton"`` or ``"hopper"``; None leaves the choice to each call, also inside another
+            such block.
 
     Raises:
-        ValueError: there is no such implementation. Where a call cannot be run by it, the call raises.
+        ValueError: there is no such implementation. A call that it cannot run raises ValueError itself.
     """
 
     def __init__(self, impl: str | None) -> None:
@@ -64,27 +65,27 @@ class use_impl:  # noqa: N801 - a context manager, spelt like torch.no_grad
 
 
 def forced_impl() -> str | None:
-    """What :class:`use_impl` asks for here, None outside of it."""
+    """The implementation that :class:`use_impl` asks for here; None outside of it."""
     return forced.get()
 
 
 def explain(function: Callable | None = None, *args: Any, **kwargs: Any) -> list[Choice]:
-    """Say which implementation would run, and why not the others, without running any kernel.
+    """Say which implementation would run, and why the others would not, without running any kernel.
 
     ``explain(dskernels.fp8_gemm, a, b)`` answers for these arguments (which are validated as usual), ``explain()`` for
     every operation on this machine's default device.
 
     Args:
-        function: a public operation, or whatever calls some; none for all operations.
-        args: what it is called with.
-        kwargs: likewise.
+        function: a public operation, or any function that calls some; None for all operations.
+        args: positional arguments of the call.
+        kwargs: its keyword arguments.
 
     Returns:
-        One :class:`Choice` for each registered operation that the call makes, in their order.
+        One :class:`Choice` for each registered operation that the call runs, in their order.
 
     Raises:
-        TypeError, ValueError: as the function does, also for an explicit `impl` that cannot run; ValueError also if it
-            is no function of ours and makes no call of an operation.
+        TypeError, ValueError: as the function does, also for an explicit `impl` that cannot run; ValueError also if the
+            function is not one of ours and calls no operation.
     """
     if function is None:
         probe = torch.empty(0, device=default_device())
@@ -117,13 +118,16 @@ def _by_device(op: Operation, device: torch.device) -> Choice:
 
 
 def check_impl(impl: Any) -> None:
-    """Check that it is a name; `choose` says whether of an implementation."""
+    """Check that `impl` is a string; whether it names an implementation, `Operation.choose` checks."""
     if not isinstance(impl, str):
         raise TypeError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)} or None, got {type(impl).__name__}")
 
 
 def reason_of_device(impl: str, device: torch.device, asked_for: bool) -> str | None:
-    """Why `impl` does not run on `device`, whatever the arguments."""
+    """Why `impl` does not run on `device`, whatever the arguments are, or None.
+
+    `asked_for` says whether the caller named it: on the CPU, Triton's interpreter runs only then.
+    """
     if impl == "hopper":
         if device.type != "cuda" or capability(device) != (9, 0):
             return "it needs an sm_90 GPU"

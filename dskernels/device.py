@@ -61,7 +61,7 @@ def several_gpus() -> bool:
 
 
 def like_this(x: Tensor) -> Callable[[], Tensor]:
-    """The function that allocates a tensor like this one on the current GPU, if no mode of torch has to be asked."""
+    """A function that allocates a tensor like this one on the current GPU; it must not run under a mode of torch."""
     make = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
     return functools.partial(make, tuple(x.shape), x.stride(), x.dtype)
 

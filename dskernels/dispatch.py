@@ -1,9 +1,13 @@
-"""Which implementation of an operation runs, decided at each call, inside the registered operation.
+"""Which implementation of an operation runs: decided at each call, inside the registered operation.
 
-Every operation has up to three implementations that mean the same: ``hopper`` (sm_90 only), ``triton`` (any Triton GPU)
-and ``reference`` (PyTorch, anywhere). ``impl=None`` takes the first of these, in this order, that the tensors' device
-and the arguments allow. An explicit ``impl=``, or :class:`use_impl`, is obeyed or raises: nothing falls back silently.
-:func:`dskernels.explain` says what would run, and why not the others (dskernels.choice).
+Every operation has up to three implementations with the same meaning: ``hopper`` (sm_90 only), ``triton`` (any Triton
+GPU) and ``reference`` (PyTorch, anywhere). ``impl=None`` takes the first of these, in this order, that the tensors'
+device and the arguments allow. An explicit ``impl=``, or :class:`use_impl`, is obeyed or raises: nothing falls back
+silently. :func:`dskernels.explain` says what would run, and why the others would not (dskernels.choice).
+
+A call takes one of two ways. The slow one goes through torch's dispatcher, which sees to autograd, transforms, tracing
+and autocast, and ends in `Operation._run`. The fast one, for eager calls on plain CUDA tensors with which the
+dispatcher would have nothing to do, goes straight to the implementation that was found for a call of the same metadata.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from dskernels.device import PLAIN, dispatch_modes, several_gpus
 from dskernels.gradients import Differentiated, Gradient, is_asked_for, is_transformed, is_wrapped, no_gradient
 from dskernels.metadata import ByMetadata
 
-_STRAIGHT_DEVICES = ("cuda",)  # where the host's share of a call matters
+_STRAIGHT_DEVICES = ("cuda",)  # devices for which calls take the fast way, as the host's time of a call matters there
 
 _library = torch.library.Library("dskernels", "FRAGMENT")
 
@@ -38,11 +42,12 @@ class Operation:
         schema: e.g. ``"merge(Tensor a, Tensor b) -> Tensor"``; an operation that fills ``Tensor(a!) out`` returns
             ``()``.
         reference: callable with the schema's arguments, in PyTorch.
-        triton: ``"module:function"``, imported on first use; likewise `hopper`. A function ``<function>_supports``
-            beside it, with the same arguments, returns None or the reason why it does not take them; it sees metadata
-            only.
-        composite: instead of the three, a callable that is built of other operations and takes ``impl`` to hand on.
-        fake: what the operation returns, as empty tensors; None for an operation that only writes to its arguments.
+        triton: ``"module:function"``, imported on first use. If the module has a function ``<function>_supports``, that
+            takes the same arguments, looks at their metadata only, and returns None or the reason why the
+            implementation does not take them.
+        hopper: likewise.
+        composite: instead of the three, a callable that is made of other operations, to which it passes ``impl`` on.
+        fake: returns empty tensors of the results' metadata; None for an operation that only writes to its arguments.
     """
 
     def __init__(
@@ -85,9 +90,9 @@ class Operation:
     def __call__(self, *args: Any, impl: str | None = None) -> Any:
         """Run the registered operation on its flat arguments.
 
-        Eager calls on plain CUDA tensors that meet again what was run before go straight to the implementation. Torch's
-        dispatcher, which would end there too, and `choose` take 14 us more (of fp8_gemm 29 and 15, on a host where
-        ``x.add_(1)`` takes 12).
+        An eager call on plain CUDA tensors, of the same metadata and values as an earlier one, goes straight to the
+        implementation. Through torch's dispatcher and `choose`, which would end there too, it takes 14 us more (a call
+        of fp8_gemm 29 instead of 15, on a host where ``x.add_(1)`` takes 12).
         """
         if impl is not None:
             check_impl(impl)
@@ -113,7 +118,11 @@ class Operation:
         return result
 
     def _by_torch(self, args: tuple, impl: str | None) -> Any:
-        """Run the registered operation; as `Differentiated` where autograd would not know how."""
+        """Run the registered operation through torch's dispatcher.
+
+        It runs inside `Differentiated` if a gradient may be asked for that the registered one would not give: of an
+        operation without a gradient, which then has to raise, or inside a transform of `torch.func`.
+        """
         plain = torch.compiler.is_compiling() or (self._gradient is not None and not is_transformed())
         if plain or not (is_transformed() or is_asked_for(args)):
             return self.overload(*args, impl)
@@ -123,7 +132,7 @@ class Operation:
         return Differentiated.apply(*args, impl, self.overload, self._gradient or no_gradient(self.name))
 
     def _seen(self, args: tuple, impl: str | None) -> tuple[tuple[Tensor, ...], Hashable]:
-        """The tensors, and what else decides what runs; None for that where it must be decided anew."""
+        """The tensor arguments, and everything else that decides what runs; None for that if it cannot be a key."""
         tensors = given = self._tensors(args)
         absent = None
         for x in given:
@@ -134,13 +143,13 @@ class Operation:
         if type(tensors[0]) not in PLAIN or choices.get() is not None:
             return tensors, None
         for i in self._floats:
-            if type(args[i]) is not float:  # the dispatcher makes it one
+            if type(args[i]) is not float:  # the dispatcher would convert it
                 return tensors, None
         device = torch._C._cuda_getDevice() if several_gpus() else 0
         return tensors, (impl, forced.get(), device, torch.is_grad_enabled(), absent, self._values(args))
 
     def _refuse_tangents(self, args: tuple) -> None:
-        """Forward-mode differentiation: torch would go on without the tangents, as if they were zero."""
+        """Raise for forward-mode differentiation: torch would go on without the tangents, as if they were zero."""
         for argument, x in zip(self.overload._schema.arguments, args, strict=False):
             if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError(
@@ -149,18 +158,21 @@ class Operation:
                 )
 
     def _bound(self, args: tuple, impl: str | None) -> Callable[[Sequence[int], tuple], Any]:
-        """What runs arguments of this metadata, given the addresses of the tensors among them, and them."""
+        """A function that runs arguments of this metadata, given the addresses of the tensors, and the arguments."""
         if self.composite is not None:
             function: Callable = functools.partial(self.composite, impl=impl)
         else:
             function = self._chosen(args, impl, self._device_of(args))
-        if torch._C._is_any_autocast_enabled():  # what is kept here is not found outside of it
+        if torch._C._is_any_autocast_enabled():  # a call outside of autocast does not find this, see `ByMetadata`
             return lambda addresses, args: _without_autocast(function, args)
-        bound = getattr(function, "bound", None)  # as cuda.driver.Planned has it
+        bound = getattr(function, "bound", None)  # `Planned` and `Recorded` have one
         return (lambda addresses, args: function(*args)) if bound is None else bound(args)
 
     def _note_writes(self, args: tuple) -> None:
-        """Raise the version of what was written: kernels write behind torch's back; autograd and caches go by it."""
+        """Increment the version counters of arguments that were written to.
+
+        Kernels write without torch's knowledge, and autograd and our caches rely on versions to notice a change.
+        """
         for i in self.writes:
             if isinstance(args[i], Tensor) and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
@@ -169,8 +181,8 @@ class Operation:
         """Give the operation a gradient.
 
         ``save(ctx, args, output)`` keeps what the backward needs; ``backward(ctx, *grads)`` returns one gradient (or
-        None) for each schema argument. ``ctx.impl`` holds the implementation that the forward was asked for, to hand
-        on.
+        None) for each schema argument. ``ctx.impl`` is the implementation that the forward was asked for, which the
+        backward passes on.
         """
 
         names = [argument.name for argument in self.overload._schema.arguments]
@@ -189,7 +201,8 @@ class Operation:
         def run_backward(ctx: Any, *grads: Tensor) -> tuple:
             with torch.no_grad(), torch._C._DisableAutocast():
                 results = (*backward(ctx, *grads), None)
-            if torch.is_grad_enabled() and not is_transformed():  # there, what `backward` has run says so itself
+            # Inside a transform, the operations that `backward` has run raise for a second derivative themselves.
+            if torch.is_grad_enabled() and not is_transformed():
                 return self._differentiable_once(results, (*grads, *ctx.saved_tensors))
             return results
 
@@ -197,16 +210,18 @@ class Operation:
         torch.library.register_autograd(f"dskernels::{self.name}", run_backward, setup_context=setup_context)
 
     def _differentiable_once(self, results: tuple, inputs: Sequence[Tensor | None]) -> tuple:
-        """Gradients that are to be differentiated again (``create_graph=True``): that raises, whichever of the inputs
-        of the backward it is for, where torch would warn, and go on with zero or a part of it."""
+        """Gradients for ``create_graph=True`` that raise when they are differentiated, for any input of the backward.
+
+        Otherwise torch would only warn, and go on with zero or with a part of the second derivative.
+        """
         behind = [x.flatten()[:0].float().sum() for x in inputs if x is not None and x.requires_grad]
-        zero = sum(behind, torch.zeros(()))  # of which autograd knows what it came from
+        zero = sum(behind, torch.zeros(()))  # a zero that depends, for autograd, on all of these inputs
         said = f"{self.name}: the gradient of its gradient was asked for, which there is not"
         asked = [x.detach() + zero.to(x) if isinstance(x, Tensor) else x for x in results]
         return torch._C._functions.DelayedError(said.encode(), len(asked))(*asked)
 
     def choose(self, args: Sequence[Any], impl: str | None = None) -> Choice:
-        """Name the implementation that takes these arguments; raise if the one asked for does not."""
+        """The implementation that takes these arguments; ValueError if the one that was asked for does not."""
         if impl is not None:
             if impl not in IMPLEMENTATIONS:
                 raise ValueError(f"impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
@@ -222,7 +237,7 @@ class Operation:
         return Choice(self.name, "reference", rejected)
 
     def _split(self, args: tuple) -> tuple[tuple, str | None]:
-        """(schema arguments, impl): the dispatcher leaves a trailing ``impl=None`` out."""
+        """The schema's arguments, and impl: the dispatcher leaves a trailing ``impl=None`` out."""
         return args[: self.arity], args[self.arity] if len(args) > self.arity else None
 
     def _run(self, *args: Any) -> Any:
@@ -240,7 +255,7 @@ class Operation:
         device = self._device_of(args)
         function = self._chosen(args, impl, device)
         if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
-            with torch.cuda.device(device):  # a launch goes to the current device, wherever its arguments are
+            with torch.cuda.device(device):  # kernels are launched on the current device, wherever their arguments are
                 result = function(*args)
         else:
             result = function(*args)
@@ -251,7 +266,10 @@ class Operation:
         return _device_of(args) if self._located is None else args[self._located].device
 
     def _chosen(self, args: Sequence[Any], impl: str | None, device: torch.device) -> Callable:
-        """The function that `choose` names: what the device decides is kept, only `supports` is asked each time."""
+        """The function of the implementation that `choose` names.
+
+        Which implementations the device allows is remembered; only their `supports` functions are asked each time.
+        """
         candidates = self._candidates.get((impl, device))
         if candidates is None:
             candidates = self._candidates[impl, device] = self._fit_for(impl, device)
@@ -264,8 +282,10 @@ class Operation:
         return self._function(self.choose(args, impl).impl)
 
     def _fit_for(self, impl: str | None, device: torch.device) -> list[str | tuple[Callable | None, Callable]]:
-        """Targets, the best first, that run on `device` if they take the arguments. On the CPU there are none, as there
-        an environment variable, not the device, decides."""
+        """The targets that can run on `device`, the best first, if they take the arguments.
+
+        Empty for the CPU, where an environment variable decides (TRITON_INTERPRET), which may change.
+        """
         if device.type == "cpu":
             return []
         return [
@@ -293,17 +313,17 @@ class Operation:
 
 
 def _without_autocast(function: Callable, args: Sequence[Any]) -> Any:
-    """Call a function: which dtypes an operation computes in its arguments say, autocast has no say in its products."""
+    """Call a function without autocast: an operation's arguments alone decide in which dtypes it computes."""
     with torch._C._DisableAutocast():
         return function(*args)
 
 
 @contextlib.contextmanager
 def differentiating() -> Iterator[None]:
-    """Let autograd record inside an implementation: for a reference backward, which differentiates the reference.
+    """Let autograd record inside an implementation: for a reference backward that differentiates the reference.
 
-    `torch.enable_grad` alone does not where a dispatch mode (opcheck's, a FLOP counter's) runs the operation, since
-    torch switches autograd's dispatch keys off there; also the one that sees writes to a part of a tensor.
+    `torch.enable_grad` alone is not enough if a dispatch mode (opcheck's, a FLOP counter's) runs the operation, since
+    torch excludes autograd's dispatch keys there, among them the one that notices writes to a part of a tensor.
     """
     keys = torch._C.DispatchKey
     recording = torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False)
@@ -313,11 +333,12 @@ def differentiating() -> Iterator[None]:
 
 
 def meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
-    """Whether torch's dispatcher would do no more with these than to call the implementation.
+    """Whether torch's dispatcher would do nothing with these tensors but call the implementation.
 
-    The tensors are plain, on the current GPU, and no autograd, transform or tracer has a part in it. `ByMetadata` sees
-    whether that is still so. (Modes and the profiler are looked for at each call.) What stands for other numbers than
-    its memory holds, as a negative view does, the dispatcher writes out first.
+    That is so if they are plain tensors on the current GPU, and neither autograd nor a transform nor a tracer is
+    involved. `ByMetadata` notices if this changes; modes and the profiler are looked for at each call. A tensor that
+    stands for other numbers than those in its memory, such as a negative view, is not among these: the dispatcher
+    materialises it first.
     """
     below_autograd = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
     return (
@@ -331,7 +352,7 @@ def meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
 
 
 def _picker(positions: Sequence[int]) -> Callable[[tuple], tuple]:
-    """A function from a tuple to the tuple of what stands at these positions."""
+    """A function that returns the elements of a tuple at these positions, as a tuple."""
     if len(positions) > 1:
         return operator.itemgetter(*positions)
     return lambda args: tuple([args[i] for i in positions])

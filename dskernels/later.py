@@ -73,7 +73,7 @@ class Waiting(NamedTuple):
 
 
 def waiting_for(*weights: Tensor) -> Waiting | None:
-    """Where the gradients of these weights may wait, None if they may not; only those of parameters can."""
+    """Where the gradients of these weights may wait; None if they may not. Only gradients of leaf tensors can."""
     queue = _collecting.get()
     if queue is None or not weights or not all(weight.is_leaf and weight.requires_grad for weight in weights):
         return None

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: steps that mean the same on a GPU and in Triton's CPU interpreter, and their launch.
+"""What the Triton kernels share: steps that mean the same on a GPU and in Triton's CPU interpreter, and `launch`.
 
 The interpreter stores bf16 as integers, truncates where a GPU rounds to nearest even, and multiplies bf16 matrices as
 if they were integers. `cast` and `dot` hide that; on a GPU they compile to the plain conversion and the plain product.
@@ -24,9 +24,9 @@ from dskernels.triton_cache import name_what_is_cut_off
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 name_what_is_cut_off()
 
-# A compiled kernel of these versions runs when it is called with grid, stream, function, metadata, two hooks and every
-# argument of the source; and they specialise on dtypes, integers and the alignment of addresses alone. With others,
-# `launch` goes through Triton each time.
+# Versions of Triton for which two things were checked: a compiled kernel can be called with grid, stream, function,
+# metadata, two hooks and every argument of the source; and kernels are specialised only on dtypes, integers and the
+# alignment of addresses. With other versions, `launch` goes through Triton each time.
 CHECKED_TRITON = ("3.6", "3.7", "3.8", "3.9")
 _MOST_COMPILED = 4096
 _C_TYPES = {
@@ -41,19 +41,19 @@ _C_TYPES = {
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Do what ``kernel[grid](*arguments, **constants)`` does, at half its cost on the host.
 
-    A family's launcher says ``launch(kernel, (n,), x, out, rows, stride, BLOCK=64, num_warps=4)``: every run-time
-    parameter by position, then constexprs and launch options by name. Triton works out at each launch what a kernel is
-    specialised on, 34 us for the 15 arguments of the GEMM; this takes 18. (Each `triton.cdiv` of a grid takes 2.3 us;
-    `validate.ceil_div` does not.)
+    A launcher calls ``launch(kernel, (n,), x, out, rows, stride, BLOCK=64, num_warps=4)``: every run-time parameter by
+    position, then constexprs and launch options by name. Triton determines at each launch what the kernel has to be
+    specialised on, which takes 34 us for the 15 arguments of the GEMM; this function takes 18. (Each `triton.cdiv` in a
+    grid takes 2.3 us; use `validate.ceil_div`.)
 
-    The first launch goes through Triton, and the compiled kernel that it answers with is kept under all that this can
-    have depended on: the device, each tensor's dtype and whether its address is divisible by 16, each integer (of
-    `do_not_specialize` only its width), each constant. Where Triton would take another binary this key is another one
-    too, so that the same binary runs.
+    The first launch goes through Triton. The compiled kernel that Triton returns is kept under a key of everything on
+    which it can depend: the device, each tensor's dtype and whether its address is divisible by 16, each integer (for
+    those in `do_not_specialize` only whether it needs 64 bits), and each constant. If Triton would take another binary,
+    this key is different too; so the binary that runs is always the one that Triton would run.
 
-    It goes through Triton each time in the interpreter, for an argument that is not a tensor, number, bool or None (a
-    tensor descriptor, say), while a profiler hooks into Triton's launches, on GPUs that are not NVIDIA's, and with a
-    Triton that is not one of `CHECKED_TRITON`.
+    Every launch goes through Triton in the interpreter, for an argument that is not a tensor, number, bool or None
+    (such as a tensor descriptor), while a profiler hooks into Triton's launches, on GPUs that are not NVIDIA's, and
+    with a version of Triton that is not in `CHECKED_TRITON`.
 
     Raises:
         TypeError: a tensor is given by name.
@@ -88,7 +88,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     )
     found = known.compiled.get(key)
     if found is None:
-        if recording is not None:  # which the next launch of this kernel is for
+        if recording is not None:  # a later call, for which the kernel is known, may be recorded
             recording.refuse("a kernel is launched for the first time", later=kinds.all_known)
         token = recorder.set(None)
         try:
@@ -109,8 +109,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 class _Kinds(NamedTuple):
-    """Which arguments are tensors, which integers count by value, and which by width alone; and whether the others are
-    but None, floats and bools, which count by their type."""
+    """How arguments of given types enter the key of `launch`.
+
+    Attributes:
+        tensors: positions of the tensors.
+        exact: positions of integers that enter by value.
+        by_width: positions of integers of `do_not_specialize`, which enter only by whether they need 64 bits.
+        all_known: whether all others are None, floats and bools, of which only the type matters.
+    """
 
     tensors: list[int]
     exact: list[int]
@@ -119,9 +125,15 @@ class _Kinds(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What `launch` knows of a kernel: itself (so that no other takes its id), which parameters count by their width
-    alone, what it was given by type, and its binaries: what to call, with what before the arguments and after them, and
-    the binary itself."""
+    """What `launch` knows of a kernel.
+
+    Attributes:
+        kernel: the kernel, kept alive so that no other object gets its id.
+        by_width: for each parameter whether it is in `do_not_specialize`.
+        kinds: `_Kinds` by the types of the arguments.
+        compiled: binaries by the key of `launch`: the function to call, what it takes before and after the arguments,
+            and the binary itself.
+    """
 
     kernel: Any
     by_width: list[bool]
@@ -145,7 +157,7 @@ def _kinds(types: tuple[type, ...], by_width: list[bool]) -> _Kinds:
 
 
 def _launch_first(known: _Known, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> tuple:
-    """Launch through Triton; return what the same launch needs from then on."""
+    """Launch through Triton; return the entry of `_Known.compiled` for further launches like this one."""
     for name, value in constants.items():
         if isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: expected tensors by position, got one by name")
@@ -157,11 +169,11 @@ def _launch_first(known: _Known, grid: tuple[int, ...], arguments: tuple, consta
 
 
 def _plan(compiled: Any, grid: tuple[int, ...], arguments: tuple, device: int) -> Plan | None:
-    """The launch of a binary as the driver takes it, its pointers by the names of their parameters.
+    """The launch of a binary as a `Plan`, whose pointers have the names of the kernel's parameters.
 
-    As Triton's own launcher does it (`_launch` in backends/nvidia/driver.py of 3.6, driver.c of 3.7 to 3.9): all that
-    is no constexpr, then two addresses of scratch memory. None for a binary that wants such memory, clusters, a
-    cooperative grid or instruments, and for arguments that are not of the types above.
+    The arguments are those of Triton's own launcher (`_launch` in backends/nvidia/driver.py of 3.6, driver.c of 3.7 to
+    3.9): all parameters that are not constexprs, then two addresses of scratch memory. None for a binary that needs
+    scratch memory, clusters, a cooperative grid or instrumentation, and for arguments that are not of the types above.
     """
     metadata = compiled.metadata
     wanted = metadata.global_scratch_size, metadata.profile_scratch_size, metadata.launch_cooperative_grid
@@ -177,7 +189,7 @@ def _plan(compiled: Any, grid: tuple[int, ...], arguments: tuple, device: int) -
             packed.append(_C_TYPES[kind](argument))
         else:
             return None
-    scratch = Pointer("scratch")  # which nothing is at
+    scratch = Pointer("scratch")  # stays null
     plan = Plan(
         compiled.function,
         arguments=(*packed, scratch, scratch),
@@ -198,19 +210,20 @@ def _launches_directly() -> bool:
 
 
 def _watch(metadata: Any) -> None:
-    """A launch by Triton itself, as of ``kernel[grid]()``: what is recorded around it would be launched without it."""
+    """Hook of launches by Triton itself, as of ``kernel[grid]()``: a recording would not contain this launch."""
     recording = recorder.get()
     if recording is not None:
         recording.refuse("a kernel is launched through Triton")
 
 
-_watch.of_recordings = True  # type: ignore[attr-defined]  # as is that of another copy of this library, under another name
-# It stays: Triton walks through the list, and would skip the hook of one thread as another takes its own out.
+# `_is_hooked` tells our hook by this attribute, also that of a second copy of this library under another name.
+_watch.of_recordings = True  # type: ignore[attr-defined]
+# The hook is never removed: Triton iterates over the list, and would skip a hook if another thread removed its own.
 triton.knobs.runtime.launch_enter_hook.add(_watch)
 
 
 def _is_hooked() -> bool:
-    """Whether somebody else watches Triton's launches."""
+    """Whether anyone else has hooked into Triton's launches."""
     runtime = triton.knobs.runtime
     before = runtime.launch_enter_hook.calls
     return bool(runtime.launch_exit_hook.calls or any(not hasattr(call, "of_recordings") for call in before))
@@ -218,22 +231,22 @@ def _is_hooked() -> bool:
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """Cast fp32 `x` to `dtype`, rounding to nearest even; e4m3 wants |x| <= 448 (or NaN)."""
+    """Cast fp32 `x` to `dtype`, rounding to nearest even; for e4m3, |x| must be at most 448 (or NaN)."""
     if INTERPRETED:
         if dtype == tl.bfloat16:
             x = _keep_mantissa(x, 7)
         elif dtype == tl.float8e4nv:
-            # Below 2^-6 e4m3 is a fixed-point format of step 2^-9: adding 1.5 * 2^14 leaves fp32 with just that step.
+            # Below 2^-6 e4m3 is a fixed-point format of step 2^-9; adding 1.5 * 2^14 rounds fp32 to just that step.
             fixed = ((tl.abs(x) + 24576.0) - 24576.0).to(tl.int32, bitcast=True)
             fixed |= x.to(tl.int32, bitcast=True) & -0x80000000
             x = tl.where(tl.abs(x) < 0.015625, fixed.to(tl.float32, bitcast=True), _keep_mantissa(x, 3))
-            x = tl.where(x == x, x, 480.0)  # the value that NaN's bits would have
+            x = tl.where(x == x, x, 480.0)  # the value whose e4m3 bits are those of NaN
     return x.to(dtype)
 
 
 @triton.jit
 def _keep_mantissa(x, bits: tl.constexpr):
-    """Round fp32 `x` to `bits` bits of mantissa, ties to even, by integer arithmetic on its representation."""
+    """Round fp32 `x` to `bits` bits of mantissa, ties to even, by integer arithmetic on its bits."""
     drop: tl.constexpr = 23 - bits
     i = x.to(tl.int32, bitcast=True)
     i = (i + ((1 << (drop - 1)) - 1) + ((i >> drop) & 1)) & ~((1 << drop) - 1)
@@ -242,7 +255,7 @@ def _keep_mantissa(x, bits: tl.constexpr):
 
 @triton.jit
 def dot(a, b):
-    """fp32 product of two tiles of one dtype, from zero; fp32 operands are multiplied exactly, not as tf32."""
+    """Product of two tiles of the same dtype, summed in fp32; fp32 operands are not rounded to tf32."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -251,7 +264,7 @@ def dot(a, b):
 
 @triton.jit
 def fused_multiply_add(a, b, c):
-    """a * b + c in fp32, rounded once; numpy, which the interpreter computes with, would round the product too."""
+    """a * b + c in fp32, rounded once. The interpreter computes with numpy, which would round the product as well."""
     if INTERPRETED:
         return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
     return tl.fma(a, b, c)
@@ -259,30 +272,30 @@ def fused_multiply_add(a, b, c):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)) of fp32 `x`, to the bit of torch's on a GPU, but not below 2^-126.
+    """1 / (1 + exp(-x)) of fp32 `x`, with the same bits as torch's on a GPU, but never below 2^-126.
 
-    `tl.sigmoid` is faster and less exact: the exponential is off by some |x| / 2 ulp, the quotient by 2.
+    `tl.sigmoid` is faster and less exact: its exponential is off by about |x| / 2 ulp, its quotient by 2.
     """
     if INTERPRETED:
-        return 1.0 / (1.0 + tl.exp(-x.to(tl.float64)).to(tl.float32))  # numpy's in fp32 is 2 ulp off
+        return 1.0 / (1.0 + tl.exp(-x.to(tl.float64)).to(tl.float32))  # numpy's exp in fp32 is 2 ulp off
     y = tl.minimum(1.0 + libdevice.exp(-x), 8.507059173023462e37)
     guess = 1.0 / y
-    # A step of Newton's leaves the nearest float.
+    # A Newton step gives the nearest float.
     return tl.fma(tl.fma(-y, guess, 1.0), guess, guess)
 
 
 @triton.jit
 def begin_dependent(PROGRAMMATIC: tl.constexpr):
-    """The first thing that a kernel does whose launch is `programmatic`, see there."""
+    """The first step of a kernel whose launch is `programmatic`: wait for the preceding kernel, let the next begin."""
     if PROGRAMMATIC:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
 
 def programmatic(x: torch.Tensor) -> dict[str, bool]:
-    """Constants of a launch beside `x`, from sm_90 on: the kernel begins before the one in front has ended.
+    """Constants for a launch that may begin before the preceding kernel has ended, on the GPU of `x` (from sm_90 on).
 
-    It waits for that one's results by `begin_dependent`, and lets the one behind it begin in turn.
+    The kernel waits for the results of the preceding one by `begin_dependent`, and then lets the next one begin.
     """
     may = x.is_cuda and capability(x.device) >= (9, 0)
     return {"PROGRAMMATIC": True, "launch_pdl": True} if may else {"PROGRAMMATIC": False}

@@ -1,4 +1,4 @@
-"""Checks of arguments, said once: each error names the argument, what was expected, and what came.
+"""Checks of arguments, shared by all operations: each error names the argument, what was expected, and what came.
 
 Only metadata is looked at (type, dtype, shape, strides, device), never values, so no check waits for a device, and
 `torch.compile` traces through all of them.
@@ -58,7 +58,7 @@ def check_tensor(
 
 
 def _has_lost_memory(x: Tensor) -> bool:
-    """Whether the storage under a tensor that has elements was emptied; a kernel would read at address 0."""
+    """Whether a tensor with elements has a storage of 0 bytes, so that a kernel would read at address 0."""
     if torch.compiler.is_compiling() or type(x) not in PLAIN or x.is_meta:
         return False
     try:
@@ -68,11 +68,12 @@ def _has_lost_memory(x: Tensor) -> bool:
 
 
 def check_written(name: str, x: Tensor) -> None:
-    """Check that a kernel may write to `x`, a tensor: autograd lets it, and its elements lie there, each once."""
+    """Check that a kernel may write to the tensor `x`: autograd allows it, its memory holds its values as they are, and
+    no two of its elements share memory."""
     if not may_be_written(x):
         raise ValueError(f"{name}: expected a tensor that requires no gradient, as it is written to in place")
     if torch.compiler.is_dynamo_compiling():
-        return  # it cannot trace what follows, and sees writes itself
+        return  # dynamo cannot trace the checks below, and notices such writes itself
     if x.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"{name}: expected a tensor that was not made in inference mode, to be written to outside of it"
@@ -87,13 +88,14 @@ def check_written(name: str, x: Tensor) -> None:
 
 
 def may_be_written(x: Tensor) -> bool:
-    """Whether autograd lets it: it is no leaf that requires a gradient, nor a part of one."""
+    """Whether autograd allows to write to it: it is not a leaf that requires a gradient, nor a view of one."""
     leaf = x if x._base is None else x._base
     return not (leaf.requires_grad and leaf.is_leaf and torch.is_grad_enabled())
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether a dimension's step is within what smaller steps reach (which wrongly blames some very odd layouts)."""
+    """Whether elements may share memory: a dimension's stride is not larger than what the dimensions of smaller strides
+    span. (For some very odd layouts this is true although no elements overlap.)"""
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if stride <= reach:
@@ -103,7 +105,8 @@ def _overlaps(x: Tensor) -> bool:
 
 
 def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like: Tensor | None = None) -> None:
-    """Check that `x` is an `Fp8Tensor` with one of these tiles, its scale of the shape and layout that go with it."""
+    """Check that `x` is an `Fp8Tensor` with one of these tile shapes, and that its scale has the right shape and
+    layout."""
     if _is_plain_fp8(x, blocks, ndim, like):
         return
     if not isinstance(x, Fp8Tensor):
@@ -131,7 +134,7 @@ def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like
             f"{name}.scale: expected a tensor on {x.data.device} like the data, got one on {x.scale.device}"
         )
     if x.scale.numel() == 0:
-        return  # a view of nothing may have any strides
+        return  # the strides of an empty tensor do not matter
     if x.block == (1, 128):
         rows, cols = x.scale.shape[-2:]
         if (rows > 1 and x.scale.stride(-2) != 1) or (cols > 1 and x.scale.stride(-1) % 4 != 0):
@@ -144,9 +147,10 @@ def check_fp8(name: str, x: Any, *, blocks: Sequence[Block], ndim: int = 2, like
 
 
 def _is_plain_fp8(x: Any, blocks: Sequence[Block], ndim: int, like: Tensor | None) -> bool:
-    """Whether `check_fp8` would find nothing to say, at a fifth of its cost, looking at the usual case alone.
+    """Whether `x` is a valid matrix of the usual kind, found out at a fifth of the cost of the checks in `check_fp8`.
 
-    False decides nothing: a stack, or strides that only a single row or column may have, are left to `check_fp8`.
+    False does not mean that it is invalid: a stack of matrices, or strides that only a single row or column may have,
+    are left to those checks.
     """
     if ndim != 2 or type(x) is not Fp8Tensor or type(x.block) is not tuple or x.block not in blocks:
         return False
@@ -188,7 +192,7 @@ def check_float(name: str, value: Any) -> None:
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
     if type(value) is int and abs(value) > sys.float_info.max:
         raise ValueError(f"{name}: expected a float, got an int that is beyond all of them")
-    # No formula means anything by one, and NaN or infinity comes out by the order in which it is evaluated.
+    # No formula here has a meaning for NaN or infinity; the result would depend on the order of evaluation.
     if isinstance(value, float) and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
@@ -201,7 +205,7 @@ def check_bool(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Check that `value` is one of `choices`."""
-    for choice in choices:  # mostly it is one itself
+    for choice in choices:  # usually it is the very same object
         if value is choice:
             return
     if not _among(value, choices):
@@ -209,7 +213,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def _among(value: Any, choices: Sequence[Any]) -> bool:
-    """Whether `value` equals a choice and is of its type: 1.0 and True are not 1, and an array compares to nothing."""
+    """Whether `value` equals a choice and has its type: 1.0 and True are not 1. (An array is never compared.)"""
     return any(_same(value, choice) for choice in choices)
 
 

@@ -1,10 +1,10 @@
 """Launches through the CUDA driver: what depends on shapes is prepared once, what depends on addresses at each call.
 
-A step of a model meets the same shapes again and again, and new addresses, for each output is a new allocation. So a
-family's ``hopper.py`` writes a function that prepares a `Plan`, a kernel's handle, grid and packed arguments, and
-decorates it. Called with tensors and values, it finds the plan of their metadata, or makes it; writes the addresses
-into it; and launches it. That takes 15 us, or 8 where an `Operation` has found the plan already; the driver's own share
-is 5.6 (on a host where ``x.add_(1)`` takes 12). This is all that a kernel needs::
+A model runs through the same shapes in every step, but the addresses change, since each result is a new allocation. So
+a family's ``hopper.py`` has functions that prepare a `Plan`: the kernel's handle, its grid and its packed arguments.
+They are decorated with `Planned`. A call with tensors and values then finds the plan for their metadata, or makes it;
+writes the addresses into it; and launches it. That takes 15 us of host time, or 8 if an `Operation` has already found
+the plan; the driver's own share is 5.6 (on a host where ``x.add_(1)`` takes 12). This is all that a kernel needs::
 
     @Planned
     def scale(x: Tensor, factor: float, bias: Tensor | None, out: Tensor) -> Plan:
@@ -20,8 +20,8 @@ is 5.6 (on a host where ``x.add_(1)`` takes 12). This is all that a kernel needs
             grid=..., threads=..., shared=..., device=x.device,
         )
 
-Such a function may be what an `Operation` names, if the operation writes to its arguments and returns nothing. One that
-returns tensors allocates them and calls such a function.
+An `Operation` that writes to its arguments and returns nothing can name such a function as its implementation. The
+implementation of one that returns tensors allocates them, and calls such a function.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from dskernels.validate import ceil_div
 
 CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 
-# Where launches are noted while a call is recorded, see dskernels.recording.
+# The `Recorder` of the call that is being recorded, which notes its launches (see dskernels.recording); None otherwise.
 recorder: ContextVar[Any] = ContextVar("recorder of the call that is running", default=None)
 
 _Launch = Callable[[Sequence[int], tuple], None]
 
 
 class Dim(ctypes.Structure):
-    """Three unsigned numbers, as of blocks and of threads."""
+    """Three unsigned numbers: a grid in blocks, or a block in threads."""
 
     _fields_ = [(axis, ctypes.c_uint) for axis in "xyz"]
 
@@ -79,20 +79,20 @@ _NOTHING = ctypes.c_void_p()
 
 
 class Pointer(NamedTuple):
-    """A kernel argument that is the address of a tensor; null where that is absent.
+    """A kernel argument that is the address of a tensor; null if the tensor is None.
 
     Attributes:
-        name: parameter of the `Planned` function that holds the tensor.
+        name: the parameter of the `Planned` function whose argument is the tensor.
     """
 
     name: str
 
 
 class Word(NamedTuple):
-    """A kernel argument of 64 bits that is asked for at each launch, for what neither metadata nor an address says.
+    """A kernel argument of 64 bits that is obtained anew at each launch, as metadata and addresses do not determine it.
 
     Attributes:
-        ask: returns it. Unless a graph is captured, it is the same for all launches of a stream.
+        ask: returns it. Unless a CUDA graph is being captured, it returns the same for all launches on a stream.
     """
 
     ask: Callable[[], int]
@@ -101,27 +101,31 @@ class Word(NamedTuple):
 class Plan:
     """A launch prepared for given shapes, strides and dtypes; `Planned` gives it the addresses.
 
-    One thread at a time may launch it, and nobody again after a launch has raised: `Planned` sees to both. The driver
-    copies the arguments, so that a plan may be launched again at once, and its launch be captured in a CUDA graph.
+    Only one thread at a time may launch it, and after a launch has raised an error nobody may launch it again;
+    `Planned` ensures both. The driver copies the arguments, so a plan may be launched again at once, and its launch may
+    be captured in a CUDA graph.
 
-    All that the driver reads is one array of 64-bit words: objects of ctypes for each argument took 13 KB a launch.
+    Everything that the driver reads is in one array of 64-bit words. With a ctypes object for each argument, a launch
+    took 13 KB.
 
     Attributes:
         memory: that array.
-        addresses: of each name, where its address is assigned: ``memory[i] = address``.
-        asked: words that are asked for at each launch, ``memory[i] = ask()``.
+        addresses: for each `Pointer` and `TensorMap` its name, and where its address is assigned: ``(name, memory, i)``
+            means ``memory[i] = address``.
+        asked: the words that are obtained at each launch, ``memory[i] = ask()``.
 
     Args:
         function: handle of the kernel (see :func:`dskernels.cuda.compiler.kernel`).
-        arguments: of the kernel, in its order: `Pointer`, `TensorMap`, `Word`, or a ctypes value that stays.
-        grid: blocks, in x or in (x, y, z).
-        threads: of a block.
+        arguments: the kernel's arguments, in order: `Pointer`, `TensorMap`, `Word`, or a ctypes value that never
+            changes.
+        grid: number of blocks, in x or in (x, y, z).
+        threads: number of threads of a block.
         shared: bytes of dynamic shared memory of a block.
         device: the GPU, which must be the current one at each launch.
-        cluster: blocks of a cluster, along x; a kernel that says ``__cluster_dims__`` leaves it out.
-        programmatic: let the kernel begin before the one in front of it has ended (programmatic dependent launch): it
-            has to wait by ``griddepcontrol.wait`` before it touches that one's results.
-        in_graph: whether a recording that has it may launch all it has as a graph (dskernels.relaunching).
+        cluster: number of blocks of a cluster, along x; None for a kernel that declares ``__cluster_dims__``.
+        programmatic: let the kernel begin before the preceding one has ended (programmatic dependent launch); the
+            kernel has to execute ``griddepcontrol.wait`` before it touches that one's results.
+        in_graph: whether a recording that contains this plan may launch its plans as a graph (dskernels.relaunching).
     """
 
     def __init__(
@@ -144,8 +148,9 @@ class Plan:
             attributes.append(_Attribute(CLUSTER_DIMENSION, 0, (cluster, 1, 1)))
         if programmatic:
             attributes.append(_Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,)))
-        once = {id(argument): argument for argument in arguments}  # what is given twice is packed and written once
-        ordered = sorted(once.values(), key=lambda argument: not isinstance(argument, TensorMap))  # these are aligned
+        once = {id(argument): argument for argument in arguments}  # an argument given twice is packed and written once
+        # Tensor maps come first, since they need to be aligned to 64 bytes.
+        ordered = sorted(once.values(), key=lambda argument: not isinstance(argument, TensorMap))
         sizes = list(map(_words_of, ordered))
         rest = len(arguments), len(attributes) * _ATTRIBUTE_WORDS, _CONFIG_WORDS
         self.memory = (ctypes.c_uint64 * (MAP_ALIGNMENT // 8 + sum(sizes) + sum(rest)))()
@@ -181,17 +186,20 @@ class Plan:
             *(ctypes.c_void_p(x) for x in (self._at(i), function, self.arguments)),
             _NOTHING,
         )
-        self.owner: Any = None  # what has to live as long as the kernel's handle
+        self.owner: Any = None  # an object to be kept alive with the plan, as it owns the kernel's handle
 
     def bind(self, parameters: Sequence[str], tensors: Sequence[str]) -> None:
-        """Say what the addresses of `launch` belong to: names of `tensors`, out of all `parameters`."""
+        """Set the order of the addresses given to `launch`: those of the parameters `tensors`.
+
+        Raises ValueError if an argument names something that is not among the `parameters` of the function.
+        """
         for name, *_ in self.addresses:
             if name not in parameters:
                 raise ValueError(f"{name}: expected one of the parameters {', '.join(parameters)}")
         self._bound = [(tensors.index(name), memory, i) for name, memory, i in self.addresses if name in tensors]
 
     def launch(self, addresses: Sequence[int]) -> None:
-        """Launch on torch's current stream of the device, with these addresses in the order that `bind` said."""
+        """Launch on torch's current stream of the device, with these addresses, in the order given to `bind`."""
         if addresses != self._last:
             for n, memory, i in self._bound:
                 memory[i] = addresses[n]
@@ -199,7 +207,7 @@ class Plan:
         self._launch()
 
     def launch_at(self, addresses: Mapping[str, int]) -> None:
-        """Launch with the addresses of these names, all others being null."""
+        """Launch with these addresses, given by name; all other addresses are null."""
         for name, memory, i in self.addresses:
             memory[i] = addresses.get(name, 0)
         self._launch()
@@ -212,13 +220,13 @@ class Plan:
             self.again(status)
 
     def ask(self) -> None:
-        """Write the words of the next launch."""
+        """Obtain and write the words (`Word`) for the next launch."""
         for i, ask in self.asked:
             self.memory[i] = ask()
 
     @property
     def stream(self) -> int | None:
-        """Where `enqueue` launches."""
+        """The stream (a raw handle) on which `enqueue` launches."""
         return self.config.stream
 
     @stream.setter
@@ -226,14 +234,14 @@ class Plan:
         self.config.stream = stream
 
     def again(self, status: int) -> None:
-        """Launch after `enqueue` has returned this status: it is no error where the thread had not called CUDA."""
+        """Handle a failed `enqueue`: launch again if this thread had no CUDA context yet, else raise RuntimeError."""
         if status == libcuda.INVALID_CONTEXT:
             libcuda.give_context(self._device)
             status = self.enqueue()
         libcuda.check(status, "cuLaunchKernelEx")
 
     def _pack(self, argument: Any, i: int) -> None:
-        """Write the argument into the memory, and how its address is written from then on, if it is a tensor's."""
+        """Write the argument from word i on, and remember where its address or word is to be written at a launch."""
         if isinstance(argument, TensorMap):
             self.addresses.append((argument.name, encode(argument, self.memory, i), i))
         elif isinstance(argument, Pointer):
@@ -260,11 +268,11 @@ def _words_of(argument: Any) -> int:
 
 
 class Planned:
-    """A function of tensors and values that launches the `Plan` which it returns when it is called for the first time.
+    """Decorator of a function that returns a `Plan` for its arguments: a call of the result launches that plan.
 
-    A plan is kept by the tensors' metadata (see `ByMetadata`) and by the values, which must be hashable: it may depend
-    on nothing else. Threads do not get in each other's way: a launch takes a plan out of the keeping while it writes
-    addresses into it, and another thread that wants the same one meanwhile makes a second.
+    Plans are kept by the metadata of the tensors (see `ByMetadata`) and by the values of the other arguments, which
+    must be hashable; a plan may depend on nothing else. Threads do not interfere: a launch takes a plan out of the list
+    of idle ones while it writes addresses into it, and a thread that needs the same plan at that time makes another.
 
     Args:
         prepare: the function.
@@ -277,7 +285,7 @@ class Planned:
         functools.update_wrapper(self, prepare)
 
     def __call__(self, *args: Any) -> None:
-        """Launch."""
+        """Launch the plan for these arguments; while a call is recorded, a new plan, which the recorder keeps."""
         if (recording := recorder.get()) is not None:
             named = zip(self._parameters, args, strict=True)
             recording.add(self.prepare(*args), {name: x.data_ptr() for name, x in named if isinstance(x, Tensor)})
@@ -286,7 +294,7 @@ class Planned:
         launch(addresses, args)
 
     def bound(self, args: tuple) -> _Launch:
-        """What launches for arguments of this metadata, given the addresses of the tensors among them, and them."""
+        """A function that launches for arguments of this metadata, given the tensors' addresses and the arguments."""
         return self._found(args)[0]
 
     def _found(self, args: tuple) -> tuple[_Launch, list[int]]:

@@ -13,8 +13,8 @@ INVALID_CONTEXT = 201
 
 @functools.cache
 def library(kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
-    """The driver. As a CDLL it lets other Python threads run during a call, since a launch may wait for a full
-    queue."""
+    """The driver's library. As a CDLL it lets other Python threads run during a call, because a launch may have to wait
+    until the queue of launches has room."""
     functions = kind("libcuda.so.1")
     functions.cuTensorMapReplaceAddress.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     return functions
@@ -29,10 +29,10 @@ def check(status: int, call: str) -> None:
 
 
 def call(name: str, device: int, *arguments: Any) -> None:
-    """Call a function of the driver in torch's context of a device.
+    """Call a function of the driver in the context that torch uses on a device.
 
-    Arguments have to be ctypes values: the argument types of functions are not declared. Raises RuntimeError on
-    failure.
+    Arguments have to be ctypes values, because the functions' argument types are not declared. Raises RuntimeError if
+    the call fails.
     """
     function = getattr(library(), name)
     status = function(*arguments)
@@ -43,7 +43,7 @@ def call(name: str, device: int, *arguments: Any) -> None:
 
 
 def capture_id(device: torch.device) -> int | None:
-    """An id of the capture that the current stream is part of; None if there is none, or no driver to ask."""
+    """The id of the CUDA graph capture that the current stream is in; None if there is none, or on an AMD GPU."""
     if not torch.cuda.is_current_stream_capturing() or torch.version.hip:
         return None
     status, number = ctypes.c_int(), ctypes.c_uint64()
@@ -54,7 +54,7 @@ def capture_id(device: torch.device) -> int | None:
 
 
 def give_context(device: int) -> None:
-    """Give a thread that has not called CUDA yet the context in which torch works on this device."""
+    """Make the context that torch uses on this device current, in a thread that has not called CUDA yet."""
     check(library().cuCtxSetCurrent(_primary_context(device)), "cuCtxSetCurrent")
 
 

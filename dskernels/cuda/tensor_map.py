@@ -1,4 +1,4 @@
-"""Maps by which the tensor memory accelerator copies tiles of tensors (CUtensorMap), as arguments of a kernel."""
+"""Kernel arguments by which the tensor memory accelerator (TMA) copies tiles of tensors: tensor maps (CUtensorMap)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from dskernels.cuda import libcuda
 from dskernels.validate import ceil_div
 
 MAP_BYTES, MAP_ALIGNMENT = 128, 64
-RAGGED_ROWS = 2**30  # a `ragged_map` is of fewer rows
+RAGGED_ROWS = 2**30  # the matrix of a `ragged_map` must have fewer rows
 
+# Values of the driver's enumerations CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion.
 _ELEMENT = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}
 _UINT8 = 0
 _SWIZZLE = {False: 0, 64: 2, True: 3}  # True is 1, and stands for 128
@@ -22,16 +23,16 @@ _PROMOTE = {128: 2, 256: 3}
 
 
 class TensorMap(NamedTuple):
-    """A kernel argument that is a CUtensorMap: how the tensor memory accelerator copies tiles of a matrix.
+    """A kernel argument that is a CUtensorMap: how TMA copies tiles of a matrix.
 
     Attributes:
-        name: parameter of the `Planned` function that holds the tensor whose address it gets.
-        x: the matrix ``[outer, inner]`` there, or a tensor of up to five dimensions, its inner index contiguous: sizes,
-            strides and dtype count. Elements beyond them are read as zero and not written.
-        box: what one copy takes, (outer, inner) elements, or of so many dimensions as `x` has.
-        swizzle: whether shared memory is swizzled, by 128 bytes, else not at all; 64 if by so many.
-        sizes: in place of those of `x`.
-        strides: in elements, in place of those of `x`.
+        name: the parameter of the `Planned` function whose argument is the tensor that the map points to.
+        x: the matrix ``[outer, inner]``, or a tensor of up to five dimensions, contiguous along the last; its sizes,
+            strides and dtype are used. Elements outside of it are read as zero, and not written.
+        box: what one copy takes: (outer, inner) elements, or one number for each dimension of `x`.
+        swizzle: the swizzle in shared memory: True is 128 bytes, 64 is 64 bytes, False is none.
+        sizes: sizes instead of those of `x`.
+        strides: strides in elements instead of those of `x`.
         fetch: bytes that the L2 fetches at a time, 128 or 256.
     """
 
@@ -45,12 +46,13 @@ class TensorMap(NamedTuple):
 
 
 def ragged_map(name: str, x: Tensor, box: tuple[int, int]) -> TensorMap:
-    """Map of a matrix whose rows stand in groups: a copy ends where the group does, wherever its box does.
+    """Map of a matrix whose rows are divided into groups: a copy stops at the end of the group, even inside its box.
 
-    Row r of a group that ends before row `end` is, from the innermost coordinate on, (column, 2^30 + r - end, 2^30,
-    end), see `tma_load_ragged` in ptx.cuh: the second and the third add up to the distance from the group's end, as
-    2^30 steps of 2^34 bytes wrap around the 64 bits of an address, and the second is out of bounds from the end on.
-    Triton's ragged descriptors do the same (triton/tools/ragged_tma.py). Rows must be fewer than `RAGGED_ROWS`.
+    Row r of a group that ends before row `end` has, from the innermost on, the coordinates (column, 2^30 + r - end,
+    2^30, end), see `tma_load_ragged` in ptx.cuh. From row `end` on the second coordinate is out of bounds. Its 2^30
+    adds nothing to the address: together with the third coordinate it is 2^30 steps of 2^34 bytes, which wrap around
+    the 64 bits of an address. So the address is that of row `end` plus r - end rows. Triton's ragged descriptors do the
+    same (triton/tools/ragged_tma.py). The matrix must have fewer than `RAGGED_ROWS` rows.
     """
     stride = x.stride(0)
     around = 2**34 // x.element_size() - stride
@@ -65,9 +67,10 @@ def ragged_map(name: str, x: Tensor, box: tuple[int, int]) -> TensorMap:
 
 
 def scale_map(name: str, scale: Tensor, rows: int) -> TensorMap:
-    """Map of the scales ``[rows, K / 128]`` of 1x128 tiles, `rows` of one column in a copy.
+    """Map of the scales ``[rows, K / 128]`` of 1x128 tiles; a copy takes `rows` scales of one column.
 
-    The stride of a single column may be anything, as nothing is read by it; the map gets one that the driver takes.
+    A tensor of a single column may have any column stride, since it is never used; the map then gets one that the
+    driver accepts.
     """
     height, columns = scale.shape
     strides = (scale.stride(1) if columns > 1 else 4 * ceil_div(height, 4), 1)
@@ -75,12 +78,12 @@ def scale_map(name: str, scale: Tensor, rows: int) -> TensorMap:
 
 
 def encode(description: TensorMap, memory: Any, i: int) -> Any:
-    """Write the CUtensorMap into an array of 64-bit words, from word i on, at an address divisible by 64.
+    """Write the CUtensorMap into an array of 64-bit words, from word i on, which has to be aligned to 64 bytes.
 
-    Returns what another address is assigned to, ``returned[i] = address``: the array itself where the driver's function
-    for that does but assign the first word, as it did wherever this ran. It takes 0.6 us through ctypes, an assignment
-    0.1. What it does is not documented, so this tries it on an address with all other bits: if that comes out as the
-    first word and nothing else changes, that is all of it.
+    Returns the object through which another address can be set: ``returned[i] = address``. The driver's function for
+    this takes 0.6 us through ctypes, an assignment to the array 0.1. Wherever this ran so far, the function only
+    assigned the first word; but this is not documented, so it is tried here with an address in which all bits are
+    flipped. If then the first word is that address and nothing else has changed, the array itself is returned.
     """
     x, box = description.x, description.box
     sizes, strides = description.sizes or x.shape, description.strides or x.stride()
@@ -108,10 +111,10 @@ def encode(description: TensorMap, memory: Any, i: int) -> Any:
 
 
 class _ByDriver:
-    """A map whose address the driver's function writes, at whatever index."""
+    """A map whose address is set by the driver's function, whatever the index is."""
 
     def __init__(self, place: int) -> None:
-        # PyDLL keeps the interpreter's lock: the call is too short to let another thread in.
+        # PyDLL does not release the interpreter's lock, for which the call is too short.
         self.replace = functools.partial(libcuda.library(ctypes.PyDLL).cuTensorMapReplaceAddress, place)
 
     def __setitem__(self, i: int, address: int) -> None:
