@@ -1,7 +1,8 @@
-"""What was found out for tensors of given metadata, found again in about 1 us.
+"""A cache whose keys are the metadata of tensors; a look-up takes about 1 us.
 
-Reading sizes or strides in Python takes 0.3 us for each tensor, all that a kernel's launch depends on more than torch
-takes to allocate. `torch.compile` compares it in one call of C++, its tensor guards, and so does this.
+Reading the sizes or the strides of a tensor in Python takes 0.3 us, and reading all that a kernel's launch depends on
+takes longer than torch takes to allocate a result. `torch.compile` compares metadata in one call of C++, its tensor
+guards; this cache uses the same function.
 """
 
 from __future__ import annotations
@@ -20,27 +21,30 @@ _Entry = tuple[Callable[..., bool], "list[int] | None", Any]
 
 
 class ByMetadata:
-    """Values kept by the metadata of some tensors, and anything hashable besides.
+    """Values kept by the metadata of some tensors, together with any other hashable value.
 
-    Metadata is each tensor's type, dtype, device, sizes, strides, whether it requires a gradient, its address modulo
-    16, and how torch would dispatch on it now (so that what was kept outside of a transform, of autocast or of
-    inference mode is not found inside).
+    The metadata of a tensor is its type, dtype, device, sizes, strides, whether it requires a gradient, its address
+    modulo 16, and how torch would dispatch on it now (so a value that was kept outside of a transform, of autocast or
+    of inference mode is not found inside of it).
 
     Args:
-        most: how many values are kept. Half of them are those kept or asked for of late; once these are as many, they
-            take the place of the other half, of which each that is asked for comes back. What goes goes bit by bit, as
-            it may take 50 us (a graph).
+        most: how many values are kept. They are in two generations, each of at most half as many. Values that are kept
+            or found move to the new generation. When that is full, it replaces the old one, and what the old one still
+            has is dropped, a few values at a time, since dropping one may take 50 us (if it has a CUDA graph).
     """
 
     def __init__(self, most: int = 2048) -> None:
         self._most = most
-        self._n = 0  # of those in `_kept`
+        self._n = 0  # number of values in `_kept`, the new generation
         self._kept: dict[tuple, list[_Entry]] = {}
         self._before: dict[tuple, list[_Entry]] = {}
         self._going: list[_Entry] = []
 
     def find(self, tensors: tuple[Tensor, ...], also: Hashable) -> tuple[Any, list[int]] | None:
-        """The value that was kept for these, and the addresses of the tensors; None if there is none."""
+        """The value that was kept for these tensors and `also`, and the tensors' addresses; None if there is none.
+
+        Raises RuntimeError for a nested tensor, which has no shape.
+        """
         key = len(tensors), tensors[0].shape, also
         for kept in (self._kept, self._before):
             for entry in kept.get(key, ()):
@@ -55,7 +59,7 @@ class ByMetadata:
         return self._find_once(tensors, also)
 
     def _find_once(self, tensors: tuple[Tensor, ...], also: Hashable) -> tuple[Any, list[int]] | None:
-        """The same where a tensor is given more than once."""
+        """The same if a tensor occurs more than once: found by the different tensors, and who is where."""
         places = _places(tensors)
         if places is None:
             return None
@@ -63,7 +67,7 @@ class ByMetadata:
         return None if found is None else (found[0], [found[1][i] for i in places])
 
     def keep(self, tensors: tuple[Tensor, ...], also: Hashable, value: Any) -> None:
-        """Keep a value for these."""
+        """Keep a value for tensors of this metadata together with `also`."""
         places = _places(tensors)
         if places is not None:
             tensors, also = tuple({id(x): x for x in tensors}.values()), (also, places)
@@ -74,7 +78,7 @@ class ByMetadata:
         self._put((len(tensors), tensors[0].shape, also), (guards.check, odd, value))
 
     def _put(self, key: tuple, entry: _Entry) -> None:
-        """Among those that are kept now, the latest first."""
+        """Put an entry into the new generation, in front of earlier ones with the same key."""
         if self._n >= self._most // 2:
             self._going += itertools.chain.from_iterable(self._before.values())
             self._n, self._before, self._kept = 0, self._kept, {}
@@ -84,12 +88,15 @@ class ByMetadata:
 
 
 def _odd(addresses: list[int]) -> list[int] | None:
-    """Addresses modulo 16, -1 where there is no memory, as of what has lost it since; None if all are plain."""
+    """The addresses modulo 16, with -1 for a tensor without memory (a storage that was emptied); None if all are 0."""
     odd = [address & 15 if address else -1 for address in addresses]
     return odd if any(odd) else None
 
 
 def _places(tensors: tuple[Tensor, ...]) -> tuple[int, ...] | None:
-    """Where each stands among the different ones; None if all are: guards are never met by one that is given twice."""
+    """The index of each tensor among the different ones; None if all are different.
+
+    Torch's guards are never fulfilled if the same tensor is given twice.
+    """
     first = {id(x): i for i, x in enumerate({id(x): x for x in tensors}.values())}
     return None if len(first) == len(tensors) else tuple([first[id(x)] for x in tensors])

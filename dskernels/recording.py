@@ -1,26 +1,34 @@
-"""A call's launches, recorded once and launched again for what the driver takes and little more.
+"""Recording of a call's launches: they are noted once, and launched again for little more host time than the driver's.
 
-Between its launches an operation decides, allocates and looks things up, in Python: 20 us for a launch where the
-driver takes 3. For arguments of the same metadata (see `ByMetadata`) and the same values all of it comes out the same,
-but for addresses. So what is recorded runs as it is written for the first two calls of its kind; while the second runs,
-its launches are noted, and where each address in them came from: an argument, a result, or memory that only this call
-wants. From the third call on the results are allocated, and that memory in one piece; addresses that changed are
-written into the launches; and they are launched, as one CUDA graph where they are several (dskernels.relaunching).
+Between its launches an operation decides, allocates and looks things up, in Python: that takes 20 us for a launch for
+which the driver takes 3. For arguments of the same metadata (see `ByMetadata`) and the same values, everything except
+addresses comes out the same. So:
 
-Public operations are recorded whole, see `dskernels.repeated`. Where a gradient is needed they are not, and the
-implementation of a part may be: a function that is decorated with `Recorded`.
+1. The first call of a kind runs normally.
+2. The second call runs normally too, under a `Recorder`: it notes the launches, and where each address in them came
+   from: an argument, a result, temporary memory of this call, or something that is kept for an argument.
+3. From the third call on, a `Recording` (dskernels.relaunching) allocates the results, and all temporary memory in one
+   piece; writes those addresses that have changed into the launches; and launches them, several as one CUDA graph.
 
-What makes it safe:
+Public operations are recorded whole, see `dskernels.repeated`. If a gradient is needed they are not, but parts of their
+implementation may be: functions that are decorated with `Recorded`.
 
-- A call is recorded only if all it did was to allocate without filling, to view, to launch by `driver.Planned` or by
-  `portable.launch`, and to multiply by `torch.mm` or `torch.bmm` with ``out=`` into memory of its own, which is done
-  again as it was: a dispatch mode sees every operation of torch, a hook what Triton launches by itself. Anything else
-  (a copy, a fill, another kernel of torch's) and any address from elsewhere (a table) means that it runs as it is
-  written each time. What is kept of an argument is asked for at each launch (`keep`).
-- Streams, CUDA graphs and several threads: memory comes from torch's allocator and launches go to the current stream,
-  as ever, where that is captured one by one; a recording is of one stream and with one thread at a time, and a thread
-  that finds none runs the function.
-- It must do nothing else that matters, and depend on nothing but metadata and values: as a `Planned` function.
+What makes this safe:
+
+- A call is recorded only if it did nothing but the following: allocate without filling, make views, launch by
+  `driver.Planned` or `portable.launch`, and multiply by `torch.mm` or `torch.bmm` with ``out=`` into its own memory
+  (which is repeated as it was). A dispatch mode sees every operation of torch, and a hook sees launches by Triton
+  itself. After anything else (a copy, a fill, another kernel of torch), or if an address came from elsewhere (a table),
+  calls of this kind run normally each time.
+- Something that is cached for an argument, such as a weight's e4m3 copy, is not noted by its address: it is asked for
+  anew at each launch (`Recorder.keep`), so a changed weight is noticed.
+- Streams, CUDA graphs and threads: memory comes from torch's allocator, and launches go to the current stream; while
+  that is captured, they are made one by one. A recording belongs to one stream, and one thread uses it at a time; a
+  thread that finds no idle recording runs the function.
+- Like a `Planned` function, a recorded function may have no other effect that matters, and may depend on nothing but
+  metadata and values. One thing that these do not determine is checked at each call (`Recording.fits`): arguments that
+  were adjacent in memory, or overlapped, have to be so again, since the function may have decided by that, as the
+  expert block does for a shared expert that follows the routed ones.
 """
 
 from __future__ import annotations
@@ -42,22 +50,22 @@ from dskernels.metadata import ByMetadata
 from dskernels.relaunching import OPERANDS, Kept, Noted, Place, Product, Recording
 from dskernels.validate import may_be_written
 
-MOST_TRIES = 6  # recordings of one kind: each stream and each thread wants its own
-MOST_MEMORY = 32  # a part of the GPU's that a recorded call may allocate: what is larger takes longer than the host
+MOST_TRIES = 6  # recordings that are made for one kind of call; each stream, and each thread at a time, needs its own
+MOST_MEMORY = 32  # a recorded call may allocate 1/32 of the GPU's memory: larger ones take longer than the host anyway
 
 Returned = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
 _aten = torch.ops.aten
 _ALLOCATING = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
-# Products of torch's that may stand between launches: they write to what was allocated, and read nothing else.
+# Products of torch that a recorded call may contain: they write to memory of the call, and have no other effects.
 _PRODUCTS = {_aten.mm.out: torch.mm, _aten.bmm.out: torch.bmm}
 
 
 class Recorded:
-    """A function of an operation's arguments whose launches are recorded, see above.
+    """Decorator of an implementation, whose launches are recorded as described at the top of this file.
 
     Args:
-        function: returns a new tensor, a tuple of new tensors and None, or nothing.
+        function: takes an operation's arguments; returns a new tensor, a tuple of new tensors and None, or nothing.
     """
 
     def __init__(self, function: Callable) -> None:
@@ -66,7 +74,7 @@ class Recorded:
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any) -> Any:
-        """Run it."""
+        """Run the function, or launch again what was recorded for arguments of this kind."""
         tensors = tuple([x for x in args if isinstance(x, Tensor)])
         if not may_be_recorded(tensors):
             return self.function(*args)
@@ -81,7 +89,7 @@ class Recorded:
         return launch(addresses, args)
 
     def bound(self, args: tuple) -> Callable[[Sequence[int], tuple], Any]:
-        """What runs arguments of this metadata, given the addresses of the tensors among them, and them."""
+        """A function that runs arguments of this metadata, given the addresses of the tensors, and the arguments."""
         tensors = tuple([x for x in args if isinstance(x, Tensor)])
         if not may_be_recorded(tensors):
             return lambda addresses, args: self.function(*args)
@@ -94,12 +102,13 @@ class Recorded:
 
 
 class Kind:
-    """Calls of one kind: of each stream the recordings that no thread is using now.
+    """All calls of one kind, with their recordings.
 
-    Each stream has its own, as launches of a graph wait for those before them.
+    Each stream has recordings of its own, because a launch of a CUDA graph waits for the preceding launch of the same
+    graph. `idle` has, for each stream, those that no thread is using now.
 
     Args:
-        function: what is called.
+        function: the function that is called.
         recorder: makes a `Recorder` for a call's tensors.
         device: ordinal of the GPU.
     """
@@ -112,13 +121,13 @@ class Kind:
     def __call__(
         self, addresses: Sequence[int], tensors: Sequence[Tensor], args: tuple, kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Launch what was recorded on the current stream; record it, while there is nothing."""
+        """Launch an idle recording of the current stream; if there is none that fits, run the function and record."""
         idle = self.idle.get(torch._C._cuda_getCurrentRawStream(self._device))
         if not idle:
             return self._record(tensors, args, kwargs or {})
         try:
             recording = idle.pop()
-        except IndexError:  # another thread was faster
+        except IndexError:  # another thread has just taken the last one
             return self._record(tensors, args, kwargs or {})
         if not recording.fits(addresses):
             idle.insert(0, recording)
@@ -126,16 +135,16 @@ class Kind:
         for i in recording.written:
             if not (tensors[i]._base is None or may_be_written(tensors[i])):
                 idle.append(recording)
-                return self.function(*args, **kwargs or {})  # which says so
+                return self.function(*args, **kwargs or {})  # raises, as autograd does not allow to write to this view
         result = recording.launch(addresses, tensors)
-        idle.append(recording)  # not after an error
+        idle.append(recording)  # after an error it is not used again
         for i in recording.written:
             if not tensors[i].is_inference():
                 torch.autograd.graph.increment_version(tensors[i])
         return result
 
     def _record(self, tensors: Sequence[Tensor], args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """Run the function, and record it if that was not tried too often."""
+        """Run the function; record it, unless recording was tried `MOST_TRIES` times or can never work."""
         if self._tries >= MOST_TRIES:
             return self.function(*args, **kwargs)
         recorder = self._recorder(tensors)
@@ -151,11 +160,11 @@ class Kind:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes what a function allocates and launches.
+    """Notes what a function allocates and launches while it runs.
 
     Attributes:
-        reason: why it cannot be recorded, None so far.
-        later: whether that is of this call alone.
+        reason: why the call cannot be recorded; None as long as it can.
+        later: whether the reason concerns only this call, so that another call of its kind may be recorded.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -165,14 +174,14 @@ class Recorder(TorchDispatchMode):
         self.tensors = tensors
         self._device = tensors[0].get_device()
         self._stream: int = torch._C._cuda_getCurrentRawStream(self._device)
-        self._made: list[Tensor] = []  # kept until the end, so that no two have the same address
+        self._made: list[Tensor] = []  # all that the call allocated, kept until its end so that addresses are different
         self._bytes = 0
         self._launches: list[tuple[Plan | Product, dict[str, int]]] = []
         self._casts: bool = torch._C._is_any_autocast_enabled()  # other operands of a product than a mode sees
         self._kept: list[tuple[int, Kept, Sequence[Tensor]]] = []
 
     def run(self, function: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Any:
-        """What the function returns."""
+        """Run the function under this recorder, and return its result."""
         _watch_triton()
         token = driver.recorder.set(self)
         try:
@@ -182,15 +191,17 @@ class Recorder(TorchDispatchMode):
             driver.recorder.reset(token)
 
     def refuse(self, reason: str, *, later: bool = False) -> None:
-        """The function cannot be recorded; with `later`, another call of its kind may be."""
+        """Give up recording this call, for the given reason; with `later`, another call of its kind may be recorded."""
         if self.reason is None:
             self.reason, self.later = reason, later
             self._made.clear()
 
     def keep(self, x: Tensor, again: Kept) -> Sequence[Tensor]:
-        """What ``again(x)`` keeps of a tensor, two tensors of which metadata depend on that of x; asked for anew at
-        each launch."""
-        token = driver.recorder.set(None)  # what it takes to make it, if it is not there yet, is no part of the call
+        """Return ``again(x)``, which is called at each launch to obtain what is cached for the tensor `x`.
+
+        It returns two tensors, whose metadata may depend on nothing but that of `x`.
+        """
+        token = driver.recorder.set(None)  # launches that fill the cache for the first time are not part of the call
         try:
             with torch._C._DisableTorchDispatch():
                 given = again(x)
@@ -204,21 +215,22 @@ class Recorder(TorchDispatchMode):
         return given
 
     def number_of(self, x: Tensor) -> int | None:
-        """Which tensor of the call this is."""
+        """The number of this tensor among those of the call; None if it is not one of them."""
         return next((i for i, y in enumerate(self.tensors) if x is y), None)
 
     def add(self, plan: Plan, addresses: Mapping[str, int]) -> None:
-        """Launch a plan that nobody else has, its pointers being of these names, and note it."""
+        """Launch a plan with these addresses, and note it; nobody else may use the plan from now on."""
         self._launches.append((plan, {name: address for name, address in addresses.items() if address}))
         plan.launch_at(addresses)
         if plan.asked and torch._C._cuda_isCurrentStreamCapturing():
             self.refuse("words of a captured launch are its own", later=True)
 
     def wrote(self, x: Tensor) -> None:
-        """One of our operations has written to this argument of it."""
+        """Called when one of our operations has written to its argument `x`; here, nothing needs to be noted."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Our own operations run inside; of torch's, those that write memory are not recorded."""
+        """See each operation of torch: run our own with this mode still on, note allocations and products, and refuse
+        to record the call for any other that is not a view."""
         operation = OPERATIONS.get(func._opname)
         if operation is not None and func is operation.overload:
             with self:
@@ -237,12 +249,12 @@ class Recorder(TorchDispatchMode):
                 self.refuse("it takes more memory than is to be kept at once")
         elif func in _PRODUCTS:
             self._multiply(func, args, kwargs or {})
-        elif not (func.is_view and _is_view_of(result, args[0])):  # `contiguous` and `reshape` may be one, or copy
+        elif not (func.is_view and _is_view_of(result, args[0])):  # `contiguous` and `reshape` view or copy
             self.refuse(f"{func} is no launch of ours")
         return result
 
     def _multiply(self, func: Any, args: tuple, kwargs: dict) -> None:
-        """Note a product of torch's that was made."""
+        """Note a product that torch has computed, or refuse if it could not be repeated exactly."""
         operands = *args, kwargs.pop("out")
         out, dtype = operands[-1], args[0].dtype
         made = {x.untyped_storage().data_ptr() for x in self._made}
@@ -255,7 +267,7 @@ class Recorder(TorchDispatchMode):
         self._launches.append((Product(_PRODUCTS[func], shapes, dtype), addresses))
 
     def noted(self, result: Any) -> Noted | None:
-        """What was done, ready to be launched again; None if it cannot be."""
+        """What the call did, in the form from which a `Recording` is made; None if it cannot be recorded."""
         if self.reason is None and not self._launches:
             self.refuse("there is no launch")
         if self.reason is not None:
@@ -266,8 +278,8 @@ class Recorder(TorchDispatchMode):
         results: list[tuple[Tensor, int | None]] = []
 
         def number_of_result(x: Tensor) -> int:
-            """Of a result that is a piece and nothing more, or has no elements."""
-            whole = x.data_ptr(), _extent(x)  # a beginning of one would be allocated without the rest
+            """The number of a result. It has to be a whole piece of memory of its own, or have no elements."""
+            whole = x.data_ptr(), _extent(x)  # if it were only the beginning of a piece, the rest would be missing
             piece = next((i for i in range(len(given), len(pieces)) if pieces[i] == whole), None)
             if x.numel() and (piece is None or any(piece == other for _, other in results)):
                 self.refuse("a result is not new, or not whole")
@@ -276,7 +288,7 @@ class Recorder(TorchDispatchMode):
 
         returned = self.returned(result, number_of_result)
         launches = [(plan, self._places(addresses, pieces)) for plan, addresses in self._launches]
-        # Operands are made as parts of tensors of their own dtype.
+        # When products are repeated, their operands are views of tensors of the same dtype.
         known = [x.dtype for x in self.tensors] + [x.dtype for _, _, parts in self._kept for x in parts]
         dtypes = dict(enumerate(known)) | {piece: x.dtype for x, piece in results if piece is not None}
         products = [(launch.dtype, places) for launch, places in launches if isinstance(launch, Product)]
@@ -306,7 +318,7 @@ class Recorder(TorchDispatchMode):
         return {name: place for name, place in places.items() if place is not None}
 
     def returned(self, result: Any, number_of: Callable[[Tensor], int]) -> Returned:
-        """How new results, of which `number_of` says the numbers, become what the function returned."""
+        """A function that makes what the call returns out of the new results; `number_of` gives a result's number."""
         if result is None:
             return lambda new, tensors: None
         if isinstance(result, Tensor):
@@ -320,13 +332,13 @@ class Recorder(TorchDispatchMode):
         return lambda new, tensors: tuple([None if i is None else new[i] for i in numbers])
 
     def written(self) -> list[int]:
-        """Arguments that were written to, whose versions the caller raises."""
+        """The numbers of the call's tensors that were written to, whose versions have to be incremented."""
         return []
 
 
 @functools.cache
 def _watch_triton() -> None:
-    """Have kernels seen that Triton launches by itself."""
+    """Make sure that launches by Triton itself are noticed: importing dskernels.portable installs the hook."""
     if has_triton():
         importlib.import_module("dskernels.portable")
 
@@ -336,12 +348,12 @@ def _watch_triton() -> None:
 
 @functools.cache
 def _memory(device: int) -> int:
-    """Bytes that a GPU has."""
+    """Total memory of a GPU in bytes."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def may_be_recorded(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether a call of these may be: real ones of the current GPU, and nobody watches."""
+    """Whether a call of these tensors may be recorded: plain CUDA tensors, no dispatch mode, no `torch.compile`."""
     return bool(
         tensors
         and not dispatch_modes()
@@ -351,21 +363,21 @@ def may_be_recorded(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def _is_view_of(result: Any, x: Any) -> bool:
-    """Whether all of a result lies in the memory of `x`."""
+    """Whether all tensors of a result share the storage of `x`."""
     parts = result if isinstance(result, (tuple, list)) else (result,)
     place = x.untyped_storage().data_ptr()
     return all(isinstance(part, Tensor) and part.untyped_storage().data_ptr() == place for part in parts)
 
 
 def _extent(x: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+    """Number of bytes from the beginning of the first element to the end of the last."""
     if x.numel() == 0:
         return 0
     return (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
 
 
 def _found(address: int, pieces: Sequence[tuple[int, int]]) -> Place | None:
-    """Where an address came from; what begins there goes before what it lies inside of."""
+    """The piece of memory that contains an address; preferably one that begins there. None if there is none."""
     within = None
     for i, (start, size) in enumerate(pieces):
         if start == address and size:

@@ -1,9 +1,14 @@
-"""Public operations whose calls are recorded whole: from the third of a kind on nothing is validated or decided anew.
+"""Public operations whose calls are recorded whole: from the third call of a kind on, nothing is validated or decided.
 
-A function that is decorated with `repeated` runs as it is written where torch has a say in the call (a gradient, a
-transform, `torch.compile`, a mode, the profiler), for what is not on a GPU, and the first time for arguments of a kind:
-such tensors (see `ByMetadata`) and equal other arguments. As they were valid, so are all of their kind, and what was
-launched for them is launched again, see `dskernels.recording`.
+Two calls are of the same kind if their tensors have the same metadata (see `ByMetadata`) and their other arguments have
+equal types and values. A function decorated with `repeated` does this:
+
+1. The first call of a kind runs normally: it validates its arguments, chooses an implementation and launches kernels.
+2. The second call is recorded, see `dskernels.recording`. Its arguments are validated once more.
+3. Further calls launch again what was recorded. Since the first arguments of the kind were valid, these are too.
+
+Every call runs normally if torch is involved in it (a gradient is needed, a transform, `torch.compile`, a mode, the
+profiler), or if its tensors are not on a GPU.
 """
 
 from __future__ import annotations
@@ -34,17 +39,17 @@ _TUPLES = frozenset({tuple, Fp8Tensor, Permuted, Routing})
 
 
 class Known:
-    """What is known of a function's calls."""
+    """The calls of a function that may be repeated, by their kind."""
 
     def __init__(self) -> None:
         self.kinds = ByMetadata()
 
 
 def repeated(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which launches again what it has launched for arguments of the same kind.
+    """Decorator of a public function: it repeats the launches that it made for arguments of the same kind.
 
-    It may do nothing but what its operations do, and depend on nothing but its arguments, `use_impl`, and what
-    `Recorder.keep` is told of. What is known of its calls is its attribute `known`.
+    The function may have no effects but those of its operations, and may depend on nothing but its arguments,
+    `use_impl`, and what is given to `Recorder.keep`. The attribute `known` of the result has the calls known so far.
     """
     known = Known()
 
@@ -83,16 +88,17 @@ def repeated(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _kind(function: Callable, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """What runs calls of such tensors from now on, given their addresses, them, and all arguments."""
+    """What runs calls of this kind from now on; it takes the tensors' addresses, the tensors, args and kwargs."""
     if recording.may_be_recorded(tensors):
         return Kind(function, PublicRecorder, tensors[0].get_device())
     return lambda addresses, tensors, args, kwargs: function(*args, **kwargs)
 
 
 def _taken_apart(given: Iterable[Any], tensors: list[Tensor], values: list[Any]) -> bool:
-    """Add the tensors among arguments to `tensors`, and to `values` what the others are and where the tensors stand.
+    """Collect the tensors among the arguments in `tensors`, and the rest in `values`: types, values, and where tensors
+    are.
 
-    False, if there is something of another type, of which equal ones may mean different things.
+    Returns False if an argument has another type, for which equality might not mean that calls do the same.
     """
     for x in given:
         kind = type(x)
@@ -114,7 +120,7 @@ def _taken_apart(given: Iterable[Any], tensors: list[Tensor], values: list[Any])
 
 
 def _is_usual(x: Fp8Tensor) -> bool:
-    """Whether it is of tensors and a pair of integers: nothing else equals what it is taken apart into."""
+    """Whether it consists of two plain tensors and a pair of integers, so that equal parts mean equal arguments."""
     data, scale, block = x
     if type(data) not in PLAIN or type(scale) not in PLAIN or type(block) is not tuple or len(block) != 2:
         return False
@@ -122,14 +128,14 @@ def _is_usual(x: Fp8Tensor) -> bool:
 
 
 class PublicRecorder(Recorder):
-    """Also notes which of its tensors the function writes to; and they may be among what it returns, at any depth."""
+    """A recorder that also notes which of its tensors the function writes to, and lets it return them, at any depth."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__(tensors)
         self._writes: set[int] = set()
 
     def wrote(self, x: Tensor) -> None:
-        """One of our operations has written to this argument of it."""
+        """Called when one of our operations has written to its argument `x`."""
         number = self.number_of(x)
         if number is not None:
             self._writes.add(number)
@@ -137,11 +143,11 @@ class PublicRecorder(Recorder):
             self.refuse("a part of an argument is written to")
 
     def written(self) -> list[int]:
-        """Arguments that were written to."""
+        """The numbers of the call's tensors that were written to."""
         return sorted(self._writes)
 
     def returned(self, result: Any, number_of: Callable[[Tensor], int]) -> Returned:
-        """How new results, and tensors of the call, become what the function returned."""
+        """A function that makes what the call returns out of the new results and the call's own tensors."""
         if isinstance(result, Tensor):
             given = self.number_of(result)
             if given is not None:
@@ -155,7 +161,8 @@ class PublicRecorder(Recorder):
         make = tuple if type(result) is tuple else functools.partial(tuple.__new__, type(result))
         results = list(itertools.takewhile(lambda x: isinstance(x, Tensor) and self.number_of(x) is None, result))
         rest = tuple(result[len(results) :])
-        if len(results) > 1 and _is_constant(rest):  # as of an `Fp8Tensor`: a third of what the general case takes
+        # New tensors first, then constants, as in an `Fp8Tensor`: this takes a third of the time of the general case.
+        if len(results) > 1 and _is_constant(rest):
             take = operator.itemgetter(*map(number_of, results))
             return lambda new, tensors: make((*take(new), *rest))
         if _is_constant(result):
@@ -165,5 +172,5 @@ class PublicRecorder(Recorder):
 
 
 def _is_constant(x: Any) -> bool:
-    """Whether there is no tensor in it, at any depth."""
+    """Whether it contains no tensor, at any depth."""
     return all(map(_is_constant, x)) if type(x) is tuple else type(x) in _ATOMS
