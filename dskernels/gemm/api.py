@@ -44,14 +44,14 @@ def fp8_gemm(
     Args:
         a: ``[M, K]`` in 1x128 tiles, M and K any size.
         b: ``[N, K]`` in 128x128 blocks (a weight: Fprop, Dgrad) or in 1x128 tiles (Wgrad), N any size.
-        out_dtype: bf16, fp16 or fp32; ignored where `out` is given.
+        out_dtype: bf16, fp16 or fp32; ignored if `out` is given.
         bias: bf16, fp16 or fp32 ``[N]``, added before rounding.
         out: ``[M, N]`` bf16, fp16 or fp32 to write to, last dimension contiguous.
         accumulate: add to `out` (in fp32, rounded once) instead of overwriting it.
         impl: ``"hopper"``, ``"triton"`` or ``"reference"``; None chooses, see :func:`dskernels.explain`.
 
     Returns:
-        ``[M, N]``; `out` itself where that is given. Repeated calls return the same bits.
+        ``[M, N]``; `out` itself if it is given. Repeated calls return the same bits.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
