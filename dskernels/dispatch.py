@@ -241,6 +241,7 @@ class Operation:
         return args[: self.arity], args[self.arity] if len(args) > self.arity else None
 
     def _run(self, *args: Any) -> Any:
+        """What torch's dispatcher calls: choose an implementation, and run it on the device of the tensors."""
         if torch._C._is_any_autocast_enabled():
             return _without_autocast(self._run, args)
         impl = forced.get()
@@ -297,6 +298,7 @@ class Operation:
         ]
 
     def _reason_against(self, impl: str, args: Sequence[Any], asked_for: bool) -> str | None:
+        """Why an implementation does not take these arguments, or None; `asked_for` as in `reason_of_device`."""
         target = self.targets[impl]
         if target is None:
             return "there is no such kernel for this operation"
@@ -367,11 +369,13 @@ def _device_of(args: Sequence[Any]) -> torch.device:
 
 @functools.cache
 def _load(target: str) -> Callable:
+    """The function that ``"module:function"`` names."""
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
 @functools.cache
 def _supports(target: str) -> Callable | None:
+    """The `supports` function beside the function that ``"module:function"`` names, if there is one."""
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), f"{function}_supports", None)

@@ -1,4 +1,4 @@
-"""Gradients of weights after gradients of inputs: the split that ZeroBubble and DualPipe schedules consist of.
+"""Gradients of weights after gradients of inputs: the split of the backward on which ZeroBubble and DualPipe rely.
 
 Other ranks only wait for the gradient of a stage's input. Inside `WeightGradients.collecting`, the operations of this
 library that multiply by a weight record, in their forward, where the gradient of that weight may wait. Their backward
@@ -62,13 +62,13 @@ class WeightGradients:
 
 
 class Waiting(NamedTuple):
-    """Where the gradients of some weights wait, kept by an operation from its forward to its backward."""
+    """The queue in which gradients of some weights are to wait; an operation's forward keeps it for its backward."""
 
     queue: WeightGradients
     weights: Sequence[Tensor]
 
     def compute(self, gradients: Callable[[], Sequence[Tensor]]) -> None:
-        """Queue them; ``gradients()`` returns one for each weight, when its time has come."""
+        """Queue a computation: ``gradients()``, called when the queue is run, returns one gradient for each weight."""
         self.queue._waiting.append((self.weights, gradients))
 
 
@@ -81,7 +81,7 @@ def waiting_for(*weights: Tensor) -> Waiting | None:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`torch.nn.functional.linear`, whose weight's gradient may wait."""
+    """`torch.nn.functional.linear`, but inside `WeightGradients.collecting` the weight's gradient is queued."""
     if torch.compiler.is_dynamo_compiling() or not torch.is_grad_enabled() or waiting_for(weight) is None:
         return F.linear(x, weight)
     return _Linear.apply(x, weight)

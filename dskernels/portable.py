@@ -205,6 +205,7 @@ def _plan(compiled: Any, grid: tuple[int, ...], arguments: tuple, device: int) -
 
 @functools.cache
 def _launches_directly() -> bool:
+    """Whether `launch` may call compiled kernels itself here: a checked version of Triton, on CUDA."""
     checked = any(triton.__version__.startswith(f"{version}.") for version in CHECKED_TRITON)
     return checked and torch.version.cuda is not None and not INTERPRETED
 

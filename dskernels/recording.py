@@ -8,7 +8,8 @@ addresses comes out the same. So:
 2. The second call runs normally too, under a `Recorder`: it notes the launches, and where each address in them came
    from: an argument, a result, temporary memory of this call, or something that is kept for an argument.
 3. From the third call on, a `Recording` (dskernels.relaunching) allocates the results, and all temporary memory in one
-   piece; writes those addresses that have changed into the launches; and launches them, several as one CUDA graph.
+   piece; writes those addresses that have changed into the launches; and launches them: two or more as one CUDA graph,
+   or one by one if products of torch are among them.
 
 Public operations are recorded whole, see `dskernels.repeated`. If a gradient is needed they are not, but parts of their
 implementation may be: functions that are decorated with `Recorded`.

@@ -2,7 +2,7 @@
 // and rounds dq; and how all of them find the sequences. The main kernel, and what the names mean, are in mla/prefill/hopper_backward.cu.
 //
 // Options (-D):
-//   KIND   of the inputs: 0 bf16, 1 fp16
+//   KIND   dtype of the inputs: 0 bf16, 1 fp16
 #pragma once
 
 #include "attention.cuh"

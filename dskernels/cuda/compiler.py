@@ -1,6 +1,6 @@
 """Compile a `.cu` file for the current GPU with NVRTC, through CuPy, which keeps the result on disk.
 
-A kernel is compiled when one of its configurations is first needed. With NVRTC 13.0 on a core of an AMD EPYC, the 273
+A kernel is compiled when one of its configurations is first needed. With NVRTC 13.0 on a core of an AMD EPYC, the 263
 configurations that the tests compile take 0.04 to 3.0 s of CPU time each, half of them less than 0.2 s; those of the
 e4m3 products in large tiles take 0.4 to 1.4 s, those of decode 2.2 to 3.0 s. From then on a kernel is loaded from
 CuPy's cache (~/.cupy/kernel_cache or CUPY_CACHE_DIR), where it is found by a hash of the source, the options, and the

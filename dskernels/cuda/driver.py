@@ -56,13 +56,13 @@ class Dim(ctypes.Structure):
 
 
 class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: an id, and a union of 64 bytes of which at most three integers are used here."""
+    """The driver's CUlaunchAttribute: an id, and a union of 64 bytes, of which at most three integers are used here."""
 
     _fields_ = [("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("value", ctypes.c_uint * 16)]
 
 
 class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
+    """The driver's CUlaunchConfig: grid, block, shared memory, stream and attributes of a launch."""
 
     _fields_ = [
         ("grid", Dim),

@@ -16,12 +16,13 @@ from typing import Any
 from dskernels.cuda import libcuda
 from dskernels.cuda.driver import CLUSTER_DIMENSION, Dim, Plan
 
-_PROGRAMMATIC_EDGE = (ctypes.c_ubyte * 8)(1, 0, 1)  # CUgraphEdgeData: from the kernel's trigger, to its start
+# CUgraphEdgeData of a programmatic edge: from the first kernel's trigger (launch_dependents) to the second's start.
+_PROGRAMMATIC_EDGE = (ctypes.c_ubyte * 8)(1, 0, 1)
 _ADD_EDGE, _SET_NODE = "cuGraphAddDependencies_v2", "cuGraphExecKernelNodeSetParams_v2"  # of CUDA 12.3 and 12.0
 
 
 class _Node(ctypes.Structure):
-    """CUDA_KERNEL_NODE_PARAMS."""
+    """The driver's CUDA_KERNEL_NODE_PARAMS: function, grid, block, shared memory and arguments of a kernel node."""
 
     _fields_ = [
         ("function", ctypes.c_void_p),

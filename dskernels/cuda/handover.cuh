@@ -20,7 +20,7 @@ __device__ __forceinline__ void barrier_arrive_warp(u32 barrier, int lane) {
 }
 
 #if RACECHECK
-constexpr int HANDOVERS = 16;  // ids
+constexpr int HANDOVERS = 16;  // number of ids, as of named barriers
 __device__ __forceinline__ u32 handover(int id) {
     __shared__ u64 barriers[HANDOVERS];
     return smem_addr(barriers) + id * 8;

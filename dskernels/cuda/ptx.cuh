@@ -289,7 +289,7 @@ __device__ __forceinline__ float fma(float x, float y, float z) {
     asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(w) : "f"(x), "f"(y), "f"(z));
     return w;
 }
-// bf16 (kind 0) or fp16 to fp32.
+// Convert bf16 (kind 0) or fp16 (kind 1) to fp32.
 __device__ __forceinline__ float widen(u16 x, int kind) {
     float wide;
     if (kind == 0) return __uint_as_float((u32)x << 16);

@@ -18,7 +18,7 @@ RAGGED_ROWS = 2**30  # the matrix of a `ragged_map` must have fewer rows
 # Values of the driver's enumerations CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion.
 _ELEMENT = {torch.bfloat16: 9, torch.float16: 6, torch.float32: 7}
 _UINT8 = 0
-_SWIZZLE = {False: 0, 64: 2, True: 3}  # True is 1, and stands for 128
+_SWIZZLE = {False: 0, 64: 2, True: 3}  # True stands for 128 bytes
 _PROMOTE = {128: 2, 256: 3}
 
 

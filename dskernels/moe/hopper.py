@@ -142,12 +142,13 @@ def _hidden_and_kept(gate_up: Tensor, batch: Batch) -> tuple[Fp8Tensor, Tensor]:
     return Fp8Tensor(*swiglu_quantize_rows(gate_up, batch.offsets, kept)), kept
 
 
-_written_out = experts.gradient_by(_operand)
+_written_out = experts.gradient_by(_operand)  # the gradient of the SwiGLU in x's dtype, quantised by separate kernels
 
 
 def _gradient(
     kept: Tensor, dhidden: Tensor, batch: Batch, weights: Tensor | None
 ) -> tuple[Operand, Rows, Rows, Tensor | None]:
+    """`Steps.gradient`, for gate and up kept in e4m3: by one kernel if it takes these rows."""
     step = hopper_swiglu.swiglu_backward if hopper_swiglu.takes(dhidden, batch) else _written_out
     return step(kept, dhidden, batch, weights)
 
@@ -199,6 +200,7 @@ def _has_products_of_torch(args: tuple) -> bool:
 
 
 def _in_two(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward in two parts: the separate shared network, then the routed experts (`_routed`)."""
     x, w13, _, w2, _, weights, ids, *shared = args[:11]
     network = Network(*shared)
     residual, _ = experts.network_forward(PLAIN, x, network, Batch(x.shape[0]), x.dtype, False)

@@ -1,4 +1,7 @@
-"""The backward of `fused_experts` in two halves, for gradients of weights that wait (see `dskernels.later`)."""
+"""The operations for the backward of `fused_experts` in two halves: the gradients of weights are computed later.
+
+See `dskernels.later` for why, and `dskernels.moe.experts_split` for the implementation.
+"""
 
 from __future__ import annotations
 
