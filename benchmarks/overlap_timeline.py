@@ -26,7 +26,6 @@ from dskernels.model.parallel.fixed import FixedTrip
 from dskernels.model.parallel.mail import Fill, Mail
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.plan import expert_modules
-from dskernels.moe.rows import ExpertRows
 from dskernels.types import Routing
 
 TOKENS, LAYERS, RANKS = 40, 2, 2
@@ -103,8 +102,15 @@ class Notes(Mail):
             share = rows / TOKENS if part == "sum" else 1.0
             self.events.append(Event("run", self.microbatch, part, min(share, 1.0)))
 
-    def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False, fill: Fill | None = None) -> Any:
-        """Records the pieces that `CopyEngines` would cut a large message into."""
+    def send(
+        self,
+        outgoing: Sequence[Sequence[Tensor]],
+        *,
+        together: bool = False,
+        fill: Fill | None = None,
+        **layout: Any,
+    ) -> Any:
+        """Records the pieces that `CopyEngines` would cut a large message into, however it lies in memory."""
         own, number = list(outgoing[self.rank]), self.messages
         ends = FILLED if fill is not None else ENDS[1 if together else len(ENDS)]
         self.messages += 1
@@ -157,25 +163,25 @@ class _NotedTrip(FixedTrip):
         super().__init__(notes, *how)
         self.notes, self.microbatch = notes, notes.microbatch
 
-    def send(self, parts: Sequence[Tensor], *, lend: bool = False) -> None:
+    def send(self, *how: Any, **options: Any) -> None:
         """See `FixedTrip`."""
         self._now("dispatch")
-        super().send(parts, lend=lend)
+        super().send(*how, **options)
 
-    def send_back(self, made: ExpertRows, more: Sequence[Tensor] = (), **how: Any) -> None:
+    def send_back(self, *how: Any, **options: Any) -> None:
         """See `FixedTrip`."""
         self._now("combine")
-        super().send_back(made, more, **how)
+        super().send_back(*how, **options)
 
-    def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
+    def arrived(self, *how: Any, **options: Any) -> list[Tensor]:
         """See `FixedTrip`."""
         self._now("dispatch")
-        return super().arrived(columns)
+        return super().arrived(*how, **options)
 
-    def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
+    def returned(self, *how: Any, **options: Any) -> list[Tensor]:
         """See `FixedTrip`."""
         self._now("combine")
-        return super().returned(columns, residual)
+        return super().returned(*how, **options)
 
     def _now(self, name: str) -> None:
         self.notes.microbatch, self.notes.name = self.microbatch, name
