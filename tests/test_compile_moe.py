@@ -15,6 +15,7 @@ from dskernels.moe.config import (
     SWIGLU_ROWS,
     choose_copy,
     choose_row,
+    choose_scan,
 )
 
 ROWS, SORT, SWIGLU = (f"dskernels.moe.triton{part}" for part in ("", "_sort", "_swiglu"))
@@ -36,14 +37,18 @@ def test_sort_compiles_without_spills():
     for bins in (512, 2048):  # as for 256 and 1024 experts
         counts = {"BLOCK": SORT_BLOCK, "BINS": bins}
         compare = {"BLOCK": COMPARE_BLOCK, "CHUNK": COMPARE_CHUNK, "BINS": bins, "COUNTED": COMPARE_COUNTED}
-        scan = {"BINS": bins, "BLOCKS": SCAN_BLOCKS, "EXPERTS": SCAN_EXPERTS}
+        scan = {"BINS": bins, "EXPERTS": SCAN_EXPERTS}
+        of_scan = {"p_counts": "*i32", "p_totals": "*i32", "blocks": "i32"}
         ids = {"p_experts": "*i64", **integers("size", "first", "E")}
         results = dict.fromkeys(("p_offsets", "p_index", "p_source"), "*i32")
         sums = dict.fromkeys(("p_totals", "p_before"), "*i32")
         kernels += [
             Compile(f"{SORT}:compare_kernel", {**ids, **results}, compare),
             Compile(f"{SORT}:count_kernel", {**ids, "p_counts": "*i32"}, counts),
-            Compile(f"{SORT}:scan_kernel", {"p_counts": "*i32", "p_totals": "*i32", "blocks": "i32"}, scan),
+            *(
+                Compile(f"{SORT}:scan_kernel", of_scan, scan | {"BLOCKS": at_a_time}, num_warps=warps)
+                for at_a_time, warps in (choose_scan(blocks) for blocks in SCAN_BLOCKS)
+            ),
             Compile(f"{SORT}:place_kernel", {**ids, **sums, **results}, counts, num_warps=8),
         ]
     assert_clean(compile_all(kernels))

@@ -117,10 +117,11 @@ def check_source(experts, n_experts):
     assert (source[used:] == -1).all()
 
 
-def test_sort_of_more_blocks_than_are_scanned_at_a_time(device):
+@pytest.mark.parametrize("blocks", [1, *SCAN_BLOCKS])
+def test_sort_of_more_blocks_than_are_scanned_at_a_time(device, blocks):
     from dskernels.moe.triton_sort import sort
 
-    size = SORT_BLOCK * SCAN_BLOCKS + 3 * SORT_BLOCK + 5
+    size = SORT_BLOCK * blocks + 3 * SORT_BLOCK + 5
     experts = torch.randint(-1, 20, (size, 1), device=device)
     offsets, index, source = sort(experts, 20)
     want = reference_permute(torch.zeros(size, 1), experts.cpu(), 20)

@@ -16,8 +16,9 @@ APPEND_TOKENS = 64
 # Number of ids that one program of the counting sort ranks among each other by comparing all pairs: 4K comparisons. On
 # an H200, 32,768 choices took 17.5 us with 64, 21.8 with 128 and 21.4 with 32; 16,384 took 13.8, 15.7 and 15.5.
 SORT_BLOCK = 64
-# The part of the counts [blocks, experts] that one program scans at a time.
-SCAN_BLOCKS = 128
+# The part of the counts [blocks, experts] that one program scans at a time. It waits for memory each time, so that of
+# many blocks it takes more at once.
+SCAN_BLOCKS = (128, 512)
 SCAN_EXPERTS = 16
 MAX_EXPERTS = 1024
 # Rows per program of the SwiGLU, if there are at least FEWEST_SWIGLU rows. Programs whose rows nobody reads take time
@@ -35,6 +36,12 @@ class RowConfig:
 
     width: int
     num_warps: int
+
+
+def choose_scan(blocks: int) -> tuple[int, int]:
+    """How many blocks a program scans at a time, and its number of warps."""
+    few, many = SCAN_BLOCKS
+    return (few, 4) if blocks <= few else (many, 8)
 
 
 def choose_row(columns: int) -> RowConfig:

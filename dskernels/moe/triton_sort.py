@@ -1,7 +1,7 @@
 """Portable Triton kernels that sort the choices of experts, stably, on the device.
 
 Few choices are each compared with all others, in a single launch. Many go through a counting sort: count the ids of
-each block of 128, sum the counts of each expert over the blocks before, then place every id at (first row of its
+each block of 64, sum the counts of each expert over the blocks before, then place every id at (first row of its
 expert) + (such ids in blocks before) + (rank in its block). Dropped ids sort as one more expert after the last.
 
 Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask.
@@ -21,9 +21,9 @@ from dskernels.moe.config import (
     COMPARE_CHUNK,
     COMPARE_COUNTED,
     MOST_COMPARED,
-    SCAN_BLOCKS,
     SCAN_EXPERTS,
     SORT_BLOCK,
+    choose_scan,
 )
 from dskernels.portable import launch
 from dskernels.validate import ceil_div
@@ -225,6 +225,7 @@ def sort(experts: Tensor, n_experts: int, first: int = 0) -> tuple[Tensor, Tenso
     blocks = ceil_div(size, SORT_BLOCK)
     counts, totals = empty(experts, (blocks, bins), torch.int32), empty(experts, (bins,), torch.int32, (1,))
     launch(count_kernel, (blocks,), experts, counts, size, first, n_experts, BLOCK=SORT_BLOCK, BINS=bins, num_warps=4)
+    at_a_time, num_warps = choose_scan(blocks)
     launch(
         scan_kernel,
         (bins // SCAN_EXPERTS,),
@@ -232,9 +233,9 @@ def sort(experts: Tensor, n_experts: int, first: int = 0) -> tuple[Tensor, Tenso
         totals,
         blocks,
         BINS=bins,
-        BLOCKS=SCAN_BLOCKS,
+        BLOCKS=at_a_time,
         EXPERTS=SCAN_EXPERTS,
-        num_warps=4,
+        num_warps=num_warps,
     )
     launch(
         place_kernel,
