@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from dskernels.model.hf_names import Entry, entries, mtp_prefix
 from dskernels.model.model import DeepseekV3
 from dskernels.model.shards import Shards
 from dskernels.types import Fp8Tensor
+
+if TYPE_CHECKING:
+    from dskernels.model.train_pieces import Piece
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 E4M3 = torch.float8_e4m3fn
@@ -134,13 +137,15 @@ def load(
 
 
 @torch.no_grad()
-def load_weights(model: DeepseekV3, folder: str | Path) -> None:
+def load_weights(model: DeepseekV3, folder: str | Path, *, into: Mapping[str, Piece] | None = None) -> None:
     """Read a checkpoint's weights and router biases into an existing model, converted to the model's type.
 
     Args:
         model: one that `load` could make from the folder; context length, boundary tokens and the standard deviation of
             initial weights may differ.
         folder: see `load`.
+        into: read these rows of its parameters and buffers, by name, instead of the model, which may then be on the
+            meta device; tensors without any of these rows are checked, but not read.
 
     Raises:
         FileNotFoundError: as `load`.
@@ -159,7 +164,7 @@ def load_weights(model: DeepseekV3, folder: str | Path) -> None:
         if there != here:
             raise ValueError(f"{folder / 'config.json'}: {name} is {there!r}, that of the model is {here!r}")
     model.source = Source(raw)
-    _read_all(_Reader(shards, parameters, block, model), table, False, None)
+    _read_all(_Reader(shards, parameters, block, model, into), table, False, None)
     model.source = None  # it is no longer the model that was read
     shards.close()
 
@@ -273,36 +278,62 @@ def _clear_filling(config: Config, parameters: Mapping[str, Tensor]) -> None:
 
 @dataclass
 class _Reader:
-    """Copies tensors from the files to their places."""
+    """Copies tensors from the files to their places: in the parameters, or in pieces of them if there are any."""
 
     shards: Shards
     parameters: Mapping[str, Tensor]
     block: tuple[int, int]
     model: DeepseekV3
+    pieces: Mapping[str, Piece] | None = None
 
     def fill(self, entry: Entry) -> None:
         """Read a tensor into its part of a parameter; it is quantised or dequantised on the device if needed."""
-        parameter = self.parameters[entry.parameter]
-        part = parameter[entry.part]
-        tensor = self.shards.read(entry.name).to(parameter.device)
+        place = self._place(entry)
+        if place is None:
+            return
+        part, rows = place
+        tensor = self.shards.read(entry.name).to(part.device)
         scale = None
         if tensor.dtype == E4M3:
-            scale = self.shards.read(entry.name + SCALE_SUFFIX).to(parameter.device).float()
-        if parameter.dtype == E4M3:
+            scale = self.shards.read(entry.name + SCALE_SUFFIX).to(part.device).float()
+        if part.dtype == E4M3:
             if scale is None:
                 tensor, scale, _ = quantize_weight(tensor, self.model.scale_format)
             part.copy_(entry.to_part(tensor))
             self.parameters[entry.parameter + SCALE_SUFFIX][entry.scale_part].copy_(entry.to_part(scale))
         else:
-            part.copy_(tensor if scale is None else Fp8Tensor(tensor, scale, self.block).dequantize())
+            part.copy_((tensor if scale is None else Fp8Tensor(tensor, scale, self.block).dequantize())[rows])
+
+    def _place(self, entry: Entry) -> tuple[Tensor, slice] | None:
+        """Where a tensor goes, and which of its rows go there; None if no piece has any of them."""
+        everything = slice(None)
+        if self.pieces is None:
+            return self.parameters[entry.parameter][entry.part], everything
+        piece = self.pieces.get(entry.parameter)
+        if piece is None:
+            return None
+        first, *rest = entry.part or (everything,)
+        # An expert's matrix is one row of the stack of all experts.
+        begin, end = (first, first + 1) if isinstance(first, int) else first.indices(piece.total)[:2]
+        found = piece.shared(begin, end)
+        if found is None:
+            return None
+        here, there = found
+        if isinstance(first, int):
+            return piece.rows[here.start][tuple(rest)], everything
+        within = (here, *rest)
+        return piece.rows[within], there
 
     def compare(self, entry: Entry) -> None:
-        """Check that a tensor is the copy that it is meant to be."""
-        parameter, stored = self.parameters[entry.parameter], self.shards[entry.name]
-        tensor = self.shards.read(entry.name)
-        for start in range(0, len(tensor), ROWS):
-            ours = parameter[start : start + ROWS]
-            if not torch.equal(tensor[start : start + ROWS].to(ours.device).to(ours.dtype), ours):
+        """Check that a tensor is the copy that it is meant to be, as far as its original is here."""
+        place = self._place(entry)
+        if place is None:
+            return
+        original, stored = place[0], self.shards[entry.name]
+        copy = self.shards.read(entry.name)[place[1]]
+        for start in range(0, len(original), ROWS):
+            ours = original[start : start + ROWS]
+            if not torch.equal(copy[start : start + ROWS].to(ours.device).to(ours.dtype), ours):
                 raise ValueError(
                     f"{stored.file}: tensor {entry.name} is not the copy of the main model's that it should be "
                     "(MTP modules with an embedding or head of their own are not implemented)"

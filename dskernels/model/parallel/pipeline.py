@@ -25,7 +25,7 @@ from dskernels.model.model import DeepseekV3
 from dskernels.model.moe import MoE, RouterOutput
 from dskernels.model.parallel.engines import reach_each_other
 from dskernels.model.parallel.handover import HandedStage, Handover, rank_of
-from dskernels.model.parallel.plan import Team, spread_experts
+from dskernels.model.parallel.plan import Team, move, spread_experts
 from dskernels.model.parallel.shares import dimension
 
 SCHEDULES = {"dualpipev": ScheduleDualPipeV, "zbv": ScheduleZBVZeroBubble}
@@ -143,7 +143,8 @@ class Pipeline:
     """A model whose layers are spread over the pipeline's ranks, ready to run steps.
 
     Args:
-        model: the same on every rank; each keeps only its stages. Its experts may be spread too.
+        model: the same on every rank; each keeps only its stages. If it is on the meta device, each rank allocates only
+            its stages, and leaves them uninitialised. Experts may be spread over ranks too.
         team: the ranks.
         tokens: of each micro-batch.
         microbatches: of a step, at least twice the ranks of the pipeline.
@@ -181,7 +182,9 @@ class Pipeline:
         self.collect = collect or (lambda: None)
         place = team.place("pipeline")
         self.places = places = (place, 2 * ranks - 1 - place)
-        self.stages = [Stage(model, i, 2 * ranks).to(team.device) for i in places]
+        self.stages = [Stage(model, i, 2 * ranks) for i in places]
+        for stage in self.stages:
+            move(stage, team.device)
         dtype, hidden = next(model.parameters()).dtype, model.config.hidden_size
         self.shape, self.dtype = (tokens, hidden), dtype
         wide = torch.empty(tokens, hidden, dtype=dtype, device="meta", requires_grad=True)

@@ -185,26 +185,41 @@ class Team:
 def parallelize(
     model: DeepseekV3, team: Team, *, dtype: torch.dtype | None = None, tokens: int | None = None
 ) -> DeepseekV3:
-    """Spreads a model over the ranks of a team, for training: experts to their ranks, all else by FSDP2.
+    """Spread a model over the ranks of a team, for training: experts over the expert ranks, all else by FSDP2.
 
-    The model itself stays as it is written; each rank then calls it with its own text. Gradients are summed over the
-    ranks, not averaged, so that the loss of each is its part of the whole. Pipelines are made of it by `Pipeline`.
+    The code of the model does not change; each rank then calls it with its own text. Gradients are summed over the
+    ranks, not averaged, so the loss of each rank must be its share of the whole loss. For a pipeline see `Pipeline`.
 
     Args:
         model: the same on every rank, in fp32 (FSDP2's sharded parameters are the optimiser's master weights). It is
-            changed in place and moved to the team's device.
+            changed in place and moved to the team's device. If it is on the meta device, each rank allocates only the
+            rows that it will hold, and leaves them uninitialised.
         team: the ranks.
-        dtype: compute with parameters rounded to this, bf16 as a rule; gradients are summed in fp32.
-        tokens: the most that a rank brings at a time, the same on every rank, see `Plan.exchange`.
+        dtype: the parameters are rounded to this type for computing, usually bf16; gradients are summed in fp32.
+        tokens: the most tokens that a rank processes at a time, the same on every rank, see `Plan.exchange`.
 
     Raises:
         ValueError: the plan does not fit the model, or its exchange is "fixed" and `tokens` is missing.
     """
     team.plan.check(model.config, dist.get_world_size())
     spread_experts(model, team, tokens=tokens, dtype=dtype or torch.float32)
-    model.to(team.device)
+    if not is_meta(model):
+        model.to(team.device)
     shard(model, team, dtype=dtype)
     return model
+
+
+def is_meta(module: nn.Module) -> bool:
+    """Whether a module has shapes only, and no memory."""
+    return next(module.parameters()).is_meta
+
+
+def move(module: nn.Module, device: torch.device) -> None:
+    """Move a module to a device; one on the meta device gets memory there, uninitialised."""
+    if is_meta(module):
+        module.to_empty(device=device)
+    else:
+        module.to(device)
 
 
 def spread_experts(model: nn.Module, team: Team, *, tokens: int | None, dtype: torch.dtype) -> None:
@@ -261,10 +276,11 @@ def most_ranks(config: Config, ranks: int) -> int | None:
 
 
 def shard(model: nn.Module, team: Team, *, dtype: torch.dtype | None) -> None:
-    """FSDP2 over the ranks that have other text: experts over those with the same experts, all else over all of them.
+    """Apply FSDP2 over the ranks that process different text: experts over those of them that have the same experts,
+    all else over all of them.
 
     Args:
-        model: the model.
+        model: on the team's device, or on the meta device: then the shards of this rank are allocated, uninitialised.
         team: the ranks.
         dtype: see `parallelize`.
     """
@@ -272,10 +288,13 @@ def shard(model: nn.Module, team: Team, *, dtype: torch.dtype | None) -> None:
     reshard = team.plan.reshard
     for experts, _ in expert_modules(model):
         fully_shard(experts, mesh=team.mesh["data"], mp_policy=policy, reshard_after_forward=reshard)
-    # MTP modules are read from outside of their forward: they belong to the root, which stays gathered.
+    # Weights of MTP modules are read outside of the modules' own forward, so they belong to the root, which stays
+    # gathered.
     for block in cast(nn.ModuleList, model.layers):
         fully_shard(block, mesh=team.batch, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=team.batch, mp_policy=policy, reshard_after_forward=False)
+    if is_meta(model):
+        model.to_empty(device=team.device)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)

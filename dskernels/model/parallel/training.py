@@ -27,14 +27,15 @@ from dskernels.model.ema import Ema
 from dskernels.model.loss import Losses, losses
 from dskernels.model.model import DeepseekV3, Output
 from dskernels.model.moe import MoE
+from dskernels.model.parallel.initial import biases, fill, held
 from dskernels.model.parallel.optimizer import TeamAdamW
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.pipeline import Pipeline
-from dskernels.model.parallel.plan import Team, parallelize, spread_experts
+from dskernels.model.parallel.plan import Team, move, parallelize, spread_experts
 from dskernels.model.parallel.shards import write_pieces
 from dskernels.model.parallel.whole import WholeAdamW
 from dskernels.model.train import EMA_FOLDER
-from dskernels.model.train_begin import check, check_identity, first_model, identity, texts
+from dskernels.model.train_begin import check, check_identity, identity, texts
 from dskernels.model.train_config import TrainConfig
 from dskernels.model.train_metrics import History, Metrics
 from dskernels.model.train_pieces import Piece, read_pieces
@@ -95,7 +96,7 @@ def train(
     if resume and found is None:
         raise ValueError(f"resume: {out} has no checkpoint to go on from")
     last = None if resume is False else found
-    run = _Run(model_config, data, train_config, team, Path(out), schedule, init, read_init=last is None)
+    run = _Run(model_config, data, train_config, team, Path(out), schedule, init, fresh=last is None)
     dist.barrier()  # all ranks have looked for checkpoints, and the folder exists
     if last is not None:
         run.restore(last)
@@ -216,7 +217,7 @@ class _Run:
         out: Path,
         schedule: str,
         init: str | Path | None,
-        read_init: bool,
+        fresh: bool,
     ) -> None:
         self.config, self.team, self.out, self.model_config = config, team, out, model_config
         self.rank, self.step, self.history_bytes = dist.get_rank(), 0, 0
@@ -236,8 +237,19 @@ class _Run:
                 f"microbatches: expected at least {least}, {2 * plan.pipeline} for each of {plan.batches} pipelines of "
                 f"{plan.pipeline} ranks, got {config.microbatches}"
             )
-        # The same weights on every rank, from which each keeps its own: on the CPU, so that none holds all on a GPU.
-        self.model = first_model(model_config, config, torch.device("cpu"), torch.float32, init if read_init else None)
+        # Without memory, until a rank allocates what it holds.
+        self.model = DeepseekV3(
+            model_config,
+            fp8=config.precision == "fp8",
+            recompute=config.recompute,
+            device="meta",
+            dtype=torch.float32,
+        )
+
+        def begin(pieces: Mapping[str, Piece]) -> None:
+            if fresh:  # else `restore` fills them
+                fill(pieces, model_config, seed=config.seed, init=init)
+
         self.pipeline: Pipeline | None = None
         if plan.pipeline > 1:
             self.pipeline = Pipeline(
@@ -248,9 +260,10 @@ class _Run:
                 schedule=schedule,
                 collect=lambda: self.optimizer.collect(),
             )
+            begin(held(self.pipeline.stages, team))
             self.optimizer = _optimizer(WholeAdamW, self.pipeline.named_parameters(), team, config)
         else:
-            self.optimizer = spread(self.model, team, config)
+            self.optimizer = spread(self.model, team, config, begin)
         model = self.model if self.pipeline is None else _parts(self.pipeline, model_config, team.device)
         self.stepper = TeamStepper(model, self.optimizer, config, team, self.pipeline)
         # Each rank averages the rows that it updates, on its CPU; together these are the average of one process.
@@ -345,7 +358,7 @@ class _Run:
         model = DeepseekV3(self.model_config, device="meta", dtype=self.config.dtype).to_empty(device="cpu")
         wanted = {f"{kind}.{name}": Piece.all_of(parameter) for name, parameter in model.named_parameters()}
         with torch.no_grad():
-            read_pieces(path, wanted | _biases(model))
+            read_pieces(path, wanted | _buffers(model))
         return model
 
     def _pieces(self, generator: Tensor) -> dict[str, Piece]:
@@ -360,7 +373,7 @@ class _Run:
             for name, rows in optimizer.named(flat).items()
         }
         for model in [self.model] if self.pipeline is None else self.pipeline.stages:
-            pieces |= _biases(model)
+            pieces |= _buffers(model)
         return pieces | {"text.generator": Piece.all_of(generator)}
 
     def _writes(self, name: str) -> bool:
@@ -373,22 +386,40 @@ class _Run:
         return self.optimizer.writes(name.partition(".")[2])
 
 
-def _biases(model: nn.Module) -> dict[str, Piece]:
+def _buffers(model: nn.Module) -> dict[str, Piece]:
     """The biases of a model's routers, by their names in a checkpoint."""
-    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")}
-    return {f"buffer.{name}": Piece.all_of(buffer) for name, buffer in biases.items()}
+    return {f"buffer.{name}": piece for name, piece in biases(model).items()}
 
 
-def spread(model: DeepseekV3, team: Team, config: TrainConfig) -> TeamAdamW:
-    """Spreads a model in fp32, the same on every rank, over those of a plan without a pipeline; gives its optimiser."""
+def spread(
+    model: DeepseekV3,
+    team: Team,
+    config: TrainConfig,
+    begin: Callable[[Mapping[str, Piece]], None] | None = None,
+) -> TeamAdamW:
+    """Spread a model over the ranks of a plan without a pipeline.
+
+    Args:
+        model: in fp32, the same on every rank, or on the meta device.
+        team: the ranks.
+        config: how to train.
+        begin: gives the rows that this rank holds (see `held`) their initial values, which those of a model on the meta
+            device need.
+
+    Returns:
+        The optimiser of its parameters.
+    """
     tokens = config.batch_tokens // config.microbatches
+    kind = TeamAdamW if team.plan.reshard else WholeAdamW
     if team.plan.reshard:
         parallelize(model, team, dtype=None if config.dtype == torch.float32 else config.dtype, tokens=tokens)
-        return _optimizer(TeamAdamW, dict(model.named_parameters()), team, config)
-    team.plan.check(model.config, dist.get_world_size())
-    spread_experts(model, team, tokens=tokens, dtype=config.dtype)
-    model.to(config.dtype).to(team.device)
-    return _optimizer(WholeAdamW, dict(model.named_parameters()), team, config)
+    else:
+        team.plan.check(model.config, dist.get_world_size())
+        spread_experts(model, team, tokens=tokens, dtype=config.dtype)
+        move(model.to(config.dtype), team.device)
+    if begin is not None:
+        begin(held([model], team))
+    return _optimizer(kind, dict(model.named_parameters()), team, config)
 
 
 def _optimizer(
