@@ -23,13 +23,13 @@ def _average_often():
         yield
 
 
-def ranks(rank, plans, folders, options):
+def ranks(rank, plans, folders, options, gpus=False):
     """Several runs with an average in one world, each in its folder."""
     ema.EMA_EVERY = 1
     found = []
     for plan, folder in zip(plans, folders, strict=True):
         with case(plan):
-            team = Team.start(plan, "cpu")
+            team = Team.start(plan, torch.device("cuda", rank) if gpus else "cpu")
             found.append(train_together(MODEL, corpus(), recipe(ema=0.9, steps=3), team, out=folder, **options))
     return found
 
@@ -42,15 +42,15 @@ def alone(tmp_path_factory):
     return out, history
 
 
-def same_average(folder, history, alone):
+def same_average(folder, history, alone, rtol=1e-5, distance=1e-2):
     """Within what the order of sums in fp32 makes of two updates: AdamW divides small gradients by small numbers."""
     out, wanted = alone
     with torch.no_grad():
         average, expected, last = (dict(load(path).named_parameters()) for path in (folder / "ema", out / "ema", out))
         for name, weight in average.items():
             moved = float((expected[name] - last[name]).abs().mean())
-            assert float((weight - expected[name]).abs().mean()) <= 1e-2 * moved, name
-    assert history[-1]["ema_validation_loss"] == pytest.approx(wanted[-1]["ema_validation_loss"], rel=1e-5)
+            assert float((weight - expected[name]).abs().mean()) <= distance * moved, name
+    assert history[-1]["ema_validation_loss"] == pytest.approx(wanted[-1]["ema_validation_loss"], rel=rtol)
     assert history[-1]["ema_validation_loss"] != pytest.approx(history[-1]["validation_loss"], rel=1e-4)
 
 
@@ -132,3 +132,16 @@ def test_what_stays_of_a_run_that_others_go_on_with(tmp_path, alone):
     assert [line["step"] for line in anew] == [0, 1, 1]
     assert [path.name for path in (folders[1] / "checkpoints").iterdir()] == ["step-00000001"]
     assert len((folders[1] / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.gpu
+def test_gpus_have_the_average_of_one(tmp_path):
+    """By NCCL and copy engines, copied to the host while the next step runs; one GPU alone has FSDP2 beside none."""
+    count = min(torch.cuda.device_count(), 2)
+    plans = TWO if count == 2 else [Plan()]
+    one, folders = tmp_path / "one", [tmp_path / str(i) for i in range(len(plans))]
+    alone = one, run(1, ranks, [Plan(reshard=False)], [one], {}, True, gpus=True)[0][0]
+    for folder, history in zip(folders, run(count, ranks, plans, folders, {}, True, gpus=True)[0], strict=True):
+        with case(folder):
+            same_curve(history, alone[1], rtol=2e-3)
+            same_average(folder, history, alone, rtol=2e-3, distance=0.1)

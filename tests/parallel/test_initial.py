@@ -27,7 +27,7 @@ def tensors(model):
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def begun(rank, plans, folder, init):
+def begun(rank, plans, folder, init, gpus=False):
     """Compares what each rank of each plan holds with one process's; gives the rows that it holds."""
     initial.DRAWN = 64  # the tensors of this model are drawn in many parts
     found = []
@@ -35,18 +35,18 @@ def begun(rank, plans, folder, init):
         for precision in ("fp32", "bf16"):
             with case(f"{plan} {precision}"):
                 config = dataclasses.replace(recipe(seed=3, microbatches=8, batch_tokens=96), precision=precision)
-                team = Team.start(plan, "cpu")
+                team = Team.start(plan, torch.device("cuda", rank) if gpus else "cpu")
                 here = training._Run(MODEL, corpus(), config, team, Path(folder), "dualpipev", init, fresh=True)
                 pieces = held([here.model] if here.pipeline is None else here.pipeline.stages, team)
                 wanted = tensors(first_model(MODEL, config, torch.device("cpu"), torch.float32, init))
                 for name, piece in pieces.items():
                     rows = wanted[name][piece.first : piece.first + len(piece.rows)]
-                    assert torch.equal(piece.rows, rows.detach().to(piece.rows.dtype)), name
+                    assert torch.equal(piece.rows.cpu(), rows.detach().to(piece.rows.dtype)), name
                     assert piece.total == len(wanted[name]), name
                 for name, master in here.optimizer.named(here.optimizer.flat).items():
                     first, _ = here.optimizer.place(name)
                     rows = wanted[name][first : first + len(master)].detach()
-                    assert torch.equal(master, rows.to(pieces[name].rows.dtype).float()), name
+                    assert torch.equal(master.cpu(), rows.to(pieces[name].rows.dtype).float()), name
         found.append({name: (piece.first, len(piece.rows), piece.total) for name, piece in pieces.items()})
     return found
 
@@ -71,6 +71,13 @@ def end_of(piece):
 
 def test_ranks_draw_the_values_of_one_process(tmp_path):
     check_begun(tmp_path, None)
+
+
+@pytest.mark.gpu
+def test_gpus_draw_the_values_of_one_process_on_a_cpu(tmp_path):
+    count = min(torch.cuda.device_count(), 2)
+    plans = [Plan(data=count), Plan(expert=count), Plan(expert=count, reshard=False)]
+    run(count, begun, plans, str(tmp_path / "run"), None, True, gpus=True)
 
 
 def test_ranks_read_what_they_hold_of_other_weights(tmp_path):
