@@ -160,9 +160,9 @@ def test_what_does_not_fit_says_so():
         Plan(data=0)
     with pytest.raises(ValueError, match='exchange: expected "auto", "counted" or "fixed"'):
         Plan(exchange="some")
-    with pytest.raises(ValueError, match="overlap: wants reshard=False"):
+    with pytest.raises(ValueError, match="overlap: expected reshard=False and pipeline=1, got reshard=True"):
         Plan(expert=2, overlap=True)
-    with pytest.raises(ValueError, match="tensor: is for generation"):
+    with pytest.raises(ValueError, match=r"tensor: is for generation, .* to be 1, got 2, 1 and 1"):
         Plan(tensor=2, data=2)
     with pytest.raises(ValueError, match="are 6 ranks, but there are 4"):
         Plan(data=3, expert=2).check(config, 4)

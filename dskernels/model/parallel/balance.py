@@ -1,8 +1,8 @@
-"""Redundant experts (EPLB): copies of those that are asked for most, so placed that every rank has the same to do.
+"""Redundant experts (EPLB): copies of the most requested experts, distributed so that all ranks have the same load.
 
-A plan gives each expert at least one place, the busiest more, and packs places onto ranks; with groups, those of a
-group stay on one node, as node-limited routing wants it. A new plan keeps what an old one has where it may: moving
-nearly every expert at each change is what other planners are blamed for. `dskernels.route` takes the places as
+A placement gives each expert at least one place, the busiest ones more, and distributes the places over the ranks; with
+groups, the experts of a group stay on one node, as node-limited routing requires. A new placement keeps experts where
+they are if possible, instead of moving nearly all of them at each change. `dskernels.route` takes the places as
 ``physical``.
 """
 
@@ -19,12 +19,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Placement:
-    """Which expert stands at each place; rank r has the places from ``r * places / ranks`` on.
+    """Which expert is at each place; rank r has the ``places / ranks`` places from ``r * places / ranks`` on.
 
     Attributes:
-        experts: of each place, the expert.
-        ranks: how many ranks share the places.
-        n_experts: how many experts there are.
+        experts: the expert at each place.
+        ranks: the number of ranks that share the places.
+        n_experts: the number of experts.
     """
 
     experts: tuple[int, ...]
@@ -33,7 +33,7 @@ class Placement:
 
     @property
     def per_rank(self) -> int:
-        """Places of a rank."""
+        """The number of places of a rank."""
         return len(self.experts) // self.ranks
 
     def of_rank(self, rank: int) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ class Placement:
         return self.experts[rank * self.per_rank : (rank + 1) * self.per_rank]
 
     def physical(self, device: torch.device | str | None = None) -> Tensor:
-        """int32 ``[E, R]`` as `dskernels.route` takes it: the places of each expert, -1 behind them."""
+        """The places of each expert, int32 ``[E, R]``, filled up with -1, as `dskernels.route` takes them."""
         places: list[list[int]] = [[] for _ in range(self.n_experts)]
         for place, expert in enumerate(self.experts):
             places[expert].append(place)
@@ -49,27 +49,27 @@ class Placement:
         return torch.tensor([row + [-1] * (widest - len(row)) for row in places], dtype=torch.int32, device=device)
 
     def loads(self, load: Sequence[float]) -> list[float]:
-        """What each rank has to do, where the copies of an expert share its load evenly."""
+        """The load of each rank, if the copies of an expert share its load evenly."""
         copies = [0] * self.n_experts
         for expert in self.experts:
             copies[expert] += 1
         return [sum(load[expert] / copies[expert] for expert in self.of_rank(rank)) for rank in range(self.ranks)]
 
     def imbalance(self, load: Sequence[float]) -> float:
-        """The busiest rank over the mean: 1 is even."""
+        """The load of the busiest rank divided by the mean; 1 means that all are equal."""
         loads = self.loads(load)
         mean = sum(loads) / len(loads)
         return max(loads) / mean if mean else 1.0
 
     def moves(self, before: Placement) -> int:
-        """Places whose weights have to come from another rank, after ``before``."""
+        """How many places need weights from another rank if ``before`` is the placement until now."""
         return sum(
             expert not in before.of_rank(rank) for rank in range(self.ranks) for expert in set(self.of_rank(rank))
         )
 
 
 def even(n_experts: int, ranks: int) -> Placement:
-    """Each expert at one place, in order: what there is before anything was measured."""
+    """Each expert at one place, in order: the placement before any load has been measured."""
     return Placement(tuple(range(n_experts)), ranks, n_experts)
 
 
@@ -83,26 +83,28 @@ def place_experts(
     before: Placement | None = None,
     slack: float = 0.05,
 ) -> Placement:
-    """Places experts by their load.
+    """Place experts by their load.
 
-    Copies are given one by one to the expert with most load a copy; then the heaviest copies go first, each to the
-    rank with least to do that has room and no copy of it yet. With ``groups`` that nodes divide, groups are packed onto
-    nodes first in the same way and all of this happens within a node; else over all ranks at once.
+    Copies are assigned one by one, each to the expert with the most load per copy. Then the copies are placed, the
+    heaviest first, each on the rank with the least load that has room and no copy of the same expert yet. If ``nodes``
+    divides ``groups``, whole groups are first distributed over the nodes in the same way, and the rest happens within
+    each node; otherwise all ranks are treated as one node.
 
-    With ``before``, copies stay on ranks that have them, as long as no rank gets more than ``slack`` above what placing
-    anew would give its busiest.
+    With ``before``, copies stay on the ranks that have them, as long as no rank has a load more than a factor of
+    ``1 + slack`` above the busiest rank of an entirely new placement.
 
     Args:
-        load: choices that fell on each expert, measured; see `Routing.load`.
-        ranks: ranks that share the places.
-        places: in all, at least as many as experts, a multiple of the ranks.
-        nodes: nodes that share the ranks.
-        groups: groups of the routing, each of consecutive experts.
+        load: how often each expert was chosen, measured; see `Routing.load`.
+        ranks: the number of ranks that share the places.
+        places: the number of places on all ranks, at least the number of experts, and a multiple of the ranks.
+        nodes: the number of nodes that share the ranks.
+        groups: the number of groups of the router, each of consecutive experts.
         before: the placement until now.
         slack: see above.
 
     Raises:
-        ValueError: numbers that do not divide each other, or fewer places than experts.
+        ValueError: the numbers do not divide each other as they have to, there are fewer places than experts, or
+            ``before`` is a placement of other experts, places or ranks.
     """
     n = len(load)
     if places < n or places % ranks or ranks % nodes or n % groups:
@@ -129,13 +131,14 @@ def place_experts(
 
 
 def _copies(load: Sequence[float], experts: Sequence[int], places: int, most: int) -> dict[int, int]:
-    """How many copies of each expert, so that the largest load a copy is as small as may be; at most one a rank."""
+    """The number of copies of each expert that makes the largest load per copy as small as possible; at most ``most``
+    of one expert, one for each rank, unless there are more places than that."""
     copies = dict.fromkeys(experts, 1)
     heap = [(-load[expert], expert) for expert in experts]
     heapq.heapify(heap)
     spare = places - len(experts)
     while spare:
-        if not heap:  # more places than ranks have use for: second copies on one rank
+        if not heap:  # every expert is on every rank, and places are left: they get second copies on one rank
             most += 1
             heap = [(-load[expert] / copies[expert], expert) for expert in experts]
             heapq.heapify(heap)
@@ -156,7 +159,7 @@ def _pack(
     before: Sequence[Sequence[int]] | None,
     slack: float,
 ) -> list[list[int]]:
-    """The experts of each rank: anew, or, if that serves, as far as may be where they were."""
+    """The experts of each rank: where they were as far as the bound allows, or else placed anew."""
     fresh = _greedy(load, copies, [[] for _ in range(ranks)], room)
     if before is None:
         return [sorted(rank) for rank in fresh]
@@ -164,7 +167,7 @@ def _pack(
     kept: list[list[int]] = [[] for _ in range(ranks)]
     busy = [sum(load[expert] / copies.get(expert, 1) for expert in rank) for rank in before]
     for expert, n in copies.items():
-        # Of copies that are one too many, those on the busiest ranks go.
+        # If an expert has fewer copies than before, those on the busiest ranks are dropped.
         there = sorted((r for r in range(ranks) if expert in before[r]), key=busy.__getitem__)
         for rank in there[:n]:
             kept[rank].append(expert)
@@ -175,8 +178,8 @@ def _pack(
 def _swapped(
     load: Sequence[float], copies: dict[int, int], packed: list[list[int]], bound: float
 ) -> list[list[int]] | None:
-    """Swaps an expert of the busiest rank for one of another, the swap that helps most first, until none is above the
-    bound; None if that gets stuck."""
+    """Swap an expert of the busiest rank for one of another rank, always the swap that helps most, until no rank is
+    above the bound; None if no swap helps any more."""
     each = {expert: load[expert] / n for expert, n in copies.items()}
     sums = [_total(load, copies, rank) for rank in packed]
     while max(sums) > bound:
@@ -201,7 +204,8 @@ def _swapped(
 
 
 def _greedy(load: Sequence[float], copies: dict[int, int], kept: Sequence[Sequence[int]], room: int) -> list[list[int]]:
-    """Puts what is left, heaviest first, on the rank with least to do that has room, and no copy of it if possible."""
+    """Put the copies that are left, the heaviest first, on the rank with the least load that has room, if possible one
+    without a copy of the same expert."""
     packed = [list(rank) for rank in kept]
     sums = [_total(load, copies, rank) for rank in packed]
     left = dict(copies)
@@ -218,7 +222,7 @@ def _greedy(load: Sequence[float], copies: dict[int, int], kept: Sequence[Sequen
 
 
 def _in_place(ranks: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The experts of each rank in an order in which those that stay keep their places."""
+    """The experts of each rank in an order in which those that stay on it keep their places."""
     result = []
     for experts, old in zip(ranks, before, strict=True):
         left, row = list(experts), []
@@ -233,7 +237,7 @@ def _in_place(ranks: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -
 
 
 def _pack_groups(load: Sequence[float], groups: int, nodes: int, before: Placement | None) -> list[list[int]]:
-    """The experts of each node: whole groups, as many on each."""
+    """The experts of each node: whole groups, the same number on each."""
     size = len(load) // groups
     weights = [sum(load[g * size : (g + 1) * size]) for g in range(groups)]
     of_node: list[list[int]] = [[] for _ in range(nodes)]
@@ -248,7 +252,7 @@ def _pack_groups(load: Sequence[float], groups: int, nodes: int, before: Placeme
 
 
 def _name_nodes(packed: list[list[int]], before: Placement, nodes: int) -> list[list[int]]:
-    """The same sets of experts, each given to the node that has most of it already."""
+    """The same sets of experts, each assigned to the node that has most of them already."""
     each = before.ranks // nodes
     there = [{e for r in range(node * each, (node + 1) * each) for e in before.of_rank(r)} for node in range(nodes)]
     named: list[list[int]] = [[] for _ in range(nodes)]
@@ -277,23 +281,25 @@ def _total(load: Sequence[float], copies: dict[int, int], experts: Sequence[int]
 
 @torch.no_grad()
 def move_experts(weights: Tensor, before: Placement, after: Placement, group: dist.ProcessGroup) -> Tensor:
-    """A rank's stack of expert weights for another placement: what is not here is sent by a rank that has it.
+    """The expert weights of this rank for another placement; a rank that has an expert sends it to those that need it.
+
+    Every rank of the group must call this with the same two placements.
 
     Args:
-        weights: ``[places / ranks, ...]``, in the order of ``before``.
+        weights: ``[places / ranks, ...]``, this rank's, in the order of ``before``.
         before: the placement until now.
-        after: the next one. Every rank of the group calls this with the same two.
+        after: the next placement.
         group: the ranks.
 
     Returns:
-        ``[places / ranks, ...]`` in the order of ``after``. The stack that was given is left as it is, so that steps
-        that are under way may finish with it.
+        ``[places / ranks, ...]`` in the order of ``after``. ``weights`` is not changed, so steps that are still running
+        can finish with it.
     """
     rank = group.rank()
     result = weights.new_empty(after.per_rank, *weights.shape[1:])
     mine = before.of_rank(rank)
     operations = []
-    sent = [0] * before.ranks  # copies of one expert take turns in sending it
+    sent = [0] * before.ranks  # of the ranks that have an expert, the one that has sent least so far sends it
     for target in range(after.ranks):
         there = before.of_rank(target)
         arrived: dict[int, int] = {}
@@ -302,7 +308,7 @@ def move_experts(weights: Tensor, before: Placement, after: Placement, group: di
                 if target == rank:
                     result[place].copy_(weights[mine.index(expert)])
                 continue
-            if expert in arrived:  # a second copy on the same rank is copied there, after the messages
+            if expert in arrived:  # a second copy on the same rank is made there, after the messages
                 continue
             arrived[expert] = place
             source = min((r for r in range(before.ranks) if expert in before.of_rank(r)), key=lambda r: (sent[r], r))

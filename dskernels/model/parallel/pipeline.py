@@ -1,8 +1,10 @@
-"""The layers of one model over the ranks of a pipeline, under the schedules of `torch.distributed.pipelining`.
+"""The layers of one model distributed over the ranks of a pipeline, with the schedules of
+`torch.distributed.pipelining`.
 
-Stages lie in a V: with P ranks, rank r has stages r and 2P - 1 - r, so that the first and the last stage, which share
-the embedding and the head with the MTP modules, are on the same rank. A stage's backward is split in two
-(`dskernels.later`): what the stage before waits for, and the gradients of weights, which fill the bubbles.
+The stages form a V: with P ranks, rank r has the stages r and 2P - 1 - r. The first and the last stage, which share the
+embedding and the head with the MTP modules, are therefore on the same rank. The backward of a stage is split in two
+(`dskernels.later`): the gradient of its input, which the preceding stage waits for, and the gradients of its weights,
+which fill the bubbles.
 """
 
 from __future__ import annotations
@@ -32,14 +34,15 @@ SCHEDULES = {"dualpipev": ScheduleDualPipeV, "zbv": ScheduleZBVZeroBubble}
 
 
 class Stage(DeepseekV3):
-    """Some blocks of a model, which they stay parts of under the same names; the first embeds, the last has the losses.
+    """Some blocks of a model, under the names that they have in it; the first stage embeds, the last has the losses.
 
     Attributes:
         layers: the blocks, by their number in the whole model.
-        queue: gradients of weights that wait.
+        queue: gradients of weights that are still to be computed.
         text: the micro-batches of the step.
-        shares: the part of the step's loss that each micro-batch is, of main and MTP, and of balance.
-        sums: of main, MTP and balance loss, over the micro-batches so far.
+        shares: for each micro-batch, the factors of its main and MTP loss, and of its balance loss, in the loss of the
+            step.
+        sums: main, MTP and balance loss, summed over the micro-batches so far.
         load: of each expert, by the place of its layer in `moe_layers` of the whole model.
     """
 
@@ -70,12 +73,13 @@ class Stage(DeepseekV3):
     def begin(
         self, text: Sequence[Packed], shares: Sequence[tuple[float, float]], mtp_lambda: float, balance_alpha: float
     ) -> None:
-        """Before a step."""
+        """Prepare a step; the arguments are the attributes of the same names."""
         self.text, self.shares, self.mtp_lambda, self.balance_alpha = text, shares, mtp_lambda, balance_alpha
         self.sums, self.load = None, {}
 
     def forward(self, x: Tensor, index: Tensor) -> Tensor:  # type: ignore[override]
-        """Micro-batch number ``index`` (on the CPU, ``[1]``): tokens or hidden states in, those or its loss out."""
+        """Run micro-batch number ``index`` (``[1]``, on the CPU): tokens or hidden states in, hidden states or its loss
+        out."""
         i = int(index)
         text, (share, balance_share) = self.text[i], self.shares[i]
         with self.queue.collecting():
@@ -94,7 +98,7 @@ class Stage(DeepseekV3):
             return cast(Tensor, _WithLoss.apply(x, balance)) if balance.requires_grad else x
 
     def trunk(self, tokens: Tensor, batch: Batch, cache: Tensor | None = None) -> tuple[Tensor, list[RouterOutput]]:
-        """What is left of it for the last stage."""
+        """The part of the trunk that the last stage runs."""
         x, routers = self._through(self._incoming, batch)
         return self.norm(x), routers
 
@@ -127,7 +131,8 @@ class Stage(DeepseekV3):
 
 
 class _WithLoss(torch.autograd.Function):
-    """Hidden states, and a loss that is paid where they were made: its gradient is 1 wherever theirs comes from."""
+    """Hidden states for the next stage, and a loss of this stage: in the backward, when the gradient of the hidden
+    states arrives, the loss gets gradient 1."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
@@ -140,22 +145,22 @@ class _WithLoss(torch.autograd.Function):
 
 
 class Pipeline:
-    """A model whose layers are spread over the pipeline's ranks, ready to run steps.
+    """A model whose layers are distributed over the ranks of the pipeline, ready to run steps.
 
     Args:
         model: the same on every rank; each keeps only its stages. If it is on the meta device, each rank allocates only
             its stages, and leaves them uninitialised. Experts may be spread over ranks too.
         team: the ranks.
-        tokens: of each micro-batch.
-        microbatches: of a step, at least twice the ranks of the pipeline.
+        tokens: the number of tokens in each micro-batch.
+        microbatches: of a step, at least twice the number of ranks in the pipeline.
         schedule: "dualpipev" (arXiv 2412.19437, in the form of a V) or "zbv" (arXiv 2401.10241, section 6).
-        collect: called after each micro-batch's gradients of weights, as `MasterAdamW.collect`; by default they add up
-            in ``.grad``.
+        collect: called after the gradients of weights of each micro-batch, such as `MasterAdamW.collect`; by default
+            they are summed in ``.grad``.
 
     Attributes:
-        stages: this rank's two.
-        schedule: the engine's.
-        handover: what messages between GPUs of one host go by; None where `torch.distributed` carries them.
+        stages: the two stages of this rank.
+        schedule: torch's schedule.
+        handover: carries messages between GPUs of one host; None if `torch.distributed` carries them.
 
     Raises:
         ValueError: the plan does not fit the model, too few micro-batches, or an unknown schedule.
@@ -228,16 +233,16 @@ class Pipeline:
     def step(
         self, text: Sequence[Packed], shares: Sequence[tuple[float, float]], *, mtp_lambda: float, balance_alpha: float
     ) -> Tensor:
-        """Forward and backward of a step.
+        """Run forward and backward of a step.
 
         Args:
             text: its micro-batches, on this device, the same on all ranks of the pipeline.
             shares: see `Stage`.
             mtp_lambda: weight of the MTP loss.
-            balance_alpha: factor of the balance loss.
+            balance_alpha: weight of the balance loss.
 
         Returns:
-            Main, MTP and balance loss over all stages, ``[3]``, on every rank of the pipeline.
+            Main, MTP and balance loss, summed over all stages, fp32 ``[3]``, on every rank of the pipeline.
         """
         for stage in self.stages:
             stage.begin(text, shares, mtp_lambda, balance_alpha)
@@ -250,12 +255,13 @@ class Pipeline:
 
     @torch.no_grad()
     def evaluate(self, text: Sequence[Packed], shares: Sequence[float]) -> Tensor:
-        """Losses of as many micro-batches without a backward, likewise; ``load`` counts those of a share."""
+        """Losses without a backward, with the arguments and the result of `step`; `load` then counts only micro-batches
+        whose share is not 0."""
         for stage in self.stages:
             stage.begin(text, [(share, 0.0) for share in shares], 1.0, 0.0)
         ranks, group = self.team.plan.pipeline, self.team.group("pipeline")
         here, mine = self.team.place("pipeline"), dict(zip(self.places, self.stages, strict=True))
-        for i, batch in enumerate(text):  # one after the other: the schedules of V shape have no forward alone
+        for i, batch in enumerate(text):  # one after the other: torch's V-shaped schedules cannot run forwards alone
             x = batch.tokens
             for place in range(2 * ranks):
                 if place not in mine:
@@ -271,13 +277,14 @@ class Pipeline:
         return self._sums()
 
     def _sums(self) -> Tensor:
-        """Over all stages; no rank is further than the others when it is there, which `Handover` relies on."""
+        """The losses summed over all stages. It synchronises the ranks of the pipeline, which `Handover` relies on."""
         sums = torch.stack([cast(Tensor, stage.sums) for stage in self.stages]).sum(0)
         dist.all_reduce(sums, group=self.team.group("pipeline"))
         return sums
 
     def load(self) -> Tensor:
-        """Of each expert of each layer, int64, on every rank of the pipeline."""
+        """How often each expert of each layer was chosen, int64 ``[layers, experts]``, on every rank of the
+        pipeline."""
         config = self.stages[0].config
         layers = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers
         load = torch.zeros(layers, config.n_routed_experts, dtype=torch.int64, device=self.team.device)
@@ -288,11 +295,11 @@ class Pipeline:
         return load
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """This rank's, by their names in the whole model, each once."""
+        """The parameters of this rank, each once, by their names in the whole model."""
         return {name: p for stage in self.stages for name, p in stage.named_parameters()}
 
     def moe_layers(self) -> dict[int, MoE]:
-        """This rank's layers with experts, by their place in `DeepseekV3.moe_layers` of the whole model."""
+        """The layers with experts of this rank, by their place in `DeepseekV3.moe_layers` of the whole model."""
         found: dict[int, MoE] = {}
         for stage in self.stages:
             blocks = [*stage.layers.values(), *(stage.mtp if stage.last else ())]
@@ -301,14 +308,15 @@ class Pipeline:
         return found
 
     def reduce(self) -> None:
-        """Sums gradients over the ranks that have other text; where a pipeline is, no weights are sharded."""
+        """Sum gradients over the ranks that process different text; in a pipeline, no weights are sharded."""
         for name, parameter in self.named_parameters().items():
             if parameter.grad is not None:
                 self.team.total(parameter.grad, dimension(name))
 
 
 def split(layers: int, stages: int) -> list[tuple[int, int]]:
-    """Where each stage begins and ends. The last, which has the head and the MTP modules too, is among the shorter."""
+    """The first layer of each stage, and the one after its last. The last stage, which also has the head and the MTP
+    modules, is one of the shorter ones."""
     short, longer = divmod(layers, stages)
     sizes = [short + (i < longer) for i in range(stages)]
     ends = [sum(sizes[: i + 1]) for i in range(stages)]

@@ -1,4 +1,4 @@
-"""How a model is spread over ranks: the plan, the groups of ranks it makes, and what it does to the model."""
+"""How a model is spread over ranks: the plan, the groups of ranks that it forms, and what it changes in the model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from dskernels.model.parallel.fixed import largest_message
 from dskernels.model.parallel.mail import Collective, Mail
 from dskernels.model.parallel.shards import local
 
-TIMEOUT = 600.0  # seconds that a rank waits for the others before it gives up
-# Sent to every rank, a token is wanted there by 99.9% of 2 and 90% of 4, as 8 choices fall, but by 66% of 8.
+TIMEOUT = 600.0  # seconds that a rank waits for the others before it raises an error
+# Up to how many ranks every token is sent to all of them without counting. With 8 choices per token, 99.9% of the
+# (token, rank) pairs are needed on 2 ranks and 90% on 4, but only 66% on 8.
 MOST_FIXED = 4
 
 Exchange = Literal["auto", "counted", "fixed"]
@@ -34,28 +35,32 @@ Exchange = Literal["auto", "counted", "fixed"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the ranks of a run do for each other. Their number is the product of all four.
+    """How the ranks of a run divide the work. The number of ranks is the product of data, expert, pipeline and tensor.
 
     Attributes:
-        data: ranks with the same experts and other text, which share the memory of all weights (FSDP2).
-        expert: ranks that share the experts of a layer, each with its own text too.
-        pipeline: ranks that share the layers, two stages each, in the form of a V (`Pipeline`).
-        tensor: ranks that share the heads and the experts for the same text, to generate with (`parallelize_decode`).
-        wire: what a token travels to its experts as, see `ExpertParallel`.
-        exchange: "counted", tokens to the ranks of their experts alone, whose numbers the host waits for once a layer;
-            "fixed", all tokens to all ranks, and no wait: by copy engines where the GPUs reach each other's memory,
-            else by `torch.distributed`. "auto" is "fixed" for at most 4 ranks with such GPUs, where the tokens of a
-            rank are known beforehand (`train`, `Pipeline`, ``parallelize(tokens=...)``), else "counted".
-        reshard: let go of gathered weights after each block's forward, and gather them again for its backward: less
-            memory, more messages. Without it `train` leaves whole weights on every rank and spreads what the optimiser
-            keeps of them (`WholeAdamW`), with one sum of gradients and one message of weights a step.
-        overlap: train on two micro-batches at a time, so that the messages of one travel under the computation of the
-            other, see `overlapped`. It wants twice the memory between forward and backward, and ``reshard=False``.
-        sms: how many SMs of a GPU a message of NCCL may take from what is computed beside it; None leaves it to NCCL.
+        data: the number of ranks that have the same experts, process different text, and share the memory of all
+            weights (FSDP2).
+        expert: the number of ranks that share the experts of each layer; each also processes its own text.
+        pipeline: the number of ranks that share the layers, two stages each, in the form of a V (`Pipeline`).
+        tensor: the number of ranks that share heads and experts for the same text, for generation
+            (`parallelize_decode`).
+        wire: the format in which a token is sent to its experts, see `ExpertParallel`.
+        exchange: "counted" sends each token only to the ranks of its experts, and the host waits once per layer for the
+            number of tokens. "fixed" sends all tokens to all ranks and waits for nothing: by copy engines if the GPUs
+            can access each other's memory, else by `torch.distributed`. "auto" means "fixed" for at most 4 ranks with
+            such GPUs if the number of tokens of a rank is known in advance (`train`, `Pipeline`,
+            ``parallelize(tokens=...)``), else "counted".
+        reshard: free gathered weights after the forward of each block, and gather them again for its backward: less
+            memory, more messages. Without it, `train` keeps the whole weights on every rank and divides only the state
+            of the optimiser (`WholeAdamW`): gradients are summed once per step, and updated weights sent once.
+        overlap: train on two micro-batches at a time, so that messages of one travel while the other computes, see
+            `overlapped`. This needs twice the memory between forward and backward, and ``reshard=False``.
+        sms: the most SMs of a GPU that a message of NCCL may occupy while something else computes; None leaves it to
+            NCCL.
 
     Raises:
-        ValueError: a number is below 1, an unknown exchange, ``overlap`` with ``reshard`` or a pipeline, or ``tensor``
-            beside others.
+        ValueError: a number is below 1, ``exchange`` is unknown, ``overlap`` is combined with ``reshard`` or a
+            pipeline, or ``tensor`` with any of the other three.
     """
 
     data: int = 1
@@ -75,24 +80,30 @@ class Plan:
         if self.exchange not in ("auto", "counted", "fixed"):
             raise ValueError(f'exchange: expected "auto", "counted" or "fixed", got {self.exchange!r}')
         if self.overlap and (self.reshard or self.pipeline > 1):
-            raise ValueError("overlap: wants reshard=False, and no pipeline")
+            raise ValueError(
+                "overlap: expected reshard=False and pipeline=1, "
+                f"got reshard={self.reshard} and pipeline={self.pipeline}"
+            )
         if self.sms is not None and self.sms < 1:
             raise ValueError(f"sms: expected at least 1, got {self.sms}")
         if self.tensor > 1 and self.ranks != self.tensor:
-            raise ValueError("tensor: is for generation, where data, expert and pipeline are 1")
+            raise ValueError(
+                f"tensor: is for generation, expected data, expert and pipeline to be 1, "
+                f"got {self.data}, {self.expert} and {self.pipeline}"
+            )
 
     @property
     def ranks(self) -> int:
-        """How many there are."""
+        """The number of ranks."""
         return self.data * self.expert * self.pipeline * self.tensor
 
     @property
     def batches(self) -> int:
-        """How many of them have a batch of their own."""
+        """The number of ranks that process different text; with a pipeline, the number of pipelines."""
         return self.data * self.expert
 
     def check(self, config: Config, ranks: int) -> None:
-        """Raises ValueError where it does not fit the model or the number of ranks."""
+        """Raise a ValueError if the plan does not fit the model or the number of ranks."""
         if self.ranks != ranks:
             raise ValueError(
                 f"plan: data {self.data} x expert {self.expert} x pipeline {self.pipeline} x tensor {self.tensor} are "
@@ -114,13 +125,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Team:
-    """The ranks of a run in their groups, as this rank sees them.
+    """The ranks of a run and their groups, as this rank sees them.
 
     Attributes:
-        plan: what they do.
-        mesh: of dimensions pipeline, data, expert and tensor; those of an expert group are neighbours.
-        batch: of data and expert as one: the ranks that have other text and the same layers.
-        device: this rank's.
+        plan: how they divide the work.
+        mesh: of the dimensions pipeline, data, expert and tensor; ranks of one expert group are neighbours.
+        batch: data and expert as one dimension: the ranks that have the same layers and process different text.
+        device: of this rank.
     """
 
     plan: Plan
@@ -130,22 +141,22 @@ class Team:
 
     @classmethod
     def start(cls, plan: Plan, device: torch.device | str | None = None, *, timeout: float = TIMEOUT) -> Team:
-        """Joins the ranks that torchrun has started: NCCL where there is a GPU for each, else gloo on the CPU.
+        """Join the ranks that torchrun has started: with NCCL if there is a GPU for each, else with gloo on the CPU.
 
         Args:
-            plan: for as many ranks as there are.
-            device: by default a GPU for each rank, if there is one.
-            timeout: seconds after which a rank that waits for one that died ends with an error.
+            plan: for the number of ranks that there are.
+            device: by default a GPU for each rank if there are GPUs.
+            timeout: seconds after which a rank that waits for a dead one ends with an error.
 
         Raises:
-            ValueError: another number of ranks.
+            ValueError: the plan is for another number of ranks.
         """
         if not dist.is_initialized():
-            # Multicast over NVLink has hung shared hosts, and gains nothing that was measured here.
+            # Multicast over NVLink has made shared hosts hang, and no measurement here has shown a gain from it.
             os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
             os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
             if plan.sms is not None:
-                os.environ["NCCL_MAX_CTAS"] = str(plan.sms)  # a CTA of NCCL's holds one SM
+                os.environ["NCCL_MAX_CTAS"] = str(plan.sms)  # each CTA of NCCL occupies one SM
             local = int(os.environ.get("LOCAL_RANK", 0))
             if device is None:
                 device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
@@ -164,21 +175,21 @@ class Team:
         return cls(plan, mesh, mesh["data", "expert"]._flatten("batch"), device)
 
     def group(self, name: str) -> dist.ProcessGroup:
-        """This rank's group along a dimension, or "batch"."""
+        """This rank's group along a dimension of the mesh, or "batch"."""
         return (self.batch if name == "batch" else self.mesh[name]).get_group()
 
     def place(self, name: str) -> int:
-        """This rank's place in that group."""
+        """This rank's number within that group."""
         return (self.batch if name == "batch" else self.mesh[name]).get_local_rank()
 
     def total(self, x: Tensor, name: str = "batch") -> Tensor:
-        """The sum of a tensor over a group, in place."""
+        """Sum a tensor over a group, in place."""
         if self.group(name).size() > 1:
             dist.all_reduce(x, group=self.group(name))
         return x
 
     def close(self) -> None:
-        """Leaves the other ranks."""
+        """Leave the group of ranks."""
         dist.destroy_process_group()
 
 
@@ -223,7 +234,8 @@ def move(module: nn.Module, device: torch.device) -> None:
 
 
 def spread_experts(model: nn.Module, team: Team, *, tokens: int | None, dtype: torch.dtype) -> None:
-    """Leaves each rank its part of the experts of every layer; tokens travel in `dtype`, see `parallelize`."""
+    """Replace the experts of every layer by this rank's part of them; tokens are sent in ``dtype``, see
+    `parallelize`."""
     ranks, place = team.plan.expert, team.place("expert")
     found = expert_modules(model)
     if ranks == 1 or not found:
@@ -245,26 +257,27 @@ def spread_experts(model: nn.Module, team: Team, *, tokens: int | None, dtype: t
 
 
 def mail_for(config: Config, team: Team, tokens: int | None, dtype: torch.dtype) -> Mail | None:
-    """What takes the tokens of all layers to all ranks, where the plan wants that; every rank calls it."""
+    """What carries the tokens of all layers to all ranks, or None if they are counted; every rank must call this."""
     group, exchange = team.group("expert"), team.plan.exchange
     if exchange == "counted" or (exchange == "auto" and (tokens is None or group.size() > MOST_FIXED)):
         return None
     if tokens is None:
-        raise ValueError('exchange: "fixed" wants to know how many tokens a rank brings, `tokens`')
+        raise ValueError('exchange: "fixed" needs `tokens`, the most that a rank processes at a time, got None')
     if not reach_each_other(group):
         return Collective(group) if exchange == "fixed" else None
     return CopyEngines(group, largest_message(tokens, config.hidden_size, config.num_experts_per_tok, dtype))
 
 
 def expert_modules(model: nn.Module) -> list:
-    """The `Experts` of a model or of some of its layers, each with the model's config."""
+    """The `Experts` of a model, or of some of its layers, each with the config of the model."""
     from dskernels.model.moe import MoE
 
     return [(m.experts, m.gate.config) for m in model.modules() if isinstance(m, MoE)]
 
 
 def most_ranks(config: Config, ranks: int) -> int | None:
-    """The most ranks that a token's experts are on, where its groups are limited; None if that is no limit."""
+    """The most ranks that the experts of a token can be on, if the router limits its groups; None if this is no
+    limit."""
     per_group, per_rank = config.n_routed_experts // config.n_group, config.n_routed_experts // ranks
     if per_group % per_rank == 0:
         most = config.topk_group * (per_group // per_rank)
@@ -303,10 +316,10 @@ def shard(model: nn.Module, team: Team, *, dtype: torch.dtype | None) -> None:
 
 
 class _Renewal:
-    """Tells those who keep something made of a weight, such as its quantised copy, that it has changed.
+    """A hook that marks gathered weights as changed, so that quantised copies of them are made anew.
 
-    FSDP2 gathers a weight into the same memory under the same version number, whatever it has become. The shards that
-    it gathers know better.
+    FSDP2 gathers a weight into the same memory without changing its version counter, even if the values have changed.
+    The version counters of the shards do change.
     """
 
     def __init__(self, unit: nn.Module) -> None:
@@ -327,7 +340,7 @@ class _Renewal:
 
 
 def _of_unit(unit: nn.Module) -> Iterator[nn.Module]:
-    """A module that FSDP2 gathers at once, and what is in it and not gathered by itself."""
+    """A module whose weights FSDP2 gathers together: itself, and its submodules that are not gathered separately."""
     yield unit
     for child in unit.children():
         if not isinstance(child, FSDPModule):

@@ -1,7 +1,8 @@
-"""How ranks that have whole weights share what an optimiser makes of them: sums of gradients there, weights back.
+"""The messages of an optimiser whose ranks have whole weights, and each update a part of them: gradients are summed on
+the rank that updates with them, and the updated weights are sent to all others.
 
-`Collectives` does it by `torch.distributed`; `CopiedShares` by the copy engines of GPUs of one host, which hold no SM
-from the backward that runs meanwhile.
+`Collectives` sends by `torch.distributed`; `CopiedShares` by the copy engines of GPUs of one host, which occupy no SM
+that the backward running at the same time could use.
 """
 
 from __future__ import annotations
@@ -19,23 +20,24 @@ from dskernels.model.parallel.optimizer import EXPERTS
 from dskernels.model.parallel.plan import Team
 from dskernels.model.parallel.symmetric_triton import sum_ranks
 
-# As torch calls them from 2.13 on, and as it did before.
+# Their names in torch from 2.13 on, and before.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def dimension(name: str) -> str:
-    """Of the mesh: the ranks that have the same of a parameter, and other text."""
+    """The dimension of the mesh over which a parameter's gradients are summed: the ranks that hold the same rows of it
+    and process different text."""
     return "data" if name.endswith(EXPERTS) else "batch"
 
 
 class Collectives:
-    """By a collective a matrix. All ranks begin the same buckets in the same order.
+    """One collective for each matrix. All ranks must start the same buckets in the same order.
 
     Args:
         team: the ranks.
-        weights: whole, by name, of which each of R ranks updates the R-th part of the rows.
-        buckets: names, of which each stands in one.
+        weights: by name, whole; each of R ranks updates one R-th of the rows.
+        buckets: the names in each bucket; every name is in exactly one.
     """
 
     def __init__(self, team: Team, weights: Mapping[str, nn.Parameter], buckets: Sequence[Sequence[str]]) -> None:
@@ -43,23 +45,29 @@ class Collectives:
         self.works: list[dist.Work] = []
 
     def send_gradients(self, bucket: int, totals: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
-        """Begins to sum this rank's gradients, by name, with those of others; `mine` is for its rows of the sums."""
+        """Start to sum the gradients of a bucket over the ranks.
+
+        Args:
+            bucket: which bucket.
+            totals: this rank's gradients, by name.
+            mine: by name, where the sums of the rows go that this rank updates.
+        """
         for name in self.buckets[bucket]:
             group = self.team.group(dimension(name))
             self.works.append(_reduce_scatter(mine[name], totals[name], group=group, async_op=True))
 
     def gradients(self, totals: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
-        """Until all of them are there; on a GPU it is the stream that waits, here and below."""
+        """Wait until all sums have arrived; on a GPU, here and below, the stream waits and not the host."""
         self._wait()
 
     def send_weights(self, bucket: int, rows: Mapping[str, Tensor]) -> None:
-        """Begins to give the rows that this rank has updated to the others."""
+        """Start to send the rows that this rank has updated, by name, to the other ranks."""
         for name in self.buckets[bucket]:
             group, whole = self.team.group(dimension(name)), self.weights[name].detach()
             self.works.append(_all_gather(whole, rows[name], group=group, async_op=True))
 
     def arrived(self) -> None:
-        """Until theirs are here."""
+        """Wait until the rows of the other ranks have arrived."""
         self._wait()
 
     def _wait(self) -> None:
@@ -69,15 +77,15 @@ class Collectives:
 
 
 class CopiedShares:
-    """By copies into the others' memory, where the weights lie, and room for the gradients of this rank's rows.
+    """Copies into memory of the other ranks, which holds their weights and has room for gradients of their rows.
 
-    Every sum over all ranks between a step's gradients and its update, such as that of the gradient's norm, says that
-    what came has been read, and that weights may be overwritten.
+    Between the gradients of a step and its update there must be a sum over all ranks, such as that of the norm of the
+    gradient: when it is complete, every rank has read what it received, and the weights may be overwritten.
 
     Args:
-        team: the ranks, whose GPUs reach each other; all make this at once.
-        weights: see `Collectives`; they move.
-        buckets: likewise.
+        team: the ranks, whose GPUs can access each other's memory; all ranks must create this at the same time.
+        weights: see `Collectives`; they are moved into the shared memory.
+        buckets: see `Collectives`.
         memory: by default torch's symmetric memory.
     """
 
@@ -111,7 +119,7 @@ class CopiedShares:
                 parameter = weights[name]
                 parameter.data = Part(at, parameter.shape, parameter.dtype).of(self.own).copy_(parameter)
         self.weights = weights
-        self.turn = [1, 1]  # of gradients, and of weights
+        self.turn = [1, 1]  # the value that flags have in this step, for gradients and for weights
         device = self.own.device
         self.on, self.now = Engine.of(torch.cuda.Stream(device, priority=-1)), Moment(device)
 
@@ -129,7 +137,7 @@ class CopiedShares:
         self._tell(bucket, 0)
 
     def gradients(self, totals: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> None:
-        """See `Collectives`: sums each bucket as it comes, in the order of the ranks."""
+        """See `Collectives`: sum each bucket when it has arrived, in the order of the ranks."""
         for bucket in reversed(range(len(self.buckets))):
             self._until(bucket, 0)
             for name in self.buckets[bucket]:
@@ -186,5 +194,5 @@ class CopiedShares:
 
 
 def _among_others(rank: int, reader: int) -> int:
-    """The place of a rank among all but the reader."""
+    """The number of a rank among all ranks except the reader."""
     return rank - (rank > reader)

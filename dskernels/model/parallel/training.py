@@ -115,7 +115,7 @@ def train(
 
 
 class TeamStepper(Stepper):
-    """`Stepper` whose micro-batches are spread over the ranks."""
+    """`Stepper` whose micro-batches are distributed over the ranks."""
 
     optimizer: TeamAdamW
 
@@ -126,7 +126,7 @@ class TeamStepper(Stepper):
         self.team, self.pipeline = team, pipeline
 
     def backward(self, text: Sequence[Packed], step: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """As with one process, from all micro-batches of the step, of which this rank runs its own."""
+        """See `Stepper.backward`: ``text`` has all micro-batches of the step, of which this rank runs its share."""
         config, team = self.config, self.team
         mtp_lambda, each = config.mtp_lambda_at(step), len(text) // team.plan.batches
         predictions = max(sum(int(batch.predictions) for batch in text), 1)
@@ -168,7 +168,11 @@ class TeamStepper(Stepper):
 
     @torch.no_grad()
     def evaluate(self, held_out: Sequence[Packed]) -> dict[str, Any]:
-        """Losses on held-out text, of which each rank looks at its part; all look at as many batches."""
+        """Losses on held-out text, of which each rank processes its share.
+
+        Ranks exchange messages, so all of them run the same number of batches; those that are added to get it have
+        weight 0.
+        """
         team = self.team
         each = -(-len(held_out) // team.plan.batches)
         if self.pipeline is not None:
@@ -202,11 +206,11 @@ class TeamStepper(Stepper):
         return dict(validation_loss=main, validation_mtp_loss=ahead, load=load.tolist())
 
     def _culprit(self, pending: Pending) -> str:
-        return f"seen by rank {dist.get_rank()} of {dist.get_world_size()}; one process names the tensor"
+        return f"seen by rank {dist.get_rank()} of {dist.get_world_size()}; a run in one process would name the tensor"
 
 
 class _Run:
-    """A model on its way through the steps, as this rank sees it."""
+    """A model on its way through the steps, with what this rank holds of everything that a checkpoint stores."""
 
     def __init__(
         self,
@@ -430,7 +434,7 @@ def _optimizer(
 
 
 def _parts(pipeline: Pipeline, config: Config, device: torch.device) -> Any:
-    """What a `Stepper` asks of a model, for the stages of a rank."""
+    """What a `Stepper` uses of a model, for the stages of this rank."""
     here = pipeline.moe_layers()
     layers = config.num_hidden_layers - config.first_k_dense_replace + config.num_nextn_predict_layers
     elsewhere = cast(MoE, SimpleNamespace(gate=SimpleNamespace(e_score_correction_bias=None)))

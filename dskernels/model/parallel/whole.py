@@ -1,11 +1,11 @@
-"""The optimiser of weights that ranks have whole, each of which updates a part of them: ZeRO-1, as DeepSeek-V3 was
-trained (report section 3.1).
+"""The optimiser for weights that every rank has whole, while each rank updates a part of them: ZeRO-1, as DeepSeek-V3
+was trained (report section 3.1).
 
-Masters, moments and summed gradients are spread over the ranks by rows; weights in low precision, and the gradients of
-a rank's own text in fp32, are whole on each. A rank gets the sum of the gradients of its rows, and gives the rows that
-it has updated to the others: once a step each, under the last backward and under the update. On 2 H200 a step of a
-slice of Moonlight takes 269 ms so, 283 where NCCL carries it, 300 with FSDP2 that keeps what it has gathered, and 271
-on one of them.
+Masters, moments and summed gradients are divided over the ranks by rows. The weights in low precision, and the
+gradients of a rank's own text in fp32, are whole on each rank. Once per step, a rank receives the sum of the gradients
+of its rows while the last backward runs, and sends the rows that it has updated while the next ones are updated. On 2
+H200 a step of a slice of Moonlight takes 269 ms in this way, 283 ms if NCCL carries the messages, and 300 ms with FSDP2
+that keeps gathered weights; it takes 271 ms on one of them.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from dskernels.model.parallel.optimizer import TeamAdamW
 from dskernels.model.parallel.plan import Team
 from dskernels.model.parallel.shares import Collectives, CopiedShares, dimension
 
-BUCKET = 1 << 27  # numbers, or more by the last matrix, whose gradients leave together: 512 MiB
+# Gradients are sent in buckets of whole matrices; a bucket is complete once it has this many numbers (512 MiB).
+BUCKET = 1 << 27
 
 
 class Bucket(NamedTuple):
-    """Matrices that are behind each other in the model.
+    """Consecutive matrices of the model.
 
     Attributes:
-        names: of them.
-        begin: where this rank's rows of them begin in its masters.
-        end: and where they end.
+        names: of the matrices.
+        begin: where this rank's rows of them begin in its flat masters.
+        end: where they end.
     """
 
     names: Sequence[str]
@@ -42,9 +43,9 @@ class Bucket(NamedTuple):
 
 
 class WholeAdamW(TeamAdamW):
-    """`TeamAdamW` of plain parameters, the same on all ranks with other text.
+    """`TeamAdamW` of plain parameters, which are the same on all ranks that process different text.
 
-    Matrices whose rows the ranks do not divide, and vectors, are updated by every rank.
+    Vectors, and matrices whose number of rows is no multiple of the number of ranks, are updated by every rank.
 
     Args:
         parameters: by name, as the model has them.
@@ -65,7 +66,7 @@ class WholeAdamW(TeamAdamW):
     ) -> None:
         super().__init__(parameters, team, betas=betas, weight_decay=weight_decay, moments=moments)
         mine = dict(zip(self.names, self._gradients, strict=True))
-        # Of what this rank alone updates here, the sum over its text is the sum over all.
+        # Where rows are not divided, the sum over this rank's own text and the sum over all ranks use the same memory.
         self._sums = {
             name: torch.empty_like(parameter, dtype=torch.float32) if self._spread(name) else mine[name]
             for name, parameter in self.whole.items()
@@ -75,17 +76,19 @@ class WholeAdamW(TeamAdamW):
         self._at = {name: i for i, bucket in enumerate(self._buckets) for name in bucket.names}
         vectors = self.parts[len(self.parts) - (self._matrices < self.flat.numel()) :]
         self.parts = [(bucket.begin, bucket.end) for bucket in self._buckets] + vectors
-        self._begun = set[str]()  # those of which this step has a sum
-        self._missing: list[set[str]] | None = None  # of each bucket, while the last backward of a step runs
-        self._sent = 0  # buckets, from the last on
+        self._begun = set[str]()  # the parameters of which this step has gradients already
+        # While the last backward of a step runs: of each bucket, the names without a gradient so far.
+        self._missing: list[set[str]] | None = None
+        self._sent = 0  # how many buckets have been sent, beginning with the last one
         shared = [[name for name in bucket.names if self._spread(name)] for bucket in self._buckets]
         group = team.group("batch")
         kind = CopiedShares if group.size() > 1 and reach_each_other(group) else Collectives
         self._shares: Collectives | CopiedShares = kind(team, self.whole, shared)
-        # Weights may have moved.
+        # The weights may have been moved into shared memory.
         self.parameters, self._apart = [nn.Parameter(self._local(name)) for name in self.names], []
-        self._given = False  # the rows that a step has updated
-        here = weakref.WeakMethod(self._made)  # autograd's hooks are not seen by the collector of garbage
+        self._given = False  # whether the rows that this step has updated have been sent
+        # A weak reference, because the garbage collector does not see what autograd's hooks refer to.
+        here = weakref.WeakMethod(self._made)
         for name in self._at:
             self.whole[name].register_post_accumulate_grad_hook(functools.partial(_tell, here, name))
 
@@ -104,10 +107,10 @@ class WholeAdamW(TeamAdamW):
                 names, begin, size = [], end, 0
         return buckets
 
-    # ---- who has what -----------------------------------------------------------------------------------------------
+    # ---- which rank updates what ------------------------------------------------------------------------------------
 
     def rows(self, name: str) -> slice:
-        """Those of a parameter that this rank updates."""
+        """The rows of a parameter that this rank updates."""
         total, ranks = self.whole[name].shape[0], self._ranks(name)
         if not self._spread(name):
             return slice(0, total)
@@ -140,20 +143,20 @@ class WholeAdamW(TeamAdamW):
     # ---- gradients --------------------------------------------------------------------------------------------------
 
     def last(self) -> None:
-        """See `TeamAdamW`: gradients leave as they are made."""
+        """See `TeamAdamW`: from now on gradients are sent as soon as they are there."""
         self._missing = [set(bucket.names) for bucket in self._buckets]
 
     def _made(self, name: str) -> None:
-        """The gradient of a parameter is there."""
+        """Called when the gradient of a parameter is there."""
         if self._missing is None:
             return
         self._missing[self._at[name]].discard(name)
-        while self._sent < len(self._buckets) and not self._missing[-1 - self._sent]:  # in one order on all ranks
+        while self._sent < len(self._buckets) and not self._missing[-1 - self._sent]:  # all ranks in the same order
             self._send()
 
     @torch.no_grad()
     def _send(self) -> None:
-        """The next bucket's to the ranks that update with them."""
+        """Send the gradients of the next bucket to the ranks that update with them."""
         bucket = self._buckets[-1 - self._sent]
         self._sent += 1
         self._add(bucket.names)
@@ -161,14 +164,14 @@ class WholeAdamW(TeamAdamW):
         self._shares.send_gradients(len(self._buckets) - self._sent, self._sums, self._mine)
 
     def _zero_missing(self, names: Sequence[str]) -> None:
-        """Where nothing reached this rank, and others wait."""
+        """Zero the sums of parameters that got no gradient on this rank, because the other ranks wait for them."""
         for name in names:
             if name not in self._begun:
                 self._sums[name].zero_()
 
     @torch.no_grad()
     def collect(self) -> None:
-        """Adds the gradients of the model's parameters to what there is of them from this rank's text, in fp32."""
+        """Add the gradients of the model's parameters to the sums over this rank's text, in fp32."""
         self._add(list(self.whole))
 
     def _add(self, names: Sequence[str]) -> None:
@@ -182,12 +185,12 @@ class WholeAdamW(TeamAdamW):
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Sums over the ranks with other text what is not on its way, and waits for all of it."""
+        """Sum over the ranks what has not been sent yet, and wait for all sums."""
         self.collect()
         while self._sent < len(self._buckets):
             self._send()
         self._zero_missing([name for name in self.whole if name not in self._at])
-        for name in self._at:  # matrices that all have
+        for name in self._at:  # matrices that every rank updates
             if not self._spread(name):
                 self.team.total(self._sums[name], dimension(name))
         vectors = self._gradient[self._matrices :]
@@ -201,13 +204,14 @@ class WholeAdamW(TeamAdamW):
 
     @torch.no_grad()
     def updated(self, begin: int, end: int) -> None:
-        """Rows of these masters go to the other ranks while the next ones are updated."""
+        """Send the rows of these masters to the other ranks, while the next ones are updated."""
         place = next((i for i, bucket in enumerate(self._buckets) if bucket.begin == begin), None)
         self._give(place)
         self._given = True
 
     def _give(self, place: int | None) -> None:
-        """A bucket's; None is what is in none."""
+        """Set this rank's rows of a bucket's weights to the rounded masters and send them; None stands for the vectors,
+        which are in no bucket and are not sent."""
         names = [name for name in self.whole if name not in self._at] if place is None else self._buckets[place].names
         rows = {name: self._local(name) for name in names}
         torch._foreach_copy_(list(rows.values()), [self._master[name] for name in names])
@@ -216,7 +220,7 @@ class WholeAdamW(TeamAdamW):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Makes the parameters what the masters are, rounded; those that `updated` has given away are on their way."""
+        """Set the parameters to the rounded masters; `updated` may have sent the rows already."""
         if not self._given:
             for place in (*range(len(self._buckets)), None):
                 self._give(place)
@@ -226,7 +230,7 @@ class WholeAdamW(TeamAdamW):
 
 
 def _tell(method: weakref.WeakMethod, name: str, parameter: Tensor) -> None:
-    """Calls the method of an object that is still there."""
+    """Call the method if its object still exists."""
     made = method()
     if made is not None:
         made(name)
