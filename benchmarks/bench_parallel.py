@@ -77,7 +77,8 @@ def large(bench: Bench, group: dist.ProcessGroup, tokens: int, hidden: int, expe
     columns = [(top_k, torch.float32), (top_k, torch.int32)]
 
     def dispatch(trip: Trip | FixedTrip, form: Form = "same", lend: bool = True) -> None:
-        trip.send([*loaded(x, form), routing.weights, routing.experts], lend=lend)
+        scales = (1,) if form == "operand" else ()
+        trip.send([*loaded(x, form), routing.weights, routing.experts], lend=lend, columns=scales)
         *parts, _, _ = trip.arrived(widths(hidden, x.dtype, form) + columns)
         if form != "operand":
             unloaded(parts, x.dtype)

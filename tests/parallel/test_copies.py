@@ -36,7 +36,7 @@ def memory_of_one_gpu(cls, group, size):
 class Plain(Collective):
     """By `torch.distributed` through the CPU, where gloo is."""
 
-    def send(self, outgoing, *, together=False, fill=None):
+    def send(self, outgoing, *, together=False, fill=None, columns=()):
         for rank in range(self.ranks):
             if fill is not None and rank != self.rank:
                 fill(rank, slice(0, len(outgoing[rank][0])))
@@ -69,14 +69,15 @@ def letters(rank, device, plain):
     """More messages than slots, of several sizes, in pieces, each read late and then again in time."""
     group = dist.group.WORLD
     rows, width = 1000, 513
-    size = message_bytes([(rows, 4 * width), (rows, 16)])
+    size = message_bytes([(rows, 4 * width), (rows, 16), (rows, 12)])
     mail = CopyEngines(group, size, piece=rows * width)  # three pieces
     assert SLOTS == 4
     generator = torch.Generator(device).manual_seed(rank)
 
     def message(n):
         first = torch.randint(0, 2**30, (n, width), device=device, generator=generator, dtype=torch.int32)
-        return [first, pack(torch.rand(n, 3, device=device, generator=generator))]
+        scales = torch.rand(3, n + n % 4, device=device, generator=generator)[:, :n].mT
+        return [first, pack(torch.rand(n, 3, device=device, generator=generator)), scales]
 
     def read(mail, sent, together):
         pieces = list(mail.arriving(sent))
@@ -90,7 +91,7 @@ def letters(rank, device, plain):
         together = [(round_ + i) % 2 == 0 for i in range(3)]
         messages = [[message(n), message(n)] for n in sizes]
         torch.cuda._sleep(int(2e6) * ((rank + round_) % 2))  # now the one is late, now the other
-        sent = [mail.send(both, together=one) for both, one in zip(messages, together, strict=True)]
+        sent = [mail.send(both, together=one, columns=(2,)) for both, one in zip(messages, together, strict=True)]
         wanted = [
             read(plain, plain.send(both, together=one), one)[0] for both, one in zip(messages, together, strict=True)
         ]
@@ -100,7 +101,7 @@ def letters(rank, device, plain):
             assert sum(piece.stop - piece.start for piece in pieces) * (1 + all_of_it) == want[0].shape[0]
             assert len(pieces) <= len(ENDS)
     with pytest.raises(ValueError, match="outgoing: expected at most"):
-        mail.send([message(2 * rows)] * 2)
+        mail.send([message(2 * rows)] * 2, columns=(2,))
     with pytest.raises(ValueError, match="sent together"):
         mail.whole(sent[0] if not together[0] else sent[1])
     captured(mail, message, read, plain)
@@ -114,7 +115,7 @@ def captured(mail, message, read, plain):
     with torch.cuda.graph(graph):
         found = []
         for pair in range(3):
-            sent = [mail.send(both, together=(i + pair) % 2 == 0) for i in range(2)]
+            sent = [mail.send(both, together=(i + pair) % 2 == 0, columns=(2,)) for i in range(2)]
             found += [read(mail, one, (i + pair) % 2 == 0)[0] for i, one in enumerate(sent)]
         mail.settle()
     for replay in range(4):
@@ -127,11 +128,11 @@ def captured(mail, message, read, plain):
             want = read(plain, plain.send(both, together=together), together)[0]
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (replay, i)
         if replay % 2:
-            outside = mail.send(both)
+            outside = mail.send(both, columns=(2,))
             want = read(plain, plain.send(both), False)[0]
             assert all(torch.equal(a, b) for a, b in zip(read(mail, outside, False)[0], want, strict=True))
             mail.settle()
-    outside = mail.send(both)
+    outside = mail.send(both, columns=(2,))
     with pytest.raises(RuntimeError, match="in the same CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         next(iter(mail.arriving(outside)))
     read(mail, outside, False)

@@ -17,6 +17,12 @@ from dskernels.model.parallel.engines import PeerMemory
 from dskernels.model.parallel.mail import message_bytes
 
 
+def move(copy):
+    for row in range(copy.rows):
+        target, source = copy.target + row * copy.target_pitch, copy.source + row * copy.source_pitch
+        ctypes.memmove(target, source, copy.size)
+
+
 class AtOnce:
     """In place of `Engine` and `Moment`: what a stream would do is done now, and what it would wait for is there."""
 
@@ -31,8 +37,9 @@ class AtOnce:
     def follow(self, moment):
         pass
 
-    def copy(self, target, source, size):
-        ctypes.memmove(target, source, size)
+    def copy_all(self, copies, *, captured=False):
+        for copy in copies:
+            move(copy)
 
     def take(self, steps):
         for kind, address, value in steps.steps:
@@ -49,7 +56,7 @@ def test_messages_lie_where_they_are_read(monkeypatch, ranks):
     monkeypatch.setattr(copies, "Moment", AtOnce)
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    size = message_bytes([(1000, 4 * 513), (1000, 12)])
+    size = message_bytes([(1000, 4 * 513), (1000, 12), (1000, 20)])
     memories = [torch.zeros(CopyEngines.needed(ranks, size), dtype=torch.uint8) for _ in range(ranks)]
     addresses = [memory.data_ptr() for memory in memories]
     mails = []
@@ -59,12 +66,15 @@ def test_messages_lie_where_they_are_read(monkeypatch, ranks):
     for number in range(3 * SLOTS):
         rows, together = (1000, 7, 1, 0)[number % 4], number % 3 == 0
         to = [
-            [[torch.randint(0, 2**30, (rows, 513)).int(), torch.rand(rows, 3)] for _ in range(ranks)]
+            [
+                [torch.randint(0, 2**30, (rows, 513)).int(), torch.rand(rows, 3), torch.rand(5, rows + 3)[:, :rows].mT]
+                for _ in range(ranks)
+            ]
             for _ in range(ranks)
         ]
         for mail in mails:  # which `arriving` does: here one rank sends all before the next waits
             mail.settle()
-        sent = [mail.send(to[rank], together=together) for rank, mail in enumerate(mails)]
+        sent = [mail.send(to[rank], together=together, columns=(2,)) for rank, mail in enumerate(mails)]
         for rank, (mail, one) in enumerate(zip(mails, sent, strict=True)):
             assert sum(piece.stop - piece.start for piece in mail.arriving(one)) == rows
             wanted = [to[source][rank] for source in range(ranks)]
@@ -77,9 +87,9 @@ def test_messages_lie_where_they_are_read(monkeypatch, ranks):
     for mail in mails:
         mail.settle()
     for _ in range(SLOTS):
-        mails[0].send(to[0])
+        mails[0].send(to[0], columns=(2,))
     with pytest.raises(RuntimeError, match="4 messages are under way"):
-        mails[0].send(to[0])
+        mails[0].send(to[0], columns=(2,))
 
 
 class Part:
@@ -172,8 +182,9 @@ class OnStream:
         self.last = Part(self.rank, self.pace, function, ready, behind)
         self.work.parts.append(self.last)
 
-    def copy(self, target, source, size):
-        self.call(lambda: ctypes.memmove(target, source, size))
+    def copy_all(self, copies, *, captured=False):
+        for copy in self.work.generator.sample(copies, len(copies)):
+            self.call(functools.partial(move, copy))
 
     def take(self, steps):
         for kind, address, value in steps.steps:

@@ -134,8 +134,11 @@ class Trip:
         """This rank's."""
         return self.to.index.device
 
-    def send(self, parts: Sequence[Tensor], *, lend: bool = False) -> None:
-        """Begins to send a row of each part, ``[tokens, .]``, to each rank that it goes to; nothing is lent."""
+    def send(self, parts: Sequence[Tensor], *, lend: bool = False, columns: Sequence[int] = ()) -> None:
+        """Begins to send a row of each part, ``[tokens, .]``, to each rank that it goes to.
+
+        Nothing is lent, and all parts of a row travel side by side, however they lie here.
+        """
         rows = pack(*parts).index_select(0, self._source())
         self._begin(rows, rows.new_empty(self.rows, rows.shape[1]), self.sent, self.received)
 
@@ -240,7 +243,8 @@ def pack(*parts: Tensor) -> Tensor:
     """Columns of several dtypes side by side in rows of bytes, ``[T, W]`` seen as fp32, each part aligned."""
     raw = []
     for part in parts:
-        data = part.contiguous().view(torch.uint8)
+        data = part.clone(memory_format=torch.contiguous_format) if part.stride(-1) != 1 else part.contiguous()
+        data = data.view(torch.uint8)
         raw.append(data)
         if missing := -data.shape[1] % ALIGNMENT:
             raw.append(data.new_zeros(data.shape[0], missing))
@@ -281,7 +285,7 @@ def loaded(x: Tensor, form: Form, quantized: Fp8Tensor | None = None) -> list[Te
         quantized = ds.quantize(x, scale_format="ue8m0")
         return [quantized.data.view(torch.uint8), exponents(quantized)]
     quantized = ds.quantize(x) if quantized is None else quantized
-    return [quantized.data.view(torch.uint8), quantized.scale.clone(memory_format=torch.contiguous_format)]
+    return [quantized.data.view(torch.uint8), quantized.scale]
 
 
 def widths(hidden: int, dtype: torch.dtype, form: Form) -> list[tuple[int, torch.dtype]]:

@@ -270,7 +270,8 @@ class _Leave(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.trip, ctx.widths = trip, ((x.shape[1], x.dtype), (weights.shape[1], torch.float32))
         ctx.set_materialize_grads(False)
-        trip.send([*loaded(x, form, quantized), weights, experts.int()], lend=lend)
+        scales = (1,) if form == "operand" else ()
+        trip.send([*loaded(x, form, quantized), weights, experts.int()], lend=lend, columns=scales)
         return x.new_zeros(0), x.view_as(x)
 
     @staticmethod

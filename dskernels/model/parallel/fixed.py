@@ -48,17 +48,19 @@ class FixedTrip:
         """How many arrive."""
         return self.mail.ranks * self.capacity
 
-    def send(self, parts: Sequence[Tensor], *, lend: bool = False) -> None:
+    def send(self, parts: Sequence[Tensor], *, lend: bool = False, columns: Sequence[int] = ()) -> None:
         """Begins to send a row of each part for every token; integers of rows that there are no tokens for are -1.
 
         Args:
             parts: of as many rows as there are tokens.
             lend: let `arrived` give the rows where they came, until the next `send_back` or `release`, not copies.
+            columns: the places of parts whose columns may be contiguous, and not their rows, on both ways.
         """
         missing = self.capacity - self.tokens
         if missing:
             parts = [pad(part, (0, 0, 0, missing), value=-1 if part.dtype == torch.int32 else 0) for part in parts]
-        self._begin([[part.contiguous() for part in parts]] * self.mail.ranks, lend=lend)
+        parts = [_by_columns(part) if i in columns else part.contiguous() for i, part in enumerate(parts)]
+        self._begin([parts] * self.mail.ranks, lend=lend, columns=columns)
 
     def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
         """The rows of all ranks, part by part, ``[rows, width]``."""
@@ -174,10 +176,22 @@ class FixedTrip:
         mail.finished(sent)
         return sums
 
-    def _begin(self, outgoing: Sequence[Sequence[Tensor]], *, lend: bool = False, fill: Fill | None = None) -> None:
+    def _begin(
+        self,
+        outgoing: Sequence[Sequence[Tensor]],
+        *,
+        lend: bool = False,
+        fill: Fill | None = None,
+        columns: Sequence[int] = (),
+    ) -> None:
         if self.pending:
             raise RuntimeError("a message of this trip is still under way")
-        self.pending.append((self.mail.send(outgoing, together=lend, fill=fill), lend))
+        self.pending.append((self.mail.send(outgoing, together=lend, fill=fill, columns=columns), lend))
+
+
+def _by_columns(part: Tensor) -> Tensor:
+    """The same matrix, with contiguous columns."""
+    return part if part.stride(0) == 1 else part.mT.contiguous().mT
 
 
 @functools.lru_cache(maxsize=64)

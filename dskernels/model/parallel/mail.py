@@ -71,7 +71,14 @@ class Mail(ABC):
         self.group, self.ranks, self.rank = group, group.size(), group.rank()
 
     @abstractmethod
-    def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False, fill: Fill | None = None) -> Any:
+    def send(
+        self,
+        outgoing: Sequence[Sequence[Tensor]],
+        *,
+        together: bool = False,
+        fill: Fill | None = None,
+        columns: Sequence[int] = (),
+    ) -> Any:
         """Begins a message to every rank.
 
         Args:
@@ -80,6 +87,8 @@ class Mail(ABC):
             together: let `whole` have them, the one for this rank too, which else stays where it is.
             fill: writes these rows of the first part for a rank, which is another one; called once for all of them
                 before they leave, for some while others already travel.
+            columns: the places of parts (not the first) whose columns are contiguous instead, as those of scales are;
+                what comes of them may lie in the same way.
 
         Returns:
             What the others take.
@@ -125,7 +134,14 @@ class Sent(NamedTuple):
 class Collective(Mail):
     """`Mail` by one `all_to_all_single` a message, on any backend."""
 
-    def send(self, outgoing: Sequence[Sequence[Tensor]], *, together: bool = False, fill: Fill | None = None) -> Sent:
+    def send(
+        self,
+        outgoing: Sequence[Sequence[Tensor]],
+        *,
+        together: bool = False,
+        fill: Fill | None = None,
+        columns: Sequence[int] = (),
+    ) -> Sent:
         """See `Mail`; what is to lie together is put together when it is asked for."""
         own = list(outgoing[self.rank])
         for rank in range(self.ranks):
