@@ -25,7 +25,15 @@ from torch.autograd import forward_ad, profiler
 
 from dskernels.choice import IMPLEMENTATIONS, OPERATIONS, Choice, check_impl, choices, forced, reason_of_device
 from dskernels.device import PLAIN, dispatch_modes, several_gpus
-from dskernels.gradients import Differentiated, Gradient, is_asked_for, is_transformed, is_wrapped, no_gradient
+from dskernels.gradients import (
+    Differentiated,
+    Gradient,
+    Straight,
+    is_asked_for,
+    is_transformed,
+    is_wrapped,
+    no_gradient,
+)
 from dskernels.metadata import ByMetadata
 
 _STRAIGHT_DEVICES = ("cuda",)  # devices for which calls take the fast way, as the host's time of a call matters there
@@ -108,10 +116,13 @@ class Operation:
         found = self._straight.find(tensors, also)
         if found is None:
             result = self._by_torch(args, impl)
-            if meets_nothing_else(tensors):
-                self._straight.keep(tensors, also, self._bound(args, impl or forced.get()))
+            asked = self._gradient is not None and not self.writes and meets_autograd(tensors)
+            if asked or meets_nothing_else(tensors):
+                self._straight.keep(tensors, also, (self._bound(args, impl or forced.get()), asked))
             return result
-        launch, addresses = found
+        (launch, asked), addresses = found
+        if asked:
+            return Straight.apply(*args, impl, functools.partial(launch, addresses, args), self._gradient)
         result = launch(addresses, args)
         if self.writes:
             self._note_writes(args)
@@ -342,12 +353,26 @@ def meets_nothing_else(tensors: Sequence[Tensor]) -> bool:
     stands for other numbers than those in its memory, such as a negative view, is not among these: the dispatcher
     materialises it first.
     """
+    return _meets_the_implementation(tensors) and not _is_asked_for(tensors)
+
+
+def meets_autograd(tensors: Sequence[Tensor]) -> bool:
+    """The same where autograd has a part in it, which asks for a gradient, and nothing else has."""
+    return _is_asked_for(tensors) and _meets_the_implementation(tensors)
+
+
+def _is_asked_for(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd would ask for a gradient, were it not for being below it."""
     below_autograd = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+    return not below_autograd and is_asked_for(tensors)
+
+
+def _meets_the_implementation(tensors: Sequence[Tensor]) -> bool:
+    """Whether the dispatcher, but for autograd, would do no more than to call it."""
     return (
         all(type(x) in PLAIN and x.device.type in _STRAIGHT_DEVICES for x in tensors)
         and not any(x.is_neg() or x.is_conj() or x._is_zerotensor() or is_wrapped(x) for x in tensors)
         and tensors[0].device.index in (None, torch._C._cuda_getDevice())
-        and (below_autograd or not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors))
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
     )

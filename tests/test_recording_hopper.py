@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import dskernels as ds
-from dskernels import recording, relaunching
+from dskernels import dispatch, recording, relaunching
+from dskernels.choice import OPERATIONS
+from dskernels.gemm import api as gemm
 from dskernels.metadata import ByMetadata
 
 
@@ -198,3 +200,84 @@ def test_a_graph_that_goes_while_it_is_launched(sm_90, monkeypatch):
         got = [ds.fused_experts(*args, **options) for _ in range(8) for args, options in calls]
     for i, out in enumerate(got):
         assert torch.equal(out, want[i % 2])
+
+
+def cached_prefill(tokens, spare):
+    """Arguments of mla_prefill_cached: four requests of 16 heads, in pages of 64."""
+    lengths = torch.randint(tokens, 1024, (4,), dtype=torch.int32, device="cuda")
+    table = torch.randperm(4 * (16 + spare), device="cuda").int().view(4, 16 + spare)
+    cu = torch.arange(0, 4 * tokens + 1, tokens, dtype=torch.int32, device="cuda")
+    kv_b = torch.randn(16 * 256, 512, device="cuda", dtype=torch.bfloat16) / 22
+    q = torch.randn(4 * tokens, 16, 192, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randn(table.numel(), 64, 576, device="cuda", dtype=torch.bfloat16)
+    return q, kv_b, cache, table, lengths, cu
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "spare"), [(24, 0), (24, 3), (400, 3)])
+def test_recorded_prefill_over_the_cache_is_that_as_written(sm_90, monkeypatch, tokens, spare):
+    """Absorbed, with products of torch's between the launches, and with expanded keys and values."""
+    monkeypatch.setattr(ds.mla_prefill_cached.known, "kinds", ByMetadata())
+    drawn = [cached_prefill(tokens, spare) for _ in range(3)]
+    outs = []
+    for given in drawn + drawn[1:]:
+        rubbish = torch.full((1 << 24,), float("nan"), device="cuda")
+        del rubbish
+        outs.append(ds.mla_prefill_cached(*given, scale=0.07))
+    assert is_recorded(ds.mla_prefill_cached)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ds.mla_prefill_cached(*drawn[0], scale=0.07)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, outs[0], strict=True))
+    as_written(ds.mla_prefill_cached, monkeypatch)
+    for given, out in zip(drawn + drawn[1:], outs, strict=True):
+        want = ds.mla_prefill_cached(*given, scale=0.07)
+        assert all(torch.equal(a, b) for a, b in zip(out, want, strict=True))
+        assert out[0].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_recorded_balance_loss_is_that_as_written(device, monkeypatch):
+    monkeypatch.setattr(ds.balance_loss.known, "kinds", ByMetadata())
+    drawn = [
+        (torch.randn(500, 64, device="cuda"), torch.tensor(lengths, dtype=torch.int32, device="cuda"))
+        for lengths in ([100, 300, 100], [0, -7, 400], [999, 1, 1])
+    ]
+
+    def call(logits, lengths):
+        return ds.balance_loss(logits, top_k=6, alpha=1.0, sequence_lengths=lengths)
+
+    got = [call(*given) for given in drawn + drawn]
+    assert is_recorded(ds.balance_loss)
+    as_written(ds.balance_loss, monkeypatch)
+    assert all(torch.equal(out, call(*given)) for given, out in zip(drawn + drawn, got, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale_format", ["fp32", "ue8m0"])
+def test_steps_of_a_linear_layer_are_those_as_written(device, monkeypatch, scale_format):
+    """Forward and backward are recorded, and go past torch's dispatcher; the weight changes from step to step."""
+    first = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16) / 22
+    drawn = [[torch.randn(n, 128 * m, device="cuda").bfloat16() for n, m in ((300, 4), (300, 2))] for _ in range(3)]
+
+    def steps():
+        weight, results = torch.nn.Parameter(first.clone()), []
+        for x, dy in drawn + drawn:
+            x = x.clone().requires_grad_()
+            y = ds.fp8_linear(x, weight, scale_format=scale_format)
+            results += [y.detach(), *torch.autograd.grad(y, (x, weight), dy)]
+            with torch.no_grad():
+                weight.sub_(results[-1], alpha=1e-3)
+        return [*results, weight.detach()]
+
+    got = steps()
+    monkeypatch.setattr(dispatch, "meets_autograd", lambda tensors: False)
+    for operation in OPERATIONS.values():
+        if operation._straight is not None:
+            monkeypatch.setattr(operation, "_straight", ByMetadata())
+    as_written(ds.fp8_gemm, monkeypatch)
+    for name in ("_linear_forward", "_linear_gradients"):
+        monkeypatch.setattr(getattr(gemm, name), "_known", ByMetadata())
+    assert all(torch.equal(a, b) for a, b in zip(got, steps(), strict=True))
+    assert got[-1].isfinite().all()

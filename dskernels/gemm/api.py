@@ -15,6 +15,7 @@ from dskernels.fp8.layout import empty_quantized
 from dskernels.gemm.weights import done_with, weight_operand
 from dskernels.gradients import refusing
 from dskernels.later import waiting_for
+from dskernels.recording import Recorded
 from dskernels.reference import gemm as reference
 from dskernels.repeated import repeated
 from dskernels.types import Block, Fp8Tensor
@@ -170,7 +171,8 @@ _fp8_gemm = Operation(
 )
 
 
-def _fp8_linear_forward(
+@Recorded
+def _linear_forward(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -195,6 +197,10 @@ def _fp8_linear_forward(
     return fp8_gemm(rows, weight_operand(weight, scale, False, impl), out_dtype=x.dtype, bias=bias, impl=impl), *kept
 
 
+def _fp8_linear_forward(*args: Any, impl: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _linear_forward(*args, impl)
+
+
 def _nothing_kept(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty((0, 0), dtype=torch.uint8), x.new_empty((0, 0), dtype=torch.float32)
 
@@ -207,7 +213,8 @@ def _fp8_linear_fake(x, weight, scale, bias, a, a_scale, ue8m0, keep):
     return y, data.view(torch.uint8), scale
 
 
-def _fp8_linear_gradients(
+@Recorded
+def _linear_gradients(
     dy: Tensor,
     x: Tensor | None,
     x_t: Tensor | None,
@@ -237,8 +244,23 @@ def _fp8_linear_gradients(
         else:
             raise ValueError("x, x_t: expected one of them, as the gradient of the weight is wanted")
         dw = fp8_gemm(columns, kept, out_dtype=weight.dtype, impl=impl)
-        done_with(weight)
     return dx, dw
+
+
+def _fp8_linear_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    x_t: Tensor | None,
+    x_t_scale: Tensor | None,
+    weight: Tensor,
+    *options: Any,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    gradients = _linear_gradients(dy, x, x_t, x_t_scale, weight, *options, impl)
+    *_, needs_dw = options
+    if needs_dw:
+        done_with(weight)
+    return gradients
 
 
 def _empty_gradients(dy, x, x_t, x_t_scale, weight, scale, ue8m0, needs_dx, needs_dw):
