@@ -24,7 +24,7 @@ from dskernels.model.optimizer import MasterAdamW
 from dskernels.model.train_begin import check, check_identity, first_model, identity, texts
 from dskernels.model.train_config import DEMO, TrainConfig
 from dskernels.model.train_metrics import METRICS_FILE, History, Metrics
-from dskernels.model.train_pieces import Piece, read_pieces
+from dskernels.model.train_pieces import Piece, Pieces
 from dskernels.model.train_step import MEASURED, Pending, Stepper, evaluate
 from dskernels.model.writing import save
 
@@ -246,7 +246,7 @@ class _Run:
             if of_ranks:
                 computed = dict(self.model.named_buffers()).keys() - self.model.state_dict().keys()
                 wanted = tensors.keys() - {f"buffer.{name}" for name in computed}
-                read_pieces(path, {name: Piece.all_of(tensors[name]) for name in wanted})
+                Pieces(path).read({name: Piece.all_of(tensors[name]) for name in wanted})
             else:
                 train_state.read_tensors(path, about["files"], tensors)
             self.optimizer.steps.fill_(updates)

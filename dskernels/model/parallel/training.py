@@ -38,7 +38,7 @@ from dskernels.model.train import EMA_FOLDER
 from dskernels.model.train_begin import check, check_identity, identity, texts
 from dskernels.model.train_config import TrainConfig
 from dskernels.model.train_metrics import History, Metrics
-from dskernels.model.train_pieces import Piece, read_pieces
+from dskernels.model.train_pieces import Piece, Pieces, StoredTensor
 from dskernels.model.train_state import STATE_FILE, checkpoints, read_about, remove_checkpoints
 from dskernels.model.train_step import Pending, Stepper, count, no_load
 from dskernels.model.writing import save
@@ -337,7 +337,7 @@ class _Run:
         check_identity(path, about, self.identity, microbatches=False)
         generator = torch.empty_like(self.text.state()["generator"])
         with torch.no_grad():
-            read_pieces(path, self._pieces(generator))
+            Pieces(path).read(self._pieces(generator))
         try:
             self.step, self.history_bytes = int(about["step"]), int(about["history_bytes"])
             position, updates = dict(about["text_position"]), float(about["updates"])
@@ -351,19 +351,12 @@ class _Run:
         """Write the whole model, and its average, in the Hugging Face layout, from the pieces of the last
         checkpoint."""
         if self.chief:
-            path = checkpoints(self.out)[0]
+            pieces = Pieces(checkpoints(self.out)[0])
             for kind, folder in (("master", self.out), ("ema", self.out / EMA_FOLDER)):
                 if kind == "master" or self.ema is not None:
-                    save(self._whole(path, kind), folder, tokenizer_from=tokenizer_from)
+                    model = _stored_model(self.model_config, self.config.dtype, pieces, kind)
+                    save(model, folder, tokenizer_from=tokenizer_from)
         dist.barrier()
-
-    def _whole(self, path: Path, kind: str) -> DeepseekV3:
-        """The model whose weights are the masters of a checkpoint, or their average."""
-        model = DeepseekV3(self.model_config, device="meta", dtype=self.config.dtype).to_empty(device="cpu")
-        wanted = {f"{kind}.{name}": Piece.all_of(parameter) for name, parameter in model.named_parameters()}
-        with torch.no_grad():
-            read_pieces(path, wanted | _buffers(model))
-        return model
 
     def _pieces(self, generator: Tensor) -> dict[str, Piece]:
         """What this rank holds of all that a step depends on, by the names in a checkpoint."""
@@ -388,6 +381,30 @@ class _Run:
         if name.startswith("buffer."):
             return team.place("batch") == 0
         return self.optimizer.writes(name.partition(".")[2])
+
+
+def _stored_model(config: Config, dtype: torch.dtype, pieces: Pieces, kind: str) -> DeepseekV3:
+    """What `save` uses of a model, whose weights it reads from a checkpoint one by one.
+
+    Args:
+        config: of the model.
+        dtype: of its parameters.
+        pieces: the checkpoint.
+        kind: "master" or "ema", the weights that are wanted.
+    """
+    model = DeepseekV3(config, device="meta", dtype=dtype)
+    parameters = {name: StoredTensor(pieces, f"{kind}.{name}", like) for name, like in model.named_parameters()}
+    buffers = {name: StoredTensor(pieces, f"buffer.{name}", bias.rows) for name, bias in biases(model).items()}
+    stored = SimpleNamespace(
+        config=config,
+        source=None,
+        scale_format=model.scale_format,
+        embed_tokens=model.embed_tokens,
+        parameters=parameters.values,
+        named_parameters=parameters.items,
+        named_buffers=buffers.items,
+    )
+    return cast(DeepseekV3, stored)
 
 
 def _buffers(model: nn.Module) -> dict[str, Piece]:
