@@ -68,7 +68,6 @@ CASES = {
     "fp8.triton_norm:rmsnorm_backward_wide_kernel": "gradient of a norm of wide rows",
     "mla.absorb.triton_values:values_kernel": "values of heads in e4m3",
     "mla.prefill.triton_groups:group_kernel": "new tokens in groups",
-    "mla.prefill.triton_groups:group_queries_kernel": "new tokens in groups",
     "mla.prefill.triton_groups:take_results_kernel": "new tokens in groups",
     "model.triton_few:products_kernel": "products of few rows, the norm before them",
     "model.triton_few:add_norm_kernel": "norm of a sum",

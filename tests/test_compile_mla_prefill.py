@@ -99,7 +99,7 @@ def test_gathering_compiles_without_spills(fp8):
 
 
 @pytest.mark.parametrize("pointer", ["*bf16", "*fp32"])
-def test_moving_queries_and_results_compiles_without_spills(pointer):
+def test_lengths_and_results_of_groups_compile_without_spills(pointer):
     kernels = [
         Compile(
             f"{GATHER}:pack_kernel",
@@ -108,14 +108,6 @@ def test_moving_queries_and_results_compiles_without_spills(pointer):
                 **dict.fromkeys(("requests", "capacity"), "i32"),
             },
             constants={"BLOCK": PACK_BLOCK},
-        ),
-        Compile(
-            f"{GROUPS}:group_queries_kernel",
-            signature={
-                **dict.fromkeys(("p_q", "p_grouped", "p_queries"), pointer),
-                **{"p_token": "*i32", **dict.fromkeys(("stride_token", "stride_head", "heads"), "i32")},
-            },
-            constants={"WIDTH": 192, "LATENT": 512, "ROPE": 64, "BLOCK_H": 16, "BLOCK_D": 256},
         ),
         Compile(
             f"{GROUPS}:take_results_kernel",

@@ -57,8 +57,10 @@ def test_kernels_of_steps_compile_without_spills(dtype):
 
 
 def test_kernels_of_integers_compile_without_spills():
-    groups = "p_table p_lengths p_cu p_token p_place p_rows p_seen p_count"
-    groups = {**dict.fromkeys(groups.split(), "*i32"), **typed(i32="stride_table tokens requests columns capacity")}
+    groups = dict.fromkeys(["p_table", "p_lengths", "p_cu", "p_place", "p_rows", "p_seen", "p_count"], "*i32")
+    groups |= typed(i32="stride_qt stride_qh stride_table tokens heads requests columns capacity")
+    groups |= dict.fromkeys(("p_q", "p_grouped", "p_queries"), "*bf16")
+    of_groups = {"WIDTH": 192, "LATENT": 512, "ROPE": 64, "BLOCK_R": 16, "BLOCK_D": 256}
     choices = {"p_experts": "*i32", "p_weights": "*fp32", "p_all": "*i32", "p_all_weights": "*fp32",
                **typed(i32="tokens top_k more E stride_w")}  # fmt: skip
     assert_clean(
@@ -67,7 +69,7 @@ def test_kernels_of_integers_compile_without_spills():
                 Compile(
                     "dskernels.mla.prefill.triton_groups:group_kernel",
                     groups,
-                    {"GROUP": 4, "BLOCK_G": 4, "BLOCK_C": 512},
+                    {"GROUP": 4, "BLOCK_G": 4, "BLOCK_C": 512, **of_groups},
                 ),
                 Compile(
                     "dskernels.moe.triton_sort:append_choices_kernel",

@@ -100,15 +100,18 @@ def test_where_absorbing_pays():
 @pytest.mark.parametrize("group", [1, 3])
 def test_groups_of_new_tokens(device, lengths, new, group):
     """Each token has a place in a group of its request, whose last token sees what it should."""
-    _, _, _, table, lengths_d, cu = make_inputs(device, lengths, new, 2, 8)
-    tokens = sum(new)
+    q, _, _, table, lengths_d, cu = make_inputs(device, lengths, new, 19, 8)
+    q = torch.cat([q, q], 1)[:, ::2].to(torch.bfloat16)  # heads that are apart
+    latent, _, rope, _ = SMALL
     got, want = (
-        torch.ops.dskernels.group_tokens(table, lengths_d, cu, tokens, group, 8, impl)
+        torch.ops.dskernels.group_tokens(q, table, lengths_d, cu, group, 8, latent, rope, impl)
         for impl in ("triton", "reference")
     )
+    got, want = ([grouped, queries[..., latent:], *rest] for grouped, queries, *rest in (got, want))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    token, place, rows, seen, count = (x.cpu() for x in got)
-    assert torch.equal(token[place.long()], torch.arange(tokens, dtype=torch.int32))
+    grouped, queries, place, rows, seen, count = (x.cpu() for x in got)
+    assert torch.equal(grouped[place.long()], q.cpu())
+    assert torch.equal(queries[place.long()], q.cpu()[..., -rope:])
     request = torch.repeat_interleave(torch.arange(len(new)), torch.tensor(new))
     assert torch.equal(rows[place.long() // group], table.cpu()[request])
     ends = torch.cat([torch.arange(n - m + 1, n + 1) for n, m in zip(lengths, new, strict=True)])
@@ -117,19 +120,14 @@ def test_groups_of_new_tokens(device, lengths, new, group):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_and_results_that_are_moved_are_the_same_bits(device, dtype):
+def test_results_that_are_taken_are_the_same_bits(device, dtype):
     """Also where the place of a token is none, as hostile cu_seqlens leave it."""
-    heads, group, (latent, nope, rope, value) = 19, 3, SMALL
-    token = torch.tensor([4, 0, 0, 2, 3, 1], dtype=torch.int32, device=device)
-    q = torch.randn(5, 2 * heads, nope + rope).to(dtype).to(device)[:, ::2]
-    ops = torch.ops.dskernels
-    got, want = (ops.group_queries(q, token, latent, rope, impl) for impl in ("triton", "reference"))
-    assert torch.equal(got[0], want[0])
-    assert torch.equal(got[1][..., latent:], want[1][..., latent:])
+    heads, group, value = 19, 3, 40
     out, lse = torch.randn(6, heads, value).to(dtype).to(device), torch.randn(2, heads, group, device=device)
     for places in ([0, 5, 2, 3], [-7, 2147483647, 6, 1]):
         place = torch.tensor(places, dtype=torch.int32, device=device)
-        got, want = (ops.take_results(out, lse, place, impl) for impl in ("triton", "reference"))
+        take = torch.ops.dskernels.take_results
+        got, want = (take(out, lse, place, impl) for impl in ("triton", "reference"))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -150,7 +148,7 @@ def test_absorbed(device, monkeypatch, impl, heads, case):
     check(inputs, impl)
     # What is said of it runs nothing, and has no index that could be out of bounds.
     chosen = [choice.operation for choice in ds.explain(ds.mla_prefill_cached, *inputs, scale=0.2, impl=impl)]
-    assert chosen == ["group_tokens", "group_queries", "mla_decode", "take_results"]
+    assert chosen == ["group_tokens", "mla_decode", "take_results"]
 
 
 @settings(max_examples=6)
@@ -395,7 +393,6 @@ def test_registration():
     check_registration(onto, (Q, k, k_rope, v, cu, offsets([5, 4]), 0.1, out, lse))
     some = torch.ops.dskernels.mla_prefill_some.default
     check_registration(some, (Q[:, :1], k[:, :1], k_rope, v[:, :1], cu, offsets([5, 4]), 0.1, out[:, :1], lse[:1]))
-    check_registration(torch.ops.dskernels.group_tokens.default, (TABLE, LENGTHS, CU_Q, 7, 3, 8))
     check_registration(torch.ops.dskernels.pack_lengths.default, (LENGTHS, 20))
     place = torch.tensor([3, 0, 9], dtype=torch.int32)
     results = torch.randn(6, 2, 40), torch.randn(2, 2, 3), place

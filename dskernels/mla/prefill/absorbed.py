@@ -57,21 +57,19 @@ def absorbed(
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output [T, H, V] and log-sum-exp [H, T]."""
-    (tokens, heads, head_dim), latent_dim = q.shape, kv_b.shape[1]
+    (_, heads, head_dim), latent_dim = q.shape, kv_b.shape[1]
     w_uk, w_uv = kv_b.unflatten(0, (heads, -1)).tensor_split([head_dim - rope_dim], 1)  # [H, nope, L], [H, V, L]
     group = absorbed_group(heads)
-    token, place, table, seen, count = _group_tokens(
-        block_table, lengths, cu_q, tokens, group, cache.shape[1], impl=impl
-    )
-
     # Between our own launches just two products of torch's, with `out=`, so that all of it is recorded.
-    q, queries = _group_queries(q, token, latent_dim, rope_dim, impl=impl)
+    q, queries, place, table, seen, count = _group_tokens(
+        q, block_table, lengths, cu_q, group, cache.shape[1], latent_dim, rope_dim, impl=impl
+    )
     torch.bmm(q[..., : head_dim - rope_dim].transpose(0, 1), w_uk, out=queries[..., :latent_dim].transpose(0, 1))
     queries = queries.unflatten(0, (-1, group))
     latents, lse = mla_decode(
         queries, cache, table, seen, scale=scale, value_dim=latent_dim, q_lengths=count, impl=impl
     )
-    out = q.new_empty(len(token), heads, w_uv.shape[1])
+    out = q.new_empty(len(q), heads, w_uv.shape[1])
     torch.bmm(latents.flatten(0, 1).transpose(0, 1), w_uv.mT, out=out.transpose(0, 1))
     return _take_results(out, lse, place, impl=impl)
 
@@ -80,9 +78,16 @@ def absorbed(
 
 
 def _group_tokens_reference(
-    block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, tokens: int, group: int, page_size: int
+    q: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens_q: Tensor,
+    group: int,
+    page_size: int,
+    latent_dim: int,
+    rope_dim: int,
 ) -> tuple[Tensor, ...]:
-    requests, columns = block_table.shape
+    tokens, (requests, columns) = len(q), block_table.shape
 
     def count_up(n: int) -> Tensor:
         return torch.arange(n, dtype=torch.int32, device=lengths.device)
@@ -102,40 +107,41 @@ def _group_tokens_reference(
     token = torch.where(real, (start + first)[:, None] + slots, 0).clamp(0, tokens - 1).flatten()
     place = lengths.new_zeros(tokens)  # each token has one, unless cu_seqlens does not ascend
     place[token[real.flatten()].long()] = count_up(groups * group)[real.flatten()]
-    return token, place, block_table[request], seen.int(), count.int()
+    grouped = q.index_select(0, token)
+    queries = q.new_empty(len(token), q.shape[1], latent_dim + rope_dim)
+    queries[..., latent_dim:] = grouped[..., q.shape[2] - rope_dim :]
+    return grouped, queries, place, block_table[request], seen.int(), count.int()
 
 
 def _group_tokens_fake(
-    block_table: Tensor, lengths: Tensor, cu_seqlens_q: Tensor, tokens: int, group: int, page_size: int
+    q: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens_q: Tensor,
+    group: int,
+    page_size: int,
+    latent_dim: int,
+    rope_dim: int,
 ) -> tuple[Tensor, ...]:
+    tokens, heads, width = q.shape
     groups = most_groups(tokens, block_table.shape[0], group)
-    sizes = (groups * group,), (tokens,), (groups, block_table.shape[1]), (groups,), (groups,)
-    # Not empty: `explain` continues with what this returns, and some of it are indices.
-    return tuple(lengths.new_zeros(size) for size in sizes)
+    made = (q.new_empty(groups * group, heads, n) for n in (width, latent_dim + rope_dim))
+    return *made, *(
+        lengths.new_empty(size) for size in ((tokens,), (groups, block_table.shape[1]), (groups,), (groups,))
+    )
 
 
-# Packed new tokens in groups of up to `group` tokens of one request. For each place in a group its token, and vice
-# versa; for each group its row of the table, how many positions its last token sees, and how many tokens it has.
+# Packed new tokens in groups of up to `group` tokens of one request. For each place in a group the row of q of its
+# token [P, H, nope + rope], and its query [P, H, latent + rope], of which so far only the rope part is written; the
+# place of each token; for each group its row of the table, how many positions its last token sees, and its tokens.
 _group_tokens = Operation(
-    "group_tokens(Tensor block_table, Tensor lengths, Tensor cu_seqlens_q, int tokens, int group, int page_size) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "group_tokens(Tensor q, Tensor block_table, Tensor lengths, Tensor cu_seqlens_q, int group, int page_size, "
+    "int latent_dim, int rope_dim) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=_group_tokens_reference,
     triton="dskernels.mla.prefill.triton_groups:group_tokens",
-    hopper="dskernels.mla.prefill.triton_groups:group_tokens",  # it moves a few integers
+    hopper="dskernels.mla.prefill.triton_groups:group_tokens",  # it moves bytes, which needs no more
     fake=_group_tokens_fake,
 )
-
-
-def _group_queries_reference(q: Tensor, token: Tensor, latent_dim: int, rope_dim: int) -> tuple[Tensor, Tensor]:
-    q = q.index_select(0, token)
-    queries = q.new_empty(q.shape[0], q.shape[1], latent_dim + rope_dim)
-    queries[..., latent_dim:] = q[..., q.shape[2] - rope_dim :]
-    return q, queries
-
-
-def _group_queries_fake(q: Tensor, token: Tensor, latent_dim: int, rope_dim: int) -> tuple[Tensor, Tensor]:
-    places, (_, heads, width) = token.shape[0], q.shape
-    return q.new_empty(places, heads, width), q.new_empty(places, heads, latent_dim + rope_dim)
 
 
 def _take_results_reference(out: Tensor, lse: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,15 +154,6 @@ def _take_results_fake(out: Tensor, lse: Tensor, place: Tensor) -> tuple[Tensor,
     return out.new_empty(place.shape[0], heads, width), lse.new_empty(heads, place.shape[0])
 
 
-# Of q [T, H, nope + rope] the row of each place [P, H, nope + rope], and queries [P, H, latent + rope], of which so far
-# only the rope part is written.
-_group_queries = Operation(
-    "group_queries(Tensor q, Tensor token, int latent_dim, int rope_dim) -> (Tensor, Tensor)",
-    reference=_group_queries_reference,
-    triton="dskernels.mla.prefill.triton_groups:group_queries",
-    hopper="dskernels.mla.prefill.triton_groups:group_queries",  # it moves bytes, which needs no more
-    fake=_group_queries_fake,
-)
 # Of out [P, H, V] and lse [groups, H, group] the row of each token's place: [T, H, V] and [H, T].
 _take_results = Operation(
     "take_results(Tensor out, Tensor lse, Tensor place) -> (Tensor, Tensor)",
