@@ -102,6 +102,8 @@ def train(
     """Train on all ranks; the first shows the table and writes the events of TensorBoard."""
     from dskernels.cli import training
     from dskernels.model.parallel.training import train as run
+    from dskernels.model.plot import read_history
+    from dskernels.model.train_metrics import METRICS_FILE
 
     console = training.console
     split = parse_plan(plan, ranks())
@@ -125,9 +127,9 @@ def train(
             progress = stack.enter_context(training.watching(recipe.steps, out, begun.checkpoint, tensorboard))
         options: dict[str, Any] = dict(init=init, checkpoint_every=checkpoint_every, keep=keep, resume=resume)
         options |= dict(out=out, progress=progress, tokenizer_from=begun.tokens)
-        history = run(begun.model, begun.corpus, recipe, team, **options)
-    if chief and any("validation_loss" in line for line in history):
-        training.show_outcome(history, out)
+        run(begun.model, begun.corpus, recipe, team, **options)
+    if chief:  # with the lines before a checkpoint that the run went on from
+        training.show_outcome(read_history(out / METRICS_FILE), out)
 
 
 def load(path: Path, device: str | None, settings: dict[str, Any], console: Console) -> DeepseekV3:

@@ -40,7 +40,10 @@ def commands(rank, folder):
     assert command(*train) == 0
     with open("run/train.json") as file:
         begun = file.read()
+    if rank == 0:
+        os.remove("run/loss.png")
     assert command(*train) == 0  # goes on, at its end
+    assert rank or os.path.isfile("run/loss.png")  # of the whole run, as is all that it says in the end
     with open("run/train.json") as file:
         assert file.read() == begun
     generate = "generate", "run", "--device", "cpu", "--max-new-tokens", "4"
