@@ -126,12 +126,15 @@ class Kind:
         idle = self.idle.get(torch._C._cuda_getCurrentRawStream(self._device))
         if not idle:
             return self._record(tensors, args, kwargs or {})
-        try:
-            recording = idle.pop()
-        except IndexError:  # another thread has just taken the last one
-            return self._record(tensors, args, kwargs or {})
-        if not recording.fits(addresses):
+        for _ in range(len(idle)):
+            try:
+                recording = idle.pop()
+            except IndexError:  # another thread has just taken the last one
+                return self._record(tensors, args, kwargs or {})
+            if recording.fits(addresses):
+                break
             idle.insert(0, recording)
+        else:
             return self._record(tensors, args, kwargs or {})
         for i in recording.written:
             if not (tensors[i]._base is None or may_be_written(tensors[i])):

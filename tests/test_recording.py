@@ -284,6 +284,27 @@ def test_neighbours_are_recorded_apart(on_the_cpu):
     assert calls == [True, True, False]
 
 
+def test_the_recording_that_fits_is_found_among_several(on_the_cpu):
+    """Of calls whose arguments lie at changing distances, each finds its own; more distances than are tried run as
+    they are written."""
+    calls = []
+
+    @Recorded
+    def run(x, y):
+        calls.append(y.data_ptr() - x.data_ptr())
+        out = x.new_empty(x.shape)
+        first(y, out)
+        return out
+
+    both = torch.empty(64, 32)
+    given = [(both[8:12], both[i : i + 4]) for i in (8, 9, 10, 11)]
+    for i in [0, 1, 2, 3, 0, 3, 1, 2, 2, 0, 3, 1]:
+        x, y = given[i]
+        out = run(x, y)
+        assert arguments_of(on_the_cpu, 1) == [(y.data_ptr(), out.data_ptr())]
+    assert len(calls) == 5  # the first call of the kind, and one that is recorded for each distance
+
+
 def test_a_refused_launch_raises_and_is_recorded_anew(on_the_cpu):
     calls = []
     run = two_steps(calls)
