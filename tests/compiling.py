@@ -58,6 +58,7 @@ TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
 # What one block may use: the opt-in limit of the architecture, which a launch with more is refused for.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448}
 TENSOR_MEMORY_COLUMNS = 512  # sm_100
+MOST_REGISTERS_AMD = 512  # of a lane of gfx942, where a SIMD of its compute unit runs one warp
 
 # One of sm_80 and sm_89, which differ in e4m3 and in how much memory is shared, says it for both: of 38 kernels without
 # e4m3 each asked for the same shared memory on both, and for registers that were at most 16 apart, none more than 156.
@@ -78,7 +79,8 @@ class Compile:
                  are None, and integers that are 1 and not `do_not_specialize`.
     divisible    integer arguments that a launch would find to be multiples of 16: strides mostly, never
                  `do_not_specialize` ones. Pointers always count as aligned to 16 bytes, as torch's allocations are.
-    targets      default: sm_80, or sm_89 where the signature holds e4m3; sm_90 and sm_100.
+    targets      default: sm_80, or sm_89 where the signature holds e4m3; sm_90 and sm_100. gfx942 is compiled for where
+                 a test names it, because the configuration is chosen by the GPU (see also compiling_elsewhere.py).
     options      further options of the launch, such as {"maxnreg": 128}.
     """
 
@@ -143,13 +145,15 @@ class Report:
     @property
     def shared_limit(self) -> int:
         """What a block may use; what is compiled for sm_80 to stand for sm_89 too has to fit there."""
+        if self.target in compiling_elsewhere.SHARED:
+            return compiling_elsewhere.SHARED[self.target]
         for_both = self.target == "sm_80" and isinstance(self.source, Compile) and self.source.targets == _DEFAULT
         return SHARED_LIMIT["sm_89" if for_both else self.target]
 
     @property
     def spills(self) -> int:
-        """Loads from and stores to local memory."""
-        return self.count("LDL", "STL") if self.stack else 0
+        """Loads from and stores to local memory; where only the stack is known, as on gfx942, 0."""
+        return self.count("LDL", "STL") if self.stack and self.cubin else 0
 
     def count(self, *opcodes: str) -> int:
         """How many instructions are one of `opcodes`, whatever their further suffixes: `count("HGMMA", "BAR.SYNC")`."""
@@ -246,14 +250,19 @@ def _compiled(spec: Compile, target: str) -> Report | str:
 
 
 def assert_clean(reports: Iterable[Report], *, max_registers: int = 255) -> None:
-    """Assert no spills, no stack, at most `max_registers` a thread, and that a block's shared and tensor memory fit."""
+    """Assert no spills, no stack, at most `max_registers` a thread, and that a block's shared and tensor memory fit.
+
+    On gfx942 a thread may have as many registers as there are.
+    """
+    reports = list(reports)
+    most = {r: MOST_REGISTERS_AMD if r.target.startswith("gfx") else max_registers for r in reports}
     faults = [
         f"{report}\n    {what}"
         for report in reports
         for wrong, what in (
             (report.spills, f"{report.spills} spills"),
             (report.stack, f"{report.stack} bytes of stack"),
-            (report.registers > max_registers, f"{report.registers} registers, wanted at most {max_registers}"),
+            (report.registers > most[report], f"{report.registers} registers, wanted at most {most[report]}"),
             (
                 report.shared > report.shared_limit,
                 f"{report.shared} bytes of shared memory, {report.target} has {report.shared_limit}",

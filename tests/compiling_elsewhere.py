@@ -4,9 +4,10 @@ What differs is what a block has of shared memory, and on AMD's gfx942 all of th
 its instructions read and write e4m3fnuz, another format of half the value. Triton converts e4m3 there by integers and
 multiplies it as fp16, which holds each of its numbers; that none of those instructions is used is looked at here.
 
-`compiling.compile_all` compiles one configuration of each kernel so, the smallest that it is given first, once in a run
-of all test processes (some 80 CPU seconds for all of them); with `THOROUGH=1` one of each set of argument types. All of
-them by several releases of Triton: `make portability`.
+Where the GPU decides which configuration of a kernel is launched, the kernel's test names such a GPU as a target, with
+what is launched there. Of every other kernel `compiling.compile_all` compiles one configuration for them, the smallest
+that it is given first, once in a run of all test processes (some 80 CPU seconds for all of them); with `THOROUGH=1` one
+of each set of argument types. All of them by several releases of Triton: `make portability`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 TARGETS = ("sm_120", "gfx942")
 SHARED = {"sm_120": 101_376, "gfx942": 65_536}  # bytes of a block; on gfx942 LDS
-SCRATCH = {"sm_120": 64, "gfx942": 64}  # bytes of a thread: 40 and 36 of grouped_gemm_masked_kernel, 8 of a wide norm
+SCRATCH = {"sm_120": 64, "gfx942": 0}  # bytes of a thread: 40 of grouped_gemm_masked_kernel, 32 of embed_kernel
 MOST_WARPS = {"sm_120": 32, "gfx942": 16}  # a block has 1,024 threads
 FNUZ = re.compile(r"^\s*(v_\w*(?:fp8|bf8)\w*)", re.MULTILINE)
 
@@ -42,10 +43,16 @@ _TAKEN = Path(tempfile.gettempdir()) / f"dskernels-compiled-elsewhere-{_RUN}"
 
 
 def also(kernels: Sequence[Compile]) -> list[Compile]:
-    """Of these what is compiled for other GPUs, and was not yet in this run."""
+    """Of these what is compiled for other GPUs, and was not yet in this run.
+
+    Nothing more of a kernel is compiled for a GPU that the same test names: its other configurations are not for it.
+    """
+    named = {(target, spec.kernel) for spec in kernels for target in spec.targets}
     smallest: dict[tuple[str, str], Compile] = {}
     for spec in kernels:
         for one in _there(spec):
+            if (one.targets[0], one.kernel) in named:
+                continue
             key = one.targets[0], _name(one)
             if key not in smallest or _size(one) < _size(smallest[key]):
                 smallest[key] = one
@@ -62,7 +69,7 @@ def _name(spec: Compile) -> str:
 def _there(spec: Compile) -> Iterator[Compile]:
     """This configuration as it would be launched there, if it is."""
     portable = bool({"sm_80", "sm_89"} & set(spec.targets))
-    if not spec.kernel.startswith("dskernels."):
+    if not spec.kernel.startswith("dskernels.") or set(spec.targets) <= set(TARGETS):
         return
     if portable or spec.kernel not in ROOMY:
         yield replace(spec, targets=("sm_120",))

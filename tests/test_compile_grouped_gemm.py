@@ -1,12 +1,16 @@
 """The kernels of the grouped products compile for every GPU of today without spills, in every tile there is."""
 
+from dataclasses import replace
+
 import torch
 
 from compiling import Compile, assert_clean, compile_all
-from dskernels.grouped_gemm.config import E4M3, FP8_CONFIGS, configs_for
+from dskernels.grouped_gemm.config import E4M3, configs_for
+from in_part import IN_PART
 
 POINTER = {E4M3: "*fp8e4nv", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 PLAIN = (torch.bfloat16, torch.float32)
+NVIDIA, AMD = (9, 0), (0, 0)  # as configs_for is given them; it makes no difference between NVIDIA's GPUs
 PRODUCT, WGRAD = "dskernels.grouped_gemm.triton", "dskernels.grouped_gemm.triton_wgrad"
 
 
@@ -94,13 +98,30 @@ def wgrad(dtype, config, *, gather=False):
     )
 
 
-def test_products_compile_without_spills():
+def on_every_gpu(kernels_on):
+    """Kernels in NVIDIA's tiles for its GPUs, in AMD's for gfx942; of these in part those that NVIDIA's GPUs lack."""
+    nvidia = kernels_on(NVIDIA)
+    amd = [kernel for kernel in kernels_on(AMD) if not IN_PART or kernel not in nvidia]
+    return [*nvidia, *(replace(kernel, targets=("gfx942",)) for kernel in amd)]
+
+
+def products(arch):
     # Gathering takes the most registers; the largest tiles once more without, from transposed weights, and masked.
-    kernels = [product(dtype, config, gather=True) for dtype in POINTER for config in configs_for(dtype)]
-    kernels += [product(dtype, configs_for(dtype)[-1]) for dtype in POINTER]
-    kernels += [product(dtype, configs_for(dtype)[-1], gather=True, transposed=True) for dtype in PLAIN]
-    kernels += [masked(E4M3, FP8_CONFIGS[-1])]
-    reports = compile_all(kernels)
+    largest = {dtype: configs_for(dtype, arch)[-1] for dtype in POINTER}
+    kernels = [product(dtype, config, gather=True) for dtype in POINTER for config in configs_for(dtype, arch)]
+    kernels += [product(dtype, config) for dtype, config in largest.items()]
+    kernels += [product(dtype, largest[dtype], gather=True, transposed=True) for dtype in PLAIN]
+    return [*kernels, masked(E4M3, largest[E4M3])]
+
+
+def weight_gradients(arch):
+    kernels = [wgrad(E4M3, config) for config in configs_for(E4M3, arch)[1:]]
+    kernels += [wgrad(dtype, config, gather=True) for dtype in PLAIN for config in configs_for(dtype, arch)[1:]]
+    return [*kernels, *(wgrad(dtype, configs_for(dtype, arch)[-1]) for dtype in PLAIN)]
+
+
+def test_products_compile_without_spills():
+    reports = compile_all(on_every_gpu(products))
     assert_clean(reports)
     # On Hopper the products of tall tiles are the tensor cores' own, in the operands' dtype.
     for report in reports:
@@ -110,9 +131,7 @@ def test_products_compile_without_spills():
 
 
 def test_weight_gradients_compile_without_spills():
-    kernels = [wgrad(E4M3, config) for config in FP8_CONFIGS[1:]]
-    kernels += [wgrad(dtype, config, gather=True) for dtype in PLAIN for config in configs_for(dtype)[1:]]
-    kernels += [wgrad(dtype, configs_for(dtype)[-1]) for dtype in PLAIN]
+    kernels = on_every_gpu(weight_gradients)
     kernels += [
         Compile(
             f"{WGRAD}:quantize_grouped_kernel",

@@ -5,6 +5,7 @@ import pytest
 from compiling import TARGETS, Compile, assert_clean, compile_all
 from dskernels.mla.prefill.config import choose_config, padded
 from dskernels.mla.prefill.triton_gather import PACK_BLOCK
+from in_part import IN_PART
 
 FORWARD, BACKWARD = "dskernels.mla.prefill.triton", "dskernels.mla.prefill.triton_backward"
 GATHER, GROUPS = "dskernels.mla.prefill.triton_gather", "dskernels.mla.prefill.triton_groups"
@@ -14,14 +15,15 @@ KERNELS = {
     "dk_dv": (f"{BACKWARD}:dk_dv_kernel", "dout q k kb v dk dkb dv", "d q k kb v dk dkb dv"),
 }
 MODEL, SMALL = (128, 64, 128), (32, 16, 32)
+AMD = "gfx942"
 
 
 def compile_prefill(kernel, target, dims, dtype="bf16", causal=True):
     """A kernel in the tile of `target`; the gradient of part B of the key is fp32, as that of a shared one is."""
     name, tensors, strided = KERNELS[kernel]
     widths = tuple(padded(width) for width in dims)
-    major, minor = divmod(int(target.removeprefix("sm_")), 10)
-    config = choose_config(kernel, widths, 4 if dtype == "fp32" else 2, (major, minor))
+    arch = (0, 0) if target == AMD else divmod(int(target.removeprefix("sm_")), 10)
+    config = choose_config(kernel, widths, 4 if dtype == "fp32" else 2, arch)
     strides = [f"stride_{x}{axis}" for x in strided.split() for axis in "th"]
     return Compile(
         name,
@@ -51,7 +53,10 @@ def test_compiles_without_spills(kernel):
     kernels = [compile_prefill(kernel, target, MODEL) for target in TARGETS]
     kernels += [compile_prefill(kernel, target, SMALL) for target in ("sm_80", "sm_90")]
     kernels += [compile_prefill(kernel, "sm_90", (256, 0, 256)), compile_prefill(kernel, "sm_90", MODEL, causal=False)]
-    kernels += [compile_prefill(kernel, "sm_80", MODEL, "fp32")]
+    kernels += [compile_prefill(kernel, "sm_80", MODEL, "fp32"), compile_prefill(kernel, AMD, MODEL)]
+    if not IN_PART:
+        kernels += [compile_prefill(kernel, AMD, dims) for dims in (SMALL, (256, 0, 256))]
+        kernels += [compile_prefill(kernel, AMD, MODEL, "fp32")]
     reports = compile_all(kernels)
     assert_clean(reports)
     # On Hopper every product must be a wgmma.

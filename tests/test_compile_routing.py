@@ -1,5 +1,7 @@
 """The routing kernels compile for every GPU of today without spills, and their tiles are what they should be."""
 
+import itertools
+
 import pytest
 
 from compiling import Compile, assert_clean, compile_all
@@ -123,19 +125,22 @@ def test_other_kernels_compile_without_spills():
 
 
 POINTERS = {1: "*bf16", 2: "*fp16", 3: "*fp32"}  # by how many bf16 numbers hold one
+H200, AMD = (9, 0), (0, 0)  # capabilities, as choose_gate_config is given them
 
 
 def test_choose_gate_config():
-    one = choose_gate_config(1, 256, 7168, False, 132)
+    one = choose_gate_config(1, 256, 7168, False, 132, H200)
     assert (one.block_m, one.block_n, one.parts) == (16, 32, 16)
-    assert choose_gate_config(128, 256, 7168, False, 132).parts == 16
-    many = choose_gate_config(8192, 256, 7168, False, 132)
+    assert choose_gate_config(128, 256, 7168, False, 132, H200).parts == 16
+    many = choose_gate_config(8192, 256, 7168, False, 132, H200)
     assert (many.block_m, many.block_n, many.parts) == (128, 64, 1)
-    assert choose_gate_config(8192, 256, 7168, True, 132).block_k == many.block_k // 2
-    assert choose_gate_config(1, 8, 64, False, 132).parts == 1  # a part has two steps at least
-    assert choose_gate_config(7, 8, 1, True, 1).parts == 1
-    gradient = choose_gate_config(64, 2048, 16384, True, 132, of_weight=True)
+    assert choose_gate_config(8192, 256, 7168, True, 132, H200).block_k == many.block_k // 2
+    assert choose_gate_config(1, 8, 64, False, 132, H200).parts == 1  # a part has two steps at least
+    assert choose_gate_config(7, 8, 1, True, 1, H200).parts == 1
+    gradient = choose_gate_config(64, 2048, 16384, True, 132, H200, of_weight=True)
     assert (gradient.block_m, gradient.parts) == (64, 16)
+    assert choose_gate_config(1, 256, 7168, True, 304, AMD).num_warps == 4
+    assert choose_gate_config(8192, 256, 7168, False, 304, AMD).num_stages == 3
 
 
 EVERY_PAIR = [(1, 1), (1, 3), (3, 1), (3, 3), (2, 2)]
@@ -145,10 +150,10 @@ EVERY_PAIR = [(1, 1), (1, 3), (3, 1), (3, 3), (2, 2)]
 def test_the_gate_compiles_without_spills(m, pairs):
     """Every tile with the fewest and the most pieces, one with every pair; one part has another end than several."""
     kernels = []
-    for a, b in pairs:
-        config = choose_gate_config(m, 256, 7168, (a, b) != (1, 1), 132)
+    for (a, b), arch in itertools.product(pairs, (H200, AMD)):
+        config = choose_gate_config(m, 256, 7168, (a, b) != (1, 1), 132, arch)
         whole = config.parts == 1 or (a, b) == (2, 2)
-        programmatic = m == 1 and (a, b) == (1, 1)  # where launches overlap, as from sm_90 on
+        programmatic = m == 1 and (a, b) == (1, 1) and arch == H200  # where launches overlap, as from sm_90 on
         kernels.append(
             Compile(
                 "dskernels.routing.triton_gate:gate_kernel",
@@ -161,24 +166,25 @@ def test_the_gate_compiles_without_spills(m, pairs):
                     **{"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "WHOLE": whole},
                     "PROGRAMMATIC": programmatic,
                 },
-                targets=("sm_90", "sm_100") if programmatic else (),
+                targets=("gfx942",) if arch == AMD else ("sm_90", "sm_100") if programmatic else (),
                 divisible=("K_of_part", "stride_am", "stride_bn"),
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
-                options=OPTIONS,
+                options=OPTIONS if arch == H200 else {},
             )
         )
     reports = compile_all(kernels)
     assert_clean(reports)
     for report in reports:
-        if report.source.constants["WHOLE"]:
+        if report.source.constants["WHOLE"] and report.target != "gfx942":
             assert report.count("LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.LTC128B.128") > 0, report
 
 
 @pytest.mark.parametrize("x", [1, 3])
 def test_the_gradient_of_the_gate_compiles_without_spills(x):
     """Of the weight: both operands as they lie turned, fp32 in three pieces; of bf16 and of fp32 tokens."""
-    config = choose_gate_config(64, 2048, 16384, True, 132, of_weight=True)
+    config = choose_gate_config(64, 2048, 16384, True, 132, H200, of_weight=True)
+    assert config == choose_gate_config(64, 2048, 16384, True, 132, AMD, of_weight=True)
     gradient = Compile(
         "dskernels.routing.triton_gate:gate_kernel",
         signature={

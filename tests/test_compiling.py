@@ -208,8 +208,11 @@ def test_each_kernel_is_compiled_elsewhere_once(monkeypatch, tmp_path):
     chosen = compiling_elsewhere.also([large, newer, small, product(16)])
     assert [(one.targets, one.constants["BLOCK"]) for one in chosen] == [(("sm_120",), 16), (("gfx942",), 64)]
     assert compiling_elsewhere.also([large]) == []
+    there = dataclasses.replace(large, kernel="dskernels.mla.decode.triton:decode_kernel", targets=["gfx942"])
+    nvidia = dataclasses.replace(small, kernel=there.kernel)
+    assert [one.targets for one in compiling_elsewhere.also([nvidia, there])] == [("sm_120",)]  # its test names gfx942
     report = compiling.Report(
-        small, "gfx942", registers=9, stack=65, shared=65_537, tensor_memory=0, seconds=0, cubin=b""
+        small, "gfx942", registers=9, stack=4, shared=65_537, tensor_memory=0, seconds=0, cubin=b""
     )
     assert len(compiling_elsewhere.faults([report])) == 2
 

@@ -9,6 +9,7 @@ import dskernels as ds
 from dskernels.grouped_gemm.config import (
     E4M3,
     FP8_CONFIGS,
+    FP8_CONFIGS_OTHER,
     HALF_CONFIGS,
     SINGLE_CONFIGS,
     choose_config,
@@ -141,12 +142,16 @@ def test_compiles_whole():
 
 
 def test_choose_config():
-    assert choose_config(8, 256, E4M3) == FP8_CONFIGS[0]  # decode: a row or two for each expert
-    assert choose_config(256 * 64, 256, E4M3) == FP8_CONFIGS[1]
-    assert choose_config(65536, 8, torch.bfloat16) == HALF_CONFIGS[-1]
-    assert choose_config(65536, 8, torch.float32) == SINGLE_CONFIGS[-1]
-    assert choose_wgrad_config(4096, 7168, E4M3) == FP8_CONFIGS[-1]
-    assert choose_wgrad_config(64, 7168, torch.float16) == HALF_CONFIGS[1]
+    nvidia, amd = (9, 0), (0, 0)
+    assert choose_config(8, 256, E4M3, nvidia) == FP8_CONFIGS[0]  # decode: a row or two for each expert
+    assert choose_config(256 * 64, 256, E4M3, nvidia) == FP8_CONFIGS[1]
+    assert choose_config(65536, 8, E4M3, nvidia) == FP8_CONFIGS[-1]
+    assert choose_config(65536, 8, E4M3, amd) == FP8_CONFIGS_OTHER[-1]
+    assert choose_config(65536, 8, torch.bfloat16, nvidia) == HALF_CONFIGS[-1]
+    assert choose_config(65536, 8, torch.float32, nvidia) == SINGLE_CONFIGS[-1]
+    assert choose_wgrad_config(4096, 7168, E4M3, nvidia) == FP8_CONFIGS[-1]
+    assert choose_wgrad_config(4096, 7168, E4M3, amd) == FP8_CONFIGS_OTHER[-1]
+    assert choose_wgrad_config(64, 7168, torch.float16, nvidia) == HALF_CONFIGS[1]
 
 
 @given(sizes=st.lists(st.integers(0, 500), min_size=1, max_size=12), rest=st.integers(0, 300))

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from compiling import Compile, assert_clean, compile_all
 from dskernels.mla.decode.config import (
+    LOW_OTHER,
     MAX_SPLITS,
     MEDIUM,
     MEDIUM_FP8,
@@ -31,6 +32,10 @@ def test_choose_config():
     assert choose_config(128, 512, 2, True, (9, 0)) == MEDIUM_FP8
     assert choose_config(16, 32, 2, True, (9, 0)) == SMALL
     assert choose_config(128, 512, 4, False, (9, 0)) == SINGLE
+    assert choose_config(128, 512, 2, False, (0, 0)) == NARROW
+    assert choose_config(128, 32, 2, True, (0, 0)) == NARROW
+    assert choose_config(16, 512, 2, True, (0, 0)) == LOW_OTHER
+    assert choose_config(16, 32, 4, False, (0, 0)) == LOW_OTHER
 
 
 @given(st.integers(0, 5000), st.integers(0, 200_000), st.integers(1, 160))
@@ -98,7 +103,8 @@ def compile_combination(value):
 def test_kernels_compile_without_spills():
     """Every config on every GPU that is given it, with the dimensions of DeepSeek-V3 and of a small model."""
     kernels = {}
-    for target, arch in (("sm_80", (8, 0)), ("sm_89", (8, 9)), ("sm_90", (9, 0)), ("sm_100", (10, 0))):
+    gpus = {"sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (0, 0)}
+    for target, arch in gpus.items():
         kinds = (
             (16, "bf16", False, 64, (512, 64)),
             (32, "bf16", False, 64, (512, 64)),

@@ -39,6 +39,13 @@ FP8_CONFIGS = (
     GroupedConfig(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=4),
     GroupedConfig(block_m=128, block_n=64, block_k=128, num_warps=8, num_stages=3),
 )
+# The same on GPUs that are not NVIDIA's. On gfx942 a program of 4 warps has one on each SIMD of a compute unit, so that
+# a lane has up to 512 registers; with 8 warps it has 256, and the tallest tile spilled 200 bytes a lane in the product
+# and 412 in the weight gradient.
+FP8_CONFIGS_OTHER = (
+    *FP8_CONFIGS[:-1],
+    GroupedConfig(block_m=128, block_n=64, block_k=128, num_warps=4, num_stages=2),
+)
 HALF_CONFIGS = (
     GroupedConfig(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=4),
     GroupedConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=4),
@@ -50,26 +57,26 @@ SINGLE_CONFIGS = (
 )
 
 
-def configs_for(dtype: torch.dtype) -> tuple[GroupedConfig, ...]:
-    """All tiles for operands of `dtype`."""
+def configs_for(dtype: torch.dtype, arch: tuple[int, int]) -> tuple[GroupedConfig, ...]:
+    """All tiles for operands of `dtype` on compute capability `arch`, (0, 0) for a GPU that is not NVIDIA's."""
     if dtype == E4M3:
-        return FP8_CONFIGS
+        return FP8_CONFIGS if arch > (0, 0) else FP8_CONFIGS_OTHER
     return SINGLE_CONFIGS if dtype == torch.float32 else HALF_CONFIGS
 
 
-def choose_config(rows: int, groups: int, dtype: torch.dtype) -> GroupedConfig:
-    """The lowest tile that has as many rows as an average group, or else the highest tile.
+def choose_config(rows: int, groups: int, dtype: torch.dtype, arch: tuple[int, int]) -> GroupedConfig:
+    """The lowest tile of `configs_for` that has as many rows as an average group, or else the highest tile.
 
     `rows` includes rows that belong to no group, because only the device knows how many these are.
     """
     average = ceil_div(rows, groups)
-    configs = configs_for(dtype)
+    configs = configs_for(dtype, arch)
     return next((config for config in configs if average <= config.block_m), configs[-1])
 
 
-def choose_wgrad_config(n: int, k: int, dtype: torch.dtype) -> GroupedConfig:
+def choose_wgrad_config(n: int, k: int, dtype: torch.dtype, arch: tuple[int, int]) -> GroupedConfig:
     """Tile of dw [N, K] (block_m x block_n), with block_k tokens per step: the highest if the matrix fills it."""
-    configs = configs_for(dtype)[1:]
+    configs = configs_for(dtype, arch)[1:]
     return configs[-1] if min(n, k) >= configs[-1].block_m else configs[0]
 
 

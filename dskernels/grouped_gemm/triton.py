@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dskernels.gemm.triton import architecture
 from dskernels.grouped_gemm.config import GroupedConfig, choose_config, tile_bound
 from dskernels.portable import cast, dot, launch, reason_against_e4m3
 from dskernels.validate import ceil_div
@@ -269,7 +270,7 @@ def product(
     (rows, n), (groups, _, k) = out.shape, b.shape
     if rows == 0 or n == 0:
         return
-    config = choose_config(rows, groups, a.dtype)
+    config = choose_config(rows, groups, a.dtype, architecture(a.device))
     # Without e4m3 there are no scales; the kernel does not use the tensors that are passed in their place.
     s_a, s_b = (a, b) if a_scale is None or b_scale is None else (a_scale, b_scale)
     grid = (tile_bound(rows, groups, config.block_m) * ceil_div(n, config.block_n),)
@@ -335,7 +336,7 @@ def grouped_gemm_masked(
     groups, rows, n = out.shape
     if rows == 0 or n == 0:
         return
-    config = choose_config(groups * rows, groups, a.dtype)
+    config = choose_config(groups * rows, groups, a.dtype, architecture(a.device))
     s_a, s_b = (a, b) if a_scale is None or b_scale is None else (a_scale, b_scale)
     grid = (groups * ceil_div(rows, config.block_m) * ceil_div(n, config.block_n),)
     launch(

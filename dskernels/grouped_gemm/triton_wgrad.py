@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dskernels.fp8.layout import empty_scale
 from dskernels.fp8.triton import store_rows
+from dskernels.gemm.triton import architecture
 from dskernels.grouped_gemm.config import choose_wgrad_config, padded_width
 from dskernels.grouped_gemm.triton import group_of_tile, lanes, plan
 from dskernels.portable import cast, dot, launch, reason_against_e4m3
@@ -169,7 +170,7 @@ def grouped_wgrad(
         tokens, (stride_dyt, stride_dyn), (stride_xt, stride_xk) = dy.shape[0], dy.stride(), x.stride()
         if source is not None:
             tokens = source.shape[0]
-    config = choose_wgrad_config(n, k, dy.dtype)
+    config = choose_wgrad_config(n, k, dy.dtype, architecture(dy.device))
     grid = (groups * ceil_div(n, config.block_m) * ceil_div(k, config.block_n),)
     launch(
         grouped_wgrad_kernel,

@@ -92,21 +92,25 @@ LONG_SUM = 2048  # tokens from which on the gradient of the gate's weight has a 
 
 
 def choose_gate_config(
-    m: int, n: int, k: int, wide: bool, multiprocessors: int, *, of_weight: bool = False
+    m: int, n: int, k: int, wide: bool, multiprocessors: int, arch: tuple[int, int], *, of_weight: bool = False
 ) -> GateConfig:
     """The tile for ``[m, k] @ [n, k].T``: K is divided until there is a program for each multiprocessor.
 
     `wide`: an operand is fp32, which is multiplied in three bf16 pieces and takes more registers. The gradient of the
     weight (`of_weight`) has all tokens as its K, and needs many programs, each of which waits for its loads.
+
+    `arch` is the compute capability, (0, 0) for a GPU that is not NVIDIA's. On gfx942, 8 warps on a tile of 16x64
+    spilled 176 bytes a lane, and 4 stages of 128x64x64 take 72 of a block's 64 KB of shared memory.
     """
+    nvidia = arch > (0, 0)
     if wide and of_weight and k >= LONG_SUM:
         tile, multiprocessors = (64, 64, 32, 8, 4), 4 * multiprocessors
     elif wide:
-        tile = (16, 64, 64, 8, 3) if m <= 64 else (128, 64, 32, 8, 3)
+        tile = (16, 64, 64, 8 if nvidia else 4, 3) if m <= 64 else (128, 64, 32, 8, 3)
     elif m <= 16:
         tile = (16, 32, 128, 4, 4)
     else:
-        tile = (64, 64, 64, 4, 4) if m <= 512 or n <= 64 else (128, 64, 64, 8, 4)
+        tile = (64, 64, 64, 4, 4) if m <= 512 or n <= 64 else (128, 64, 64, 8, 4 if nvidia else 3)
     block_m, block_n, block_k, num_warps, num_stages = tile
     tiles = ceil_div(m, block_m) * ceil_div(n, block_n)
     parts = max(1, min(MAX_PARTS, multiprocessors // tiles, ceil_div(k, 2 * block_k)))

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dskernels.device import multiprocessors
+from dskernels.gemm.triton import architecture
 from dskernels.portable import begin_dependent, cast, dot, launch, programmatic
 from dskernels.recording import Recorded
 from dskernels.routing.config import GateConfig, choose_gate_config
@@ -178,7 +179,8 @@ def _gradient(
 
 def _config(m: int, n: int, k: int, a: Tensor, b: Tensor, of_weight: bool = False) -> GateConfig:
     wide = a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16
-    return choose_gate_config(m, n, k, wide, multiprocessors(a.device, interpreted=4), of_weight=of_weight)
+    processors = multiprocessors(a.device, interpreted=4)
+    return choose_gate_config(m, n, k, wide, processors, architecture(a.device), of_weight=of_weight)
 
 
 def _product(

@@ -34,6 +34,7 @@ WIDE = DecodeConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
 NARROW_FP8 = DecodeConfig(block_m=16, block_n=32, num_warps=8, num_stages=2)
 MEDIUM_FP8 = DecodeConfig(block_m=32, block_n=16, num_warps=8, num_stages=2)
 SINGLE = DecodeConfig(block_m=16, block_n=16, num_warps=8, num_stages=3)
+LOW_OTHER = DecodeConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
 
 
 def choose_config(rows: int, value_dim: int, itemsize: int, fp8_cache: bool, arch: tuple[int, int]) -> DecodeConfig:
@@ -42,7 +43,13 @@ def choose_config(rows: int, value_dim: int, itemsize: int, fp8_cache: bool, arc
     A row of 512 takes 2 KB of accumulators, which limits the number of rows; with fewer rows, the cache is read more
     often. 64 fit if tensor cores take operands from shared memory (sm_90, sm_100), otherwise 32. The remaining
     registers limit the positions (64 of them spill a few on sm_90), and unpacking e4m3 takes some.
+
+    On GPUs that are not NVIDIA's, all programs have 4 warps. Then a lane of gfx942 has up to 512 registers; with 8
+    warps it has 256, and the kernel spilled 460 bytes a lane with fp32, 584 to 840 with an e4m3 cache. With such a
+    cache in pages of 8, 32 positions still spilled 364 bytes.
     """
+    if arch == (0, 0):
+        return LOW_OTHER if itemsize == 4 or (fp8_cache and value_dim > 256) else NARROW
     if itemsize == 4:
         return SINGLE
     if fp8_cache and value_dim > 256:
