@@ -16,6 +16,7 @@ from dskernels.moe.config import (
     choose_copy,
     choose_row,
     choose_scan,
+    choose_sums,
 )
 
 ROWS, SORT, SWIGLU = (f"dskernels.moe.triton{part}" for part in ("", "_sort", "_swiglu"))
@@ -30,6 +31,7 @@ def test_choose_row():
     configs = [choose_copy(7168, itemsize) for itemsize in (1, 2, 4)]
     assert [(c.width, c.num_warps) for c in configs] == [(1024, 2), (1024, 4), (1024, 4)]
     assert choose_copy(8, 1).num_warps == 1
+    assert [choose_sums(7168, partial).num_warps for partial in (False, True)] == [4, 2]
 
 
 def test_sort_compiles_without_spills():
@@ -128,7 +130,9 @@ def test_row_kernels_compile_without_spills():
         ):
             aligned = [f"stride_{name}" for name in strides] + [s for s in sizes if s in ("H", "width")]
             signature = {**pointers, **integers(*sizes, *(f"stride_{name}" for name in strides))}
-            kernels.append(Compile(name, signature, {**constants, "WIDTH": width}, divisible=aligned))
+            for warps in (4, 2) if name.endswith(":combine_kernel") else (4,):
+                constants["WIDTH"] = width
+                kernels.append(Compile(name, signature, constants, divisible=aligned, num_warps=warps))
     reports = compile_all(kernels)
     assert_clean(reports)
     # Memory-bound kernels must move 16 bytes at a time where a row is wide enough for it.

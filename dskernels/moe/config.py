@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Up to this many choices, the rank of each is found by comparing it with every other one: 4M comparisons at most, in a
 # single launch. More choices take the counting sort.
@@ -50,6 +50,16 @@ def choose_row(columns: int) -> RowConfig:
     while width < min(columns, 1024):
         width *= 2
     return RowConfig(width, num_warps=4)
+
+
+def choose_sums(columns: int, partial: bool) -> RowConfig:
+    """Config for sums of rows of so many columns; `partial`: of tokens of which other ranks have the other choices.
+
+    Where half of the choices are dropped, more columns a thread keep as many bytes under way: 2,048 tokens on an H200
+    took 37.7 us with two warps and 40.4 with four, and with all choices 1,024 tokens 32.9 and 32.5.
+    """
+    config = choose_row(columns)
+    return replace(config, num_warps=2) if partial else config
 
 
 def choose_copy(columns: int, itemsize: int) -> RowConfig:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dskernels.device import empty
 from dskernels.fp8.layout import empty_scale
-from dskernels.moe.config import SCALE_ROWS, SCALE_TILES, choose_copy, choose_row
+from dskernels.moe.config import SCALE_ROWS, SCALE_TILES, choose_copy, choose_row, choose_sums
 from dskernels.moe.triton_sort import sort
 from dskernels.portable import cast, launch
 from dskernels.recording import Recorded
@@ -308,14 +308,17 @@ def weighted_sum(
     came: Tensor | None = None,
     places: Tensor | None = None,
     out: Tensor | None = None,
+    *,
+    partial: bool = False,
 ) -> Tensor:
     """Sum of each token's rows of `y`, weighted if there are weights, of its `places` in `came`, and of `residual`; in
-    fp32 in this order, rounded once. Without an index a token has the row of its own number.
+    fp32 in this order, rounded once. Without an index a token has the row of its own number. `partial`: the other
+    choices of the tokens are on other ranks, which changes nothing in the result.
     """
     (tokens, top_k), width = (y.shape[0], 1) if index is None else index.shape, y.shape[1]
     out = empty(y, (tokens, width), y.dtype) if out is None else out
     if tokens and width:
-        config = choose_row(width)
+        config = choose_sums(width, partial)
         launch(
             combine_kernel,
             (tokens * ceil_div(width, config.width),),
@@ -355,7 +358,7 @@ def weighted_sum_into(
     out: Tensor,
 ) -> None:
     """`weighted_sum` on the operation's arguments."""
-    weighted_sum(y, index, weights, residual, came, places, out)
+    weighted_sum(y, index, weights, residual, came, places, out, partial=True)
 
 
 def permute_backward(dy: Tensor, index: Tensor) -> Tensor:

@@ -36,13 +36,13 @@ def memory_of_one_gpu(cls, group, size):
 class Plain(Collective):
     """By `torch.distributed` through the CPU, where gloo is."""
 
-    def send(self, outgoing, *, together=False, fill=None, columns=()):
+    def send(self, outgoing, *, together=False, fill=None, columns=(), into=None):
         for rank in range(self.ranks):
             if fill is not None and rank != self.rank:
                 fill(rank, slice(0, len(outgoing[rank][0])))
         sent = super().send([[part.cpu() for part in parts] for parts in outgoing], together=together)
         sent.work.wait()
-        return sent._replace(work=None)
+        return sent._replace(work=None, into=into)
 
     def of_all(self, sent):
         return super().of_all(sent).cuda()
@@ -104,7 +104,50 @@ def letters(rank, device, plain):
         mail.send([message(2 * rows)] * 2, columns=(2,))
     with pytest.raises(ValueError, match="sent together"):
         mail.whole(sent[0] if not together[0] else sent[1])
+    with pytest.raises(ValueError, match="into: expected of a message of rows"):
+        mail.send(messages[0], columns=(2,), into=[])
+    kept(mail, message, read, plain)
     captured(mail, message, read, plain)
+
+
+def kept(mail, message, read, plain):
+    """What comes is copied to other memory while something else runs, in a CUDA graph too."""
+
+    def both_ways(messages):
+        sent = []
+        for both in messages:
+            into = [part.new_full((2, *part.shape), -1) for part in both[0]]
+            sent.append((mail.send(both, into=into), into))
+            torch.cuda._sleep(int(1e5) * mail.rank)
+        for one, _ in sent:
+            list(mail.arriving(one))
+            mail.finished(one)
+        return [into for _, into in sent]
+
+    def wanted(both):
+        return [read(plain, plain.send(both), False)[0], both[mail.rank]]
+
+    def check(messages, found):
+        for both, into in zip(messages, found, strict=True):
+            for rank, want in zip((1 - mail.rank, mail.rank), wanted(both), strict=True):
+                assert all(torch.equal(memory[rank], part) for memory, part in zip(into, want, strict=True))
+
+    for rows in (1000, 3, 0, 1000, 1):
+        messages = [[message(rows)[:2], message(rows)[:2]] for _ in range(3)]
+        check(messages, both_ways(messages))
+    messages, graph = [[message(1000)[:2], message(1000)[:2]] for _ in range(3)], torch.cuda.CUDAGraph()
+    mail.settle()
+    with torch.cuda.graph(graph):
+        found = both_ways(messages)
+        mail.settle()
+    for _ in range(3):
+        for both in messages:
+            for part in (part for parts in both for part in parts):
+                part.copy_(message(1000)[0] if part.shape[1] == 513 else part)
+        for memory in (memory for into in found for memory in into):
+            memory.fill_(-1)
+        graph.replay()
+        check(messages, found)
 
 
 def captured(mail, message, read, plain):

@@ -209,16 +209,16 @@ class Reached:
 
 
 def drawn(generator):
-    """An order in which messages are sent and read, the same on every rank: kind, number, and whether together."""
+    """An order in which messages are sent and read, the same on every rank: what, number, and in which way."""
     program, unread, number = [], [], 0
     while number < 4 * SLOTS + 2 or unread:
         more = number < 4 * SLOTS + 2 and len(unread) < SLOTS and number - SLOTS not in unread
         if more and generator.random() < 0.6:
-            program.append(("send", number, generator.random() < 0.5))
+            program.append(("send", number, generator.choice(("apart", "together", "into"))))
             unread.append(number)
             number += 1
         elif unread:
-            program.append(("read", unread.pop(generator.randrange(len(unread))), False))
+            program.append(("read", unread.pop(generator.randrange(len(unread))), ""))
     return program
 
 
@@ -234,35 +234,47 @@ def enact(mail, main, program, turn, keeps):
     def compare(found, *which):
         assert (found == value(*which)).all(), f"turn {turn[0]}, message, from, to: {which}"
 
-    sent = {}
-    for what, number, together in program:
+    def memory_of(width, *shape):
+        memory = np.zeros((*shape, 8, width), np.int32)  # outlives the tensor, as memory of a GPU does
+        keeps.append(memory)
+        tensor = torch.from_numpy(memory)
+        weakref.finalize(tensor, main.call, functools.partial(memory.fill, -1))  # whoever has it next writes at once
+        return memory, tensor
+
+    sent, into = {}, {}
+    for what, number, way in program:
         if what == "send":
             parts, firsts = [[] for _ in range(mail.ranks)], {}
             for to, width in itertools.product(range(mail.ranks), (16, 1)):
-                memory = np.zeros((8, width), np.int32)  # outlives the tensor, as memory of a GPU does
-                keeps.append(memory)
-                parts[to].append(torch.from_numpy(memory))
+                memory, tensor = memory_of(width)
+                parts[to].append(tensor)
                 if width == 16 and to != mail.rank and number % 3 == 0:  # is made as it leaves
                     firsts[to] = memory
                 else:
                     main.call(functools.partial(write, memory, number, mail.rank, to))
-                # Whoever has it next writes to it at once.
-                weakref.finalize(parts[to][-1], main.call, functools.partial(memory.fill, -1))
+                del tensor
 
             def fill(to, piece, firsts=firsts, number=number):
                 main.call(functools.partial(write, firsts[to][piece], number, mail.rank, to))
 
-            sent[number] = mail.send(parts, together=together, fill=fill if firsts else None)
+            if way == "into":
+                into[number] = [memory_of(width, mail.ranks)[1] for width in (16, 1)]
+            together, fill = way == "together", fill if firsts else None
+            sent[number] = mail.send(parts, together=together, fill=fill, into=into.get(number))
             del parts
         else:
             one = sent.pop(number)
             list(mail.arriving(one))
+            kept = into.pop(number, None)
+            if kept is not None:
+                mail.finished(one)
             for source in range(mail.ranks):
-                for part in mail.from_rank(one, source):
+                for part in mail.from_rank(one, source) if kept is None else [memory[source] for memory in kept]:
                     found = part.detach().view(part.shape)  # another view, which is no tensor that was sent
                     main.call(functools.partial(compare, found, number, source, mail.rank))
-            mail.finished(one)
-            del one, part, found
+            if kept is None:
+                mail.finished(one)
+            del one, part, found, kept
     mail.settle()
 
 

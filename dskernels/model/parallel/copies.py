@@ -39,6 +39,7 @@ class Copied(NamedTuple):
         columns: the places of those that lie in the second way.
         ends: of the pieces that the first part is cut into, as shares of it.
         own: what this rank would have sent to itself; None where it did.
+        kept: whether what comes is copied to memory of its own.
         colours: of its lights, piece by piece, and of the one for what this rank sends to itself.
     """
 
@@ -47,6 +48,7 @@ class Copied(NamedTuple):
     columns: tuple[int, ...]
     ends: tuple[float, ...]
     own: list[Tensor] | None
+    kept: bool
     colours: tuple[int, ...]
 
     @property
@@ -102,7 +104,7 @@ class CopyEngines(Mail):
         # What is being sent lives until it has left. (torch's `record_stream` would make an event for each tensor that
         # is let go.)
         self.sending: list[Sequence[Sequence[Tensor]]] = [()] * SLOTS
-        # In a graph: where each piece of a message has left, and what of it stays here is there.
+        # In a graph: where each piece of a message has left. And where what of it is copied here is there.
         self.gone = [[Moment(device) for _ in ENDS] for _ in range(SLOTS)]
         self.kept = [Moment(device) for _ in range(SLOTS)]
 
@@ -118,14 +120,17 @@ class CopyEngines(Mail):
         together: bool = False,
         fill: Fill | None = None,
         columns: Sequence[int] = (),
+        into: Sequence[Tensor] | None = None,
     ) -> Copied:
         """See `Mail`."""
+        if into is not None and (together or columns):
+            raise ValueError("into: expected of a message of rows that is not sent together")
         own = list(outgoing[self.rank])
         ends = ENDS[1 if together else max(1, min(len(ENDS), _bytes(own[0]) // self.piece))]
         if fill is not None and not together:
             ends = FILLED if _bytes(own[0]) >= FEWEST_FILLED else ENDS[1]
-        sent = self._next(own, ends, together, columns)
-        self.sending[sent.slot] = outgoing
+        sent = self._next(own, ends, together, columns, into is not None)
+        self.sending[sent.slot] = [*outgoing, *([] if into is None else [into])]
         if together:  # what was there has been read, by what the stream waits for anyway
             self.near.follow(self.now)
             here = [self._copy(sent, self.rank, place, tensor) for place, tensor in enumerate(own)]
@@ -150,9 +155,34 @@ class CopyEngines(Mail):
             self.out.take(self.lights.there(sent.slot, i, sent.colours[i], left=sent.left_with(i)))
             if sent.captured:
                 self.gone[sent.slot][i].record(self.out)
+        if into is not None:
+            self._receive(sent, own, into)
         return sent
 
-    def _next(self, own: list[Tensor], ends: tuple[float, ...], together: bool, columns: Sequence[int]) -> Copied:
+    def _receive(self, sent: Copied, own: list[Tensor], into: Sequence[Tensor]) -> None:
+        """Copies what comes, beside what the stream of the products does meanwhile."""
+
+        def copy(source: Tensor, target: Tensor) -> Copy:
+            return Copy(target.data_ptr(), source.data_ptr(), _bytes(source))
+
+        here = [copy(part, memory[self.rank]) for part, memory in zip(own, into, strict=True)]
+        self.near.follow(self.now)
+        self.near.copy_all(here, captured=sent.captured)
+        parts = self._parts(sent)
+        for i in range(len(sent.ends)):
+            if sent.captured:
+                self.near.follow(self.gone[sent.slot][i])
+            self.near.take(self.lights.until_there(sent.slot, i, sent.colours[i], left=sent.left_with(i)))
+            pairs = [(parts[0][rank, sent.piece(i)], into[0][rank, sent.piece(i)]) for rank in self._others()]
+            if i == 0:
+                places = range(1, len(own))
+                pairs += [(parts[place][rank], into[place][rank]) for rank in self._others() for place in places]
+            self.near.copy_all([copy(*pair) for pair in pairs], captured=sent.captured)
+        self.kept[sent.slot].record(self.near)
+
+    def _next(
+        self, own: list[Tensor], ends: tuple[float, ...], together: bool, columns: Sequence[int], kept: bool
+    ) -> Copied:
         """A message with a slot of its own, behind what is on the stream."""
         if self.count - SLOTS in self.unread:
             raise RuntimeError(f"outgoing: {SLOTS} messages are under way, of which none has been read")
@@ -170,7 +200,7 @@ class CopyEngines(Mail):
             for i in [*range(len(ends)), *([-1] if together else [])]:
                 of_slot[i] = second if of_slot[i] == first else first
             colours = [*of_slot[: len(ends)], of_slot[-1]]
-        sent = Copied(self.count, parts, tuple(columns), ends, None if together else own, tuple(colours))
+        sent = Copied(self.count, parts, tuple(columns), ends, None if together else own, kept, tuple(colours))
         self.unread.add(self.count)
         self.count += 1
         self.now.record(self._current())
@@ -183,6 +213,11 @@ class CopyEngines(Mail):
         """
         if sent.captured != torch.cuda.is_current_stream_capturing():
             raise RuntimeError("sent: expected in the same CUDA graph, or outside as well")
+        if sent.kept:
+            self._current().follow(self.kept[sent.slot])
+            self.sending[sent.slot] = ()
+            yield slice(0, sent.parts[0].shape[1])
+            return
         for i in range(len(sent.ends)):
             on = self._current()
             if sent.captured:  # events in place of its own lights: in whatever order a graph runs, it sends, then waits

@@ -60,34 +60,20 @@ class FixedTrip:
         if missing:
             parts = [pad(part, (0, 0, 0, missing), value=-1 if part.dtype == torch.int32 else 0) for part in parts]
         parts = [_by_columns(part) if i in columns else part.contiguous() for i, part in enumerate(parts)]
-        self._begin([parts] * self.mail.ranks, lend=lend, columns=columns)
+        into = None if lend else [part.new_empty(self.mail.ranks, *part.shape) for part in parts]
+        self._begin([parts] * self.mail.ranks, lend=lend, columns=columns, into=into)
 
     def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
         """The rows of all ranks, part by part, ``[rows, width]``."""
-        (sent, lent), mail = self.pending.pop(), self.mail
-        if lent:
-            for _ in mail.arriving(sent):
-                pass
-            parts = mail.whole(sent)
-            self.lent = sent
+        (sent, into), mail = self.pending.pop(), self.mail
+        for _ in mail.arriving(sent):
+            pass
+        if into is None:
+            parts, self.lent = mail.whole(sent), sent
         else:
-            parts = self._copied(sent)
+            parts = [part.flatten(0, 1) for part in into]
             mail.finished(sent)
         return [part.view(dtype) for part, (_, dtype) in zip(parts, columns, strict=True)]
-
-    def _copied(self, sent: Any) -> list[Tensor]:
-        """What came, in memory of its own; the first part while the rest travels."""
-        mail = self.mail
-        by_rank = [mail.from_rank(sent, rank) for rank in range(mail.ranks)]
-        first = by_rank[0][0]
-        rows = first.new_empty(mail.ranks, *first.shape)
-        rows[mail.rank].copy_(by_rank[mail.rank][0])  # before anything has come
-        for piece in mail.arriving(sent):
-            for rank in range(mail.ranks):
-                if rank != mail.rank:
-                    rows[rank, piece].copy_(by_rank[rank][0][piece])
-        others = zip(*(parts[1:] for parts in by_rank), strict=True)
-        return [rows.flatten(0, 1), *(torch.cat(of_ranks) for of_ranks in others)]
 
     def release(self) -> None:
         """What was lent has been read, by what is on the stream so far."""
@@ -183,10 +169,12 @@ class FixedTrip:
         lend: bool = False,
         fill: Fill | None = None,
         columns: Sequence[int] = (),
+        into: list[Tensor] | None = None,
     ) -> None:
         if self.pending:
             raise RuntimeError("a message of this trip is still under way")
-        self.pending.append((self.mail.send(outgoing, together=lend, fill=fill, columns=columns), lend))
+        sent = self.mail.send(outgoing, together=lend, fill=fill, columns=columns, into=into)
+        self.pending.append((sent, into))
 
 
 def _by_columns(part: Tensor) -> Tensor:

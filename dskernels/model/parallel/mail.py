@@ -78,6 +78,7 @@ class Mail(ABC):
         together: bool = False,
         fill: Fill | None = None,
         columns: Sequence[int] = (),
+        into: Sequence[Tensor] | None = None,
     ) -> Any:
         """Begins a message to every rank.
 
@@ -89,6 +90,8 @@ class Mail(ABC):
                 before they leave, for some while others already travel.
             columns: the places of parts (not the first) whose columns are contiguous instead, as those of scales are;
                 what comes of them may lie in the same way.
+            into: memory for each part, ``[R, rows, width]``, to which what comes is copied, and this rank's own part
+                too; all of it is there when `arriving` ends, and stays when the message is `finished`.
 
         Returns:
             What the others take.
@@ -129,6 +132,7 @@ class Sent(NamedTuple):
     buffer: Tensor
     parts: list[Part]
     own: list[Tensor]
+    into: Sequence[Tensor] | None
 
 
 class Collective(Mail):
@@ -141,6 +145,7 @@ class Collective(Mail):
         together: bool = False,
         fill: Fill | None = None,
         columns: Sequence[int] = (),
+        into: Sequence[Tensor] | None = None,
     ) -> Sent:
         """See `Mail`; what is to lie together is put together when it is asked for."""
         own = list(outgoing[self.rank])
@@ -149,18 +154,21 @@ class Collective(Mail):
                 fill(rank, slice(0, own[0].shape[0]))
         parts, size = layout(own)
         device = own[0].device
-        leaving = torch.empty(self.ranks, size, dtype=torch.uint8, device=device)
+        leaving = torch.empty(self.ranks, max(size, ALIGNMENT), dtype=torch.uint8, device=device)
         for rank, tensors in enumerate(outgoing):
             for part, tensor in zip(parts, tensors, strict=True):
                 part.of(leaving[rank]).copy_(tensor)
         coming = torch.empty_like(leaving)
         work = dist.all_to_all_single(coming, leaving, group=self.group, async_op=True)
-        return Sent(work, coming, parts, own)
+        return Sent(work, coming, parts, own, into)
 
     def arriving(self, sent: Sent) -> Iterator[slice]:
         """See `Mail`."""
         if sent.work is not None:
             sent.work.wait()
+        for rank in range(self.ranks if sent.into is not None else 0):
+            for memory, part in zip(sent.into or (), self.from_rank(sent, rank), strict=True):
+                memory[rank].copy_(part)
         yield slice(0, sent.own[0].shape[0])
 
     def from_rank(self, sent: Sent, rank: int) -> list[Tensor]:
