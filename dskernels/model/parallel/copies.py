@@ -1,9 +1,17 @@
-"""`Mail` between the GPUs of one host by their copy engines: straight into the other's memory, and no SM is taken.
+"""`Mail` between the GPUs of one host: their copy engines write into each other's memory, and no SM is occupied.
 
-NCCL's kernels hold SMs, and a product that fills all of them waits for the last one: on 2 H200 expert-parallel layers
-in bf16 took 8.9 ms each with NCCL's messages under products, and 8.6 ms with all of it one by one.
+NCCL's kernels hold SMs, and a product that fills all SMs waits for the last one: on 2 H200, expert-parallel layers in
+bf16 took 8.9 ms each with NCCL's messages under products, and 8.6 ms without any overlap.
 
-Nothing of it is counted by the host (dskernels.model.parallel.lights), so that it may be part of a CUDA graph.
+Each rank has memory for SLOTS messages from every rank. Three streams take part in a message:
+
+    the current stream    makes the message, and later waits until the others' are there, to read them;
+    `out`                 waits until the message is made and its slot is free on the other ranks, copies it there, and
+                          switches on a light behind each piece (a 32-bit flag, see `lights`);
+    `near`                copies what stays on this rank, and moves what came out of the slot if it has to be kept.
+
+On the current stream, which runs the products, a message costs no more than an event and a wait: every operation of
+the driver between two kernels takes 3 us or more. The host counts nothing, so that messages may be in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -20,27 +28,29 @@ from dskernels.model.parallel.engines import Copy, Engine, Moment, PeerMemory
 from dskernels.model.parallel.lights import COLOURS, IN_A_GRAPH, Lights, Read
 from dskernels.model.parallel.mail import Fill, Mail, Part, aligned
 
-SLOTS = 4  # messages that may be under way, or read, at once: two micro-batches have one each in both directions
-# What has come of a large message is summed while the rest travels. A piece is 3/10 of the one before, as long as it
-# takes to sum that. On 2 H200 235 MB each way took 614 us in one piece, 5 to 7 more for each other, and NCCL 797.
+# Messages that may be under way, or not read yet, at once: two micro-batches have one each in both directions.
+SLOTS = 4
+# Where the pieces of a message end. What has come of a large message is summed up while the rest travels; each piece is
+# 3/10 of the one before, as summing takes 3/10 of the time of travelling. On 2 H200, 235 MB each way took 614 us in one
+# piece, 5 to 7 us more for each further piece, and 797 us with NCCL.
 ENDS = {1: (1.0,), 2: (0.77, 1.0), 3: (0.72, 0.935, 1.0)}
-PIECE = 2**24  # bytes, for each piece: less is not worth another one
-# A message that is made as it leaves: of 29 MB the second piece should be made, in 27 us at the memory's rate, while
-# the first travels for 31 at the link's. What that gains was not timed by itself.
+PIECE = 2**24  # bytes that a message needs for each piece: with less, another piece costs more than it gains
+# Pieces of a message that is made while it leaves, and the bytes from which on it has several. Of 29 MB, the second
+# piece takes 27 us to make at the memory's rate, while the first travels for 31 us. The gain was not timed by itself.
 FILLED, FEWEST_FILLED = (0.4, 1.0), 2**23
 
 
 class Copied(NamedTuple):
-    """A message that has been sent.
+    """A message that has been sent, and what will be known of it where it is read.
 
     Attributes:
-        number: of it, from 0.
-        parts: where they lie in its slot, each of all ranks, ``[R, rows, width]``, or ``[width, R, rows]``.
-        columns: the places of those that lie in the second way.
-        ends: of the pieces that the first part is cut into, as shares of it.
-        own: what this rank would have sent to itself; None where it did.
-        kept: whether what comes is copied to memory of its own.
-        colours: of its lights, piece by piece, and of the one for what this rank sends to itself.
+        number: messages are numbered from 0, on all ranks alike.
+        parts: where each part lies in the slot, of all ranks together: ``[R, rows, width]``, or ``[width, R, rows]``.
+        columns: the places of parts that lie in the second way.
+        ends: where the pieces of the first part end, as shares of its rows.
+        own: the parts for this rank itself, which stay where they are; None if they were copied to the slot as well.
+        kept: whether all that comes is copied out of the slot, so that only this has to be waited for.
+        colours: the values of its lights, piece by piece; the last is that of what this rank sends to itself.
     """
 
     number: int
@@ -53,20 +63,21 @@ class Copied(NamedTuple):
 
     @property
     def captured(self) -> bool:
-        """Whether it is in a CUDA graph."""
+        """Whether it is part of a CUDA graph."""
         return self.colours[0] == IN_A_GRAPH
 
     @property
     def slot(self) -> int:
-        """Where it lies."""
+        """The slot that it lies in, the same on all ranks."""
         return self.number % SLOTS
 
     def left_with(self, i: int) -> int | None:
-        """The colour of the light that says, with the last piece, that all has left; in a graph edges do."""
+        """The colour of the light that says, with the last piece, that all has left; None with others, and in a graph,
+        where edges say it."""
         return self.colours[0] if i == len(self.ends) - 1 and not self.captured else None
 
     def piece(self, i: int) -> slice:
-        """Its rows."""
+        """The rows of the first part that its i-th piece has."""
         begin, end = (int(self.parts[0].shape[1] * part) for part in ((0.0, *self.ends)[i : i + 2]))
         return slice(begin, end)
 
@@ -74,14 +85,14 @@ class Copied(NamedTuple):
 class CopyEngines(Mail):
     """`Mail` for GPUs that reach each other's memory.
 
-    Messages may be captured in a CUDA graph, by all ranks alike, and be sent outside of it as well: what is captured
-    has to be read, and settled, in the same graph, and whatever was sent before a replay likewise, before it.
+    Messages may be captured in a CUDA graph, by all ranks alike, and be sent outside of graphs as well. What is
+    captured has to be read, and settled (`settle`), in the same graph; what was sent before a replay, before it.
 
     Args:
-        group: the ranks. All make this at once.
+        group: the ranks. All of them make this object at the same time.
         size: the most bytes of a message from one rank to another, see `mail.message_bytes`.
-        piece: bytes for each piece of its first part; a message that is to lie together comes in one.
-        memory: of `needed` bytes; by default torch's symmetric memory.
+        piece: bytes that a message needs for each piece of its first part; one that is sent `together` has one piece.
+        memory: `needed` bytes on each rank; by default torch's symmetric memory.
     """
 
     def __init__(
@@ -94,17 +105,17 @@ class CopyEngines(Mail):
         behind = SLOTS * self.ranks * self.size
         self.lights = Lights([address + behind for address in self.addresses], self.rank, len(ENDS))
         self.count, self.unread = 0, set[int]()
-        self.colours = [[COLOURS[1]] * (len(ENDS) + 1) for _ in range(SLOTS)]  # of the last ones, outside of graphs
-        self.read: list[Copied] = []  # messages of which the others have not been told that they have been read
-        # What is for this rank itself has a stream of its own: in one batch with what leaves both took as long as one
-        # after the other, a dispatch of 16,384 tokens 743 us, not 634.
+        self.colours = [[COLOURS[1]] * (len(ENDS) + 1) for _ in range(SLOTS)]  # of the last messages, not in graphs
+        self.read: list[Copied] = []  # messages that have been read, which the other ranks do not know yet
+        # What stays on this rank has a stream of its own. In one batch with what leaves, both took as long as one after
+        # the other: a dispatch of 16,384 tokens 743 us instead of 634.
         device = self.memory.device
         self.out, self.near = (Engine.of(torch.cuda.Stream(device, priority=-1)) for _ in range(2))
         self.now = Moment(device)
-        # What is being sent lives until it has left. (torch's `record_stream` would make an event for each tensor that
-        # is let go.)
+        # Tensors that copies read or write stay alive until these are done. (torch's `record_stream` would create an
+        # event for each tensor that is let go.)
         self.sending: list[Sequence[Sequence[Tensor]]] = [()] * SLOTS
-        # In a graph: where each piece of a message has left. And where what of it is copied here is there.
+        # Events of each slot: a piece has left (in a graph); what is copied on this rank is there.
         self.gone = [[Moment(device) for _ in ENDS] for _ in range(SLOTS)]
         self.kept = [Moment(device) for _ in range(SLOTS)]
 
@@ -131,7 +142,7 @@ class CopyEngines(Mail):
             ends = FILLED if _bytes(own[0]) >= FEWEST_FILLED else ENDS[1]
         sent = self._next(own, ends, together, columns, into is not None)
         self.sending[sent.slot] = [*outgoing, *([] if into is None else [into])]
-        if together:  # what was there has been read, by what the stream waits for anyway
+        if together:  # this rank's own place in the slot is free: the current stream has read what was there
             self.near.follow(self.now)
             here = [self._copy(sent, self.rank, place, tensor) for place, tensor in enumerate(own)]
             self.near.copy_all(here, captured=sent.captured)
@@ -148,7 +159,7 @@ class CopyEngines(Mail):
                 self.now.record(self._current())
                 self.out.follow(self.now)
             leaving = [self._copy(sent, rank, 0, outgoing[rank][0], sent.piece(i)) for rank in self._others()]
-            if i == 0:  # the other parts come with the first piece
+            if i == 0:  # the other parts travel with the first piece
                 places = range(1, len(own))
                 leaving += [self._copy(sent, r, place, outgoing[r][place]) for r in self._others() for place in places]
             self.out.copy_all(leaving, captured=sent.captured)
@@ -160,7 +171,7 @@ class CopyEngines(Mail):
         return sent
 
     def _receive(self, sent: Copied, own: list[Tensor], into: Sequence[Tensor]) -> None:
-        """Copies what comes, beside what the stream of the products does meanwhile."""
+        """Copies what comes out of the slot as soon as it is there, while the current stream does something else."""
 
         def copy(source: Tensor, target: Tensor) -> Copy:
             return Copy(target.data_ptr(), source.data_ptr(), _bytes(source))
@@ -183,7 +194,7 @@ class CopyEngines(Mail):
     def _next(
         self, own: list[Tensor], ends: tuple[float, ...], together: bool, columns: Sequence[int], kept: bool
     ) -> Copied:
-        """A message with a slot of its own, behind what is on the stream."""
+        """The next message, in its slot; `now` is where it is made on the current stream."""
         if self.count - SLOTS in self.unread:
             raise RuntimeError(f"outgoing: {SLOTS} messages are under way, of which none has been read")
         parts, end = [], 0
@@ -207,9 +218,9 @@ class CopyEngines(Mail):
         return sent
 
     def arriving(self, sent: Copied) -> Iterator[slice]:
-        """See `Mail`. With the last piece it is waited until this rank's own message has left, too.
+        """See `Mail`. With the last piece, the stream also waits until this rank's own message has left.
 
-        So whatever is behind it on the stream may have its memory, and no event has to say so.
+        So what comes next on the stream may use the memory of what was sent, and no event has to say so.
         """
         if sent.captured != torch.cuda.is_current_stream_capturing():
             raise RuntimeError("sent: expected in the same CUDA graph, or outside as well")
@@ -220,7 +231,7 @@ class CopyEngines(Mail):
             return
         for i in range(len(sent.ends)):
             on = self._current()
-            if sent.captured:  # events in place of its own lights: in whatever order a graph runs, it sends, then waits
+            if sent.captured:  # in whatever order a graph runs its nodes, a rank sends before it waits
                 on.follow(self.gone[sent.slot][i])
                 if sent.own is None:
                     on.follow(self.kept[sent.slot])
@@ -247,9 +258,9 @@ class CopyEngines(Mail):
         return self._parts(sent)[0]
 
     def finished(self, sent: Copied) -> None:
-        """See `Mail`. The others get to know with the next message that is sent, or by `settle`.
+        """See `Mail`. The other ranks are told with the next message that is sent, or by `settle`.
 
-        It is the stream of the copies that tells them: what the stream of the products writes itself takes that 3 us.
+        It is `out` that tells them: a write on the current stream would take it 3 us.
         """
         self.unread.remove(sent.number)
         self.read.append(sent)
@@ -260,7 +271,7 @@ class CopyEngines(Mail):
             self._current().take(self.lights.have_read(self._read()))
 
     def _read(self) -> tuple[Read, ...]:
-        """What has been read, of which the others are told now."""
+        """The messages that have been read, of which the others will be told now."""
         if self.read and {sent.captured for sent in self.read} != {torch.cuda.is_current_stream_capturing()}:
             raise RuntimeError("settle: expected behind the last message before a CUDA graph, and the last one in it")
         read = tuple(Read(sent.slot, len(sent.ends) if sent.captured else 0) for sent in self.read)
@@ -268,7 +279,7 @@ class CopyEngines(Mail):
         return read
 
     def _copy(self, sent: Copied, rank: int, place: int, tensor: Tensor, rows: slice | None = None) -> Copy:
-        """Rows of a part, or all, to where a rank has them."""
+        """The copy of a part, or of some of its rows, to the place that it has on a rank."""
         part = self.addresses[rank] + sent.slot * self.ranks * self.size + sent.parts[place].begin
         if place in sent.columns:
             rows_, width = tensor.shape
@@ -282,14 +293,14 @@ class CopyEngines(Mail):
         return Engine.current(self.memory.device)
 
     def _parts(self, sent: Copied) -> list[Tensor]:
-        """Of all ranks, ``[R, rows, width]`` each."""
+        """The parts of all ranks in the slot, ``[R, rows, width]`` each."""
         begin = sent.slot * self.ranks * self.size
         message = self.memory[begin : begin + self.ranks * self.size]
         parts = [part.of(message) for part in sent.parts]
         return [part.permute(1, 2, 0) if place in sent.columns else part for place, part in enumerate(parts)]
 
     def _others(self) -> list[int]:
-        """All ranks but this, so that no two send to one at a time if all go on as fast."""
+        """All ranks but this one, in an order in which no two ranks begin with the same."""
         return [(self.rank + i) % self.ranks for i in range(1, self.ranks)]
 
 

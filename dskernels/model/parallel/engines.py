@@ -1,8 +1,8 @@
 """What GPUs of one host do with each other's memory without a kernel: copies, and numbers that streams wait for.
 
-A copy over NVLink runs on a copy engine; behind it the driver writes a number (a stream memory operation), and a stream
-of the other GPU waits until it reads that there. No kernel takes part, and none polls, so that no SM is held while a
-message travels or is waited for.
+A copy over NVLink runs on a copy engine. Behind it, the driver writes a number to the other GPU's memory (a stream
+memory operation), and a stream of that GPU waits until the number is there. No kernel takes part, and none polls: no SM
+is held while a message travels or is waited for.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _OPERATIONS = {"wait": 1, "write": 2}  # CU_STREAM_MEM_OP_WAIT_VALUE_32 and _WRI
 
 
 class Step(NamedTuple):
-    """Waits until a number is this one, or writes it.
+    """A stream memory operation: wait until a number has a value, or write it.
 
     Attributes:
-        kind: which of both.
-        address: of the number, 32 bits.
-        value: this one.
+        kind: which of the two.
+        address: of the number, which has 32 bits.
+        value: to wait for (exactly this one), or to write.
     """
 
     kind: Literal["wait", "write"]
@@ -38,7 +38,7 @@ class Step(NamedTuple):
 
 
 class _Operation(ctypes.Structure):
-    """CUstreamBatchMemOpParams, of a wait or a write."""
+    """The driver's CUstreamBatchMemOpParams, for a wait or a write."""
 
     _fields_ = (
         ("operation", ctypes.c_uint64),
@@ -51,10 +51,10 @@ class _Operation(ctypes.Structure):
 
 
 class Steps:
-    """Some of them, one behind the other, which a stream takes as one operation of the driver.
+    """Several steps, one after the other, in a single call of the driver.
 
     Args:
-        steps: in their order.
+        steps: in the order in which they are done.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
@@ -64,14 +64,14 @@ class Steps:
 
 
 class Copy(NamedTuple):
-    """Bytes that a copy engine moves, between any GPUs that are mapped here.
+    """Bytes for a copy engine to move between GPUs whose memory is mapped here.
 
     Attributes:
-        target: the first address to write to.
-        source: the first to read.
-        size: bytes; of each row, where there are several.
-        rows: how many.
-        target_pitch: bytes from one row to the next.
+        target: the address of the first byte to write.
+        source: the address of the first byte to read.
+        size: number of bytes, of each row if there are several.
+        rows: number of rows.
+        target_pitch: bytes from one row to the next, if there are several.
         source_pitch: likewise.
     """
 
@@ -84,13 +84,13 @@ class Copy(NamedTuple):
 
 
 class _Location(ctypes.Structure):
-    """CUmemLocation."""
+    """The driver's CUmemLocation."""
 
     _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
 
 
 class _Attributes(ctypes.Structure):
-    """CUmemcpyAttributes."""
+    """The driver's CUmemcpyAttributes."""
 
     _fields_ = (
         ("source_order", ctypes.c_int),
@@ -101,7 +101,7 @@ class _Attributes(ctypes.Structure):
 
 
 class _Rows(ctypes.Structure):
-    """CUDA_MEMCPY2D."""
+    """The driver's CUDA_MEMCPY2D."""
 
     _fields_ = (
         ("source_x", ctypes.c_size_t),
@@ -127,12 +127,12 @@ _IN_STREAM_ORDER, _UNIFIED = 1, 4  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM, CU_MEMOR
 
 
 class PeerMemory(NamedTuple):
-    """Memory of this GPU that the others of a group write to, and theirs.
+    """Memory on each GPU of a group that the other GPUs may write to.
 
     Attributes:
-        own: uint8, this rank's, all zeros at first.
-        addresses: where each rank's is mapped here.
-        keeps: what has to live as long.
+        own: uint8, this rank's memory, all zeros at first.
+        addresses: where the memory of each rank is mapped here.
+        keeps: what has to live as long as the memory is used.
     """
 
     own: Tensor
@@ -141,7 +141,7 @@ class PeerMemory(NamedTuple):
 
     @classmethod
     def shared(cls, group: dist.ProcessGroup, size: int) -> PeerMemory:
-        """As many bytes on each rank; all ranks of the group make it at once, see `reach_each_other`."""
+        """`size` bytes on each rank. All ranks of the group call this; they have to `reach_each_other`."""
         from torch.distributed import _symmetric_memory as symmetric
 
         own = symmetric.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
@@ -159,12 +159,12 @@ def _has_batches() -> bool:
 
 
 class Engine:
-    """What the driver does on a stream; each call takes the host 4 to 6 us.
+    """Operations of the driver on a stream; each call takes the host 4 to 6 us.
 
     Args:
-        device: of the stream.
-        handle: of it, as the driver knows it: torch's own object for the current one takes the host 10 us.
-        keeps: what has to live as long.
+        device: index of the stream's device.
+        handle: the driver's handle of the stream. (To make torch's object of the current stream takes the host 10 us.)
+        keeps: what has to live as long as the stream is used.
     """
 
     def __init__(self, device: int, handle: int, keeps: Any = None) -> None:
@@ -172,32 +172,33 @@ class Engine:
 
     @classmethod
     def of(cls, stream: torch.cuda.Stream) -> Engine:
-        """On this stream."""
+        """On a stream of torch's."""
         return cls(stream.device.index, stream.cuda_stream, stream)
 
     @classmethod
     def current(cls, device: torch.device) -> Engine:
-        """On torch's current one."""
+        """On torch's current stream."""
         return cls(device.index, torch._C._cuda_getCurrentRawStream(device.index))
 
     def follow(self, moment: Moment) -> None:
-        """Until what that is behind is done."""
+        """Waits until the work that was on its stream when `moment` was recorded is done."""
         self._call("cuStreamWaitEvent", self.handle, moment.handle, 0)
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Bytes from one address to another, of any GPU that is mapped here."""
+        """Copies bytes from one address to another, of any GPUs whose memory is mapped here."""
         self._call(
             "cuMemcpyAsync", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size), self.handle
         )
 
     def copy_all(self, copies: Sequence[Copy], *, captured: bool = False) -> None:
-        """All of these, in any order and maybe at once, before what comes next on the stream.
+        """Does all of these copies, in any order and possibly at the same time, before what comes next on the stream.
 
-        On 2 H200 a message of 235 MB and two of 0.5 MB took 632 us so, and 644 one behind the other.
+        On 2 H200, one copy of 235 MB and two of 0.5 MB took 632 us together and 644 us one after the other.
 
         Args:
-            copies: which overlap nowhere.
-            captured: the stream is being captured: a CUDA graph has no node for several, and takes them one by one.
+            copies: none of which may read or write what another one writes.
+            captured: whether the stream is being captured: a CUDA graph has no node for several copies, and gets one
+                for each.
         """
         copies = [copy for copy in copies if copy.size]
         plain = [copy for copy in copies if copy.rows == 1]
@@ -222,15 +223,15 @@ class Engine:
                 self._call("cuMemcpy2DAsync_v2", ctypes.byref(what), self.handle)
 
     def write(self, address: int, value: int) -> None:
-        """A number, when all before it on the stream is done and can be seen."""
+        """Writes a number when all before it on the stream is done and visible to other GPUs."""
         self._call("cuStreamWriteValue32_v2", self.handle, ctypes.c_uint64(address), ctypes.c_uint32(value), 0)
 
     def wait(self, address: int, value: int) -> None:
-        """Until a number there is as large, by cyclic comparison."""
+        """Waits until the number at an address is at least `value`, compared cyclically."""
         self._call("cuStreamWaitValue32_v2", self.handle, ctypes.c_uint64(address), ctypes.c_uint32(value), _AT_LEAST)
 
     def take(self, steps: Steps) -> None:
-        """These, when all before is done and can be seen."""
+        """Does these steps when all before them on the stream is done and visible to other GPUs."""
         if steps.steps:
             self._call("cuStreamBatchMemOp_v2", self.handle, len(steps.steps), steps.operations, 0)
 
@@ -239,7 +240,7 @@ class Engine:
 
 
 class Moment:
-    """A place in the work of a stream, which others may wait for; it may be recorded again and again."""
+    """An event: a place in the work of a stream that other streams may wait for. It may be recorded again and again."""
 
     def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event()
@@ -248,14 +249,14 @@ class Moment:
         self.handle = ctypes.c_void_p(self.event.cuda_event)
 
     def record(self, on: Engine) -> None:
-        """Behind all that is on the stream so far."""
+        """Puts it behind all that is on the stream so far."""
         call("cuEventRecord", on.device, self.handle, on.handle)
 
 
 def reach_each_other(group: dist.ProcessGroup) -> bool:
-    """Whether all ranks have GPUs of one host that reach each other's memory, and the driver what this needs.
+    """Whether all ranks have GPUs of one host that can access each other's memory.
 
-    Every rank of the group has to call it; all get the same answer.
+    Every rank of the group has to call this; all get the same answer.
     """
     here: tuple[str, str, bool] = (socket.gethostname(), "", False)
     if torch.cuda.is_available() and dist.get_backend(group) == "nccl":
