@@ -64,7 +64,7 @@ MOST_REGISTERS_AMD = 512  # of a lane of gfx942, where a SIMD of its compute uni
 # e4m3 each asked for the same shared memory on both, and for registers that were at most 16 apart, none more than 156.
 _DEFAULT, _DEFAULT_E4M3 = ("sm_80", "sm_90", "sm_100"), ("sm_89", "sm_90", "sm_100")
 # What nvdisasm calls the code that is compiled for them.
-_CODE = {"sm_80": "SM80", "sm_89": "SM89", "sm_90": "SM90a", "sm_100": "SM100a"}
+_CODE = {"sm_80": "SM80", "sm_89": "SM89", "sm_90": "SM90a", "sm_100": "SM100a", "sm_120": "SM120"}
 _CHILD_PATH = (Path(__file__).parent, Path(__file__).parent.parent)
 
 
@@ -79,8 +79,8 @@ class Compile:
                  are None, and integers that are 1 and not `do_not_specialize`.
     divisible    integer arguments that a launch would find to be multiples of 16: strides mostly, never
                  `do_not_specialize` ones. Pointers always count as aligned to 16 bytes, as torch's allocations are.
-    targets      default: sm_80, or sm_89 where the signature holds e4m3; sm_90 and sm_100. gfx942 is compiled for where
-                 a test names it, because the configuration is chosen by the GPU (see also compiling_elsewhere.py).
+    targets      default: sm_80, or sm_89 where the signature holds e4m3; sm_90 and sm_100. A test names sm_120 or
+                 gfx942 where these are given configurations of their own (see also compiling_elsewhere.py).
     options      further options of the launch, such as {"maxnreg": 128}.
     """
 

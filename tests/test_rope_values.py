@@ -146,9 +146,10 @@ def test_compile_without_spills():
         signature = {"p_x": dtype, "p_w": dtype, "p_q": "*fp8e4nv", "p_s": "*fp32"}
         signature |= dict.fromkeys((*strides_v, "stride_sc", "tokens"), "i32")
         sizes = sorted({choose_tokens(tokens, itemsize) for tokens in (1, 32, 64)})
-        for block_t, deep in itertools.product(sizes, (False, True)):
-            targets = ["sm_90", "sm_100"] if deep else ["sm_89", "sm_90", "sm_100"]
-            chosen = value_options(itemsize, deep)
+        gpus = {"deep": ["sm_90", "sm_100"], "nvidia": ["sm_89", "sm_90", "sm_100"], "amd": ["gfx942"]}
+        for block_t, (kind, targets) in itertools.product(sizes, gpus.items()):
+            deep = kind == "deep"
+            chosen = value_options(itemsize, deep, nvidia=kind != "amd")
             constants = {"TILES": 1, "LATENT": 512, "BLOCK_T": block_t, "BLOCK_L": chosen["BLOCK_L"]}
             constants["PROGRAMMATIC"] = deep  # as launches overlap from sm_90 on
             kernels.append(
@@ -164,7 +165,7 @@ def test_compile_without_spills():
             )
     reports = compile_all(kernels)
     assert_clean(reports)
-    for report in reports:
+    for report in (report for report in reports if report.target != "gfx942"):
         assert report.count("LDG.E.128") or report.count("LDGSTS"), report
         if report.count("HGMMA"):  # a maximum of 32 sums a thread: ptxas once took them for zeros
             assert report.count("VIMNMX", "IMNMX", "FMNMX") > 16, report

@@ -49,6 +49,8 @@ class GemmConfig:
 PAIRED = GemmConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, tma=True, resident=2)
 PERSISTENT = GemmConfig(block_m=128, block_n=128, num_warps=8, num_stages=4, tma=True)
 LARGE = GemmConfig(block_m=128, block_n=128, num_warps=8, num_stages=3)
+# A lane of gfx942 has up to 512 registers in programs of 4 warps and 256 in those of 8, which spilled 288 bytes a lane.
+LARGE_OTHER = replace(LARGE, num_warps=4, num_stages=2)
 TALL = GemmConfig(block_m=128, block_n=64, num_warps=4, num_stages=3)
 MEDIUM = GemmConfig(block_m=64, block_n=64, num_warps=4, num_stages=4)
 
@@ -71,17 +73,20 @@ def choose_config(
 
     `b_rows` is the number of rows of B that share a scale, 128 or 1; if every row has its own, tiles of 128x128 spill
     on sm_90. `arch` is the compute capability, (0, 0) for a GPU that is not NVIDIA's. `aligned` says whether the rows
-    of both operands are aligned to 16 bytes.
+    of both operands are aligned to 16 bytes. A block of sm_120 has 99 KB of shared memory, where the eight stages of
+    SOME_DEEP take 114 and PERSISTENT takes 128.
     """
+    desktop = arch >= (12, 0)
     if m <= 16:
         crowded = arch < (9, 0) or FEW.tiles(m, n) >= 2 * multiprocessors
         return FEW if crowded else FEW_DEEP
-    if arch < (9, 0) or not aligned:
-        large = LARGE if b_rows > 1 else TALL if arch <= (9, 0) else MEDIUM
+    if arch < (9, 0) or not aligned or (desktop and m > 128):
+        whole = LARGE if arch > (0, 0) else LARGE_OTHER
+        large = whole if b_rows > 1 else TALL if arch <= (9, 0) else MEDIUM
         return large if large.tiles(m, n) >= multiprocessors else MEDIUM
     crowded = ceil_div(n, 64) >= 2 * multiprocessors
     if m <= 64:
-        return SOME if crowded else SOME_DEEP
+        return SOME if crowded or desktop else SOME_DEEP
     if m <= 128:
         return SOME_WIDE if crowded or arch > (9, 0) else MANY_DEEP
     if arch > (9, 0):
