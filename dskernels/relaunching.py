@@ -1,4 +1,4 @@
-"""Launches that were noted once, ready to be launched again, see dskernels.recording."""
+"""Recordings: the launches of a call, noted once by dskernels.recording, which can be launched again and again."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from dskernels.cuda.graph import LaunchGraph, reason_against_graphs
 from dskernels.device import like_this
 from dskernels.validate import ceil_div
 
-# From so many launches on they are a graph; a number that no call has turns graphs off. On an H200 the 7 of the expert
-# block take the host 15 us so and 41 one by one (17.5 and 42 where results are kept); a single one takes the device 2.5
-# us either way, but a programmatic one, which loses what it overlaps with, 3.0 and 2.0.
+# At least this many launches are made as one CUDA graph; a number that no call reaches turns graphs off. On an H200 the
+# seven launches of the expert block take 15 us of host time as a graph and 41 one by one (17.5 and 42 if the caller
+# keeps the results). For a single launch a graph is no gain: the device takes 2.5 us either way. A single programmatic
+# launch takes 3.0 us in a graph, where it cannot overlap with the kernel before it, and 2.0 without.
 FEWEST_IN_GRAPH = 2
-# Of the process. One of 7 launches has 0.1 MB of the GPU; one that goes is made anew at its next launch, in half a
-# millisecond.
+# The most graphs that a process keeps. One of seven launches takes 0.1 MB of the GPU's memory. A graph that is dropped
+# is made anew when it is next launched, which takes half a millisecond.
 MOST_GRAPHS = 512
-ALIGNMENT = 512  # of what lies in the memory of a call, as of torch's allocator
+ALIGNMENT = 512  # bytes, of each piece in a call's own memory; the same as that of torch's allocator
 
 Kept = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Product(NamedTuple):
-    """A product that is torch's, ``function(left, right, out=out)``: made again as it was, between the launches.
+    """A product by torch, ``function(left, right, out=out)``, which is repeated between the launches of a recording.
 
     Attributes:
         function: `torch.mm` or `torch.bmm`.
-        operands: of `left`, `right` and `out`, shape and strides.
-        dtype: of all three.
+        operands: shape and strides of `left`, of `right` and of `out`.
+        dtype: the dtype of all three.
     """
 
     function: Callable
@@ -47,7 +48,7 @@ OPERANDS = "left", "right", "out"
 
 
 class Place(NamedTuple):
-    """Where an address came from: the number of a piece of memory, and bytes from its start."""
+    """Where an address came from: the number of a piece of memory, and the distance from its start, in bytes."""
 
     piece: int
     offset: int
@@ -57,18 +58,21 @@ class Place(NamedTuple):
 class Noted:
     """What a call did.
 
-    Pieces of memory are numbered: its tensors first, then what is kept of these, then what it made.
+    It used pieces of memory, which are numbered: first the tensors that it was given, then what is kept for some of
+    these (such as a weight's e4m3 copy), then what it allocated.
 
     Attributes:
         device: ordinal of the GPU.
-        stream: the launches' stream.
-        launches: plans that nobody else has, and products, and where each name's address came from.
-        pieces: address and bytes of each.
-        n_tensors: how many of them are tensors of the call.
-        kept: of some tensors, by number, what is kept of it, asked for at each launch: so many pieces more.
-        results: new tensors, and the piece that each is; None if it has no elements.
-        returned: what the call returns, given the new tensors and its own.
-        written: tensors that it wrote to, by number.
+        stream: the stream of the launches.
+        launches: plans that nothing else uses, and products, in order; each with the place that the address of each of
+            its parameters came from, by the parameter's name (for a product one of `OPERANDS`).
+        pieces: address and size in bytes of each piece of memory.
+        n_tensors: the number of tensors that the call was given.
+        kept: pairs (number of a tensor, function that returns what is kept for it), in the order of the pieces. The
+            function is called again at each launch, and returns two tensors.
+        results: the tensors that the call returned anew, each with the number of its piece, or None if it is empty.
+        returned: makes what the call returns from the new tensors and from those that it was given.
+        written: numbers of the tensors that it wrote to.
     """
 
     device: int
@@ -83,7 +87,14 @@ class Noted:
 
 
 class Recording:
-    """Launches of our own, whose addresses are those of arguments, of new results, and of the call's own memory."""
+    """The launches of a call, ready to be repeated for other tensors.
+
+    Each address in them is that of an argument, of something kept for one, of a new result, or lies in the call's own
+    memory: one allocation for everything temporary.
+
+    Args:
+        noted: what the recorded call did.
+    """
 
     def __init__(self, noted: Noted) -> None:
         self.written, self._kept = noted.written, noted.kept
@@ -101,17 +112,18 @@ class Recording:
         self._make = [like_this(x) for x, _ in noted.results]
         self._returned = noted.returned
 
-        # What is at each launch: tensors and what is kept of them, the memory of this call if it wants some, results.
+        # At each launch there is a list of tensors: the arguments, what is kept for them, the call's own memory if it
+        # needs any, and the results. Below, `number` maps a piece to its place in that list.
         own = {piece for _, piece in noted.results if piece is not None}
         n_given = noted.n_tensors + sum(2 for _ in noted.kept)
-        used: dict[int, list[int]] = {}  # of each piece, its first and its last launch
+        used: dict[int, list[int]] = {}  # for each piece, the first and the last launch that uses it
         for n, (_, places) in enumerate(noted.launches):
             for place in places.values():
                 used.setdefault(place.piece, [n, n])[1] = n
         inside = [i for i in used if i >= n_given and i not in own]
         offsets, size = packed([(noted.pieces[i][1], used[i][0], used[i][1]) for i in inside])
         starts = dict(zip(inside, offsets, strict=True))
-        # Of the dtype of products, so that their operands there are parts of it.
+        # The call's own memory has the dtype of the products, so that their operands can be views of it.
         dtype = products[0].dtype if products else torch.uint8
         memory = torch.empty(ceil_div(size, dtype.itemsize), dtype=dtype, device="meta")
         self._make_own = like_this(memory) if size else None
@@ -121,10 +133,11 @@ class Recording:
         first = n_given + bool(size)
         number |= {piece: first + i for i, (_, piece) in enumerate(noted.results) if piece is not None}
         self._now = [0] * (first + len(noted.results))
-        # Of each, where its address is assigned and how far behind it, and the launches that read it.
+        # For each tensor of that list: the words that hold an address in it, with the distance of that address from its
+        # start, and the launches that these words belong to.
         self._moved: list[list[tuple[Any, int, int]]] = [[] for _ in self._now]
         readers: list[set[int]] = [set() for _ in self._now]
-        self._in_order: list[Callable[[Sequence[Tensor]], None]] = []  # plans and products, if there are any products
+        self._in_order: list[Callable[[Sequence[Tensor]], None]] = []  # all launches, if products are among them
         n = 0
         for launch, places in noted.launches:
             if isinstance(launch, Product):
@@ -140,25 +153,33 @@ class Recording:
                 self._in_order.append(_enqueue_again(launch))
             n += 1
         self._readers = [tuple(launches) for launches in readers]
-        self._stale: set[int] = set()  # launches that the graph has with other addresses
+        self._stale: set[int] = set()  # launches whose addresses in the graph are out of date
 
     def fits(self, addresses: Sequence[int]) -> bool:
-        """Whether arguments that were one behind the other, or the same, are so again."""
-        for i, j, distance in self._related:  # noqa: SIM110 - a third of what `all` takes where there are none
+        """Whether arguments that overlapped or were adjacent in memory are again as far apart as they were."""
+        for i, j, distance in self._related:  # noqa: SIM110 - `all` takes three times as long if there are none
             if addresses[j] - addresses[i] != distance:
                 return False
         return True
 
     def launch(self, addresses: Sequence[int], tensors: Sequence[Tensor]) -> Any:
-        """Allocate, write the addresses that changed, launch on the current stream; what the call returns."""
+        """Allocate, write the addresses that have changed, and launch on the current stream.
+
+        Args:
+            addresses: of the tensors.
+            tensors: those of this call, in the order of the recorded one.
+
+        Returns:
+            What the recorded call returned, of the new tensors.
+        """
         results = [make() for make in self._make]
         now = [*addresses]
         kept: list[Tensor] = []
         if self._kept:
-            kept = [x for i, again in self._kept for x in again(tensors[i])]  # which lives until all is enqueued
+            kept = [x for i, again in self._kept for x in again(tensors[i])]  # has to live until all is enqueued
             now += [x.data_ptr() for x in kept]
         if self._make_own is not None:
-            own = self._make_own()  # freed at the end, like every intermediate result: the stream keeps the order
+            own = self._make_own()  # freed at the end of this call: its next user comes later on the stream
             now.append(own.data_ptr())
         now += [x.data_ptr() for x in results]
         before = self._now
@@ -184,6 +205,7 @@ class Recording:
         return self._returned(results, tensors)
 
     def _launch_graph(self) -> None:
+        """Launch the graph, made at the first time, after an update of the launches whose addresses changed."""
         graph, stale, self._recent = self._graph, self._stale, True
         if graph is None:
             graph = self._graph = LaunchGraph(self._plans, self._device)
@@ -196,7 +218,11 @@ class Recording:
         graph.launch(self._raw_stream)
 
     def _launch_captured(self) -> None:
-        """One by one, with words that are asked for; those of the stream are put back."""
+        """Launch one by one, into a CUDA graph that is being captured.
+
+        During capture each `Word` is asked for anew. Afterwards those from before, which belong to the stream, are put
+        back.
+        """
         before = self._ask_all()
         for plan in self._plans:
             if status := plan.enqueue():
@@ -205,7 +231,7 @@ class Recording:
             memory[i] = word
 
     def _launch_in_order(self, given: Sequence[Tensor]) -> None:
-        """The same with products in between, which read and write parts of what is given."""
+        """Launch one by one, with products of torch in between, whose operands are views of the `given` tensors."""
         before = self._ask_all() if torch._C._cuda_isCurrentStreamCapturing() else ()
         for launch in self._in_order:
             launch(given)
@@ -213,7 +239,7 @@ class Recording:
             memory[i] = word
 
     def _ask_all(self) -> list[tuple[Any, int, int]]:
-        """Write the words that are asked for; what stood there before."""
+        """Ask for each `Word` of the plans anew; return those from before as (memory, index, word)."""
         before = [(plan.memory, i, plan.memory[i]) for plan in self._plans for i, _ in plan.asked]
         for plan in self._plans:
             plan.ask()
@@ -221,7 +247,7 @@ class Recording:
 
 
 def _enqueue_again(plan: Plan) -> Callable[[Sequence[Tensor]], None]:
-    """What launches a plan as it is."""
+    """A function that launches the plan, for `Recording._in_order`; it needs none of the tensors that it is given."""
 
     def launch(given: Sequence[Tensor]) -> None:
         if status := plan.enqueue():
@@ -231,7 +257,13 @@ def _enqueue_again(plan: Plan) -> Callable[[Sequence[Tensor]], None]:
 
 
 def _multiply_again(product: Product, begins: Sequence[tuple[int, int]]) -> Callable[[Sequence[Tensor]], None]:
-    """What makes a product again; each operand begins so many bytes behind one of the given tensors, by its number."""
+    """A function that repeats the product, for `Recording._in_order`.
+
+    Args:
+        product: the product.
+        begins: for `left`, `right` and `out`: the number of the given tensor that it is part of, and where it begins in
+            there, in bytes.
+    """
     part = torch._C._dynamo.guards._reinterpret_tensor  # type: ignore[attr-defined]
     places = [
         (number, shape, strides, offset // product.dtype.itemsize)
@@ -250,7 +282,7 @@ _have_graphs: deque[weakref.ref[Recording]] = deque()
 
 
 def _let_one_go() -> None:
-    """Of too many graphs, the first that was not launched since it was last looked at."""
+    """While there are too many graphs, drop the oldest that has not been launched since it was last looked at."""
     while len(_have_graphs) > MOST_GRAPHS:
         reference = _have_graphs.popleft()
         recording = reference()
@@ -258,11 +290,14 @@ def _let_one_go() -> None:
             recording._recent = False
             _have_graphs.append(reference)
         elif recording is not None:
-            recording._graph = None  # another thread that launches it just now holds it until then
+            recording._graph = None  # a thread that is launching it holds a reference until it is done
 
 
 def _related(given: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Arguments that overlap or follow each other in memory, which decisions may have gone by, and how far apart."""
+    """Pairs of arguments that overlap or are adjacent in memory, and the distance between their addresses.
+
+    The recorded call may have decided by that, so a recording fits other arguments only if the distance is the same.
+    """
     pairs = [(i, j) for i in range(len(given)) for j in range(i + 1, len(given)) if given[i][1] and given[j][1]]
 
     def touch(i: int, j: int) -> bool:
@@ -273,9 +308,16 @@ def _related(given: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
 
 
 def packed(pieces: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Offsets for (bytes, first launch, last launch) in one piece of memory, and its size.
+    """Place temporary tensors in one piece of memory.
 
-    Two share bytes only where one is done with before the other begins. The largest go first, each as low as it fits.
+    Two may share bytes only if the last launch that uses the one comes before the first that uses the other. The
+    largest are placed first, each at the lowest offset that is free.
+
+    Args:
+        pieces: for each tensor, its size in bytes, and the first and the last launch that use it.
+
+    Returns:
+        The offset of each in bytes, a multiple of `ALIGNMENT`, and the size of the whole.
     """
     offsets = [0] * len(pieces)
     placed: list[int] = []
