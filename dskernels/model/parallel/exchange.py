@@ -1,8 +1,10 @@
-"""Rows of tokens to the ranks that hold their experts, and back: who sends how many to whom, and the messages.
+"""Tokens to the ranks that hold their experts, and back, with counted messages: who sends how many rows to whom.
 
-A token goes once to each rank that holds any of its experts, whatever their number. The rows that a rank sends are
-`dskernels.permute` of its tokens with ranks in the place of experts; what comes back is added up with the rows that its
-own experts have made, in fp32 and in a fixed order. In between stands one message in each direction.
+A token goes once to each rank that holds any of its experts, however many. The rows that a rank sends are
+`dskernels.permute` of its tokens, with ranks in the place of experts. What comes back is added up with the rows of the
+rank's own experts, in fp32 and in a fixed order. There is one message in each direction: dispatch and combine.
+
+`dskernels.model.parallel.fixed` has the same methods with messages of a fixed size.
 """
 
 from __future__ import annotations
@@ -21,18 +23,20 @@ from dskernels.moe.rows import ExpertRows
 from dskernels.types import Fp8Tensor, Permuted, Routing
 
 Wire = Literal["same", "fp8"]
-Form = Literal["same", "fp8", "operand"]  # a wire, or as products in e4m3 take tokens: with scales in fp32
+# What tokens travel as: a `Wire`, or "operand", e4m3 with fp32 scales as products in e4m3 take it.
+Form = Literal["same", "fp8", "operand"]
 
-ALIGNMENT = 16  # bytes: each part of a row begins at a multiple, as tensor memory accelerators and views want it
+ALIGNMENT = 16  # bytes: each part of a row begins at a multiple of this, as TMA and views of wider dtypes require
 
 
 class Destinations(NamedTuple):
-    """Where tokens go.
+    """The ranks that tokens go to.
 
     Attributes:
-        ranks: int32 ``[T, n]``, the ranks of each token, each once and in their order, -1 where there are fewer than n.
-        rows: int64 ``[R]``, rows for each rank.
-        choices: int64 ``[R]``, the most experts that one of these rows has there.
+        ranks: int32 ``[T, n]``, the ranks of each token, each once, in ascending order; -1 where there are fewer than
+            n (anywhere in a row).
+        rows: int64 ``[R]``, the number of rows for each rank.
+        choices: int64 ``[R]``, the largest number of a rank's experts that any one token chose.
     """
 
     ranks: Tensor
@@ -47,8 +51,8 @@ def destinations(experts: Tensor, n_ranks: int, per_rank: int, most: int | None 
         experts: int32 or int64 ``[T, k]``; ids outside ``[0, n_ranks * per_rank)`` are dropped.
         n_ranks: R.
         per_rank: experts of a rank.
-        most: the most ranks that a token may go to, where routing limits them (to groups that are nodes): fewer
-            columns. A token of more than that would lose experts, which the caller has to rule out.
+        most: the most ranks that a token may go to, where routing limits them (to groups that are nodes); `ranks` has
+            no more columns than this. A token with more ranks would lose experts, which the caller has to rule out.
     """
     tokens, k = experts.shape
     valid = (experts >= 0) & (experts < n_ranks * per_rank)
@@ -70,12 +74,12 @@ def destinations(experts: Tensor, n_ranks: int, per_rank: int, most: int | None 
 
 
 def choices_here(weights: Tensor, experts: Tensor, first: int, n: int) -> Routing:
-    """The choices of n experts from ``first`` on, numbered from 0; others are dropped. No gradient goes through it."""
+    """The choices of the n experts from ``first`` on, numbered from 0; others are dropped. It has no gradient."""
     return routing_of(*choices(weights.detach(), experts.int(), first, n))
 
 
 def routing_of(weights: Tensor, experts: Tensor) -> Routing:
-    """Choices alone, whose loads nobody asks for."""
+    """A `Routing` of choices alone: its other fields are empty."""
     none = experts.new_empty(0)
     return Routing(weights, experts, none, none)
 
@@ -84,15 +88,17 @@ def routing_of(weights: Tensor, experts: Tensor) -> Routing:
 class Trip:
     """The way of one batch of tokens through one layer's experts: who sends how many rows to whom.
 
+    A rank's rows for itself travel in the dispatch as the others do; in the combine they stay where they are.
+
     Attributes:
         group: the ranks.
-        to: offsets and index of the rows that leave, see `dskernels.Permuted`; its ``x`` means nothing.
-        sent: rows that leave for each rank.
-        received: rows that come from each rank.
-        choices: the most experts that a received row has here.
-        pending: the message under way.
+        to: offsets and index of the rows that leave, see `dskernels.Permuted`; its ``x`` is not used.
+        sent: number of rows to each rank.
+        received: number of rows from each rank.
+        choices: the most experts of this rank that a received row has.
+        pending: the message that is under way, if any.
         own: what this rank's experts made of its own tokens, while the message back is under way.
-        gradients: of the rows that arrived, what the backward made.
+        gradients: the backward's gradients of the rows that arrived, not added up.
     """
 
     group: dist.ProcessGroup
@@ -106,14 +112,23 @@ class Trip:
 
     @classmethod
     def plan(cls, experts: Tensor, group: dist.ProcessGroup, per_rank: int, most: int | None = None) -> Trip:
-        """Counts are exchanged, and read by the host, as the messages of NCCL and gloo want them: its one wait."""
+        """Exchanges the counts of rows and reads them on the host, as the collectives of NCCL and gloo require.
+
+        This is the only wait of the host for the device.
+
+        Args:
+            experts: ids ``[T, k]`` of this rank's tokens, among the experts of all ranks.
+            group: the ranks.
+            per_rank: experts of a rank.
+            most: see `destinations`.
+        """
         n_ranks = group.size()
         there = destinations(experts, n_ranks, per_rank, most)
         leaving = torch.stack((there.rows, there.choices), 1).contiguous()
         coming = torch.empty_like(leaving)
         dist.all_to_all_single(coming, leaving, group=group)
         counts = torch.cat((leaving, coming), 1).tolist()
-        # The rows of one column, to sort with: what travels is permuted by index alone.
+        # `permute` is called for its index, by which `send` gathers what travels; one column stands for the tokens.
         column = torch.empty(experts.shape[0], 1, device=experts.device)
         to = ds.permute(column, there.ranks.contiguous(), n_ranks)
         sent, received, choices = ([row[i] for row in counts] for i in (0, 2, 3))
@@ -121,38 +136,38 @@ class Trip:
 
     @property
     def tokens(self) -> int:
-        """How many this rank has."""
+        """Number of tokens of this rank."""
         return self.to.index.shape[0]
 
     @property
     def rows(self) -> int:
-        """How many arrive."""
+        """Number of rows that arrive, from all ranks."""
         return sum(self.received)
 
     @property
     def device(self) -> torch.device:
-        """This rank's."""
+        """The device of this rank's tokens."""
         return self.to.index.device
 
     def send(self, parts: Sequence[Tensor], *, lend: bool = False, columns: Sequence[int] = ()) -> None:
-        """Begins to send a row of each part, ``[tokens, .]``, to each rank that it goes to.
+        """Begins to send each token's row of each part, ``[tokens, .]``, to the ranks of its experts.
 
-        Nothing is lent, and all parts of a row travel side by side, however they lie here.
+        Nothing is lent. All parts of a row travel side by side, so `columns` changes nothing. See `FixedTrip.send`.
         """
         rows = pack(*parts).index_select(0, self._source())
         self._begin(rows, rows.new_empty(self.rows, rows.shape[1]), self.sent, self.received)
 
     def arrived(self, columns: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-        """The rows that came, part by part, ``[rows, width]``, given the width and dtype of each."""
+        """Waits for the rows and returns them part by part, ``[rows, width]``, given the width and dtype of each."""
         return unpack(self._take(), columns)
 
     @property
     def rank(self) -> int:
-        """This one."""
+        """This rank's number in the group."""
         return self.group.rank()
 
     def release(self) -> None:
-        """As nothing is lent, nothing is given back."""
+        """Does nothing, since nothing is lent; see `FixedTrip.release`."""
 
     def send_back(
         self,
@@ -162,7 +177,7 @@ class Trip:
         weights: Tensor | None = None,
         urgent: bool = False,
     ) -> None:
-        """Begins the way back of the sums of all rows that experts have made here, see `FixedTrip.send_back`."""
+        """Adds up the experts' rows for other ranks' tokens and begins to send them; see `FixedTrip.send_back`."""
         begin, end = self._own(self.received)
         token = torch.arange(self.rows, device=self.device)
         others = torch.cat((token[:begin], token[end:]))
@@ -175,20 +190,21 @@ class Trip:
         self._begin(rows, rows.new_empty(sum(coming), rows.shape[1]), leaving, coming)
 
     def returned(self, columns: Sequence[tuple[int, torch.dtype]], residual: Tensor | None = None) -> list[Tensor]:
-        """The sum of the rows of each token, ``[tokens, width]``, part by part, see `FixedTrip.returned`."""
+        """Waits for the other ranks' sums, and adds up each token's, ``[tokens, width]``; see `FixedTrip.returned`."""
         if self.own is None:
             raise RuntimeError("nothing has been sent back on this trip")
         (rows, more), self.own = self.own, None
         first, *others = unpack(self._take(), columns)
         begin, end = self._own(self.sent)
         index = self.to.index
-        # Where each token's row is among those that came, and where among its own rank's, -1 for nowhere.
+        # `places`: each token's rows among those that arrived from other ranks. `here`: its row among those that this
+        # rank sent to itself. -1 where there is none.
         places = torch.where(index < begin, index, torch.where(index < end, -1, index - (end - begin)))
         here = torch.where((index >= begin) & (index < end), index - begin, -1)
         here = here.amax(1) if index.shape[1] else here.new_full((self.tokens,), -1)
 
         def of_token(part: Tensor, nothing: int) -> Tensor:
-            """Its row among those of this rank, which has none of some tokens."""
+            """The part's row for each token, from this rank's own rows; `nothing` for tokens that have none here."""
             filled = torch.cat((part, part.new_full((1, part.shape[1]), nothing)))
             return filled[torch.where(here < 0, part.shape[0], here).long()]
 
@@ -197,7 +213,7 @@ class Trip:
         if rows.weights is not None:
             rows = rows._replace(weights=of_token(rows.weights, 0))
         sums = [rows.sums(came=first.contiguous(), places=places.int().contiguous(), residual=residual)]
-        # Weights: each choice is one rank's, and zero on the others.
+        # Gradients of weights: each choice has one on one rank, and zero on the others.
         for part, came in zip(more, others, strict=True):
             filled = torch.cat((came, came.new_zeros(1, came.shape[1])))
             row = torch.where(places < 0, came.shape[0], places).long()
@@ -205,15 +221,15 @@ class Trip:
         return sums
 
     def settle(self) -> None:
-        """See `FixedTrip`; here nobody waits for what has been read."""
+        """Does nothing: no rank waits to hear what has been read; see `FixedTrip.settle`."""
 
     def _own(self, counts: Sequence[int]) -> tuple[int, int]:
-        """Where the rows of this rank itself begin and end."""
+        """Where the rows from this rank to itself begin and end, given the number of rows for each rank."""
         begin = sum(counts[: self.rank])
         return begin, begin + counts[self.rank]
 
     def _take(self) -> Tensor:
-        """What came; waits for it (on a GPU the stream does, not the host)."""
+        """Waits for the message and returns its rows. On a GPU it is the stream that waits, not the host."""
         work, buffer = self.pending.pop()
         if work is not None:
             work.wait()
@@ -240,7 +256,7 @@ class Trip:
 
 
 def pack(*parts: Tensor) -> Tensor:
-    """Columns of several dtypes side by side in rows of bytes, ``[T, W]`` seen as fp32, each part aligned."""
+    """Puts matrices of several dtypes side by side in rows of bytes, each part aligned; viewed as fp32 ``[T, W]``."""
     raw = []
     for part in parts:
         data = part.clone(memory_format=torch.contiguous_format) if part.stride(-1) != 1 else part.contiguous()
@@ -252,7 +268,7 @@ def pack(*parts: Tensor) -> Tensor:
 
 
 def unpack(rows: Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> list[Tensor]:
-    """Views of the parts of packed rows, given the width and the dtype of each."""
+    """Views of the parts in rows made by `pack`, given the width and the dtype of each."""
     data = rows.view(torch.uint8)
     views, start = [], 0
     for width, dtype in parts:
@@ -263,12 +279,12 @@ def unpack(rows: Tensor, parts: Sequence[tuple[int, torch.dtype]]) -> list[Tenso
 
 
 def exponents(quantized: Fp8Tensor) -> Tensor:
-    """The scales of ``[T, K]`` in 1x128 tiles, powers of two, as a byte each: uint8 ``[T, K / 128]``."""
+    """The power-of-two scales of ``[T, K]`` in 1x128 tiles, one byte each: biased exponents uint8 ``[T, K / 128]``."""
     return (quantized.scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
 
 
 def from_exponents(data: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values again, from e4m3 ``[T, K]`` and the exponents of its scales. Exact in bf16."""
+    """Dequantises e4m3 ``[T, K]``, given the exponents of its scales as bytes (see `exponents`). Exact in bf16."""
     if unload_supports(data) is None:
         return unload(data, exponents, dtype)
     scale = (exponents.int() << 23).view(torch.float32)
@@ -276,8 +292,13 @@ def from_exponents(data: Tensor, exponents: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def loaded(x: Tensor, form: Form, quantized: Fp8Tensor | None = None) -> list[Tensor]:
-    """The parts of a row that tokens travel as: themselves, or e4m3 with the exponents of power-of-two scales, or
-    `quantized`, which is what products in e4m3 take, and its scales.
+    """The parts that tokens ``[T, H]`` travel as in a form.
+
+    Args:
+        x: the tokens.
+        form: "same": `x` as it is. "fp8": e4m3 and the exponents of power-of-two scales. "operand": e4m3 and fp32
+            scales, as products in e4m3 take them.
+        quantized: `x` in 1x128 tiles for "operand", if it has been quantised already.
     """
     if form == "same":
         return [x]
@@ -289,12 +310,12 @@ def loaded(x: Tensor, form: Form, quantized: Fp8Tensor | None = None) -> list[Te
 
 
 def widths(hidden: int, dtype: torch.dtype, form: Form) -> list[tuple[int, torch.dtype]]:
-    """Width and dtype of each of these parts, for `unpack`."""
+    """Width and dtype of each part that `loaded` makes of tokens of a width and dtype, for `unpack`."""
     if form == "same":
         return [(hidden, dtype)]
     return [(hidden, torch.float8_e4m3fn), (-(-hidden // 128), torch.uint8 if form == "fp8" else torch.float32)]
 
 
 def unloaded(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The tokens again, of what travels on a wire."""
+    """The tokens, made of the parts that they travelled as on a `Wire`."""
     return parts[0] if len(parts) == 1 else from_exponents(parts[0], parts[1], dtype)

@@ -1,10 +1,18 @@
 """Expert parallelism for training: each rank holds some of the experts, and tokens travel to them.
 
-`ExpertParallel` stands in the place of `dskernels.fused_experts` and means the same as that in one process. Dispatch
-carries bf16, or e4m3 with power-of-two scales; combine, and gradients both ways, carry the dtype of the tokens
-(DeepSeek-V3 report, section 3.3.2). A sum belongs to whoever reads it: rows of other ranks' tokens are added up before
-they leave, a rank's own with what has come (dskernels.moe.rows); all in fp32 in a fixed order: two runs give the same
-bits.
+`ExpertParallel` takes the place of `dskernels.fused_experts`, and gives the same as that in one process. A call has the
+following steps. A message begins in one step and is waited for in a later one; what lies between runs while it travels.
+
+    dispatch begins    tokens, routing weights and expert ids leave for the ranks of their experts (`_Leave`)
+                       the shared expert runs
+    dispatch ends      the rows of other ranks' tokens are there (`_Arrive`)
+                       this rank's experts run (`_Experts`)
+    combine begins     the experts' rows are added up for the tokens of other ranks, and the sums leave (`_LeaveBack`)
+                       only another micro-batch can run here (`overlap`)
+    combine ends       the rows for this rank's own tokens are added up with the sums that arrived (`_ArriveBack`)
+
+Dispatch carries bf16, or e4m3 with power-of-two scales; combine, and gradients both ways, carry the dtype of the tokens
+(DeepSeek-V3 report, section 3.3.2). All sums are in fp32 and in a fixed order, so two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -28,9 +36,9 @@ from dskernels.types import Fp8Tensor, Routing
 class Chain:
     """The order of the messages of all micro-batches that run at once.
 
-    Messages must begin in the same order on every rank, in the backward too. Each takes the token that the one before
-    left: an empty tensor, through which autograd sees one as the cause of the next, and so runs them in the reverse
-    order whatever else it might choose.
+    Messages must begin in the same order on every rank, in the backward too. Each beginning and each end of a message
+    takes the `token` that the one before it left, an empty tensor. So to autograd each depends on the one before, and
+    the backward runs them in exactly the reverse order.
     """
 
     def __init__(self) -> None:
@@ -38,11 +46,11 @@ class Chain:
 
     @property
     def is_last(self) -> bool:
-        """Whether the next message that is waited for is this one's, or one from before."""
+        """Whether the next message to be waited for is the one that this micro-batch sends now, or an earlier one."""
         return True
 
     def switch(self) -> None:
-        """Called where a message has begun and something else may run, see `overlap`."""
+        """Called when a message has begun, where another micro-batch may run; see `overlap`."""
 
 
 class ExpertParallel:
@@ -51,13 +59,13 @@ class ExpertParallel:
     Args:
         group: the ranks; rank r holds the experts from ``r * E / R`` on, and calls this with these alone.
         n_experts: E, a multiple of the ranks R.
-        wire: what a dispatched token travels as: "same", its own dtype, or "fp8", e4m3 in 1x128 tiles with
+        wire: what dispatched tokens travel as: "same", their own dtype, or "fp8", e4m3 in 1x128 tiles with
             power-of-two scales, half the bytes.
-        most_ranks: the most ranks that one token's experts are on, where the routing limits them.
-        mail: sends every token to every rank in messages of a fixed size, which nothing waits for on the host; by
-            default tokens are counted first, and go to the ranks of their experts alone.
-        tokens: with `mail`, the most that a rank brings, the same number on every rank. Memory and the messages are for
-            so many, so that all should bring them.
+        most_ranks: the most ranks that the experts of one token are on, where the routing limits them.
+        mail: carries messages of a fixed size, in which every token goes to every rank and for which the host never
+            waits. By default (None) tokens are counted first, and go only to the ranks of their experts.
+        tokens: only with `mail`: the largest number of tokens of a rank, the same number on every rank. Memory and
+            messages have this size, so all ranks should bring as many.
 
     Raises:
         ValueError: the ranks do not divide the experts, an unknown wire, or one of `mail` and `tokens` alone.
@@ -97,11 +105,16 @@ class ExpertParallel:
         fp8: bool = False,
         keep: str = "input",
     ) -> Tensor:
-        """As `dskernels.fused_experts`, with ``w13`` and ``w2`` of this rank's experts and ids of all.
+        """As `dskernels.fused_experts`, with ``w13`` and ``w2`` of this rank's experts and ids among all experts.
 
-        Every rank of the group has to call it, with any number of tokens. Without `mail` it waits for the device once,
-        for the sizes of the messages. The shared expert runs under the dispatch. Without a gradient, tokens that
-        products in e4m3 take are quantised where they are, once, and travel so: half the bytes, and the same bits.
+        Every rank of the group has to call it, with any number of tokens (at most `tokens`, if that is given). Without
+        `mail` the host waits for the device once, for the sizes of the messages. The shared expert runs while the
+        dispatch travels. Without a gradient, tokens for products in e4m3 are quantised once, by their own rank, and
+        travel in e4m3: half the bytes, and the same bits of the result.
+
+        Raises:
+            ValueError: `n_shared` is not 0, ``w13`` is not of this rank's number of experts, or there are more tokens
+                than `tokens`.
         """
         if n_shared:
             raise ValueError("n_shared: shared experts in the stack of the routed ones are for one process")
@@ -112,13 +125,14 @@ class ExpertParallel:
         form: Form = self.wire
         if form == "same" and not torch.is_grad_enabled() and (fp8 or Fp8Tensor in (type(w13), type(w2))):
             form, quantized = "operand", ds.quantize(x) if quantized is None else quantized
-        # A gradient keeps the tokens that came, unless they are made of what came.
+        # The backward keeps the tokens that arrive. So they may not stay in the memory of the messages, unless they are
+        # converted from what arrived anyway.
         differentiable = torch.is_grad_enabled()
         lend = form != "same" or not differentiable
         chosen = routing.weights, routing.experts
         ticket, x = _through(_Leave, chain.token, x, *chosen, trip, form, lend, quantized)
         chain.token = ticket
-        # Under the shared expert travel this message and what the other micro-batch has sent before it.
+        # While the shared expert runs, this message travels, and the one that the other micro-batch sent before it.
         residual = None if shared is None else ds.feed_forward(x, *shared, quantized=quantized, fp8=fp8, keep=keep)
         chain.switch()
         shape, first = (x.shape[1], x.dtype, routing.weights.shape[1]), self.group.rank() * self.per_rank
@@ -126,20 +140,23 @@ class ExpertParallel:
             _Arrive, ticket, chain.token, trip, shape, form, differentiable
         )
         came = None
-        if scale is not None:  # the products read these and no others
+        if scale is not None:  # the products read `came`; of `arrived` only the shape and dtype matter
             came, arrived = Fp8Tensor(arrived, scale), arrived.new_empty(arrived.shape, dtype=x.dtype)
         chosen = _fewest(gates, ids, first, self.per_rank, trip.choices)
         block = arrived, *flat(w13), *flat(w2), *chosen
         options = needs_gradient(block), came, fp8, keep
         y, made = _through(_Experts, *block, first, *options, trip)
-        # What was lent is given back when the others' rows are added up, before this rank's own are.
+        # The routing weights in `made` may be lent, and are given back once the rows of other ranks' tokens are added
+        # up. The rows of this rank's tokens are added up later, with the weights that it has itself.
         own = None if differentiable else routing.weights
-        # Behind the last of several micro-batches runs what they do before another message: a shared expert, if any.
+        # What can run while the last of several micro-batches' messages travels is what they compute before their next
+        # message: a shared expert, if there is one. With a single micro-batch nothing can.
         urgent = chain.is_last and (shared is None or self.chain is None)
         chain.token = ticket = _through(_LeaveBack, chain.token, y, trip, made, own, urgent)
         del made
         chain.switch()
-        # A gradient that comes back is read where it came, unless the weights' share of it is for later.
+        # In the backward, the gradient that arrives is read where it arrived, unless gradients of weights are computed
+        # later (`dskernels.later`), which read it again.
         lend_back = y.requires_grad and arrived.requires_grad and _waiting(w13, w2) is None
         chain.token, out = _through(_ArriveBack, ticket, chain.token, trip, y.shape[1], y.dtype, residual, lend_back)
         if self.chain is None:
@@ -153,7 +170,10 @@ class ExpertParallel:
 
 
 def _fewest(weights: Tensor, experts: Tensor, first: int, n: int, most: int | None) -> tuple[Tensor, Tensor]:
-    """At most so many choices of each row, those of the n experts from `first` on in their order; None leaves all."""
+    """The choices of each row among the n experts from `first` on, in their order, in at most `most` columns.
+
+    A row must not have more of them; dropped choices fill the other columns. With None, everything stays as it is.
+    """
     if most is None or most >= experts.shape[1]:
         return weights, experts
     order = ((experts < first) | (experts >= first + n)).int().argsort(dim=1, stable=True)[:, :most]
@@ -161,21 +181,24 @@ def _fewest(weights: Tensor, experts: Tensor, first: int, n: int, most: int | No
 
 
 def _waiting(*weights: Tensor | Fp8Tensor) -> Waiting | None:
-    """Where the gradients of these weights wait, if they do, see `dskernels.later`."""
+    """Where gradients of these weights are queued, or None if they are computed at once; see `dskernels.later`."""
     return waiting_for(*(w for w in weights if isinstance(w, Tensor) and w.requires_grad))
 
 
 class _Nothing:
-    """In place of what autograd gives a node, where there is no gradient: nothing is kept."""
+    """Stands in for the context of an autograd function where there is no gradient: it keeps nothing."""
 
     def nothing(self, *_: object) -> None:
-        """Is kept."""
+        """Ignores what should be kept."""
 
     save_for_backward = mark_non_differentiable = set_materialize_grads = nothing
 
 
 def _through(node: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """What a node makes. Without a gradient its forward alone: `apply` takes the host 10 us more, ten times a layer."""
+    """The result of an autograd function; without a gradient, by a plain call of its forward.
+
+    `apply` takes the host 10 us more, ten times a layer.
+    """
     return node.apply(*arguments) if torch.is_grad_enabled() else node.forward(_Nothing(), *arguments)
 
 
@@ -183,10 +206,12 @@ def _through(node: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 class _Experts(torch.autograd.Function):
-    """The rows of this rank's experts, which nobody adds up yet.
+    """This rank's experts: the rows that they make of the tokens, not added up yet.
 
-    To autograd the result is ``[rows, H]``, the sums of each row's choices, whose gradient is that of what is added up;
-    nothing is stored there, nor in the gradient of `x`: the rows themselves pass by the trip.
+    To autograd, the result is a tensor ``[rows, H]``, the sum of the choices of each row that arrived, and the gradient
+    that comes to it is that of these sums. But the tensor holds no values, since nothing is added up here: it only has
+    the shape (`_standing_for`). The rows themselves are the second result, an `ExpertRows`. In the same way, the
+    gradient of `x` is only a shape; its rows are passed on as `trip.gradients`.
     """
 
     @staticmethod
@@ -233,27 +258,29 @@ class _Experts(torch.autograd.Function):
 
 
 def _weights(w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None) -> Weights:
-    """As operations take them."""
+    """The weights as `expert_rows` takes them, given data and scales."""
     blocks = (128, 128)
     up = w13 if w13_scale is None else Fp8Tensor(w13, w13_scale, blocks)
     return up, w2 if w2_scale is None else Fp8Tensor(w2, w2_scale, blocks)
 
 
 def _standing_for(x: Tensor) -> Tensor:
-    """Of its shape, and nothing else: a value that is not there."""
+    """A tensor of the shape and dtype of `x` whose values mean nothing; it takes the memory of one element."""
     return x.new_empty(()).expand(x.shape)
 
 
 # ---- the four ends of two messages, each other's gradients ----------------------------------------------------------
 #
-# A message begins in one node of the graph and is waited for in another, forward and backward: what autograd runs in
-# between runs under it. `ticket` says that both belong together; what travels lies in the trip.
+# A message begins in one node of autograd's graph and is waited for in another, in the forward and in the backward.
+# What autograd runs in between runs while the message travels. The empty tensor `ticket` leads from the beginning of a
+# message to its end, so that they stay in this order; what travels is held by the trip.
 
 
 class _Leave(torch.autograd.Function):
-    """Dispatch begins; backward, the gradients of tokens and weights have come back.
+    """Forward: dispatch begins. Backward: waits for the gradients of tokens and routing weights, and adds them up.
 
-    What it gives of the tokens is for the shared expert, whose gradient of them is added where the ranks' are summed.
+    The second result is `x` again, for the shared expert: so its gradient of the tokens arrives here, and is added in
+    the same sum as those from the ranks.
     """
 
     @staticmethod
@@ -277,14 +304,14 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
         dweights = None
-        if ctx.trip.pending:  # else nothing downstream had a gradient
+        if ctx.trip.pending:  # otherwise no gradient came from what follows the dispatch, and nothing was sent
             dx, dweights = ctx.trip.returned(ctx.widths, dx)
             ctx.trip.settle()
         return None, dx, dweights, None, None, None, None, None
 
 
 class _Arrive(torch.autograd.Function):
-    """Dispatched tokens and their choices are there; backward, the sums of their gradients leave."""
+    """Forward: waits for the dispatched tokens and their choices. Backward: their gradients leave, added up."""
 
     @staticmethod
     def forward(
@@ -303,7 +330,7 @@ class _Arrive(torch.autograd.Function):
         *parts, weights, experts = trip.arrived(widths(hidden, dtype, form) + tail)
         scale = parts[1] if form == "operand" else None
         x = parts[0] if form == "operand" else unloaded(parts, dtype)
-        if form == "fp8" and differentiable:  # the tokens are no longer where they came
+        if form == "fp8" and differentiable:  # the tokens are converted; what else the backward keeps is copied
             weights, experts = weights.clone(), experts.clone()
             trip.release()
         ctx.mark_non_differentiable(experts)
@@ -323,7 +350,7 @@ class _Arrive(torch.autograd.Function):
 
 
 class _LeaveBack(torch.autograd.Function):
-    """Combine begins; backward, the gradients of what is added up have come."""
+    """Forward: combine begins. Backward: waits for the gradients of the rows that arrived in the forward."""
 
     @staticmethod
     def forward(
@@ -346,7 +373,7 @@ class _LeaveBack(torch.autograd.Function):
 
 
 class _ArriveBack(torch.autograd.Function):
-    """What the experts made is back, and summed up token by token; backward, its gradient leaves for every rank."""
+    """Forward: waits for the experts' sums, and adds up each token's. Backward: the output's gradient is dispatched."""
 
     @staticmethod
     def forward(

@@ -1,12 +1,13 @@
-"""What the stages of a pipeline hand to each other, by the copy engines of GPUs that reach each other's memory.
+"""Messages between the stages of a pipeline, by the copy engines of GPUs that reach each other's memory.
 
-NCCL posts a receive long before what it receives is made, and its kernel holds SMs until then. On 2 H200 a stage's
-forward took 11 to 13 ms beside such a kernel, and 8 without: most of what DualPipeV waited. A stream that waits for a
-number holds nothing.
+With NCCL, a receive is posted long before the data exists, and its kernel holds SMs until then: on 2 H200, a stage's
+forward took 11 to 13 ms beside such a kernel and 8 ms without it, which was most of what DualPipeV waited. A stream
+that waits for a number in memory holds no SM.
 
-Each rank has a slot for every message of a step, so that none waits for another to be read; what a backward keeps of
-a stage's input lies there. A step may only begin when all ranks have ended the one before on their streams: the sum of
-the losses over the ranks, behind every step, sees to that.
+Each rank has a slot for every message of a step, so no message waits until another has been read, and a stage's input
+can stay in its slot for the backward. Every slot has a flag, to which the number of the step is written when the
+message has arrived. A step may only begin when all ranks have ended the previous one on their streams; the sum of the
+losses over the ranks, at the end of every step, ensures that.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from dskernels.model.parallel.mail import Part, aligned
 
 
 class Way(NamedTuple):
-    """What a stage gets from a neighbour on another rank.
+    """One of the things that a stage receives from a neighbouring stage on another rank.
 
     Attributes:
-        kind: its input, or the gradient of its output.
-        stage: its number.
+        kind: the stage's input, or the gradient of its output.
+        stage: the number of the stage that receives it.
     """
 
     kind: Literal["input", "gradient"]
@@ -36,14 +37,14 @@ class Way(NamedTuple):
 
 
 class Handover:
-    """Messages of one shape between the stages of a pipeline in the form of a V.
+    """Messages of one shape between the stages of a pipeline in V shape.
 
     Args:
-        group: the ranks of the pipeline. All make this at once.
-        microbatches: of a step.
-        shape: of a message.
-        dtype: of its elements.
-        memory: of `needed` bytes; by default torch's symmetric memory.
+        group: the ranks of the pipeline. All of them make this object at the same time.
+        microbatches: number of micro-batches of a step.
+        shape: shape of a message.
+        dtype: dtype of a message.
+        memory: memory for all slots and their flags; by default torch's symmetric memory.
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class Handover:
         self.on, self.now = Engine.of(self.stream), Moment(self.memory.device)
 
     def begin(self) -> None:
-        """A step, on all ranks, when the one before has ended on all."""
+        """Begins a step; called on all ranks, when the previous step has ended on all of them."""
         self.step += 1
 
     def send(self, way: Way, microbatch: int, x: Tensor) -> None:
-        """To a stage of another rank, when the stream has made it."""
+        """Sends a tensor to a stage of another rank, as soon as the current stream has computed it."""
         rank = rank_of(way.stage, self.ranks)
         slot, x = self._slot(rank, way, microbatch), x.contiguous()
         self.now.record(Engine.current(self.memory.device))
@@ -82,7 +83,8 @@ class Handover:
         x.record_stream(self.stream)
 
     def receive(self, way: Way, microbatch: int) -> Tensor:
-        """What has been sent to a stage of this rank; the stream waits for it. It stays until the step ends."""
+        """Makes the current stream wait for a message to a stage of this rank; returns it. It stays until the step
+        ends."""
         slot = self._slot(self.rank, way, microbatch)
         Engine.current(self.memory.device).wait(self.addresses[self.rank] + self.flags_at + 4 * slot, self.step)
         return Part(slot * self.size, self.shape, self.dtype).of(self.memory)
@@ -92,12 +94,12 @@ class Handover:
 
 
 class HandedStage(PipelineStage):
-    """A stage whose messages go by a `Handover`, where the engine would post those of its process group."""
+    """A stage of torch's pipeline engine whose messages go by a `Handover`, not by sends and receives of a group."""
 
     handover: Handover
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Sends the output; there is nothing left to post."""
+        """Sends the output, and leaves nothing for the engine to post."""
         self._send("input", self.stage_index + 1, fwd_chunk_id, super().get_fwd_send_ops(fwd_chunk_id))
         return []
 
@@ -107,11 +109,11 @@ class HandedStage(PipelineStage):
         return []
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """Nothing: what comes is waited for where it is read."""
+        """Nothing to post: the input is waited for where it is read."""
         return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """Nothing, likewise."""
+        """Nothing to post, likewise."""
         return []
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
@@ -137,7 +139,7 @@ class HandedStage(PipelineStage):
 
 
 def ways(rank: int, ranks: int) -> list[Way]:
-    """All that comes to a rank from others, in one order for all."""
+    """Everything that the stages of a rank receive from other ranks, in an order that all ranks agree on."""
     found = []
     for stage in (rank, 2 * ranks - 1 - rank):
         if stage > 0 and rank_of(stage - 1, ranks) != rank:
@@ -148,5 +150,5 @@ def ways(rank: int, ranks: int) -> list[Way]:
 
 
 def rank_of(place: int, ranks: int) -> int:
-    """Which rank of the pipeline has a stage."""
+    """The rank that has the stage of number `place`: in V shape, rank r has stages r and ``2 * ranks - 1 - r``."""
     return min(place, 2 * ranks - 1 - place)

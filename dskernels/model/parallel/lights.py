@@ -1,7 +1,7 @@
-"""What streams of several GPUs wait for: lights, that is 32-bit flags, on or off, in memory that the others write to.
+"""Lights: the flags that streams of several GPUs wait for, 32-bit numbers in memory that the other GPUs write to.
 
-Nobody counts messages, so that they may be part of a CUDA graph, which does the same again each time: it finds its
-lights as they were.
+A light is off or on; one says, for example, that a piece of a message has arrived. Nobody counts messages, so they may
+be part of a CUDA graph, which does the same at every replay: it leaves its lights as it found them.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from typing import NamedTuple
 
 from dskernels.model.parallel.engines import Step, Steps
 
+# Values of a light: off, or on; and for those that are on in a colour (see `Lights`), two that alternate, and a third.
 OFF, ON = 0, 1
 COLOURS, IN_A_GRAPH = (1, 2), 3
 
 
 class Read(NamedTuple):
-    """A message that has been read.
+    """A message that has been read on this rank.
 
     Attributes:
-        slot: where it lies.
-        lit: of how many pieces it has lights that have to be put out.
+        slot: the slot that it lies in.
+        lit: number of its pieces whose lights have to be switched off: all of them in a CUDA graph, otherwise none.
     """
 
     slot: int
@@ -28,20 +29,28 @@ class Read(NamedTuple):
 
 
 class Lights:
-    """Of the slots that messages among some ranks lie in.
+    """The lights of all slots in which the messages among a group of ranks lie.
 
-    Of each slot every rank has a light for each rank and piece, which is on where that has come (*there*); one for each
-    other rank while what it has been sent has not been read (*taken*); and one that is on when all that it sends has
-    *left*.
+    In its own memory, every rank has the following lights for each slot:
 
-    Outside of CUDA graphs a light is on in one of two colours, that is values, in turn: while it is still on from the
-    message before it is not taken for that of the next, and nobody has to put it out. In a graph, which does the same
-    at each replay, it has a third one, and is put out.
+        there[source, piece]   on when this piece of the message from rank `source` has arrived; the source switches it
+                               on. `there[rank, 0]`, of the rank itself, stands for what it copied to its own slot.
+        taken[reader]          on while rank `reader` has not read what this rank sent to it in this slot, which is not
+                               free until then; this rank switches it on, the reader off.
+        left                   on when all that this rank sends has left its memory; in the place of `taken[rank]`.
+
+    Outside of CUDA graphs, `there` and `left` are on in one of two colours (values), alternating from one message in
+    the slot to the next. A light that is still on from the previous message is therefore not mistaken for that of the
+    next one, and nobody has to switch it off. A graph does the same at every replay, so it cannot alternate: there,
+    `there` has a third colour and is switched off when the message has been read, and edges of the graph replace
+    `left`.
+
+    The methods give steps for a stream (`Engine.take`). They only depend on the arguments, and are made once.
 
     Args:
-        addresses: where each rank's lights are; all are off at first.
-        rank: this one.
-        pieces: the most of a message.
+        addresses: the address of each rank's lights; all are off at first.
+        rank: this rank.
+        pieces: the largest number of pieces of a message.
     """
 
     def __init__(self, addresses: Sequence[int], rank: int, pieces: int) -> None:
@@ -51,13 +60,14 @@ class Lights:
 
     @staticmethod
     def needed(slots: int, ranks: int, pieces: int) -> int:
-        """Bytes on each rank."""
+        """Bytes of memory for the lights of each rank."""
         return 4 * slots * ranks * (pieces + 1)
 
     def until_read(self, slot: int, read: tuple[Read, ...] = ()) -> Steps:
-        """What was sent in this slot before has been read by all other ranks, and something else will be there.
+        """Wait until all other ranks have read what was sent to them in this slot, then mark it as taken again.
 
-        Before that, these ranks may know what has been read here.
+        Before waiting, tell them that the messages `read` have been read here: two ranks that both send would otherwise
+        wait for each other.
         """
 
         def make() -> list[Step]:
@@ -68,7 +78,10 @@ class Lights:
         return self._once((0, slot, *read), make)
 
     def there(self, slot: int, piece: int, colour: int, *, left: int | None = None) -> Steps:
-        """All other ranks may know that a piece is there; `left`, another colour: and this one, that all has left."""
+        """Tell all other ranks that a piece from this one has arrived there, by lights of this colour.
+
+        If `left` is a colour, also switch on `left` in it, on this rank: with the last piece, all has left.
+        """
 
         def make() -> list[Step]:
             lights = [(self._there(rank, slot, self.rank, piece), colour) for rank in self.others]
@@ -77,14 +90,18 @@ class Lights:
         return self._once((1, slot, piece, colour, left), make)
 
     def own(self, slot: int, colour: int) -> Steps:
-        """What this rank would have sent to itself is there."""
+        """Tell this rank that what it sends to itself has been copied to its slot."""
         light = self._there(self.rank, slot, self.rank, 0)
         return self._once((4, slot, colour), lambda: [Step("write", light, colour)])
 
     def until_there(
         self, slot: int, piece: int, colour: int, *, left: int | None = None, own: int | None = None
     ) -> Steps:
-        """A piece has come from all other ranks; `left`, another colour: and what this one sends has left."""
+        """Wait until a piece has arrived from all other ranks.
+
+        If `left` is a colour, also wait until all that this rank sends has left; if `own` is one, until what it sends
+        to itself is in its slot.
+        """
 
         def make() -> list[Step]:
             lights = [(self._there(self.rank, slot, rank, piece), colour) for rank in self.others]
@@ -95,11 +112,12 @@ class Lights:
         return self._once((2, slot, piece, colour, left, own), make)
 
     def have_read(self, read: tuple[Read, ...]) -> Steps:
-        """The other ranks may know that what they have sent has been read."""
+        """Tell the other ranks that these messages have been read here, so that their slots are free."""
         return self._once((3, *read), lambda: self._have_read(read))
 
     def _have_read(self, read: tuple[Read, ...]) -> list[Step]:
-        # First what is lit here: as soon as another rank knows, it may put it on again.
+        # First switch off what is on here: as soon as another rank knows that its slot is free, it may send again, and
+        # switch the same light on.
         here = [
             self._there(self.rank, slot, rank, piece)
             for slot, lit in read

@@ -1,8 +1,15 @@
-"""Messages of a fixed size between ranks: as many bytes from each to each, whatever the tokens.
+"""Messages of a fixed size between ranks: the same number of bytes from each to each, whatever the tokens are.
 
-What a message holds is decided by shapes alone, so that no rank has to wait for numbers from its device: the host may
-run ahead of it. `Collective` sends them by `torch.distributed`; `dskernels.model.parallel.copies` by the copy engines
-of the GPUs of one host, which takes no SM from what is computed meanwhile.
+Shapes alone decide what a message holds, so no rank has to wait for numbers from its device, and the host may run ahead
+of it. Two classes carry messages: `Collective` by `torch.distributed`, and `CopyEngines` (in
+`dskernels.model.parallel.copies`) by the copy engines of the GPUs of one host, which occupy no SM meanwhile.
+
+A message begins and ends on every rank as follows::
+
+    sent = mail.send(outgoing)            # it begins to travel; whatever is computed now runs at the same time
+    for rows in mail.arriving(sent):      # the device's stream waits for each piece
+        parts = mail.from_rank(sent, 0)   # or whole, or of_all: views of what arrived, to be read on that stream
+    mail.finished(sent)                   # it has been read, and its memory may be used again
 """
 
 from __future__ import annotations
@@ -16,16 +23,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-ALIGNMENT = 256  # bytes: where each part of a message begins, and each message
+ALIGNMENT = 256  # bytes: each message, and each part of one, begins at a multiple of this
 
 
 class Part(NamedTuple):
-    """Where a part of a message lies in its bytes.
+    """Where a tensor that is part of a message lies among the message's bytes.
 
     Attributes:
-        begin: the first byte.
-        shape: of the tensor there.
-        dtype: of its elements.
+        begin: its first byte.
+        shape: the tensor's shape.
+        dtype: the tensor's dtype.
     """
 
     begin: int
@@ -33,13 +40,13 @@ class Part(NamedTuple):
     dtype: torch.dtype
 
     def of(self, message: Tensor) -> Tensor:
-        """That tensor, given the bytes of the message."""
+        """The tensor, as a view of the message's bytes, uint8 ``[size]``."""
         size = math.prod(self.shape) * self.dtype.itemsize
         return message[self.begin : self.begin + size].view(self.dtype).view(self.shape)
 
 
 def layout(parts: Sequence[Tensor]) -> tuple[list[Part], int]:
-    """The parts of a message of these tensors, and its bytes."""
+    """Where each of these tensors lies in a message made of them, and the size of the message in bytes."""
     found, end = [], 0
     for part in parts:
         found.append(Part(end, part.shape, part.dtype))
@@ -48,12 +55,12 @@ def layout(parts: Sequence[Tensor]) -> tuple[list[Part], int]:
 
 
 def message_bytes(shapes: Sequence[tuple[int, int]]) -> int:
-    """Bytes of a message with parts of so many rows of so many bytes, as `layout` makes it."""
+    """Bytes of a message as `layout` makes it, given the number of rows of each part and the bytes of a row."""
     return sum(aligned(rows * width) for rows, width in shapes)
 
 
 def aligned(size: int) -> int:
-    """So many bytes, or some more, of which whole parts are made."""
+    """A number of bytes, rounded up to a multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -61,7 +68,7 @@ Fill = Callable[[int, slice], None]
 
 
 class Mail(ABC):
-    """Messages among the ranks of a group. Every rank sends and takes the same ones in the same order.
+    """Messages among the ranks of a group. Every rank sends and receives the same ones in the same order.
 
     Args:
         group: the ranks.
@@ -83,50 +90,60 @@ class Mail(ABC):
         """Begins a message to every rank.
 
         Args:
-            outgoing: for each rank the parts of its message, contiguous, of shapes and dtypes that are the same for
-                all ranks of the group.
-            together: let `whole` have them, the one for this rank too, which else stays where it is.
-            fill: writes these rows of the first part for a rank, which is another one; called once for all of them
-                before they leave, for some while others already travel.
-            columns: the places of parts (not the first) whose columns are contiguous instead, as those of scales are;
-                what comes of them may lie in the same way.
-            into: memory for each part, ``[R, rows, width]``, to which what comes is copied, and this rank's own part
-                too; all of it is there when `arriving` ends, and stays when the message is `finished`.
+            outgoing: for each rank, the parts of the message to it: contiguous tensors, of the same shapes and dtypes
+                for all ranks and on all ranks of the group.
+            together: whether `whole` will be called, which has the rows of all ranks one after the other. The parts for
+                this rank itself are then copied to the others; otherwise they stay where they are.
+            fill: ``fill(rank, rows)`` writes these rows of the first part for another rank. It is called for each such
+                rank before the rows leave: for all rows at once, or for some of them while others already travel.
+            columns: the positions of parts (not of the first) whose columns are contiguous, not their rows, as with
+                scales; what arrives of them may be laid out in the same way.
+            into: memory for each part, ``[R, rows, width]``, to which what arrives is copied, and this rank's own part
+                too. All of it is there when `arriving` ends, and it stays after `finished`.
 
         Returns:
-            What the others take.
+            The message, as the other methods take it.
         """
 
     @abstractmethod
     def arriving(self, sent: Any) -> Iterator[slice]:
-        """The rows of the first part, piece by piece as they come from every rank; other parts come with the first.
+        """Waits for the message piece by piece, and yields the rows of the first part that each piece consists of.
 
-        It is the stream of the device that waits for them.
+        A piece has arrived from every rank; the other parts arrive with the first one. It is the device's stream that
+        waits, not the host, so a piece has to be read on the stream that is current here.
         """
 
     @abstractmethod
     def from_rank(self, sent: Any, rank: int) -> list[Tensor]:
-        """The parts that a rank has sent here, whose content is valid from `arriving` to `finished`."""
+        """The parts that a rank has sent to this one; valid from `arriving` to `finished`."""
 
     def whole(self, sent: Any) -> list[Tensor]:
-        """The parts with the rows of all ranks behind each other, of a message sent `together`, valid likewise."""
+        """The parts with the rows of all ranks one after the other, of a message sent `together`; valid likewise."""
         by_rank = [self.from_rank(sent, rank) for rank in range(self.ranks)]
         return [torch.cat(parts) for parts in zip(*by_rank, strict=True)]
 
     @abstractmethod
     def of_all(self, sent: Any) -> Tensor:
-        """The first part of all ranks, ``[R, ...]``, valid likewise; where this rank's own would be stands anything."""
+        """The first part from all ranks, ``[R, ...]``; valid likewise. Its own place in it is undefined."""
 
     @abstractmethod
     def finished(self, sent: Any) -> None:
-        """They have been read, by what is on the stream so far: others may come in their place."""
+        """Says that the message is read by what is on the stream so far; then its memory may be used again."""
 
     def settle(self) -> None:  # noqa: B027 - most have nothing to do
-        """All ranks get to know what has been read, though no message follows; a CUDA graph has to end so."""
+        """Tells all ranks what has been read here, where no further message does; a CUDA graph has to end with it."""
 
 
 class Sent(NamedTuple):
-    """A message of a `Collective`."""
+    """A message of a `Collective`.
+
+    Attributes:
+        work: the collective operation.
+        buffer: uint8 ``[R, bytes]``, what arrives from each rank.
+        parts: where each part lies in the bytes from a rank.
+        own: the parts for this rank itself.
+        into: see `Mail.send`.
+    """
 
     work: dist.Work | None
     buffer: Tensor
@@ -136,7 +153,7 @@ class Sent(NamedTuple):
 
 
 class Collective(Mail):
-    """`Mail` by one `all_to_all_single` a message, on any backend."""
+    """`Mail` by one `all_to_all_single` per message, on any backend of `torch.distributed`."""
 
     def send(
         self,
@@ -147,7 +164,7 @@ class Collective(Mail):
         columns: Sequence[int] = (),
         into: Sequence[Tensor] | None = None,
     ) -> Sent:
-        """See `Mail`; what is to lie together is put together when it is asked for."""
+        """See `Mail`. `together` changes nothing: `whole` concatenates the rows when it is called."""
         own = list(outgoing[self.rank])
         for rank in range(self.ranks):
             if fill is not None and rank != self.rank:

@@ -1,7 +1,8 @@
-"""Redundant experts in a running model: what was asked for is counted, and weights change places between two steps.
+"""Redundant experts in a running model: choices of experts are counted, and weights change places between two steps.
 
-`place_experts` decides, `move_experts` carries; here both meet the model. Shapes and addresses stay as they are, the
-table of places too, so that captured CUDA graphs go on with the new placement.
+`place_experts` decides which expert is at which place, `move_experts` moves weights; here both are applied to a model.
+All tensors, the table of places too, keep their shapes and addresses, so captured CUDA graphs go on with the new
+placement.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dskernels.model.parallel.decode import DecodeExperts
 
 
 class RedundantExperts:
-    """A model's experts at more places than there are experts, over ranks with sequences of their own.
+    """Distributes a model's experts over more places than there are experts, on ranks with sequences of their own.
 
     ::
 
@@ -30,19 +31,20 @@ class RedundantExperts:
         moved = redundant.rebalance()  # between two steps, on every rank
 
     Args:
-        model: the same on every rank, with all experts. It is changed in place: each rank keeps those of its places,
-            and the router chooses places (`dskernels.route` with ``physical``) and counts its choices.
+        model: the same on every rank, with all experts. It is changed in place: each rank keeps the experts of its
+            places, and the router chooses places (`dskernels.route` with ``physical``) and counts its choices.
         group: the ranks.
-        places: in all, a multiple of the ranks, at least as many as experts.
-        nodes: see `place_experts`; the groups are those of the model's routing.
-        slack: likewise.
-        compute: makes what multiplies, given the group and the number of places; `DecodeExperts` by default.
+        places: number of places on all ranks, a multiple of the ranks, at least the number of experts.
+        nodes: see `place_experts`; the groups there are those of the model's routing.
+        slack: see `place_experts`.
+        compute: makes the function that computes the experts, given the group and the number of places; by default
+            `DecodeExperts`.
 
     Attributes:
-        placements: of each layer with experts, those of MTP modules last.
+        placements: the placement of each layer with experts, those of MTP modules last.
 
     Raises:
-        ValueError: places that do not fit.
+        ValueError: `places` or `nodes` do not fit, see `place_experts`.
     """
 
     def __init__(
@@ -66,21 +68,27 @@ class RedundantExperts:
             self._place(layer, start, columns, compute(group, places))
 
     def load(self) -> Tensor:
-        """Choices that fell on each expert of each layer since the last change, over all ranks, int64."""
+        """How often each expert of each layer was chosen since the last `rebalance`, on all ranks: int64 ``[L, E]``."""
         total = torch.stack([_counted(layer) for layer in self.layers])
         dist.all_reduce(total, group=self.group)
         return total
 
     def imbalance(self, load: Tensor) -> list[float]:
-        """The busiest rank over the mean under this load, layer by layer."""
+        """For each layer, the load of the busiest rank divided by the mean, with the current placement and this load.
+
+        Args:
+            load: ``[L, E]``, see `load`.
+        """
         return [placement.imbalance(row) for placement, row in zip(self.placements, load.tolist(), strict=True)]
 
     @torch.no_grad()
     def rebalance(self) -> int:
-        """Places experts by the load since the last time; waits for it. Every rank calls this between the same steps.
+        """Places experts by the load since the last call, and moves their weights; the host waits for the load.
+
+        Every rank calls this between the same two steps.
 
         Returns:
-            How many weights have come to another rank, over all layers.
+            The number of experts that came to a rank where they were not before, over all layers.
         """
         loads, moved = self.load().tolist(), 0
         for i, (layer, load) in enumerate(zip(self.layers, loads, strict=True)):
@@ -113,7 +121,10 @@ class RedundantExperts:
 
 
 def _set_shared_apart(layer: MoE) -> None:
-    """Makes a network of shared experts that stand behind the routed ones, where `keep_in_fp8` has put them."""
+    """Makes a network of its own of the shared experts, where they are the last of the routed experts' stack.
+
+    `keep_in_fp8` puts them there.
+    """
     experts, n = layer.experts, layer.experts.n_shared
     _, hidden, inner = experts.w2.shape
     with torch.device("meta"):
@@ -130,35 +141,36 @@ def _set_shared_apart(layer: MoE) -> None:
 
 
 def _gates_first(w13: Tensor) -> Tensor:
-    """``[n, 2I, .]`` as ``[2nI, .]``: the gates of all, then what they gate."""
+    """``[n, 2I, .]`` as ``[2nI, .]``: the gates of all n experts, then their ups."""
     return torch.cat([half.flatten(0, 1) for half in w13.chunk(2, 1)]).contiguous()
 
 
 def _side_by_side(w2: Tensor) -> Tensor:
-    """``[n, H, .]`` as ``[H, n .]``."""
+    """``[n, H, I]`` as ``[H, n * I]`` (or the scales of it)."""
     return w2.movedim(0, 1).flatten(1).contiguous()
 
 
 def _stacks(layer: MoE) -> list[Tensor]:
-    """All that belongs to an expert."""
+    """All tensors of the layer with a first dimension of experts: weights, and scales if there are any."""
     experts = layer.experts
     stacks = (experts.w13, experts.w2, experts.w13_scale_inv, experts.w2_scale_inv)
     return [stack for stack in stacks if stack is not None]
 
 
 def _counted(layer: MoE) -> Tensor:
+    """The router's counts of how often each expert was chosen, int64 ``[E]``."""
     if layer.gate.asked is None:
         raise RuntimeError("model: its router does not count")
     return layer.gate.asked
 
 
 def _rows(weight: nn.Parameter, rows: Tensor) -> nn.Parameter:
-    """Some experts of a stack; e4m3 is not indexed by every version of torch, bytes are."""
+    """Some experts of a stack, indexed as bytes, since not every version of torch indexes e4m3."""
     data = weight.detach()
     return nn.Parameter(data.view(torch.uint8)[rows].view(data.dtype), requires_grad=False)
 
 
 def _table(placement: Placement, columns: int) -> Tensor:
-    """`Placement.physical` in so many columns."""
+    """`Placement.physical`, padded with -1 to a number of columns."""
     found = placement.physical()
     return torch.nn.functional.pad(found, (0, columns - found.shape[1]), value=-1)

@@ -1,8 +1,9 @@
-"""Decode's exchange inside a host: every rank writes its tokens into the memory of those that need them.
+"""Expert-parallel decoding inside a host: every rank writes its tokens into the memory of the ranks that need them.
 
-Where NCCL sends all tokens to all, this sends a token's row only to the ranks of its experts, and its choices to all;
-one barrier, no sizes on the host, no copy of what has arrived. The buffers need no second set: a rank writes again only
-after a barrier that the others entered when they had read.
+While `DecodeExperts` sends all tokens to all ranks by NCCL, here a token's row goes only to the ranks of its experts,
+and its choices to all. This takes one barrier per direction, no sizes on the host, and no copy of what has arrived. One
+set of buffers is enough: a rank writes to one again only after the other direction's barrier, which the others enter
+when they have read it.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from dskernels.types import Fp8Tensor, Permuted, Routing
 
 
 class Slots(NamedTuple):
-    """Rows that all ranks may write to.
+    """Rows of memory on each rank that all ranks may write to.
 
     Attributes:
-        slots: int32 ``[rows, W]``, this rank's.
-        addresses: int64 ``[R]`` on the device, where each rank's are mapped here.
-        handle: of the symmetric memory, for its barrier.
+        slots: int32 ``[rows, W]``, this rank's rows.
+        addresses: int64 ``[R]`` on the device, the address at which each rank's rows are mapped here.
+        handle: torch's handle of the symmetric memory, for its barrier.
     """
 
     slots: Tensor
@@ -44,7 +45,13 @@ class Slots(NamedTuple):
 
     @classmethod
     def shared(cls, rows: int, width: int, group: dist.ProcessGroup) -> Slots:
-        """All ranks of the group make theirs at once."""
+        """Allocates the rows; all ranks of the group call this at the same time.
+
+        Args:
+            rows: number of rows of each rank.
+            width: W, 4-byte words of a row.
+            group: the ranks.
+        """
         from torch.distributed import _symmetric_memory as symmetric
 
         device = torch.device("cuda", torch.cuda.current_device())
@@ -58,12 +65,12 @@ class SymmetricDecodeExperts(DecodeExperts):
 
     Args:
         group: the ranks.
-        n_experts: E.
-        tokens: the most tokens that a rank brings; all ranks bring as many at a call.
-        hidden: their width.
+        n_experts: E, a multiple of the ranks.
+        tokens: the largest number of tokens of a rank in a call, in which all ranks have to bring the same number.
+        hidden: width of a token.
         top_k: choices of a token.
-        dtype: of the tokens.
-        wire: see `ExpertParallel`; what comes back is in the dtype of the tokens.
+        dtype: dtype of the tokens.
+        wire: see `ExpertParallel`; results come back in the dtype of the tokens.
     """
 
     def __init__(
@@ -82,7 +89,7 @@ class SymmetricDecodeExperts(DecodeExperts):
         self.tail = [(top_k, torch.float32), (top_k, torch.int32)]
         self.payload = widths(hidden, dtype, wire)
         sizes = [-(-width * kind.itemsize // 16) * 4 for width, kind in (*self.tail, *self.payload)]
-        self.head = sum(sizes[:2])  # the choices, which come first
+        self.head = sum(sizes[:2])  # words of a row that hold the choices, which come first
         rows = group.size() * tokens
         self.arriving = Slots.shared(rows, sum(sizes), group)
         self.returning = Slots.shared(rows, -(-hidden * dtype.itemsize // 16) * 4, group)
@@ -101,7 +108,7 @@ class SymmetricDecodeExperts(DecodeExperts):
         fp8: bool = False,
         keep: str = "input",
     ) -> Tensor:
-        """As `DecodeExperts`, for at most ``tokens`` tokens."""
+        """As `DecodeExperts`, for at most `tokens` tokens (a ValueError otherwise)."""
         if n_shared:
             raise ValueError("n_shared: shared experts in the stack of the routed ones are for one process")
         ranks, (tokens, hidden) = self.group.size(), x.shape
@@ -122,19 +129,24 @@ class SymmetricDecodeExperts(DecodeExperts):
         return out if residual is None else out + residual
 
     def needed(self, experts: Tensor) -> Tensor:
-        """bool ``[T, R]``: the ranks of each token's experts."""
+        """Which ranks have experts of each token: bool ``[T, R]``."""
         ranks = destinations(experts, self.group.size(), self.per_rank).ranks
         return (ranks[:, :, None] == torch.arange(self.group.size(), device=ranks.device)).any(1)
 
     def dispatch(self, x: Tensor, routing: Routing, needed: Tensor) -> None:
-        """Tokens to their ranks; when it returns, the stream has those of all."""
+        """Writes tokens to the ranks that need them, and choices to all; behind the barrier all have arrived here."""
         rows = pack(routing.weights, routing.experts.int(), *loaded(x, self.wire)).view(torch.int32)
         slot = self.group.rank() * x.shape[0]
         put(rows, needed, self.arriving.addresses, slot=slot, head=self.head, rows_of_rank=0)
         self.arriving.handle.barrier(channel=0)
 
     def send_back(self, y: Tensor, needed: Tensor) -> None:
-        """What the experts made of the tokens ``[R * T, H]`` of all ranks, to these."""
+        """Writes what the experts made of the tokens of all ranks, ``[R * T, H]``, back to the tokens' ranks.
+
+        Args:
+            y: this rank's experts' output.
+            needed: bool ``[T, R]``: the tokens of each rank of which this rank's experts made anything.
+        """
         rows, tokens = pack(y).view(torch.int32), needed.shape[0]
         slot = self.group.rank() * tokens
         put(rows, needed, self.returning.addresses, slot=slot, head=0, rows_of_rank=tokens)

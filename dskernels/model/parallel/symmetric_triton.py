@@ -1,4 +1,6 @@
-"""Rows written straight into the memory of other GPUs of the host, which torch's symmetric memory has mapped.
+"""Portable Triton kernels that write rows directly into the memory of other GPUs of the host, and add up what arrives.
+
+torch's symmetric memory maps the memory of the other GPUs.
 
 Names: `p_` pointer, `i_` index of a program, `o_` offsets, `m_` mask. A word is 4 bytes.
 """
@@ -32,11 +34,12 @@ def put_kernel(
     stride_needed_rank,
     BLOCK: tl.constexpr,
 ):
-    """One row to one rank, into its slot there: all of it where it is needed, else its first `head` words alone."""
+    """Write one row to its slot on one rank: all of it if it is needed there, otherwise only its first `head` words."""
     i_t = tl.program_id(0).to(tl.int64)
     i_r = tl.program_id(1).to(tl.int64)
     needed = tl.load(p_needed + i_t * stride_needed_token + i_r * stride_needed_rank)
-    # Rows are whole 16 bytes, which a cast address does not say: without the hints 4 bytes travel at a time.
+    # Rows are aligned to 16 bytes and a multiple of that long, which an address cast from an integer does not say:
+    # without the hints, 4 bytes are written at a time.
     words = tl.multiple_of(tl.where(needed != 0, width, head), 4)
     p_row = p_rows + (i_r * rows_of_rank + i_t) * stride_row
     p_slot = tl.load(p_peers + i_r).to(tl.pointer_type(tl.int32)) + (slot + i_t) * width
@@ -52,11 +55,11 @@ def put(rows: Tensor, needed: Tensor, peers: Tensor, *, slot: int, head: int, ro
 
     Args:
         rows: int32 ``[., W]``; the row of token t for rank r is ``r * rows_of_rank + t``.
-        needed: bool or uint8 ``[T, R]``, any strides: who gets the whole row.
-        peers: int64 ``[R]``, the address of each rank's slots, int32 ``[., W]``.
-        slot: where the first token goes.
-        head: words of a row that every rank gets.
-        rows_of_rank: 0 if all ranks get the same rows.
+        needed: bool or uint8 ``[T, R]``, any strides: which ranks get the whole row of a token.
+        peers: int64 ``[R]`` on the device, the address of each rank's slots, int32 ``[., W]``.
+        slot: the slot of the first token, the same on every rank; the others follow.
+        head: number of words at the beginning of a row that every rank gets.
+        rows_of_rank: number of rows for each rank; 0 if all ranks get the same rows.
     """
     tokens, ranks = needed.shape
     if tokens == 0:
@@ -84,13 +87,13 @@ SUM_BLOCK = 2048  # elements of a program
 
 @triton.jit
 def _plus(total, p_part, o, m):
-    """One more of them."""
+    """Add elements of one more tensor, in fp32."""
     return total + tl.load(p_part + o, mask=m, other=0).to(tl.float32)
 
 
 @triton.jit
 def sum_kernel(p_out, p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, p_8, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Elementwise sum of up to 9 tensors in fp32, in their order, rounded once."""
+    """Compute the elementwise sum of PARTS (1 to 9) tensors in fp32, in their order, rounded once."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < size
     total = tl.load(p_0 + o, mask=m, other=0).to(tl.float32)
@@ -114,7 +117,12 @@ def sum_kernel(p_out, p_0, p_1, p_2, p_3, p_4, p_5, p_6, p_7, p_8, size, PARTS: 
 
 
 def sum_ranks(parts: Sequence[Tensor], *, out: Tensor) -> None:
-    """Writes the sum of tensors, contiguous and of one shape and dtype, in fp32 in their order, to `out`."""
+    """Writes the elementwise sum of tensors to `out`; it is computed in fp32, in their order, and rounded once.
+
+    Args:
+        parts: contiguous tensors of the shape and dtype of `out`.
+        out: contiguous.
+    """
     if out.numel() == 0:
         return
     if len(parts) > 9 or not (out.is_cuda or INTERPRETED.value):
