@@ -1,17 +1,18 @@
-"""The expert block, forward and backward, out of the steps that an implementation brings.
+"""The expert block, forward and backward, put together from steps that each implementation provides (`Steps`).
 
-A network is the routed experts, or the shared one, which takes every token. With X the rows of its batch (row r is
-token ``source[r] // top_k``), w their routing weights, and dO the rows of the output's gradient in the same order:
+A network is the routed experts, or the shared expert, which takes every token. Let X be the rows of its batch (row r is
+token ``source[r] // top_k``), w their routing weights, and dO the rows of the output's gradient in the same order. Then
 
-    G, U = X W13^T            A = silu(G) * U                out = sum over a token's rows of w * (A W2^T)
-    dA' = dO W2               dw = <dA', A>                  not yet weighted
-    dG, dU = gradient of the SwiGLU at w * dA'               dX = [dG dU] W13, summed over a token's rows
-    dW13 = [dG dU]^T X        dW2 = dO^T (w * A)
+    forward     G, U = X W13^T            A = silu(G) * U        out = sum over a token's rows of w * (A W2^T)
+    backward    dA' = dO W2               dw = <dA', A>          (dA' is not yet multiplied by w)
+                dG, dU = gradient of the SwiGLU at w * dA'       dX = [dG dU] W13, summed over a token's rows
+                dW13 = [dG dU]^T X        dW2 = dO^T (w * A)
 
-So the outputs of the experts, A W2^T, are not needed again (SonicMoE, arXiv 2512.14080): all that is kept is G and U,
-or nothing, and they are computed again.
+In this form, the backward does not need the outputs of the experts, A W2^T (SonicMoE, arXiv 2512.14080). What is kept
+for it is G and U; or nothing, and they are computed again.
 
-Sorting, the weighted sum and the gradient of the SwiGLU are the portable kernels of this folder, whatever multiplies.
+Sorting, the weighted sum and the gradient of the SwiGLU are the portable kernels of this folder, whichever
+implementation computes the products.
 """
 
 from __future__ import annotations
@@ -36,15 +37,17 @@ Operand = Tensor | Fp8Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of a network, sorted by expert; of the shared one, whose rows are the tokens, there is no index.
+    """How the rows of a network belong to tokens and experts. The rows of routed experts are sorted by expert; those of
+    the shared expert are the tokens, in their order, and need neither index nor source.
 
     Attributes:
-        rows: how many there are.
+        rows: number of rows.
         top_k: choices of a token.
-        offsets: int32 ``[E + 1]``, where the rows of each expert begin, and the end; for the shared one, if the
-            products of the implementation want it.
-        index: int32 ``[T, k]``, the row of each choice, -1 where it was dropped.
-        source: int32 ``[rows]``, the choice of each row; -1 after the last expert's, and those rows are never read.
+        offsets: int32 ``[E + 1]``, where the rows of each expert begin, and their end; for the shared expert only if
+            the implementation's products require it.
+        index: int32 ``[T, k]``, the row of each choice, -1 if it was dropped.
+        source: int32 ``[rows]``, the choice of each row (token * k + j); -1 after the last expert's rows, where rows
+            are never read.
     """
 
     rows: int
@@ -55,14 +58,15 @@ class Batch:
 
 
 class Rows(NamedTuple):
-    """Rows of a batch: those of `data`; with a source, row r is ``data[source[r] // top_k]``."""
+    """The rows of a batch: `data` itself, or with a `source` its rows gathered, row r being
+    ``data[source[r] // top_k]``."""
 
     data: Operand
     source: Tensor | None = None
 
 
 class Network(NamedTuple):
-    """Weights of the routed experts, stacked, or of the shared one: data and, where quantised, scale."""
+    """Weights of the routed experts, stacked, or of the shared expert: data, and scales if they are in e4m3."""
 
     w13: Tensor
     w13_scale: Tensor | None
@@ -71,16 +75,16 @@ class Network(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A whole block without a gradient, of which an implementation may run one of a few tokens at once.
+    """The arguments of a block without a gradient: an implementation may compute it as a whole (`Steps.few`).
 
     Attributes:
-        x: ``[T, H]`` as the products take it.
-        dtype: of the output.
-        network: the routed experts; the last `n_shared` of them are of every token.
-        weights: ``[T, k]``.
+        x: the tokens ``[T, H]``, as the products take them.
+        dtype: dtype of the output.
+        network: the routed experts; every token takes the last `n_shared` of them.
+        weights: routing weights fp32 ``[T, k]``.
         experts: ids ``[T, k]``.
-        n_shared: how many shared experts are in the stack.
-        shared: the shared network where it is apart from the stack.
+        n_shared: number of shared experts at the end of `network`.
+        shared: the shared expert, if it is not in `network`.
     """
 
     x: Operand
@@ -94,24 +98,27 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Steps:
-    """What an implementation of the block does, for operands of one kind.
+    """What an implementation of the block provides, for operands of one kind (plain, or e4m3).
 
     Attributes:
-        operand: activations as the products take them.
+        operand: activations as the products take them: as they are, or quantised.
         every_token: the batch of the shared expert, given the tokens.
-        rows: tokens as rows of a batch, copied to their experts or to be gathered by the product.
-        weight: a weight and its scale, or (True) its transpose, as the products take it.
-        product: each row times its expert's weight, in a dtype.
-        hidden: silu(gate) * up of ``[rows, 2I]`` as an operand, of the rows that the batch's experts have.
-        kept: ``[rows, 2I]`` as the backward keeps it.
-        hidden_and_kept: both.
-        gradient: given what was kept, the gradient of the hidden rows, the batch and the weights of its rows: the
-            gradient of gate and up as an operand, the same and the weighted hidden rows for `wgrad`, and that of the
-            weights.
-        dispatched: the gradient of the output as an operand, which goes to the experts.
-        wgrad: the gradient of a weight, given the rows of both operands and the weight.
-        wgrad_requantizes: whether that takes tokens as they are, since it quantises along an expert's rows.
-        few: the output ``[T, H]`` of a block of a few tokens, or None if it does not take it.
+        rows: operands of tokens as rows of a batch: copied to the rows of their experts, or left to the product to
+            gather.
+        weight: a weight, or its transpose if the third argument is True, as the products take it; given data and scale.
+        product: each row times its expert's weight, in the given dtype.
+        hidden: A = silu(gate) * up as an operand, given gate and up ``[rows, 2I]``; rows after the last expert's may be
+            left undefined.
+        kept: gate and up ``[rows, 2I]`` in the format in which they are kept for the backward.
+        hidden_and_kept: both `hidden` and `kept`.
+        gradient: the gradient of the SwiGLU, given what was kept, dA', the batch and the routing weights (None for the
+            shared expert). It returns [dG dU] as an operand; [dG dU] and w * A as rows for `wgrad`; and the gradient
+            of the routing weights.
+        dispatched: the gradient of the output as an operand, from which `rows` makes dO.
+        wgrad: the gradient of a weight, given the rows of both operands, the batch and the weight.
+        wgrad_requantizes: whether `wgrad` takes unquantised tokens, since it quantises them along each expert's rows.
+        few: computes the output ``[T, H]`` of a whole block of a few tokens; returns None for blocks that it does not
+            take.
     """
 
     operand: Callable[[Tensor], Operand]
@@ -141,12 +148,15 @@ def forward(
     quantized: Fp8Tensor | None,
     n_shared: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [T, H], and, if asked to keep them for the backward, gate and up of both networks.
+    """The output [T, H]; gate and up of the routed experts, and of the shared one (without rows if not kept).
 
-    The last `n_shared` experts are taken by every token; where nothing is kept, a shared expert that follows the routed
-    ones in memory is one more of these. `Steps.few`, which rounds elsewhere, is for what nobody differentiates, since
-    computing again and keeping are to give the same bits. `quantized` is `x` as the products take it, where that is
-    there already.
+    Every token takes the last `n_shared` experts. If nothing is kept, a shared expert whose weights follow those of the
+    routed ones in memory is treated as one more of these.
+
+    `Steps.few` rounds in other places. It is therefore not used if a backward follows (`differentiated`), even if
+    nothing is kept: the output has to have the same bits whether gate and up are kept or computed again.
+
+    `quantized` is `x` as the products take it, if it has been quantised already.
     """
     a = steps.operand(x) if quantized is None else quantized
     of_shared = steps.kept(x.new_empty(0, 0 if shared is None else shared.w13.shape[0]))
@@ -179,7 +189,7 @@ def backward(
     shared_gate_up: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, w13, w2, the weights, and both shared weights; empty where one is not needed."""
+    """Gradients of x, w13, w2, the routing weights, and the shared w13 and w2; empty for those that are not needed."""
     needs_dx, needs_dw13, needs_dw2, needs_dweights, needs_shared_dw13, needs_shared_dw2 = needs
     da = steps.dispatched(dout)
     a = None if gate_up.shape[0] > 0 else steps.operand(x)
@@ -202,7 +212,7 @@ def backward(
 def network_forward(
     steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.dtype, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """The rows of one network, not yet weighted, and what enters its SwiGLU, of no rows unless that is kept."""
+    """The rows that one network makes, not yet weighted; and gate and up as kept (without rows if not `keep`)."""
     gate_up = _up(steps, a, network, batch, dtype)
     if keep:
         hidden, kept = steps.hidden_and_kept(gate_up, batch)
@@ -226,11 +236,13 @@ def network_backward(
     residual: Tensor | None,
     added_up: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, w13, w2 and the weights, of one network.
+    """Gradients of x, w13, w2 and the routing weights, for one network.
 
-    `da` and `a` are `dout` and `x` as the products take them, `a` where `gate_up` was not kept; `residual` is added to
-    the gradient of x, which without `added_up` is that of its rows. Rows of the batch are most of the memory: each is
-    let go as soon as it is done with.
+    `da` and `a` are `dout` and `x` as the products take them; `a` is given if `gate_up` was not kept. `residual` is
+    added to the gradient of x. Without `added_up`, that gradient is not summed over each token's rows but returned row
+    by row.
+
+    Tensors with a row per choice are most of the memory, so each is freed as soon as it is no longer needed.
     """
     needs_dx, needs_dw13, needs_dw2 = needs
     if a is not None:
@@ -252,7 +264,8 @@ def network_backward(
 
 
 def gradient_of_weight(steps: Steps, x: Rows, y: Rows, batch: Batch, weight: Tensor) -> Tensor:
-    """Of a weight [E?, N, K] the sum of the rows' outer products, after which its e4m3 copies are done with."""
+    """The gradient of a weight [E?, N, K], x^T y for the rows of each expert; then it announces that the e4m3 copies of
+    the weight are not needed any more (`done_with`)."""
     gradient = steps.wgrad(x, y, batch, weight)
     if steps.weight is not plain_weight:
         done_with(weight)
@@ -260,12 +273,12 @@ def gradient_of_weight(steps: Steps, x: Rows, y: Rows, batch: Batch, weight: Ten
 
 
 def gate_up_again(steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """What enters the SwiGLU, as it would have been kept."""
+    """Gate and up computed again, in the format in which they would have been kept."""
     return steps.kept(_up(steps, a, network, batch, dtype))
 
 
 def gradient_of_hidden(steps: Steps, dy: Rows, network: Network, batch: Batch, dtype: torch.dtype) -> Tensor:
-    """dA', of what comes out of the SwiGLU."""
+    """dA', the gradient of the output of the SwiGLU, not yet multiplied by routing weights."""
     return steps.product(dy, steps.weight(network.w2, network.w2_scale, True), batch, dtype)
 
 
@@ -278,18 +291,19 @@ def gradient_of_tokens(
     residual: Tensor | None,
     added_up: bool = True,
 ) -> Tensor:
-    """dX: of the rows, or, `added_up`, of the tokens that they are, and of `residual` besides."""
+    """dX, summed over each token's rows together with `residual`; without `added_up` that of each row."""
     dx = steps.product(Rows(dgate_up), steps.weight(network.w13, network.w13_scale, True), batch, dtype)
     return weighted_sum(dx, batch.index, None, residual) if added_up and batch.index is not None else dx
 
 
 def rows_for_wgrad(steps: Steps, tokens: Tensor, batch: Batch) -> Rows:
-    """Tokens as `Steps.wgrad` takes their rows."""
+    """The rows of tokens as `Steps.wgrad` takes them."""
     return Rows(tokens, batch.source) if steps.wgrad_requantizes else steps.rows(tokens, batch)
 
 
 def _one_stack(steps: Steps, routed: Network, shared: Network) -> Network | None:
-    """The weights of both as one stack, where they already are that in memory, as the products take them."""
+    """The weights of both networks as one stack, if they already are one in memory and the products take them as they
+    are; otherwise None."""
     quantized_inside = routed.w13_scale is None and steps.weight is not plain_weight
     if routed.w13.shape[0] >= MAX_EXPERTS or quantized_inside:
         return None
@@ -301,7 +315,7 @@ def _one_stack(steps: Steps, routed: Network, shared: Network) -> Network | None
 
 
 def _with_next(stack: Tensor | None, matrix: Tensor | None) -> Tensor | None:
-    """`stack` [E, N, K] with `matrix` [N, K] as its last, if that is where it lies, or None."""
+    """`stack` [E, N, K] extended by `matrix` [N, K] if that lies directly after it in memory, otherwise None."""
     if stack is None or matrix is None or stack.shape[0] == 0 or stack.dtype != matrix.dtype:
         return None
     if stack.shape[1:] != matrix.shape or stack.stride()[1:] != matrix.stride():
@@ -313,7 +327,7 @@ def _with_next(stack: Tensor | None, matrix: Tensor | None) -> Tensor | None:
 
 
 def routed_batch(experts: Tensor, network: Network, first: int = 0) -> tuple[Batch, Tensor]:
-    """The batch of the routed experts, whose ids begin at `first`, and its index."""
+    """The batch of the routed experts, whose ids begin at `first`, and its index [T, k]."""
     offsets, index, source = sort(experts, network.w13.shape[0], first)
     return Batch(source.shape[0], experts.shape[1], offsets, index, source), index
 
@@ -327,19 +341,20 @@ def _up(steps: Steps, a: Operand, network: Network, batch: Batch, dtype: torch.d
 
 
 class Kinds(NamedTuple):
-    """Steps for plain operands, for those in e4m3, and for those that also keep what enters the SwiGLU in e4m3."""
+    """An implementation's steps for plain operands, for operands in e4m3, and for these with gate and up kept in
+    e4m3."""
 
     plain: Steps
     quantized: Steps
     packing: Steps
 
     def chosen(self, fp8: bool, packed: bool) -> Steps:
-        """Of these."""
+        """The steps for products in e4m3 or not, and for gate and up kept packed or not (see `packed`)."""
         return self.packing if fp8 and packed else self.quantized if fp8 else self.plain
 
 
 def operations(kinds: Kinds) -> tuple[Callable, Callable]:
-    """`fused_experts` and its backward on the operations' flat arguments."""
+    """`fused_experts` and its backward, with the flat arguments of the registered operations."""
 
     def fused_experts(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *block, fp8, keep, data, scale, n_shared = args
@@ -357,7 +372,7 @@ def operations(kinds: Kinds) -> tuple[Callable, Callable]:
 
 
 def dense_operations(kinds: Kinds) -> tuple[Callable, Callable]:
-    """`feed_forward` and its backward, likewise: one network that every token takes."""
+    """`feed_forward` and its backward, with flat arguments likewise: one network, which every token takes."""
 
     def feed_forward(x, w13, w13_scale, w2, w2_scale, fp8, keep, data, scale):
         steps, network = kinds.chosen(fp8, bool(keep & PACKED)), Network(w13, w13_scale, w2, w2_scale)
@@ -387,7 +402,7 @@ def block_of(
     shared_w2: Tensor | None,
     shared_w2_scale: Tensor | None,
 ) -> tuple[Tensor, Network, Tensor, Tensor, Network | None]:
-    """What forward and backward take of the arguments that both operations have."""
+    """The flat arguments that both operations have in common, as `forward` and `backward` take them."""
     shared = None
     if shared_w13 is not None and shared_w2 is not None:
         shared = Network(shared_w13, shared_w13_scale, shared_w2, shared_w2_scale)
@@ -400,7 +415,8 @@ def block_of(
 def gradient_by(
     operand: Callable[[Tensor], Operand],
 ) -> Callable[[Tensor, Tensor, Batch, Tensor | None], tuple[Operand, Rows, Rows, Tensor | None]]:
-    """`Steps.gradient` by the portable kernel, its results written out and made operands one by one."""
+    """`Steps.gradient` by the portable kernel, which writes [dG dU] unquantised; `operand` then makes an operand of
+    it."""
 
     def gradient(kept, dhidden, batch, weights):
         dgate_up, hidden, dweights = swiglu_backward(kept, dhidden, batch.source, batch.index, weights)
@@ -410,22 +426,22 @@ def gradient_by(
 
 
 def plain_weight(weight: Tensor, scale: Tensor | None, transpose: bool) -> Tensor:
-    """A weight, or its transpose, as it is."""
+    """`Steps.weight` of plain weights: the weight or its transpose, as it is."""
     return weight.mT if transpose else weight
 
 
 def stacked(weight: Operand) -> Operand:
-    """A weight as a stack of one; a stack as it is."""
+    """A single weight as a stack of one; a stack as it is."""
     if isinstance(weight, Fp8Tensor):
         return Fp8Tensor(stack(weight.data), stack(weight.scale), weight.block)
     return stack(weight)
 
 
 def stack(matrix: Tensor) -> Tensor:
-    """A matrix as a stack of one; a stack as it is."""
+    """A single matrix as a stack of one; a stack as it is."""
     return matrix if matrix.dim() == 3 else matrix[None]
 
 
 def parts(x: Operand) -> tuple[Tensor, Tensor | None]:
-    """Data and scale."""
+    """Data and scale of an operand; the scale of a plain one is None."""
     return (x.data, x.scale) if isinstance(x, Fp8Tensor) else (x, None)

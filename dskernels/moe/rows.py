@@ -1,8 +1,9 @@
-"""The expert block in two halves at its seam: rows that experts have made of tokens, and sums of a token's rows.
+"""The expert block in two halves: the rows that experts make of tokens (`expert_rows`), and sums of each token's rows.
 
-`fused_experts` does both. Where a token's experts are on several GPUs the sum belongs to whoever reads it: each GPU
-adds up the rows of the others' tokens first, which leave, and those of its own with what has come, in one kernel and
-without rounding in between. Both halves mean what they mean in `fused_experts`, and run the same kernels.
+`fused_experts` does both at once. If a token's experts are on several GPUs, messages travel in between: each GPU adds
+up the rows of the others' tokens and sends these sums, and it adds up the rows of its own tokens together with the sums
+that arrive, in one kernel and without rounding in between (`ExpertRows.sums`). Both halves mean the same as in
+`fused_experts`, and run the same kernels.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from dskernels.repeated import repeated
 from dskernels.types import Fp8Tensor
 from dskernels.validate import HALF_OR_SINGLE, check_int, check_tensor
 
-Weights = tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor]
-Chosen = tuple[Tensor, Tensor, int]
+Weights = tuple[Tensor | Fp8Tensor, Tensor | Fp8Tensor]  # w13 and w2
+Chosen = tuple[Tensor, Tensor, int]  # weights and ids of the choices, and the id of the first expert
 
 
 class ExpertRows(NamedTuple):
-    """Rows that are not added up yet.
+    """The rows that experts made of tokens, not added up yet.
 
     Attributes:
-        rows: ``[T * k, H]``, in the order of the experts; those after the last expert's mean nothing.
-        index: int32 ``[T, k]``, the row of each choice, -1 where it was dropped; None where token t has row t alone.
-        weights: fp32 ``[T, k]``, by which a choice's row is multiplied; None where all are 1.
+        rows: ``[T * k, H]``, sorted by expert; rows after those of the last expert are undefined.
+        index: int32 ``[T, k]``, the row of each choice, -1 if it was dropped; None if token t has only row t.
+        weights: fp32 ``[T, k]``, by which the row of each choice is multiplied; None if all are 1.
     """
 
     rows: Tensor
@@ -41,7 +42,7 @@ class ExpertRows(NamedTuple):
     weights: Tensor | None
 
     def of(self, tokens: slice) -> ExpertRows:
-        """Of some tokens."""
+        """The same for some of the tokens."""
         if self.index is None:
             return self._replace(rows=self.rows[tokens])
         return self._replace(index=self.index[tokens], weights=None if self.weights is None else self.weights[tokens])
@@ -54,18 +55,23 @@ class ExpertRows(NamedTuple):
         residual: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Of each token: ``sum over j of weights[t, j] * rows[index[t, j]] + sum over i of came[places[t, i]] +
-        residual[t]``, in fp32 in this order, rounded once: the same bits at each call.
+        """Adds up the rows of each token, what arrived for it from other ranks, and `residual`.
+
+        For token t this is ``sum over j of weights[t, j] * rows[index[t, j]] + sum over i of came[places[t, i]] +
+        residual[t]``, in fp32, in this order, and rounded once: every call gives the same bits.
 
         Args:
-            came: ``[N, H]`` in the dtype of `rows`, what has come of others.
-            places: int32 ``[T, n]``, contiguous; a place outside `came` adds nothing.
+            came: ``[N, H]`` in the dtype of `rows`, what arrived from other ranks.
+            places: int32 ``[T, n]``, contiguous: the rows of `came` for each token; one outside of it adds nothing.
             residual: ``[T, H]`` in the dtype of `rows`.
-            out: ``[T, H]`` to write to.
+            out: ``[T, H]`` in the dtype of `rows`, to write to.
+
+        Returns:
+            The sums ``[T, H]``: `out` if it was given; `rows` itself if there is nothing to add up.
 
         Raises:
             TypeError: an argument is of another dtype.
-            ValueError: shapes or devices do not fit.
+            ValueError: shapes or devices do not fit, or only one of `came` and `places` is given.
         """
         return _sums(self.rows, self.index, self.weights, came, places, residual, out)
 
@@ -80,7 +86,7 @@ def _sums(
     residual: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """`ExpertRows.sums`."""
+    """`ExpertRows.sums` as a function of its fields, so that calls are recorded (see `repeated`)."""
     tokens, hidden = (rows if index is None else index).shape[0], rows.shape[1]
     if (came is None) != (places is None):
         raise ValueError("places: expected with came, and not without")
@@ -109,20 +115,21 @@ def expert_rows(
     differentiable: bool = False,
     keep: str = "input",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of all choices, ``expert[experts[t, j]](x[t])``, each in the place that the sort by experts gives it.
+    """The rows of all choices, ``expert[experts[t, j]](x[t])``, sorted by expert; the first half of `fused_experts`.
 
     Args:
-        x: ``[T, H]``, see `fused_experts`. Of given `quantized` tokens its values are not read.
-        weights: ``w13 [E, 2 * I, H]`` and ``w2 [E, H, I]``, likewise.
-        experts: int32 or int64 ``[T, k]``, counted from `first`; ids outside ``[first, first + E)`` are dropped.
+        x: ``[T, H]``, see `fused_experts`. If `quantized` is given and used, its values are not read.
+        weights: ``w13 [E, 2 * I, H]`` and ``w2 [E, H, I]``, see `fused_experts`.
+        experts: int32 or int64 ``[T, k]``, ids; those outside ``[first, first + E)`` are dropped.
         first: id of the first expert.
-        quantized: `x` in 1x128 tiles; its scales may lie row by row.
-        fp8: quantise what is not quantised yet, inside.
-        differentiable: whether a backward follows, for which what enters the SwiGLU is kept (not on a CPU).
-        keep: how, see `fused_experts`.
+        quantized: `x` in 1x128 tiles, if it has been quantised already; its scales may lie row by row.
+        fp8: whether to compute in e4m3, and quantise inside what is not quantised yet.
+        differentiable: whether a backward follows. Gate and up, which enter the SwiGLU, are then kept for it (on a CPU
+            nothing is kept).
+        keep: the format in which they are kept, see `fused_experts`.
 
     Returns:
-        rows ``[T * k, H]`` and index ``[T, k]``, see `ExpertRows`, and what is kept.
+        Rows ``[T * k, H]`` and index ``[T, k]``, see `ExpertRows`, and what is kept for `expert_rows_backward`.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -149,24 +156,26 @@ def expert_rows_backward(
     needs: Sequence[bool],
     waiting: Waiting | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the rows of x, of w13, w2 and of the routing weights, given that of each token's sum.
+    """Gradients of the rows of x, of w13, of w2 and of the routing weights, given that of each token's sum.
 
     Args:
         dout: ``[T, H]``, the gradient of ``sum over j of weights[t, j] * rows[index[t, j]]``.
         x, weights: as in the forward.
-        chosen: weights fp32 and ids ``[T, k]`` of the choices, and the id of the first expert.
+        chosen: routing weights fp32 and ids ``[T, k]`` of the choices, and the id of the first expert.
         kept: what the forward kept.
         fp8: as in the forward.
-        needs: of the four gradients, which are needed.
-        waiting: where those of w13 and w2 wait, see `dskernels.later`; they are None then.
+        needs: which of the four gradients are needed.
+        waiting: the queue that computes the gradients of w13 and w2 later, see `dskernels.later`; they are then
+            returned as None.
 
     Returns:
-        The gradient of x as rows ``[T * k, H]``, to be added up with the index of the forward and no weights, and the
-        others; None where not needed.
+        The gradient of x as rows ``[T * k, H]``, which the caller adds up with the index of the forward and without
+        weights, and the other three; None for those that are not needed.
     """
     fp8 = fp8 or any(isinstance(weight, Fp8Tensor) for weight in weights)
     given, among = (dout.contiguous(), x, weights, chosen, kept), tuple(needs[1:3])
-    # Said here, as nobody hears of it where the recording of an earlier call is launched.
+    # `done_with` is also called inside the operations below. It is repeated out here, because nothing but kernels runs
+    # there when the recording of an earlier call is launched again.
     trained = [w for w, needed in zip(weights, among, strict=True) if fp8 and needed and isinstance(w, Tensor)]
     if waiting is None:
         gradients = _gradients(*given, fp8, tuple(needs))

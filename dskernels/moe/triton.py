@@ -1,4 +1,4 @@
-"""Portable Triton kernels that copy rows of tokens to their experts, and add them up again.
+"""Portable Triton kernels that copy tokens to the rows of their experts (permute), and add rows up again (combine).
 
 Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask.
 """
@@ -24,7 +24,7 @@ from dskernels.validate import ceil_div
 
 @triton.jit
 def zero_tail(p_rows, first, last, start, stride, o_h, m_h):
-    """Set the columns `o_h` of rows from `first` to `last` that are at or after `start` to zero."""
+    """Set the columns `o_h` to zero in those rows of [first, last) that are not before `start`."""
     for row in range(tl.maximum(first, start), last):
         p_row = p_rows + tl.cast(row, tl.int64) * stride + o_h
         tl.store(p_row, tl.zeros(o_h.shape, p_rows.dtype.element_ty), mask=m_h)
@@ -45,7 +45,10 @@ def copy_scales(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Copy TILES scales of each of ROWS rows from their tokens': it is reads, from the L2, that are scattered."""
+    """Copy TILES scales of each of ROWS rows from their tokens.
+
+    In this direction writes are contiguous, and only reads are scattered, which come from the L2.
+    """
     blocks = tl.cdiv(tiles, TILES)
     o_r = i_p // blocks * ROWS + tl.arange(0, ROWS)
     o_c = (i_p % blocks * TILES + tl.arange(0, TILES)).to(tl.int64)
@@ -58,7 +61,8 @@ def copy_scales(
 
 @triton.jit
 def row_of(p_index, i_t, j, top_k):
-    """Row of a token's choice, -1 where it was dropped or there are not so many; the token's own without an index."""
+    """Row of a token's j-th choice, -1 if that was dropped or j is not below `top_k`. Without an index, token t has row
+    t."""
     if p_index is None:
         return tl.where(j < top_k, i_t, -1)
     else:
@@ -67,13 +71,13 @@ def row_of(p_index, i_t, j, top_k):
 
 @triton.jit
 def load_row(p_y, row, size, stride_y, o_h, m_h):
-    """Columns of a row; zeros, and nothing is read, so that NaN stays out of sums, where there is none."""
+    """Columns of a row. If there is no such row, nothing is read and these are zeros, which keeps NaN out of sums."""
     return tl.load(p_y + row * stride_y + o_h, mask=m_h & (row >= 0) & (row < size), other=0.0)
 
 
 @triton.jit
 def plus_row(total, y, row, size, p_weights, i_t, j, stride_w, HAS_WEIGHTS: tl.constexpr):
-    """+ the row, by its weight, in fp32."""
+    """Add a row to `total` in fp32, multiplied by its weight if there are weights."""
     y = y.to(tl.float32)
     if HAS_WEIGHTS:
         is_row = (row >= 0) & (row < size)
@@ -107,12 +111,13 @@ def permute_kernel(
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Copy WIDTH columns of one token to the rows of its choices; the first `scales` programs copy scales.
+    """Copy WIDTH columns of one token to the rows of its choices; the first `scales` programs copy scales instead.
 
-    With ZERO_TAIL a token's share of the rows after the last expert's becomes zero; else those stay as they are.
+    With ZERO_TAIL, each token also zeroes its share of the rows after those of the last expert; otherwise these are not
+    written.
     """
     i_p = tl.program_id(0) - scales
-    if HAS_SCALE:  # noqa: SIM102 - decided when compiled: without scales there is no pointer to them
+    if HAS_SCALE:  # noqa: SIM102 - decided at compile time: without scales there is no pointer to them
         if i_p < 0:
             strides = stride_s_token, stride_s, stride_os
             copy_scales(p_s, p_source, p_os, i_p + scales, rows, tiles, top_k, *strides, ROWS, TILES)
@@ -122,7 +127,7 @@ def permute_kernel(
     o_h = i_p % columns * WIDTH + tl.arange(0, WIDTH)
     m_h = o_h < H
     x = tl.load(p_x + i_t.to(tl.int64) * stride_x + o_h, mask=m_h)
-    for j in range(0, top_k, 4):  # four at a time, whose indices are read at once
+    for j in range(0, top_k, 4):  # four at a time, so that their indices are loaded together
         row_0, row_1 = row_of(p_index, i_t, j, top_k), row_of(p_index, i_t, j + 1, top_k)
         row_2, row_3 = row_of(p_index, i_t, j + 2, top_k), row_of(p_index, i_t, j + 3, top_k)
         tl.store(p_out + row_0 * stride_out + o_h, x, mask=m_h & (row_0 >= 0))
@@ -157,23 +162,21 @@ def combine_kernel(
     HAS_RESIDUAL: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """WIDTH columns of out[t]: the sum over j of weights[t, j] * y[index[t, j]], all in fp32.
-
-    Then come those over i of came[places[t, i]], and residual[t].
-    """
+    """Compute WIDTH columns of out[t] = sum over j of weights[t, j] * y[index[t, j]] + sum over i of came[places[t, i]]
+    + residual[t], in fp32 and in this order."""
     columns = tl.cdiv(H, WIDTH)
     i_t = (tl.program_id(0) // columns).to(tl.int64)
     o_h = tl.program_id(0) % columns * WIDTH + tl.arange(0, WIDTH)
     m_h = o_h < H
     total = tl.zeros([WIDTH], tl.float32)
-    for j in range(0, top_k, 4):  # four at a time, which are on their way at once
+    for j in range(0, top_k, 4):  # four at a time, so that four rows are being loaded at once
         row_0, row_1 = row_of(p_index, i_t, j, top_k), row_of(p_index, i_t, j + 1, top_k)
         row_2, row_3 = row_of(p_index, i_t, j + 2, top_k), row_of(p_index, i_t, j + 3, top_k)
         y_0 = load_row(p_y, row_0, size, stride_y, o_h, m_h)
         y_1 = load_row(p_y, row_1, size, stride_y, o_h, m_h)
         y_2 = load_row(p_y, row_2, size, stride_y, o_h, m_h)
         y_3 = load_row(p_y, row_3, size, stride_y, o_h, m_h)
-        tl.debug_barrier()  # else ptxas, to save registers, asks for a row when it has added the one before
+        tl.debug_barrier()  # without it ptxas, to save registers, loads a row only after adding the one before
         total = plus_row(total, y_0, row_0, size, p_weights, i_t, j, stride_w, HAS_WEIGHTS)
         total = plus_row(total, y_1, row_1, size, p_weights, i_t, j + 1, stride_w, HAS_WEIGHTS)
         total = plus_row(total, y_2, row_2, size, p_weights, i_t, j + 2, stride_w, HAS_WEIGHTS)
@@ -207,7 +210,10 @@ def combine_backward_kernel(
     stride_dy,
     WIDTH: tl.constexpr,
 ):
-    """Of one token: dy[index[t, j]] = weights[t, j] * dout[t], and dweights[t, j] = <dout[t], y[index[t, j]]>."""
+    """Compute for one token dy[index[t, j]] = weights[t, j] * dout[t] and dweights[t, j] = <dout[t], y[index[t, j]]>.
+
+    It also zeroes the token's share of the rows of dy after those of the last expert.
+    """
     i_t = tl.program_id(0).to(tl.int64)
     for j in range(top_k):
         row = tl.load(p_index + i_t * top_k + j)
@@ -234,7 +240,7 @@ def combine_backward_kernel(
 
 @Recorded
 def permute(x: Tensor, experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows by expert [T * k, H], offsets and index."""
+    """Tokens copied to rows sorted by expert [T * k, H], with zeros after the last expert's; offsets; and index."""
     offsets, index, source = sort(experts, n_experts)
     out = empty(x, (source.shape[0], x.shape[1]), x.dtype)
     _copy(x, None, offsets, index, source, out, None)
@@ -242,7 +248,8 @@ def permute(x: Tensor, experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor,
 
 
 def permute_rows(x: Tensor | Fp8Tensor, index: Tensor, source: Tensor) -> Tensor | Fp8Tensor:
-    """Rows by expert [T * k, H] of tokens, plain or in 1x128 tiles; rows after the last expert's stay as they are."""
+    """Tokens, plain or in 1x128 tiles, copied to rows sorted by expert [T * k, H]; rows after the last expert's are not
+    written. `index` and `source` are those of `sort`."""
     rows = source.shape[0]
     if not isinstance(x, Fp8Tensor):
         out = empty(x, (rows, x.shape[1]), x.dtype)
@@ -250,7 +257,7 @@ def permute_rows(x: Tensor | Fp8Tensor, index: Tensor, source: Tensor) -> Tensor
         return out
     out = empty(x.data, (rows, x.shape[1]), x.data.dtype)
     scale = empty_scale(x.scale, (rows, x.scale.shape[1]), x.block)
-    # A copy is the same for any dtype of a byte, and Triton takes e4m3 only where the GPU has it.
+    # e4m3 is copied as bytes, since Triton takes the dtype only on GPUs that have it.
     _copy(x.data.view(torch.uint8), x.scale, None, index, source, out.view(torch.uint8), scale)
     return Fp8Tensor(out, scale, x.block)
 
@@ -264,7 +271,7 @@ def _copy(
     out: Tensor,
     out_scale: Tensor | None,
 ) -> None:
-    """Fill `out` and `out_scale`; with `offsets`, zero the rows after the last expert's."""
+    """Copy tokens to `out` and their scales to `out_scale`; with `offsets`, zero the rows after the last expert's."""
     (tokens, top_k), (rows, width) = index.shape, out.shape
     if rows == 0 or width == 0:
         return
@@ -311,9 +318,11 @@ def weighted_sum(
     *,
     partial: bool = False,
 ) -> Tensor:
-    """Sum of each token's rows of `y`, weighted if there are weights, of its `places` in `came`, and of `residual`; in
-    fp32 in this order, rounded once. Without an index a token has the row of its own number. `partial`: the other
-    choices of the tokens are on other ranks, which changes nothing in the result.
+    """The sum of each token's rows of `y`, weighted if there are weights, of its rows `places` in `came`, and of
+    `residual`; in fp32, in this order, and rounded once.
+
+    Without an index, token t has row t of `y`. `partial` says that the other choices of the tokens are on other ranks:
+    it only decides the launch (see `choose_sums`), not the result.
     """
     (tokens, top_k), width = (y.shape[0], 1) if index is None else index.shape, y.shape[1]
     out = empty(y, (tokens, width), y.dtype) if out is None else out
@@ -357,23 +366,23 @@ def weighted_sum_into(
     residual: Tensor | None,
     out: Tensor,
 ) -> None:
-    """`weighted_sum` on the operation's arguments."""
+    """`weighted_sum` with the arguments of the registered operation `sum_rows`."""
     weighted_sum(y, index, weights, residual, came, places, out, partial=True)
 
 
 def permute_backward(dy: Tensor, index: Tensor) -> Tensor:
-    """Gradient of the tokens: the sum of the gradients of their rows."""
+    """The gradient of the tokens: the sum of the gradients of each token's rows."""
     return weighted_sum(dy, index, None)
 
 
 @Recorded
 def combine(y: Tensor, offsets: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of each token's rows."""
+    """The weighted sum of each token's rows."""
     return weighted_sum(y, index, weights)
 
 
 def combine_backward(dout: Tensor, y: Tensor, offsets: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `y` and of the weights."""
+    """The gradients of `y` and of the routing weights."""
     (tokens, top_k), width = index.shape, y.shape[1]
     dy, dweights = empty(y, (y.shape[0], width), y.dtype), empty(weights, (tokens, top_k), weights.dtype)
     if tokens and top_k:

@@ -1,8 +1,14 @@
-"""Portable Triton kernels that sort the choices of experts, stably, on the device.
+"""Portable Triton kernels that sort the choices of experts by expert, stably, on the device.
 
-Few choices are each compared with all others, in a single launch. Many go through a counting sort: count the ids of
-each block of 64, sum the counts of each expert over the blocks before, then place every id at (first row of its
-expert) + (such ids in blocks before) + (rank in its block). Dropped ids sort as one more expert after the last.
+Up to 2,048 choices are sorted in a single launch, in which each is compared with all others. More go through a counting
+sort in three launches:
+
+    count_kernel    counts the ids of each block of 64 choices;
+    scan_kernel     turns these counts into sums over the preceding blocks, expert by expert;
+    place_kernel    places every choice at (first row of its expert) + (choices of that expert in preceding blocks) +
+                    (such choices before it in its own block).
+
+Dropped choices are sorted as if they had chosen one more expert after the last.
 
 Names: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask.
 """
@@ -33,7 +39,7 @@ from dskernels.validate import ceil_div
 
 @triton.jit
 def load_group(p_experts, o_i, size, first, E):
-    """Expert of each choice, counted from `first`; E for dropped ids, E + 1 after the end."""
+    """The expert of each choice, counted from `first`; E for dropped ids, E + 1 for choices after the end."""
     expert = tl.load(p_experts + o_i, mask=o_i < size, other=0) - first
     group = tl.where((expert >= 0) & (expert < E), expert, E).to(tl.int32)
     return tl.where(o_i < size, group, E + 1)
@@ -41,7 +47,7 @@ def load_group(p_experts, o_i, size, first, E):
 
 @triton.jit
 def first_rows(total, p_offsets, E, STORE, BINS: tl.constexpr):
-    """First row of each expert, given how many choices fell on each; also stored as offsets if STORE."""
+    """The first row of each expert, given its number of choices; with STORE, also store them as the offsets."""
     o_e = tl.arange(0, BINS)
     start = tl.cumsum(total, 0) - total
     tl.store(p_offsets + o_e, start, mask=(o_e <= E) & STORE)
@@ -50,7 +56,7 @@ def first_rows(total, p_offsets, E, STORE, BINS: tl.constexpr):
 
 @triton.jit
 def store_places(row, group, o_i, m_i, p_index, p_source, E):
-    """index[i] = row of choice i, -1 where dropped; source[row] = i, -1 for the rows after the last expert's."""
+    """Store index[i] = row of choice i, -1 if it was dropped, and source[row] = i, -1 for rows of dropped choices."""
     tl.store(p_index + o_i, tl.where(group < E, row, -1), mask=m_i)
     tl.store(p_source + row, tl.where(group < E, o_i, -1), mask=m_i)
 
@@ -69,14 +75,14 @@ def append_choices_kernel(
     TOKENS: tl.constexpr,
     CHOICES: tl.constexpr,
 ):
-    """The choices of TOKENS tokens and their weights, and behind them `more` experts from E on, of weight 1."""
+    """Copy the choices of TOKENS tokens with their weights, and append the `more` experts from E on, with weight 1."""
     o_t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
     o_j = tl.arange(0, CHOICES)[None, :]
     m_given = (o_t < tokens) & (o_j < top_k)
     m_all = (o_t < tokens) & (o_j < top_k + more)
     expert = tl.load(p_experts + o_t * top_k + o_j, mask=m_given, other=0)
     weight = tl.load(p_weights + o_t * stride_w + o_j, mask=m_given, other=1.0)
-    # An id that is dropped stays so: one from E on where it was chosen, as there is no such routed expert.
+    # Ids from E on name no routed expert and are dropped; they must not choose one of the appended experts.
     expert = tl.where(m_given, tl.where(expert < E, expert, -1), E + o_j - top_k)
     tl.store(p_all + o_t * (top_k + more) + o_j, expert, mask=m_all)
     tl.store(p_all_weights + o_t * (top_k + more) + o_j, weight, mask=m_all)
@@ -96,7 +102,7 @@ def compare_kernel(
     BINS: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
-    """Place BLOCK choices by counting those before them; the first program counts the choices of each expert."""
+    """Place BLOCK choices by counting those that come before each; the first program computes the offsets instead."""
     i_b = tl.program_id(0) - 1
     if i_b < 0:
         total = tl.zeros([BINS], tl.int32)
@@ -117,7 +123,7 @@ def compare_kernel(
 
 @triton.jit(do_not_specialize=["size", "first"])
 def count_kernel(p_experts, p_counts, size, first, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
-    """counts[block, g] = how many ids of this block are g."""
+    """Count the choices of a block: counts[block, g] is the number of those of expert g."""
     i_b = tl.program_id(0)
     group = load_group(p_experts, i_b * BLOCK + tl.arange(0, BLOCK), size, first, E)
     tl.store(p_counts + i_b.to(tl.int64) * BINS + tl.arange(0, BINS), tl.histogram(group, BINS))
@@ -125,7 +131,7 @@ def count_kernel(p_experts, p_counts, size, first, E, BLOCK: tl.constexpr, BINS:
 
 @triton.jit(do_not_specialize=["blocks"])
 def scan_kernel(p_counts, p_totals, blocks, BINS: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Turn the counts of EXPERTS experts into sums over the blocks before, in place, and store the sums over all."""
+    """Turn the counts of EXPERTS experts into sums over the preceding blocks, in place, and store their totals."""
     o_e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     total = tl.zeros([EXPERTS], tl.int32)
     for first in range(0, blocks, BLOCKS):
@@ -152,7 +158,7 @@ def place_kernel(
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """Place the choices of a block; the first program also stores the offsets."""
+    """Place the choices of a block, see the top of this file; the first program also stores the offsets."""
     i_b = tl.program_id(0)
     o_i = i_b * BLOCK + tl.arange(0, BLOCK)
     m_i = o_i < size
@@ -168,7 +174,8 @@ def place_kernel(
 
 
 def append_choices(experts: Tensor, weights: Tensor, first: int, more: int) -> tuple[Tensor, Tensor]:
-    """`experts` and `weights` [T, k] with `more` choices of each token, the experts from `first` on, of weight 1."""
+    """`experts` and `weights` [T, k] with `more` choices appended to each token: the experts from `first` on, with
+    weight 1. Ids from `first` on that are in `experts` become -1."""
     tokens, top_k = experts.shape
     shape = (tokens, top_k + more)
     appended = empty(experts, shape, experts.dtype), empty(weights, shape, weights.dtype)
@@ -192,9 +199,14 @@ def append_choices(experts: Tensor, weights: Tensor, first: int, more: int) -> t
 
 
 def sort(experts: Tensor, n_experts: int, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets int32 [E + 1], index int32 [T, k], and source int32 [T * k], the choice of each row.
+    """Sort the choices `experts` [T, k] by expert, and those of one expert by token.
 
-    The experts are those from `first` on; other ids are dropped.
+    The experts are the `n_experts` ids from `first` on; other ids are dropped.
+
+    Returns:
+        Offsets int32 [E + 1], where the rows of each expert begin, and their end; index int32 [T, k], the row of each
+        choice, -1 if it was dropped; source int32 [T * k], the choice of each row (token * k + j), -1 for the rows
+        after the last expert's.
     """
     experts = experts.contiguous()
     size = experts.numel()
