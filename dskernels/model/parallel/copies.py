@@ -46,11 +46,12 @@ class Copied(NamedTuple):
     Attributes:
         number: messages are numbered from 0, on all ranks alike.
         parts: where each part lies in the slot, of all ranks together: ``[R, rows, width]``, or ``[width, R, rows]``.
-        columns: the places of parts that lie in the second way.
+        columns: the positions of the parts that lie in the second way, with contiguous columns.
         ends: where the pieces of the first part end, as shares of its rows.
         own: the parts for this rank itself, which stay where they are; None if they were copied to the slot as well.
         kept: whether all that comes is copied out of the slot, so that only this has to be waited for.
-        colours: the values of its lights, piece by piece; the last is that of what this rank sends to itself.
+        colours: the values of its lights, piece by piece (see `Lights`); the last is that of what this rank sends to
+            itself.
     """
 
     number: int
@@ -72,12 +73,14 @@ class Copied(NamedTuple):
         return self.number % SLOTS
 
     def left_with(self, i: int) -> int | None:
-        """The colour of the light that says, with the last piece, that all has left; None with others, and in a graph,
-        where edges say it."""
+        """With the last piece, the colour of the light that says that the whole message has left; None with others.
+
+        It is None in a graph, too, where edges between its nodes take the place of this light.
+        """
         return self.colours[0] if i == len(self.ends) - 1 and not self.captured else None
 
     def piece(self, i: int) -> slice:
-        """The rows of the first part that its i-th piece has."""
+        """The rows of the first part that the i-th piece consists of."""
         begin, end = (int(self.parts[0].shape[1] * part) for part in ((0.0, *self.ends)[i : i + 2]))
         return slice(begin, end)
 
@@ -105,8 +108,8 @@ class CopyEngines(Mail):
         behind = SLOTS * self.ranks * self.size
         self.lights = Lights([address + behind for address in self.addresses], self.rank, len(ENDS))
         self.count, self.unread = 0, set[int]()
-        self.colours = [[COLOURS[1]] * (len(ENDS) + 1) for _ in range(SLOTS)]  # of the last messages, not in graphs
-        self.read: list[Copied] = []  # messages that have been read, which the other ranks do not know yet
+        self.colours = [[COLOURS[1]] * (len(ENDS) + 1) for _ in range(SLOTS)]  # of each slot's last, not in a graph
+        self.read: list[Copied] = []  # messages that have been read, of which the other ranks were not told
         # What stays on this rank has a stream of its own. In one batch with what leaves, both took as long as one after
         # the other: a dispatch of 16,384 tokens 743 us instead of 634.
         device = self.memory.device
@@ -115,7 +118,7 @@ class CopyEngines(Mail):
         # Tensors that copies read or write stay alive until these are done. (torch's `record_stream` would create an
         # event for each tensor that is let go.)
         self.sending: list[Sequence[Sequence[Tensor]]] = [()] * SLOTS
-        # Events of each slot: a piece has left (in a graph); what is copied on this rank is there.
+        # Events of each slot: each piece has left (used in graphs only); what is copied on this rank is there.
         self.gone = [[Moment(device) for _ in ENDS] for _ in range(SLOTS)]
         self.kept = [Moment(device) for _ in range(SLOTS)]
 
@@ -171,7 +174,7 @@ class CopyEngines(Mail):
         return sent
 
     def _receive(self, sent: Copied, own: list[Tensor], into: Sequence[Tensor]) -> None:
-        """Copies what comes out of the slot as soon as it is there, while the current stream does something else."""
+        """Copies what arrives from the slot to `into`, piece by piece, while the current stream does something else."""
 
         def copy(source: Tensor, target: Tensor) -> Copy:
             return Copy(target.data_ptr(), source.data_ptr(), _bytes(source))
@@ -194,7 +197,8 @@ class CopyEngines(Mail):
     def _next(
         self, own: list[Tensor], ends: tuple[float, ...], together: bool, columns: Sequence[int], kept: bool
     ) -> Copied:
-        """The next message, in its slot; `now` is where it is made on the current stream."""
+        """The next message, in its slot. The event `now` is recorded: what is to be sent has been computed, except what
+        `fill` still writes."""
         if self.count - SLOTS in self.unread:
             raise RuntimeError(f"outgoing: {SLOTS} messages are under way, of which none has been read")
         parts, end = [], 0
@@ -271,7 +275,7 @@ class CopyEngines(Mail):
             self._current().take(self.lights.have_read(self._read()))
 
     def _read(self) -> tuple[Read, ...]:
-        """The messages that have been read, of which the others will be told now."""
+        """The messages that have been read; the caller tells the other ranks, so they are forgotten here."""
         if self.read and {sent.captured for sent in self.read} != {torch.cuda.is_current_stream_capturing()}:
             raise RuntimeError("settle: expected behind the last message before a CUDA graph, and the last one in it")
         read = tuple(Read(sent.slot, len(sent.ends) if sent.captured else 0) for sent in self.read)
@@ -300,7 +304,7 @@ class CopyEngines(Mail):
         return [part.permute(1, 2, 0) if place in sent.columns else part for place, part in enumerate(parts)]
 
     def _others(self) -> list[int]:
-        """All ranks but this one, in an order in which no two ranks begin with the same."""
+        """All ranks but this one, in such an order that at each position no two ranks have the same one."""
         return [(self.rank + i) % self.ranks for i in range(1, self.ranks)]
 
 

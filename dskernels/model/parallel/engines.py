@@ -27,9 +27,9 @@ class Step(NamedTuple):
     """A stream memory operation: wait until a number has a value, or write it.
 
     Attributes:
-        kind: which of the two.
-        address: of the number, which has 32 bits.
-        value: to wait for (exactly this one), or to write.
+        kind: whether to wait or to write.
+        address: the address of the number, which has 32 bits.
+        value: the value to wait for (exactly this one), or to write.
     """
 
     kind: Literal["wait", "write"]
@@ -51,10 +51,10 @@ class _Operation(ctypes.Structure):
 
 
 class Steps:
-    """Several steps, one after the other, in a single call of the driver.
+    """Several steps, done one after the other in a single call of the driver.
 
     Args:
-        steps: in the order in which they are done.
+        steps: the steps in their order.
     """
 
     def __init__(self, steps: Sequence[Step]) -> None:
@@ -172,12 +172,12 @@ class Engine:
 
     @classmethod
     def of(cls, stream: torch.cuda.Stream) -> Engine:
-        """On a stream of torch's."""
+        """The engine of a stream of torch's."""
         return cls(stream.device.index, stream.cuda_stream, stream)
 
     @classmethod
     def current(cls, device: torch.device) -> Engine:
-        """On torch's current stream."""
+        """The engine of torch's current stream."""
         return cls(device.index, torch._C._cuda_getCurrentRawStream(device.index))
 
     def follow(self, moment: Moment) -> None:
@@ -240,12 +240,12 @@ class Engine:
 
 
 class Moment:
-    """An event: a place in the work of a stream that other streams may wait for. It may be recorded again and again."""
+    """An event: a point in the work of a stream that other streams can wait for. It can be recorded again and again."""
 
     def __init__(self, device: torch.device) -> None:
         self.event = torch.cuda.Event()
         with torch.cuda.device(device):
-            self.event.record()  # which makes it
+            self.event.record()  # torch creates the driver's event at the first record
         self.handle = ctypes.c_void_p(self.event.cuda_event)
 
     def record(self, on: Engine) -> None:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from dskernels.model.parallel.engines import Step, Steps
 
-# Values of a light: off, or on; and for those that are on in a colour (see `Lights`), two that alternate, and a third.
+# Values of a light: off and on; the two colours in which some are on in turn, and their colour in a CUDA graph, see
+# `Lights`.
 OFF, ON = 0, 1
 COLOURS, IN_A_GRAPH = (1, 2), 3
 
