@@ -66,6 +66,30 @@ def write_out_for_decode(model: DeepseekV3) -> None:
             module.kv_b_proj.dense(dtype)
 
 
+def set_shared_apart(moe: MoE) -> None:
+    """Make a network of its own of shared experts that `keep_in_fp8` has stacked behind the routed ones; the same
+    values."""
+    experts, n_shared = moe.experts, moe.experts.n_shared
+    if not n_shared:
+        return
+    _, hidden, inner = experts.w2.shape
+    with torch.device("meta"):
+        network = FeedForward(hidden, n_shared * inner, moe.fp8)
+    # Gates of all shared experts, then what they gate; columns of all side by side. Torch concatenates bytes in every
+    # version, e4m3 in some.
+    for linear, name, dim in ((network.w13, "w13", 0), (network.w2, "w2", 1)):
+        stack, scale = getattr(experts, name).detach(), getattr(experts, name + SCALE_SUFFIX)
+        halves = 2 if dim == 0 else 1
+        data, linear.weight_scale_inv = (
+            torch.cat([expert for half in part[-n_shared:].chunk(halves, 1) for expert in half], dim)
+            for part in (stack.view(torch.uint8), scale)
+        )
+        linear.weight = nn.Parameter(data.view(stack.dtype), requires_grad=False)
+        setattr(experts, name, nn.Parameter(stack[:-n_shared].clone(), requires_grad=False))
+        setattr(experts, name + SCALE_SUFFIX, scale[:-n_shared].clone())
+    moe.shared_experts, experts.n_shared = network, 0
+
+
 def whole_blocks(size: int) -> int:
     """A size rounded up to whole blocks."""
     return -(-size // FP8_BLOCK[0]) * FP8_BLOCK[0]
