@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dskernels import choice, portable, recording, relaunching
 from dskernels import device as devices
-from dskernels import portable, recording, relaunching
 from dskernels.cuda.driver import Plan, Planned, Pointer
 from dskernels.cuda.tensor_map import TensorMap
 from dskernels.metadata import ByMetadata
@@ -282,6 +282,21 @@ def test_neighbours_are_recorded_apart(on_the_cpu):
         run(x, y)
         assert arguments_of(on_the_cpu, 1)[0][0] == y.data_ptr()
     assert calls == [True, True, False]
+
+
+def test_a_function_that_is_explained_runs_as_it_is_written(on_the_cpu):
+    """Also where it has been recorded: what it calls says what would run."""
+    calls = []
+    run = two_steps(calls)
+    x = torch.empty(4, 32)
+    for _ in range(4):
+        run(x)
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match="run called none"):
+        choice.explain(run, x)
+    assert len(calls) == 3
+    run(x)
+    assert len(calls) == 3
 
 
 def test_the_recording_that_fits_is_found_among_several(on_the_cpu):
