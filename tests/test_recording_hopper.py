@@ -281,3 +281,34 @@ def test_steps_of_a_linear_layer_are_those_as_written(device, monkeypatch, scale
         monkeypatch.setattr(getattr(gemm, name), "_known", ByMetadata())
     assert all(torch.equal(a, b) for a, b in zip(got, steps(), strict=True))
     assert got[-1].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_step_of_a_linear_layer_in_a_graph(device):
+    """Recorded before, captured then: replays quantise the weight that is there, and eager calls go on beside them."""
+    x, dy = (torch.randn(300, n, device="cuda").bfloat16() for n in (512, 256))
+    x.requires_grad_()
+    weight = torch.nn.Parameter(torch.randn(256, 512, device="cuda", dtype=torch.bfloat16) / 22)
+
+    def step():
+        y = ds.fp8_linear(x, weight)
+        return y.detach(), *torch.autograd.grad(y, (x, weight), dy)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(4):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for factor in (1.0, 1.5, 0.5):
+        with torch.no_grad():
+            weight.mul_(factor)
+        for given in captured:
+            given.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+    asked = [choice.operation for choice in ds.explain(ds.fp8_linear, x, weight)]
+    assert "fp8_gemm" in asked
