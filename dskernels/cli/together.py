@@ -133,13 +133,11 @@ def train(
 
 
 def load(path: Path, device: str | None, settings: dict[str, Any], console: Console) -> DeepseekV3:
-    """A model for generation, of which each rank has its part."""
-    from dskernels.model import load as read
-    from dskernels.model.parallel.decode import parallelize_decode
+    """A model for generation, of which each rank reads and has its part."""
     from dskernels.model.parallel.plan import Plan
+    from dskernels.model.parallel.reading import load_divided
 
-    team = start(Plan(tensor=ranks()), device, console)
-    return parallelize_decode(read(path, device="cpu", **settings), team)
+    return load_divided(path, start(Plan(tensor=ranks()), device, console), **settings)
 
 
 def _tokens(path: Path) -> bool:

@@ -1,6 +1,10 @@
 """Generation on several ranks: the tokens of one process, and messages whose size nothing decides."""
 
 import copy
+import json
+import os
+import re
+import sys
 
 import pytest
 import torch
@@ -8,9 +12,22 @@ import torch.distributed as dist
 from world import case, run
 
 import dskernels as ds
-from dskernels.model import Config, DeepseekV3, generate, keep_in_fp8, load, save
+from dskernels import cli
+from dskernels.model import (
+    Config,
+    DeepseekV3,
+    generate,
+    generate_text,
+    keep_in_fp8,
+    load,
+    save,
+    tokenizer_of,
+)
+from dskernels.model.parallel import reading
 from dskernels.model.parallel.decode import DecodeExperts, parallelize_decode
 from dskernels.model.parallel.plan import Plan, Team
+from dskernels.model.parallel.reading import load_divided
+from dskernels.model.shards import Shards
 from dskernels.types import Routing
 from model.tiny import tiny_model
 
@@ -150,6 +167,97 @@ def kept_in_fp8(rank, ranks, folder, names):
             for options in (dict(drafts=1), dict(temperature=0.8, seed=7)):
                 texts = [generate(m, PROMPTS, max_new_tokens=6, **options).finish() for m in (model, whole)]
                 assert texts[0] == texts[1], options
+
+
+def state(model):
+    return {name: as_bytes(tensor) for name, tensor in model.state_dict().items()}
+
+
+class Read(list):
+    """The names of all tensors that are read from files."""
+
+    def __enter__(self):
+        self.read = Shards.read
+        Shards.read = lambda shards, name: self.append(name) or self.read(shards, name)
+        return self
+
+    def __exit__(self, *error):
+        Shards.read = self.read
+
+
+def read_divided(rank, ranks, folder, names):
+    """The bytes of a model that was read whole and then divided; experts of others are not read."""
+    team = Team.start(Plan(tensor=ranks), "cpu")
+    for name in names:
+        for options in (dict(fp8=True), dict(), dict(fp8=True, mtp=False)):
+            with case(f"{name} {options}"):
+                path = kept_folder(folder, name)
+                with Read() as read:
+                    model = load_divided(path, team, **options)
+                want = parallelize_decode(load(path, **options), team)
+                got, want = state(model), state(want)
+                assert got.keys() == want.keys()
+                assert all(torch.equal(got[key], want[key]) for key in want)
+                experts = {
+                    int(found[1]) for found in (re.search(r"\.experts\.(\d+)\.", each) for each in read) if found
+                }
+                assert experts == set(range(rank * 8 // ranks, (rank + 1) * 8 // ranks))
+                assert len(read) == len(set(read))
+    with case("generates"):
+        text = generate(load_divided(path, team, fp8=True), PROMPTS, max_new_tokens=4, drafts=1).finish()
+        assert text == generate(load(path, fp8=True), PROMPTS, max_new_tokens=4, drafts=1).finish()
+
+
+def test_a_checkpoint_is_read_in_parts(tmp_path):
+    write_kept(tmp_path, KEPT)
+    save(tiny_model(**WHOLE_BLOCKS), tmp_path / "plain", shard_size=500_000)
+    run(2, read_divided, 2, tmp_path, [*KEPT, "plain"])
+
+
+def command(rank, folder):
+    """``dskernels generate`` as torchrun starts it."""
+    os.environ["TORCHELASTIC_ERROR_FILE"] = f"{folder}/{rank}.json"
+    found = []
+    for name in ("compressed-query-of-its-own", "indivisible"):
+        arguments = f"generate {folder / name} --device cpu --max-new-tokens 4 --batch {folder / 'prompts'}"
+        sys.argv = ["dskernels", *arguments.split(), "--out", str(folder / f"texts-{name}")]
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        found.append(ended.value.code)
+    return found
+
+
+def test_the_command_keeps_fp8(tmp_path):
+    """The tokens of one process; what cannot be divided is one line."""
+    changes = {**WHOLE_BLOCKS, "vocab_size": 257}
+    save(tiny_model(**{**changes, "q_lora_rank": 48}), tmp_path / "compressed-query-of-its-own", fp8=True)
+    save(tiny_model(**{**changes, "intermediate_size": 384}), tmp_path / "indivisible", fp8=True)
+    (tmp_path / "prompts").write_text("def\nreturn\n")
+    assert run(2, command, tmp_path) == [[0, 1], [0, 1]]
+    model = load(tmp_path / "compressed-query-of-its-own", fp8=True)
+    tokenizer = tokenizer_of(tmp_path / "compressed-query-of-its-own", model.config)
+    want = generate_text(model, tokenizer, ["def", "return"], max_new_tokens=4)
+    lines = (tmp_path / "texts-compressed-query-of-its-own").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == want
+    for rank in range(2):
+        said = json.loads((tmp_path / f"{rank}.json").read_text())["message"]
+        assert said.startswith("error: tensor: layers.0.mlp is kept in fp8"), said
+
+
+def wrongly_read(rank, folder):
+    team = Team.start(Plan(tensor=2), "cpu")
+    with Read() as read:
+        with pytest.raises(ValueError, match=r"layers.0.self_attn.q_b_proj is kept in fp8 .* got 896 / 2 = 448"):
+            load_divided(folder, team, fp8=True)
+        reading.free_memory = lambda device: 1000
+        with pytest.raises(torch.OutOfMemoryError, match=r"weights of a rank take .* cpu has 0.0 GB free"):
+            load_divided(folder, team)
+    assert not read
+
+
+def test_what_cannot_be_divided_is_not_read(tmp_path):
+    save(tiny_model(**{**WHOLE_BLOCKS, "num_attention_heads": 14}), tmp_path / "a", fp8=True)
+    run(2, wrongly_read, tmp_path / "a")
 
 
 def write_kept(folder, names):

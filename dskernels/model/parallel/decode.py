@@ -38,8 +38,8 @@ def parallelize_decode(model: DeepseekV3, team: Team) -> DeepseekV3:
         team: ranks of a plan of ``tensor`` alone.
 
     Raises:
-        ValueError: the plan does not fit the model, or a layer that is kept in fp8 cannot be divided between blocks. The
-            model is as it was.
+        ValueError: the plan does not fit the model, or a layer that is kept in fp8 cannot be divided between blocks;
+            nothing has been changed.
     """
     check_division(model, team)
     for _, block in blocks_of(model):
