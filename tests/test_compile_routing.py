@@ -8,6 +8,7 @@ from compiling import Compile, assert_clean, compile_all
 from dskernels.routing.config import RowConfig, choose_config, choose_gate_config
 from dskernels.routing.triton_balance import BEGIN_BLOCK
 from dskernels.routing.triton_gate import OPTIONS
+from in_part import IN_PART
 
 ROW = {"T": "i32", "stride_lt": "i32", "p_logits": "*fp32"}
 SEQUENCES = dict.fromkeys(("p_sequence", "p_tokens", "p_counts"), "*i32")
@@ -152,6 +153,8 @@ def test_the_gate_compiles_without_spills(m, pairs):
     kernels = []
     for (a, b), arch in itertools.product(pairs, (H200, AMD)):
         config = choose_gate_config(m, 256, 7168, (a, b) != (1, 1), 132, arch)
+        if IN_PART and arch == AMD and config == choose_gate_config(m, 256, 7168, (a, b) != (1, 1), 132, H200):
+            continue
         whole = config.parts == 1 or (a, b) == (2, 2)
         programmatic = m == 1 and (a, b) == (1, 1) and arch == H200  # where launches overlap, as from sm_90 on
         kernels.append(
