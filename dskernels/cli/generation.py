@@ -88,7 +88,10 @@ def generate(
         str | None, typer.Option(help="Such as cuda:1 or cpu; by default the GPU if there is one.")
     ] = None,
 ) -> None:
-    """Continue a text, answer in a conversation, or work through a file of prompts, and show the speed."""
+    """Continue a text, answer in a conversation, or work through a file of prompts, and show the speed.
+
+    Under torchrun, each rank reads and holds its part of the model, in fp8 too, and all write one text together.
+    """
     # Everything that can be wrong is checked before the weights are read, which may take minutes.
     from dskernels.cli.prompts import Prompt, read_prompts
     from dskernels.model import ChatTemplate, Sampling, tokenizer_of
@@ -144,7 +147,7 @@ def generate(
             one.check(max_new_tokens, config.max_position_embeddings)
         with _opened(out) as file:
             if prompts:
-                writer.model = _load(path, where, settings) if alone else together.load(path, device, settings, console)
+                writer.model = _load(path, where, device, settings)
                 writer.work_through(prompts, file)
         return
     if prompt is None and not interactive:
@@ -156,7 +159,7 @@ def generate(
     tokens = [] if prompt is None else writer.tokens(prompt)
     if prompt is not None:
         Prompt("--prompt", {}, tokens).check(max_new_tokens, config.max_position_embeddings)
-    writer.model = _load(path, where, settings) if alone else together.load(path, device, settings, console)
+    writer.model = _load(path, where, device, settings)
     if interactive:
         writer.talk(prompt)
     else:
@@ -321,17 +324,21 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _load(path: Path, device: torch.device, settings: dict[str, Any]) -> DeepseekV3:
-    """Read the model, with a progress bar."""
+def _load(path: Path, where: torch.device, device: str | None, settings: dict[str, Any]) -> DeepseekV3:
+    """Read the model, with a progress bar; under torchrun this rank's part of it."""
     from dskernels.model import load
 
+    team = None if together.ranks() == 1 else together.start_generating(device, console)
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     # A bar that is not drawn would still print its line break.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
-        return load(
-            path, device=device, progress=lambda done, total: bar.update(task, completed=done, total=total), **settings
-        )
+        settings["progress"] = lambda done, total: bar.update(task, completed=done, total=total)
+        if team is None:
+            return load(path, device=where, **settings)
+        from dskernels.model.parallel.reading import load_divided
+
+        return load_divided(path, team, **settings)
 
 
 @contextmanager

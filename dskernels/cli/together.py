@@ -17,7 +17,6 @@ import torch.distributed as dist
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from dskernels.model import DeepseekV3
     from dskernels.model.parallel.plan import Plan, Team
     from dskernels.model.train_config import TrainConfig
 
@@ -132,12 +131,11 @@ def train(
         training.show_outcome(read_history(out / METRICS_FILE), out)
 
 
-def load(path: Path, device: str | None, settings: dict[str, Any], console: Console) -> DeepseekV3:
-    """A model for generation, of which each rank reads and has its part."""
+def start_generating(device: str | None, console: Console) -> Team:
+    """Join the ranks, each of which will have a part of the model for the same text."""
     from dskernels.model.parallel.plan import Plan
-    from dskernels.model.parallel.reading import load_divided
 
-    return load_divided(path, start(Plan(tensor=ranks()), device, console), **settings)
+    return start(Plan(tensor=ranks()), device, console)
 
 
 def _tokens(path: Path) -> bool:

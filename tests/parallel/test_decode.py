@@ -192,8 +192,11 @@ def read_divided(rank, ranks, folder, names):
         for options in (dict(fp8=True), dict(), dict(fp8=True, mtp=False)):
             with case(f"{name} {options}"):
                 path = kept_folder(folder, name)
+                seen = []
                 with Read() as read:
-                    model = load_divided(path, team, **options)
+                    model = load_divided(path, team, **options, progress=lambda *now, to=seen: to.append(now))
+                assert seen == sorted(seen)
+                assert seen[-1][0] == seen[-1][1] > 0
                 want = parallelize_decode(load(path, **options), team)
                 got, want = state(model), state(want)
                 assert got.keys() == want.keys()

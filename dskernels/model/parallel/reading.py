@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from dskernels.device import free_memory
-from dskernels.model.checkpoint import _clear_filling, _fp8_block, _Reader, load
+from dskernels.model.checkpoint import Progress, _clear_filling, _fp8_block, _Reader, load
 from dskernels.model.config import read_json
-from dskernels.model.fp8_weights import write_out_for_decode
+from dskernels.model.fp8_weights import SCALE_SUFFIX, write_out_for_decode
 from dskernels.model.hf_names import Entry, entries
 from dskernels.model.model import DeepseekV3
 from dskernels.model.parallel.decode import blocks_of, check_division, divide, experts_of
@@ -26,6 +26,7 @@ def load_divided(
     dtype: torch.dtype | None = None,
     fp8: bool = False,
     mtp: bool | None = None,
+    progress: Progress | None = None,
 ) -> DeepseekV3:
     """What `load` and then `parallelize_decode` make, without the whole model on any rank.
 
@@ -38,6 +39,7 @@ def load_divided(
         dtype: see `load`.
         fp8: likewise; weights stay in e4m3.
         mtp: likewise.
+        progress: called with the number of bytes that this rank has read, and of those that it reads in all.
 
     Raises:
         FileNotFoundError: as `load`.
@@ -51,6 +53,7 @@ def load_divided(
     raw, shards = read_json(folder / "config.json"), Shards(folder)
     of_block = _by_block(model, team, shards, fp8)
     copies = [entry for entry in of_block[""] if entry.copy]
+    total, done = sum(_size(entry, shards) for found in of_block.values() for entry in found if not entry.copy), 0
     for name, module in model.named_children():
         if name not in ("layers", "mtp"):
             module.to_empty(device=team.device)
@@ -58,8 +61,12 @@ def load_divided(
     def fill(found: list[Entry]) -> _Reader:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         reader = _Reader(shards, tensors, _fp8_block(raw, folder, fp8), model)
+        nonlocal done
         for entry in found:
             reader.fill(entry)
+            done += _size(entry, shards)
+            if progress is not None:
+                progress(done, total)
         shards.close()
         return reader
 
@@ -90,6 +97,12 @@ def _by_block(model: DeepseekV3, team: Team, shards: Shards, fp8: bool) -> dict[
             block = ".".join(entry.parameter.split(".")[:2])
             found[block if block in found else ""].append(entry)
     return found
+
+
+def _size(entry: Entry, shards: Shards) -> int:
+    """Bytes of a tensor and its scales in the files."""
+    names = entry.name, entry.name + SCALE_SUFFIX
+    return sum(shards[name].nbytes for name in names if name in shards)
 
 
 def _check_memory(model: DeepseekV3, team: Team, folder: Path) -> None:
