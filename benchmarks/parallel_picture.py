@@ -15,7 +15,7 @@ from benchmarks import charts
 RESULTS = Path(__file__).parent / "results" / "h200" / "parallel.json"
 COLORS = {"nccl": "#999", "dispatch": "#3a78c2", "combine": "#23804d", "data": "#d08a2e", "expert": "#3a78c2"}
 WIDTH, HEIGHT, LEFT, TOP = 270, 190, 56, 40
-LABELS = 190  # pixels beside a panel for what its lines are
+LABELS = 225  # pixels beside a panel for what its lines are
 
 
 def main() -> None:
