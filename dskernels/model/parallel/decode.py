@@ -31,7 +31,8 @@ BLOCK = FP8_BLOCK[0]  # rows, and columns, that share a scale
 def parallelize_decode(model: DeepseekV3, team: Team) -> DeepseekV3:
     """Leaves each rank its heads, its part of the feed-forwards and its experts; all have the whole cache of latents.
 
-    Weights that are kept in fp8 stay as they are: each rank keeps whole blocks of 128x128, with their scales.
+    Weights that are kept in fp8 stay as they are: each rank keeps whole blocks of 128x128, with their scales. Of
+    a checkpoint, `dskernels.model.parallel.reading.load_divided` makes the same without the whole model on any rank.
 
     Args:
         model: the same on every rank. It is changed in place and moved to the device.
