@@ -104,7 +104,7 @@ def load(
     config = Config.from_hf(folder)
     raw = read_json(folder / "config.json")
     keep = fp8 and not trainable
-    block = _fp8_block(raw, folder, keep)
+    block = fp8_block_of(raw, folder, keep)
     shards = Shards(folder)
     config, dropped = _config_with_mtp(config, shards, mtp, folder)
     announced = DTYPES.get(str(raw.get("torch_dtype") or raw.get("dtype")), torch.bfloat16)
@@ -124,10 +124,10 @@ def load(
     model.to_empty(device=device)
     parameters = dict(_tensors_of(model))
     if keep:
-        _clear_filling(config, parameters)
+        clear_filling(config, parameters)
     model.source = Source(raw)
     table = list(entries(config, kept_in_fp8=keep))
-    _read_all(_Reader(shards, parameters, block, model), table, dtype in (None, announced), progress)
+    _read_all(Reader(shards, parameters, block, model), table, dtype in (None, announced), progress)
     write_out_for_decode(model)
     model.source.extras = {
         name: shards.read(name).clone() for name in shards if _is_rotary(name) and not _of_layers(name, dropped)
@@ -156,7 +156,7 @@ def load_weights(model: DeepseekV3, folder: str | Path, *, into: Mapping[str, Pi
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     theirs, raw = Config.from_hf(folder), read_json(folder / "config.json")
-    block, shards = _fp8_block(raw, folder, False), Shards(folder)
+    block, shards = fp8_block_of(raw, folder, False), Shards(folder)
     parameters, table = dict(_tensors_of(model)), list(entries(model.config))
     _check(shards, table, parameters, block, range(0))
     for name in (each.name for each in dataclasses.fields(Config) if each.name not in NOT_LEARNT):
@@ -164,7 +164,7 @@ def load_weights(model: DeepseekV3, folder: str | Path, *, into: Mapping[str, Pi
         if there != here:
             raise ValueError(f"{folder / 'config.json'}: {name} is {there!r}, that of the model is {here!r}")
     model.source = Source(raw)
-    _read_all(_Reader(shards, parameters, block, model, into), table, False, None)
+    _read_all(Reader(shards, parameters, block, model, into), table, False, None)
     model.source = None  # it is no longer the model that was read
     shards.close()
 
@@ -179,7 +179,7 @@ def _tensors_of(model: DeepseekV3) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _fp8_block(raw: Mapping[str, Any], folder: Path, keep: bool) -> tuple[int, int]:
+def fp8_block_of(raw: Mapping[str, Any], folder: Path, keep: bool) -> tuple[int, int]:
     """The block that scales belong to, even if the config does not mention any (a plain bf16 checkpoint has none)."""
     quantization = raw.get("quantization_config")
     if quantization is None:
@@ -263,7 +263,7 @@ def _is_rotary(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq")
 
 
-def _clear_filling(config: Config, parameters: Mapping[str, Tensor]) -> None:
+def clear_filling(config: Config, parameters: Mapping[str, Tensor]) -> None:
     """Zero the parts that fill up widths to whole blocks."""
     inner = (
         config.intermediate_size,
@@ -277,7 +277,7 @@ def _clear_filling(config: Config, parameters: Mapping[str, Tensor]) -> None:
 
 
 @dataclass
-class _Reader:
+class Reader:
     """Copies tensors from the files to their places: in the parameters, or in pieces of them if there are any."""
 
     shards: Shards
@@ -340,7 +340,7 @@ class _Reader:
                 )
 
 
-def _read_all(reader: _Reader, table: list[Entry], keep_types: bool, progress: Progress | None) -> None:
+def _read_all(reader: Reader, table: list[Entry], keep_types: bool, progress: Progress | None) -> None:
     """Read file by file; copies come at the end, when their originals have been read."""
     shards, source = reader.shards, cast(Source, reader.model.source)
     there = [(entry, [entry.name]) for entry in table if entry.name in shards]

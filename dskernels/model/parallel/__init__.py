@@ -6,6 +6,7 @@ from dskernels.model.parallel.expert import ExpertParallel
 from dskernels.model.parallel.overlap import overlapped
 from dskernels.model.parallel.pipeline import Pipeline
 from dskernels.model.parallel.plan import Plan, Team, parallelize
+from dskernels.model.parallel.reading import load_divided
 from dskernels.model.parallel.redundant import RedundantExperts
 from dskernels.model.parallel.training import train
 
@@ -18,6 +19,7 @@ __all__ = [
     "RedundantExperts",
     "Team",
     "even",
+    "load_divided",
     "move_experts",
     "overlapped",
     "parallelize",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dskernels.device import free_memory
-from dskernels.model.checkpoint import Progress, _clear_filling, _fp8_block, _Reader, load
+from dskernels.model.checkpoint import Progress, Reader, clear_filling, fp8_block_of, load
 from dskernels.model.config import read_json
 from dskernels.model.fp8_weights import SCALE_SUFFIX, write_out_for_decode
 from dskernels.model.hf_names import Entry, entries
@@ -58,9 +58,9 @@ def load_divided(
         if name not in ("layers", "mtp"):
             module.to_empty(device=team.device)
 
-    def fill(found: list[Entry]) -> _Reader:
+    def fill(found: list[Entry]) -> Reader:
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        reader = _Reader(shards, tensors, _fp8_block(raw, folder, fp8), model)
+        reader = Reader(shards, tensors, fp8_block_of(raw, folder, fp8), model)
         nonlocal done
         for entry in found:
             reader.fill(entry)
@@ -76,7 +76,7 @@ def load_divided(
     for name, block in blocks_of(model):
         block.to_empty(device="cpu")  # memory of experts that are not filled is never touched, so it costs nothing
         if fp8:
-            _clear_filling(model.config, dict(block.named_parameters()))
+            clear_filling(model.config, dict(block.named_parameters()))
         fill(of_block[name])
         divide(block, team)
         block.to(team.device)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dskernels.model.layers import FeedForward
+from dskernels.model.fp8_weights import set_shared_apart
 from dskernels.model.model import DeepseekV3
 from dskernels.model.moe import MoE
 from dskernels.model.parallel.balance import Placement, move_experts, place_experts
@@ -108,8 +108,7 @@ class RedundantExperts:
 
     def _place(self, layer: MoE, placement: Placement, columns: int, compute: Callable[..., Tensor]) -> None:
         experts, device = layer.experts, layer.experts.w13.device
-        if experts.n_shared:
-            _set_shared_apart(layer)
+        set_shared_apart(layer)
         here = torch.tensor(placement.of_rank(self.group.rank()), device=device)
         experts.w13, experts.w2 = (_rows(w, here) for w in (experts.w13, experts.w2))
         if experts.w13_scale_inv is not None and experts.w2_scale_inv is not None:
@@ -118,36 +117,6 @@ class RedundantExperts:
         experts.compute = compute
         layer.gate.physical = _table(placement, columns).to(device)
         layer.gate.asked = torch.zeros(placement.n_experts, dtype=torch.int64, device=device)
-
-
-def _set_shared_apart(layer: MoE) -> None:
-    """Makes a network of its own of the shared experts, where they are the last of the routed experts' stack.
-
-    `keep_in_fp8` puts them there.
-    """
-    experts, n = layer.experts, layer.experts.n_shared
-    _, hidden, inner = experts.w2.shape
-    with torch.device("meta"):
-        network = FeedForward(hidden, n * inner, layer.fp8)
-    for linear, stack, scale in (
-        (network.w13, experts.w13, experts.w13_scale_inv),
-        (network.w2, experts.w2, experts.w2_scale_inv),
-    ):
-        join = _side_by_side if linear is network.w2 else _gates_first
-        linear.weight = nn.Parameter(join(stack.detach()[-n:].view(torch.uint8)).view(stack.dtype), requires_grad=False)
-        linear.weight_scale_inv = None if scale is None else join(scale[-n:])
-    experts.w13, experts.w2 = (nn.Parameter(w.detach()[:-n], requires_grad=False) for w in (experts.w13, experts.w2))
-    layer.shared_experts, experts.n_shared = network, 0
-
-
-def _gates_first(w13: Tensor) -> Tensor:
-    """``[n, 2I, .]`` as ``[2nI, .]``: the gates of all n experts, then their ups."""
-    return torch.cat([half.flatten(0, 1) for half in w13.chunk(2, 1)]).contiguous()
-
-
-def _side_by_side(w2: Tensor) -> Tensor:
-    """``[n, H, I]`` as ``[H, n * I]`` (or the scales of it)."""
-    return w2.movedim(0, 1).flatten(1).contiguous()
 
 
 def _stacks(layer: MoE) -> list[Tensor]:
