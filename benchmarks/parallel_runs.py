@@ -19,7 +19,8 @@ from dskernels.model.data import Packed
 from dskernels.model.optimizer import MasterAdamW
 from dskernels.model.parallel.pipeline import Pipeline
 from dskernels.model.parallel.plan import Plan, Team
-from dskernels.model.parallel.training import TeamStepper, spread
+from dskernels.model.parallel.team_step import TeamStepper
+from dskernels.model.parallel.training import spread
 from dskernels.model.train_config import TrainConfig
 from dskernels.model.train_step import Stepper
 

@@ -99,23 +99,23 @@ def train(
     resume: bool | None,
 ) -> None:
     """Train on all ranks; the first shows the table and writes the events of TensorBoard."""
-    from dskernels.cli import training
+    from dskernels.cli import beginning, training
     from dskernels.model.parallel.training import train as run
     from dskernels.model.plot import read_history
     from dskernels.model.train_metrics import METRICS_FILE
 
-    console = training.console
+    console = beginning.console
     split = parse_plan(plan, ranks())
     least = split.batches * (2 * split.pipeline if split.pipeline > 1 else 2 if split.overlap else 1)
     if recipe.microbatches == 1:
         recipe = dataclasses.replace(recipe, microbatches=least)
     team = start(split, device, console)
     chief = dist.get_rank() == 0
-    split.check(training.shape_of(config), ranks())
+    split.check(beginning.shape_of(config), ranks())
     if not chief:  # the first rank writes the tokens, then the others read them
         dist.barrier()
-        data = [out / training.TOKENS] if not (data and len(data) == 1 and _tokens(data[0])) else data
-    begun = training.begin(config, data, out, tokenizer, held_out, init, recipe, resume, writes=chief)
+        data = [out / beginning.TOKENS] if not (data and len(data) == 1 and _tokens(data[0])) else data
+    begun = beginning.begin(config, data, out, tokenizer, held_out, init, recipe, resume, writes=chief)
     if chief:
         dist.barrier()
     numbers = ", ".join(f"{n} {getattr(split, n)}" for n in ("data", "expert", "pipeline") if getattr(split, n) > 1)

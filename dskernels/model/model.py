@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -88,14 +89,20 @@ class DeepseekV3(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw every matrix from N(0, initializer_range^2); norms become 1, router biases 0."""
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
+        for _, parameter, is_drawn in self.initial_parameters():
+            if is_drawn:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
             else:
-                for weight in module.parameters(recurse=False):
-                    weight.normal_(0.0, self.config.initializer_range, generator=generator)
+                parameter.fill_(1.0)
+        for module in self.modules():
             if isinstance(module, Router) and module.e_score_correction_bias is not None:
                 module.e_score_correction_bias.zero_()
+
+    def initial_parameters(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """Every parameter with its name, in the order of `init_weights`, and whether it is drawn there."""
+        for prefix, module in self.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                yield name, parameter, not isinstance(module, RMSNorm)
 
     @property
     def moe_layers(self) -> list[MoE]:

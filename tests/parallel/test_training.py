@@ -101,7 +101,7 @@ def dying(rank, folder):
 
     team = Team.start(Plan(data=2), "cpu", timeout=20.0)
     if rank == 1:
-        from dskernels.model.parallel.training import TeamStepper
+        from dskernels.model.parallel.team_step import TeamStepper
 
         original = TeamStepper.backward
 

@@ -259,8 +259,9 @@ def pack(*parts: Tensor) -> Tensor:
     """Puts matrices of several dtypes side by side in rows of bytes, each part aligned; viewed as fp32 ``[T, W]``."""
     raw = []
     for part in parts:
-        data = part.clone(memory_format=torch.contiguous_format) if part.stride(-1) != 1 else part.contiguous()
-        data = data.view(torch.uint8)
+        # A matrix without rows counts as contiguous even if its columns are.
+        rows = part.contiguous() if part.stride(-1) == 1 else part.clone(memory_format=torch.contiguous_format)
+        data = rows.view(torch.uint8)
         raw.append(data)
         if missing := -data.shape[1] % ALIGNMENT:
             raw.append(data.new_zeros(data.shape[0], missing))

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dskernels.model.checkpoint import load_weights
 from dskernels.model.config import Config
-from dskernels.model.layers import RMSNorm
 from dskernels.model.model import DeepseekV3
 from dskernels.model.parallel.optimizer import first_row
 from dskernels.model.parallel.plan import Team
@@ -69,13 +68,12 @@ def fill(pieces: Mapping[str, Piece], config: Config, *, seed: int, init: str | 
         load_weights(whole, init, into=pieces)
         return
     generator, numbers = torch.Generator().manual_seed(seed), torch.empty(DRAWN + AT_ONCE)
-    for prefix, module in whole.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            piece = pieces.get(name)
-            if not isinstance(module, RMSNorm):
-                _draw(parameter.shape, piece, config.initializer_range, generator, numbers)
-            elif piece is not None:
-                piece.rows.fill_(1.0)
+    for name, parameter, is_drawn in whole.initial_parameters():
+        piece = pieces.get(name)
+        if is_drawn:
+            _draw(parameter.shape, piece, config.initializer_range, generator, numbers)
+        elif piece is not None:
+            piece.rows.fill_(1.0)
     for name, piece in pieces.items():
         if name.endswith(BIAS):
             piece.rows.zero_()

@@ -171,6 +171,7 @@ class Collective(Mail):
                 fill(rank, slice(0, own[0].shape[0]))
         parts, size = layout(own)
         device = own[0].device
+        # At least some bytes: of a message without any, that for rank 1 would begin at an odd address.
         leaving = torch.empty(self.ranks, max(size, ALIGNMENT), dtype=torch.uint8, device=device)
         for rank, tensors in enumerate(outgoing):
             for part, tensor in zip(parts, tensors, strict=True):
